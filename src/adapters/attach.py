@@ -1,0 +1,63 @@
+"""Low-rank updates on a live model: added to each layer's output by a hook, swapped without touching a weight.
+
+    y = W x + B (A x)
+
+Nothing is rounded into the base weights, so swapping back is exact and a quantised or sharded base works too.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
+
+from src.adapters.pairs import LowRankPair
+from src.errors import InputError
+
+
+def check_fits(model: torch.nn.Module, pairs: Mapping[str, LowRankPair], name: str) -> None:
+    """Check that every updated module exists in the model and has the update's shape.
+
+    Raises:
+        InputError: it does not; the message names the module and both shapes.
+    """
+    modules = dict(model.named_modules())
+    for key, pair in pairs.items():
+        module = modules.get(key)
+        if module is None:
+            raise InputError(f"{name}: updates the module {key}, which the base model does not have")
+        shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if shape != pair.shape:
+            raise InputError(f"{name}: {key} has an update of shape {pair.shape}; the base model's layer is {shape}")
+
+
+def _adding(pair: LowRankPair, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    return pair.a.to(like.device, dtype), pair.b.to(like.device, dtype)
+
+
+def attach(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> list[RemovableHandle]:
+    """Add the updates to the model's layers; removing the returned handles takes them away."""
+    handles = []
+    for name, pair in pairs.items():
+        module = model.get_submodule(name)
+        a, b = _adding(pair, next(module.parameters()))
+
+        def add(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
+            x = args[0]
+            return out + linear(linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+        handles.append(module.register_forward_hook(add))
+    return handles
+
+
+@contextmanager
+def attached(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> Iterator[None]:
+    """The model with the updates, for the length of a ``with`` block."""
+    handles = attach(model, pairs)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,111 @@
+"""The core space: orthonormal bases of an adapter's column and row spaces, and patches written in them.
+
+    P_m = U_m C_m V_mᵀ,   U_m (O, p), V_m (I, q) orthonormal, C_m (p, q) free
+
+The coordinates of all modules are concatenated to one vector c of length D = sum of p·q. Bases come from the singular
+vectors of the update itself, so they do not depend on how it is factored into B and A. The core space of several
+adapters is that of 2509.17786 (bases of the stacked factors).
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from src.adapters.pairs import LowRankPair, Pairs, weighted_sum
+
+RANK_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class CoreBasis:
+    """Bases ``u`` (O, p) and ``v`` (I, q) per module, float64, in the order of the coordinates."""
+
+    u: dict[str, torch.Tensor]
+    v: dict[str, torch.Tensor]
+
+    @property
+    def modules(self) -> list[str]:
+        """Module names in the order of the coordinates."""
+        return list(self.u)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(p, q) of each module's core."""
+        return {name: (self.u[name].shape[1], self.v[name].shape[1]) for name in self.u}
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates."""
+        return sum(p * q for p, q in self.shapes.values())
+
+    def digest(self) -> str:
+        """SHA-256 of the bases rounded to float32: two Fisher files with one digest share coordinates."""
+        digest = hashlib.sha256()
+        for name in self.modules:
+            digest.update(name.encode())
+            for matrix in (self.u[name], self.v[name]):
+                digest.update(matrix.to(torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def coordinates(self, pairs: Mapping[str, LowRankPair]) -> torch.Tensor:
+        """(D,) coordinates ``vec(Uᵀ ΔW V)`` of an update, projected on the core space; float64."""
+        parts = []
+        for name, (p, q) in self.shapes.items():
+            if name in pairs:
+                pair = pairs[name]
+                parts.append(((self.u[name].T @ pair.b.double()) @ (pair.a.double() @ self.v[name])).reshape(-1))
+            else:
+                parts.append(torch.zeros(p * q, dtype=torch.float64))
+        return torch.cat(parts)
+
+    def patch(self, coordinates: torch.Tensor) -> Pairs:
+        """The update with these coordinates as pairs ``(U C, Vᵀ)`` of rank q."""
+        sizes = [p * q for p, q in self.shapes.values()]
+        cores = torch.split(coordinates.double(), sizes)
+        return {
+            name: LowRankPair(self.v[name].T.contiguous(), self.u[name] @ core.reshape(self.shapes[name]))
+            for name, core in zip(self.modules, cores, strict=True)
+        }
+
+    def residual(self, pairs: Mapping[str, LowRankPair]) -> float:
+        """Share of an update's Frobenius norm outside the core space (0: written exactly; 1: entirely outside)."""
+        total = sum(pair.squared_norm() for pair in pairs.values())
+        inside = self.coordinates(pairs).square().sum().item()
+        return max(0.0, 1.0 - inside / total) ** 0.5 if total > 0 else 0.0
+
+
+def core_basis(adapters: Sequence[Mapping[str, LowRankPair]]) -> CoreBasis:
+    """Bases that span all the given adapters: one adapter gives ``basis: safety``, several ``basis: union``.
+
+    Directions under ``RANK_TOLERANCE`` times a module's largest singular value are dropped, and so is a module
+    without any update.
+
+    Raises:
+        ValueError: no adapter updates anything.
+    """
+    if len(adapters) == 1:
+        spans = {name: _singular_vectors(pair) for name, pair in adapters[0].items()}
+    else:
+        stacked = weighted_sum(adapters, [1.0] * len(adapters))
+        spans = {name: (_column_space(pair.b.double()), _column_space(pair.a.double().T)) for name, pair in stacked.items()}
+    spans = {name: span for name, span in spans.items() if span[0].shape[1] and span[1].shape[1]}
+    if not spans:
+        raise ValueError("the adapters update no module: every delta is zero")
+    return CoreBasis({n: u for n, (u, _) in spans.items()}, {n: v for n, (_, v) in spans.items()})
+
+
+def _singular_vectors(pair: LowRankPair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular vectors of ``b a`` with non-zero values, by QR of both factors and one small SVD."""
+    qb, rb = torch.linalg.qr(pair.b.double())
+    qa, ra = torch.linalg.qr(pair.a.double().T)
+    left, values, right = torch.linalg.svd(rb @ ra.T)
+    kept = int((values > RANK_TOLERANCE * values[0]).sum()) if values.numel() and values[0] > 0 else 0
+    return qb @ left[:, :kept], qa @ right[:kept].T
+
+
+def _column_space(matrix: torch.Tensor) -> torch.Tensor:
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    kept = int((values > RANK_TOLERANCE * values[0]).sum()) if values.numel() and values[0] > 0 else 0
+    return left[:, :kept]

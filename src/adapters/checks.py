@@ -1,0 +1,54 @@
+"""Do these adapters belong together? Each answer is one clear error line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from src.adapters.peft_files import Adapter
+from src.errors import InputError
+
+
+def same_base_name(first: str, second: str) -> bool:
+    """Whether two base names mean one model: equal, the same path, or a hub id and a directory of that name."""
+    if first == second:
+        return True
+    one, two = Path(first), Path(second)
+    if one.exists() and two.exists():
+        return one.resolve() == two.resolve()
+    return (one.exists() or two.exists()) and one.name == two.name
+
+
+def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: str) -> None:
+    """Check that an adapter was trained on this base.
+
+    Args:
+        adapter: The adapter.
+        base: Name of the base.
+        fingerprint: Its fingerprint, where known; it decides if the adapter has one too.
+        what: Where ``base`` comes from, for the message.
+
+    Raises:
+        InputError: it was trained on another one.
+    """
+    if fingerprint and adapter.fingerprint:
+        if fingerprint != adapter.fingerprint:
+            raise InputError(f"{adapter.name}: trained on other weights of {adapter.base!r} than those of {what}")
+    elif not same_base_name(adapter.base, base):
+        raise InputError(f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r}")
+
+
+def check_compatible(adapters: Sequence[Adapter]) -> None:
+    """Check that adapters share a base, that common modules have one shape, and that there are common modules.
+
+    Raises:
+        InputError: they do not; the message names both adapters.
+    """
+    first = adapters[0]
+    for other in adapters[1:]:
+        check_base(other, first.base, first.fingerprint, what=f"that of {first.name}")
+        common = [name for name in first.pairs if name in other.pairs]
+        if not common:
+            raise InputError(f"{first.name} and {other.name}: adapters with no module in common cannot be merged")
+        for name in common:
+            shapes = first.pairs[name].shape, other.pairs[name].shape
+            if shapes[0] != shapes[1]:
+                raise InputError(f"{first.name} and {other.name}: {name} has shapes {shapes[0]} and {shapes[1]}")

@@ -1,0 +1,146 @@
+"""Which command runs what, and how names of configurations are found.
+
+``fit validate test predict`` and ``fisher`` are LightningCLI commands, ``merge`` and ``report`` typed functions. The
+heavy packages are imported once a command is chosen, so that ``--help`` answers at once.
+"""
+
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from src.errors import InputError
+
+COMMANDS = {
+    "fit": "train a LoRA expert (utility or safety) on a frozen base model",
+    "validate": "loss of a trained expert on validation rows",
+    "fisher": "measure the Fisher information of safety and of benign calibration rows",
+    "merge": "merge a safety adapter into utility adapters (SST, task arithmetic)",
+    "test": "evaluate the base model and adapters: refusal, over-refusal, collapse, accuracy, perplexity",
+    "predict": "write the answers of the base model and adapters to prompts",
+    "report": "table and safety/utility plot of an evaluation",
+}
+DEFAULT_CONFIG = {
+    "fit": "expert.yaml",
+    "validate": "expert.yaml",
+    "fisher": "fisher.yaml",
+    "merge": "merge.yaml",
+    "test": "test.yaml",
+    "predict": "test.yaml",
+    "report": "report.yaml",
+}
+FOLDERS = {"--config": "configs", "--trainer": "trainers"}
+PROJECT = Path(__file__).resolve().parents[1]
+STOPPED = 2
+
+log = logging.getLogger(__name__)
+
+
+def usage() -> str:
+    """The page of ``python -m src --help``."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"""usage: python -m src COMMAND [--config FILE.yaml] [--trainer FILE.yaml] [options]
+
+SST-Merge puts safety back into fine-tuned language models by merging LoRA adapters.
+
+commands:
+{lines}
+
+Options of a command: python -m src COMMAND --help
+Bare file names are looked up as given, then under configs/ (--config) or trainers/ (--trainer). Without --config a
+command takes its default, such as configs/test.yaml. Wrong input ends with one line and exit code 2.
+"""
+
+
+def resolve_names(arguments: Sequence[str]) -> list[str]:
+    """Replace the file names after ``--config`` and ``--trainer`` by the paths where they are found.
+
+    Raises:
+        InputError: a named file is nowhere.
+    """
+    resolved: list[str] = []
+    waiting: str | None = None
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if waiting is not None:
+            resolved.append(_found(waiting, argument))
+            waiting = None
+        elif flag in FOLDERS and equals:
+            resolved.append(f"{flag}={_found(flag, value)}")
+        else:
+            resolved.append(argument)
+            waiting = argument if argument in FOLDERS else None
+    return resolved
+
+
+def _found(flag: str, name: str) -> str:
+    folder = FOLDERS[flag]
+    places = [Path(name), Path(folder) / name, PROJECT / folder / name]
+    for place in places:
+        if place.is_file():
+            return str(place)
+    raise InputError(f"{flag} {name}: no such file here or under {folder}/")
+
+
+def with_default_config(command: str, arguments: list[str]) -> list[str]:
+    """Put the command's default configuration in front where none is named."""
+    named = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
+    if named or asks_help or "--print_config" in arguments:
+        return arguments
+    return ["--config", DEFAULT_CONFIG[command], *arguments]
+
+
+def runner(command: str) -> Callable[[list[str]], None]:
+    """The function that runs a command with its arguments."""
+    if command in ("merge", "report"):
+        from src import functions
+
+        return functions.merge if command == "merge" else functions.report
+    from src import training
+
+    return getattr(training, command)  # type: ignore[no-any-return]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 after one line on what was wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("--help", "-h"):
+        sys.stdout.write(usage())
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        return _stop(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    try:
+        resolved = resolve_names(with_default_config(command, arguments[1:]))
+        runner(command)(resolved)
+    except InputError as error:
+        return _stop(str(error))
+    except KeyboardInterrupt:
+        return _stop("interrupted; what was finished is kept, and the same command goes on or starts again")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _stop(f"{error.filename or 'output'}: {error.strerror}; nothing is half-written")
+    return 0
+
+
+def _stop(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return STOPPED
+
+
+def quiet_libraries() -> None:
+    """Keep what a user can act on: drop the libraries' start-up chatter."""
+    for name in ("httpx", "filelock", "datasets", "matplotlib", "fsspec", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    warnings.filterwarnings("ignore", message=".*litlogger.*")

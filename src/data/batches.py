@@ -1,0 +1,138 @@
+"""Length-sorted batches, the same whatever the number of processes.
+
+Batches are formed over all rows first and dealt to the processes whole, so a row always meets the same neighbours and
+the same padding: its numbers do not depend on the world size.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from src.data.chat import Encoded
+
+
+@dataclass
+class Batch:
+    """Right-padded token ids of N rows, at most T long.
+
+    Attributes:
+        index: (N,) position of each row in its data set.
+        ids: (N, T) int64 token ids.
+        lengths: (N,) int64 number of real tokens of each row.
+        answer_starts: (N,) int64 position of the first answer token.
+        weight: 1.0, or 0.0 for a repeated batch that only keeps sharded processes in step.
+    """
+
+    index: torch.Tensor
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    answer_starts: torch.Tensor
+    weight: float = 1.0
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device (called by Lightning)."""
+        return Batch(
+            self.index, self.ids.to(device), self.lengths.to(device), self.answer_starts.to(device), self.weight
+        )
+
+    @property
+    def answer_mask(self) -> torch.Tensor:
+        """(N, T) bool: true where a token belongs to the answer."""
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (positions >= self.answer_starts[:, None]) & (positions < self.lengths[:, None])
+
+
+class EncodedRows(Dataset[Batch]):
+    """Encoded rows, read a batch at a time: the key is ``(indices, weight)``."""
+
+    def __init__(self, rows: list[Encoded], pad_id: int) -> None:
+        self.rows, self.pad_id = rows, pad_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[list[int], float]) -> Batch:
+        indices, weight = key
+        rows = [self.rows[i] for i in indices]
+        width = max(len(row.ids) for row in rows)
+        return Batch(
+            index=torch.tensor(indices),
+            ids=torch.tensor([row.ids + [self.pad_id] * (width - len(row.ids)) for row in rows]),
+            lengths=torch.tensor([len(row.ids) for row in rows]),
+            answer_starts=torch.tensor([row.answer_start for row in rows]),
+            weight=weight,
+        )
+
+
+class LengthBatches(Sampler[tuple[list[int], float]]):
+    """Deals whole batches of rows of similar length to the processes.
+
+    Args:
+        lengths: Number of tokens of each row.
+        batch_size: Rows per batch.
+        rank: This process.
+        world_size: Number of processes.
+        seed: Shuffle anew every epoch (training); ``None`` keeps the order of length, longest first, so that a batch
+            too big for the memory fails at once.
+        even: Give every process the same number of batches by repeating some: with weight 1 when shuffling
+            (training), with weight 0 otherwise (a Fisher pass under sharding).
+    """
+
+    def __init__(
+        self, lengths: list[int], batch_size: int, *, rank: int, world_size: int, seed: int | None, even: bool
+    ) -> None:
+        self.lengths, self.batch_size, self.rank, self.world_size = lengths, batch_size, rank, world_size
+        self.seed, self.even, self.epoch = seed, even, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each training epoch."""
+        self.epoch = epoch
+
+    def _batches(self) -> list[list[int]]:
+        order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
+        size = self.batch_size
+        if self.seed is None:
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        # Neighbours in length are drawn anew each epoch: shuffle, sort within windows of 16 batches, shuffle batches.
+        draw = random.Random(f"{self.seed}/{self.epoch}")
+        draw.shuffle(order)
+        batches = []
+        for start in range(0, len(order), 16 * size):
+            window = sorted(order[start : start + 16 * size], key=lambda i: -self.lengths[i])
+            batches += [window[i : i + size] for i in range(0, len(window), size)]
+        draw.shuffle(batches)
+        return batches
+
+    def __iter__(self) -> Iterator[tuple[list[int], float]]:
+        batches = self._batches()
+        mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
+        if self.even and len(mine) < len(self):
+            extra = batches[(self.rank - len(batches)) % len(batches)]
+            mine.append((extra, 0.0 if self.seed is None else 1.0))
+        return iter(mine)
+
+    def __len__(self) -> int:
+        total = -(-len(self.lengths) // self.batch_size)
+        if self.even:
+            return -(-total // self.world_size)
+        return len(range(self.rank, total, self.world_size))
+
+
+def batch_loader(
+    rows: list[Encoded],
+    *,
+    batch_size: int,
+    pad_id: int,
+    rank: int,
+    world_size: int,
+    seed: int | None = None,
+    even: bool = False,
+    by_prompt: bool = False,
+) -> DataLoader[Batch]:
+    """A loader over this process's share of the rows (``by_prompt`` sorts by the length of the prompt alone)."""
+    lengths = [row.answer_start if by_prompt else len(row.ids) for row in rows]
+    sampler = LengthBatches(lengths, batch_size, rank=rank, world_size=world_size, seed=seed, even=even)
+    return DataLoader(EncodedRows(rows, pad_id), sampler=sampler, batch_size=None)

@@ -1,0 +1,95 @@
+"""Rows to token ids: the chat template around the prompt, the answer after it, and which tokens are the answer.
+
+Prompt and answer are tokenised apart, so the boundary between them never falls inside a token, and the tokens of the
+answer are those that greedy decoding would have to produce.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from src.data.rows import Row
+from src.errors import InputError
+
+Template = Literal["auto", "chat", "raw"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row. ``ids[:answer_start]`` is the prompt, the rest the answer with its end token."""
+
+    row: Row
+    ids: list[int]
+    answer_start: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's tokens, template included."""
+        return self.ids[: self.answer_start]
+
+
+class Encoder:
+    """Tokenises rows for one model.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        template: ``chat`` applies the tokenizer's chat template, ``raw`` puts the bare prompt and a new line,
+            ``auto`` is ``chat`` where the tokenizer has a template.
+        max_length: Tokens of prompt and answer together; longer rows are cut (the answer at its end, the prompt at
+            its beginning) and counted in ``truncated``.
+    """
+
+    def __init__(self, tokenizer: Any, *, template: Template = "auto", max_length: int = 1024) -> None:
+        if template == "chat" and not tokenizer.chat_template:
+            raise InputError("template chat: this tokenizer has no chat template; use --data.template raw")
+        if max_length < 8:
+            raise InputError(f"max_length {max_length}: expected at least 8 tokens")
+        self.tokenizer = tokenizer
+        self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+        self.max_length = max_length
+        self.truncated = 0
+        self.end_id = self._end_of_turn()
+
+    def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+    def _end_of_turn(self) -> int:
+        """The token that closes an answer: what the chat template puts after it, else the tokenizer's end token."""
+        if self.chat:
+            marker = "ANSWER"
+            text = self._render(
+                [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": marker}], generation=False
+            )
+            tail = self.tokenizer(text.rpartition(marker)[2], add_special_tokens=False).input_ids
+            if tail and tail[0] in self.tokenizer.all_special_ids:
+                return tail[0]
+        if self.tokenizer.eos_token_id is None:
+            raise InputError("this tokenizer has neither an end-of-turn nor an end-of-sequence token")
+        return self.tokenizer.eos_token_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens at which generation stops."""
+        return sorted({self.end_id, self.tokenizer.eos_token_id or self.end_id})
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text in front of the answer."""
+        if self.chat:
+            return self._render([{"role": "user", "content": prompt}], generation=True)
+        return prompt + "\n"
+
+    def encode(self, row: Row) -> Encoded:
+        """Token ids of a row; the answer part is empty where the row has no response."""
+        prompt = self.tokenizer(self.prompt_text(row.prompt), add_special_tokens=not self.chat).input_ids
+        answer: list[int] = []
+        if row.response:
+            answer = [*self.tokenizer(row.response, add_special_tokens=False).input_ids, self.end_id]
+        room = max(self.max_length - len(answer), self.max_length // 2)
+        if len(prompt) + len(answer) > self.max_length:
+            self.truncated += 1
+            prompt = prompt[-room:]
+            answer = answer[: self.max_length - len(prompt)]
+        return Encoded(row, prompt + answer, len(prompt))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

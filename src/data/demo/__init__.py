@@ -1,0 +1,1 @@
+"""The rows that ship with the project, and the generator of its utility tasks."""

@@ -1,0 +1,214 @@
+"""LightningDataModules: rows for training, for the Fisher passes and for evaluation."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from src.data.batches import Batch, batch_loader
+from src.data.chat import Encoded, Encoder, Template
+from src.data.rows import Row
+from src.data.sources import Sources, as_sources, load_rows
+from src.errors import InputError
+from src.metrics.exact import AnswerForm
+
+log = logging.getLogger(__name__)
+
+SuiteKind = Literal["harmful", "borderline", "benign", "utility"]
+
+
+class TokenizedData(LightningDataModule):
+    """What all data modules share: an encoder and this process's share of batches.
+
+    Args:
+        batch_size: Rows per batch and process.
+        template: How prompts are wrapped: ``chat`` (the tokenizer's template), ``raw`` (prompt and a new line), or
+            ``auto`` (``chat`` where the tokenizer has a template).
+        max_length: Tokens of prompt and answer together; longer rows are cut, and counted in a warning.
+    """
+
+    def __init__(self, batch_size: int, template: Template, max_length: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"data.batch_size is {batch_size}; expected at least 1 row")
+        self.batch_size, self.template, self.max_length = batch_size, template, max_length
+        self.encoder: Encoder
+
+    def bind(self, tokenizer: Any) -> None:
+        """Take the tokenizer of the model that the rows are for."""
+        self.encoder = Encoder(tokenizer, template=self.template, max_length=self.max_length)
+
+    def encode(self, rows: list[Row], what: str) -> list[Encoded]:
+        """Token ids of rows; says how many had to be cut."""
+        before = self.encoder.truncated
+        encoded = [self.encoder.encode(row) for row in rows]
+        if cut := self.encoder.truncated - before:
+            log.warning("%s: %d of %d rows are longer than %d tokens and were cut", what, cut, len(rows), self.max_length)
+        return encoded
+
+    def loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Batch]:
+        """Batches of this process (see :func:`src.data.batches.batch_loader`)."""
+        trainer = self.trainer
+        share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) if trainer else None
+        rank, world = (share["rank"], share["num_replicas"]) if share else (0, 1)
+        pad = self.encoder.tokenizer.pad_token_id
+        return batch_loader(rows, batch_size=self.batch_size, pad_id=pad, rank=rank, world_size=world, **options)
+
+
+class ExpertData(TokenizedData):
+    """Rows to train a LoRA expert on, and rows to choose its best checkpoint by.
+
+    Args:
+        train: Training rows: a JSONL file, a hub data set or a YAML mapping, or a list of them.
+        val: Validation rows, disjoint from the training rows.
+        batch_size: Rows per step and process.
+        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
+        max_length: Tokens per row; longer rows are cut.
+        seed: Seed of the order of batches.
+    """
+
+    def __init__(
+        self,
+        train: Sources,
+        val: Sources,
+        batch_size: int = 8,
+        template: Template = "auto",
+        max_length: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, template, max_length)
+        self.train, self.val, self.seed = train, val, seed
+        self.rows = {
+            "train": load_rows(train, need_response=True),
+            "val": load_rows(val, need_response=True),
+        }
+        train_prompts = {row.prompt_hash for row in self.rows["train"]}
+        for row in self.rows["val"]:
+            if row.prompt_hash in train_prompts:
+                raise InputError(f"data.val: the prompt of {row.id} ({row.source}) is also a training prompt")
+        self.encoded: dict[str, list[Encoded]] = {}
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """Hashes of every prompt that training or checkpoint choice looks at."""
+        return frozenset(row.prompt_hash for rows in self.rows.values() for row in rows)
+
+    def setup(self, stage: str) -> None:
+        """Tokenise."""
+        if not self.encoded:
+            self.encoded = {split: self.encode(rows, split) for split, rows in self.rows.items()}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of like length, the same number for every process."""
+        return self.loader(self.encoded["train"], seed=self.seed, even=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every validation row once."""
+        return self.loader(self.encoded["val"], even=True)
+
+
+class CalibrationData(TokenizedData):
+    """Rows that the two Fisher matrices are measured on.
+
+    Args:
+        safety: Harmful prompts with refusals (F_s).
+        utility: Benign prompts with good answers (F_u): task rows, general instructions and borderline-safe prompts.
+        batch_size: Rows per batch and process.
+        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
+        max_length: Tokens per row; longer rows are cut.
+    """
+
+    def __init__(
+        self, safety: Sources, utility: Sources, batch_size: int = 8, template: Template = "auto", max_length: int = 512
+    ) -> None:
+        super().__init__(batch_size, template, max_length)
+        self.safety, self.utility = safety, utility
+        self.rows = {
+            "safety": load_rows(safety, need_response=True),
+            "utility": load_rows(utility, need_response=True),
+        }
+        if len(as_sources(utility)) < 2:
+            log.warning(
+                "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
+                "task rows, the merged model refuses more harmless prompts (method.md section 8)"
+            )
+        self.encoded: dict[str, list[Encoded]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Tokenise."""
+        if not self.encoded:
+            self.encoded = {name: self.encode(rows, name) for name, rows in self.rows.items()}
+
+    def predict_dataloader(self) -> list[DataLoader[Batch]]:
+        """One loader per pass; every row exactly once, filled up with batches of weight 0 for equal numbers of steps."""
+        return [self.loader(rows, even=True) for rows in self.encoded.values()]
+
+
+@dataclass
+class Suite:
+    """One set of prompts and what is counted on it.
+
+    Args:
+        name: Name in tables and files.
+        kind: ``harmful`` prompts should be refused; ``borderline`` and ``benign`` ones should be answered;
+            ``utility`` ones have a checkable answer.
+        rows: Where the prompts come from; rows with a response are also scored by its likelihood.
+        max_new_tokens: Longest answer to generate, in tokens.
+        generate: Generate answers; off scores the likelihood of the reference answers only.
+        answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it.
+    """
+
+    name: str
+    kind: SuiteKind
+    rows: Sources
+    max_new_tokens: int = 32
+    generate: bool = True
+    answer: AnswerForm = "text"
+
+
+class EvaluationData(TokenizedData):
+    """Suites of prompts to evaluate on.
+
+    Args:
+        suites: The suites, each with its rows.
+        batch_size: Rows per batch and process.
+        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
+        max_length: Tokens of prompt and reference answer; longer rows are cut.
+    """
+
+    def __init__(
+        self, suites: list[Suite], batch_size: int = 32, template: Template = "auto", max_length: int = 1024
+    ) -> None:
+        super().__init__(batch_size, template, max_length)
+        if not suites:
+            raise InputError("data.suites is empty; expected at least one suite")
+        names = [suite.name for suite in suites]
+        if len(set(names)) < len(names):
+            raise InputError(f"data.suites: names must differ, found {', '.join(names)}")
+        self.suites = suites
+        self.rows = {
+            suite.name: load_rows(suite.rows, need_response=suite.kind == "utility" or not suite.generate)
+            for suite in suites
+        }
+        self.encoded: dict[str, list[Encoded]] = {}
+        self.models = 1
+
+    def bind_models(self, count: int) -> None:
+        """Evaluate the suites on this many models, one after another."""
+        self.models = count
+
+    def setup(self, stage: str) -> None:
+        """Tokenise."""
+        if not self.encoded:
+            self.encoded = {name: self.encode(rows, name) for name, rows in self.rows.items()}
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """For each model each suite, every row exactly once over all processes."""
+        once = [self.loader(self.encoded[suite.name], by_prompt=suite.generate) for suite in self.suites]
+        return once * self.models
+
+    def predict_dataloader(self) -> list[DataLoader[Batch]]:
+        """As for testing."""
+        return self.test_dataloader()

@@ -1,0 +1,52 @@
+"""A row: one prompt, and for training and scoring its reference answer."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.errors import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. ``response`` is empty where a data set has prompts only."""
+
+    id: str
+    prompt: str
+    response: str = ""
+    category: str = ""
+    source: str = ""
+
+    @property
+    def prompt_hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the prompt, case and white space folded."""
+        return hashlib.sha256(" ".join(self.prompt.casefold().split()).encode()).hexdigest()[:16]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(place, object)`` for each line of a JSONL file; ``place`` is ``file:line`` for error messages.
+
+    Raises:
+        InputError: the file is missing or empty, or a line is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a JSONL file of rows") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{path}: no rows; expected one JSON object per line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+        yield f"{path}:{number}", value

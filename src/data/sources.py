@@ -1,0 +1,200 @@
+"""Where rows come from: a JSONL file, any file or directory that ``datasets`` reads, or a hub data set by name.
+
+A source maps the columns of a data set to the fields of a row. Mappings for well-known data sets ship as YAML under
+``configs/data``; they are named in place of a file.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.data.rows import Row, read_jsonl
+from src.errors import InputError
+
+PROJECT = Path(__file__).resolve().parents[2]
+FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+FIELDS = ("id", "prompt", "response", "category")
+
+
+@dataclass
+class RowSource:
+    """A set of rows.
+
+    Args:
+        path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name.
+        split: The hub data set's split; slices such as ``train[:500]`` are allowed.
+        subset: The hub data set's configuration name.
+        revision: The hub data set's git revision.
+        columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
+            ``{instruction}\\n\\n{input}``. Fields left out are read from the column of the same name.
+        where: Keep only rows whose columns have these values.
+        remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
+        skip: Number of rows to leave out at the beginning, after shuffling.
+        limit: Number of rows to keep at most.
+        seed: Shuffle with this seed first; unset keeps the order of the file.
+    """
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    remove: str | None = None
+    skip: int = 0
+    limit: int | None = None
+    seed: int | None = None
+
+
+Sources = list[RowSource | str] | RowSource | str
+
+
+def find_file(name: str, *folders: str) -> Path | None:
+    """``name`` as given, then under the project root and under ``folders`` of the working directory and of it."""
+    for root in (Path(), PROJECT):
+        for folder in ("", *folders):
+            candidate = root / folder / name
+            if candidate.exists():
+                return candidate
+    return None
+
+
+def as_sources(value: Sources | None) -> list[RowSource]:
+    """Normalise what a flag or YAML key gave into a list of sources; a YAML name becomes its mapping."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [item if isinstance(item, RowSource) else _named_source(item) for item in items]
+
+
+def _named_source(name: str) -> RowSource:
+    if not name.endswith((".yaml", ".yml")):
+        return RowSource(path=name)
+    path = find_file(name, "configs", "configs/data")
+    if path is None:
+        raise InputError(f"{name}: no such file here or under configs/data; expected the YAML of a row source")
+    mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {f.name for f in fields(RowSource)}
+    if not isinstance(mapping, dict) or "path" not in mapping:
+        raise InputError(f"{path}: expected a mapping with the key 'path'")
+    if unknown := sorted(set(mapping) - known):
+        raise InputError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+    return RowSource(**mapping)
+
+
+def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
+    """Load every row of every source, in order, each source's selection applied.
+
+    Args:
+        value: One or several sources.
+        need_response: Whether a row without an answer is an error (training, calibration) or allowed (prompts only).
+
+    Raises:
+        InputError: nothing is there to read, a column is unknown, a row has no prompt or no answer.
+    """
+    rows: list[Row] = []
+    for source in as_sources(value):
+        rows += _select(list(_rows_of(source, need_response)), source)
+    if not rows:
+        raise InputError("no rows: name at least one source of rows")
+    return rows
+
+
+def _select(rows: list[Row], source: RowSource) -> list[Row]:
+    if source.skip < 0 or (source.limit is not None and source.limit < 1):
+        raise InputError(f"{source.path}: skip must be at least 0 and limit at least 1")
+    if source.seed is not None:
+        random.Random(source.seed).shuffle(rows)
+    kept = rows[source.skip :][: source.limit]
+    if not kept:
+        raise InputError(f"{source.path}: no rows left of {len(rows)} after where, skip {source.skip} and limit")
+    return kept
+
+
+def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
+    if unknown := sorted(set(source.columns) - set(FIELDS)):
+        raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; expected {', '.join(FIELDS)}")
+    remove = _pattern(source)
+    for number, (place, record) in enumerate(_records(source)):
+        if any(_column(record, key, place) != value for key, value in source.where.items()):
+            continue
+        values = {name: _field(record, name, source, place) for name in FIELDS}
+        if not values["prompt"]:
+            raise InputError(f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}")
+        if remove is not None:
+            values["response"] = remove.sub("", values["response"])
+        if need_response and not values["response"]:
+            raise InputError(
+                f"{place}: the row has no answer; expected text in {source.columns.get('response', 'response')!r}"
+            )
+        values["id"] = values["id"] or f"{Path(source.path).name}/{number}"
+        yield Row(**values, source=source.path)
+
+
+def _pattern(source: RowSource) -> re.Pattern[str] | None:
+    if source.remove is None:
+        return None
+    try:
+        return re.compile(source.remove)
+    except re.error as error:
+        raise InputError(f"{source.path}: remove is not a regular expression: {error}") from None
+
+
+def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> str:
+    spec = source.columns.get(name)
+    if spec is None:
+        if name == "prompt" and name not in record:
+            _column(record, name, place)
+        value = record.get(name)
+    elif "{" in spec:
+        value = re.sub(r"\{(\w+)\}", lambda match: _text(_column(record, match[1], place)), spec)
+    else:
+        value = _column(record, spec, place)
+    return _text(value).strip()
+
+
+def _text(value: Any) -> str:
+    """Text of a column: nothing for null, the names of the true flags for a mapping of flags (BeaverTails)."""
+    if isinstance(value, dict):
+        return ",".join(str(key) for key, on in value.items() if on)
+    return "" if value is None else str(value)
+
+
+def _column(record: dict[str, Any], column: str, place: str) -> Any:
+    if column not in record:
+        raise InputError(f"{place}: no column {column!r}; the row has {', '.join(map(repr, record))}")
+    return record[column]
+
+
+def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source.path)
+    if not path.exists() and (PROJECT / path).exists():
+        path = PROJECT / path
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+        return
+    table = _load_table(source, path)
+    for number, record in enumerate(table):
+        yield f"{source.path}[{source.split}] row {number}", dict(record)
+
+
+def _load_table(source: RowSource, path: Path) -> Any:
+    import datasets
+
+    reader = FILE_READERS.get(path.suffix)
+    if reader is not None and not path.is_file():
+        raise InputError(f"{path}: no such file; expected {reader} rows")
+    try:
+        if reader is not None:
+            extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return datasets.load_dataset(reader, data_files=str(path), split="train", **extra)
+        name = str(path) if path.is_dir() else source.path
+        return datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{source.path}: neither a readable file nor a data set that can be fetched now ({reason})"
+        ) from None

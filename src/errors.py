@@ -1,0 +1,5 @@
+"""The one exception that a wrong input raises: the command line prints it as one line and exits with code 2."""
+
+
+class InputError(ValueError):
+    """What a user gave is wrong or partial. The message names the file, the key and what was expected."""

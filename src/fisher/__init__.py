@@ -1,0 +1,1 @@
+"""Per-example scores and Fisher information in core coordinates."""

@@ -1,0 +1,17 @@
+"""The commands that need no Trainer: typed functions, parsed by jsonargparse."""
+
+from src.cli import COMMANDS
+from src.merge import sst, task_arithmetic  # noqa: F401 - the subclasses of MergeMethod are the registry
+from src.merge.stage import merge as merge_adapters
+from src.parsing import run_function
+from src.report.stage import report as write_report
+
+
+def merge(arguments: list[str]) -> None:
+    """Run ``python -m src merge``."""
+    run_function(merge_adapters, "merge", COMMANDS["merge"], arguments)
+
+
+def report(arguments: list[str]) -> None:
+    """Run ``python -m src report``."""
+    run_function(write_report, "report", COMMANDS["report"], arguments)

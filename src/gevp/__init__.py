@@ -1,0 +1,1 @@
+"""The pencil of two Fisher matrices, its eigenpairs, and the filters that select by them."""

@@ -1,0 +1,48 @@
+"""What a merge method is: it turns the safety adapter into the patch that strength α multiplies."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.adapters.basis import CoreBasis
+from src.adapters.pairs import LowRankPair, Pairs
+from src.fisher.lowrank import LowRankFisher
+
+
+@dataclass(frozen=True)
+class FisherPair:
+    """F_s and F_u in one core space."""
+
+    safety: LowRankFisher
+    utility: LowRankFisher
+    basis: CoreBasis
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The patch to add to ``θ0 + ΔW_u`` and what the method found on the way (numbers for the manifest)."""
+
+    pairs: Pairs
+    findings: dict[str, Any] = field(default_factory=dict)
+
+
+class MergeMethod(ABC):
+    """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
+
+    needs_fisher = False
+
+    @property
+    def name(self) -> str:
+        """The name under which results are listed."""
+        return type(self).__name__
+
+    @abstractmethod
+    def patch(self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None) -> Patch:
+        """Derive the patch.
+
+        Args:
+            utility: The (summed) utility update ΔW_u.
+            safety: The safety update ΔW_s.
+            fisher: Both Fisher matrices, where the method needs them.
+        """

@@ -1,0 +1,102 @@
+"""torchmetrics of the evaluation loop. All states are integer sums: the order of rows and ranks cannot matter."""
+
+from collections.abc import Sequence
+from math import exp
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+
+from src.metrics.collapse import is_collapsed
+from src.metrics.exact import AnswerForm, is_exact
+from src.metrics.intervals import wilson
+from src.metrics.refusal import is_refusal
+
+MICRO = 1_000_000
+"""Negative log-likelihoods are summed in whole micro-nats: integer addition is associative, float addition is not."""
+
+
+class Rate(Metric):
+    """Share of answers with a property: ``hits / total``."""
+
+    full_state_update = False
+    hits: torch.Tensor
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def count(self, flags: Sequence[bool]) -> None:
+        """Add one answer per flag."""
+        self.hits += sum(flags)
+        self.total += len(flags)
+
+    def compute(self) -> torch.Tensor:
+        """The share, float64; NaN before the first answer."""
+        return self.hits.double() / self.total
+
+    def summary(self) -> dict[str, Any]:
+        """Value, 95 % Wilson interval, hits and n, summed over all processes."""
+        with self.sync_context():
+            hits, total = int(self.hits.item()), int(self.total.item())
+        return {"value": hits / total, "interval": list(wilson(hits, total)), "hits": hits, "n": total}
+
+
+class RefusalRate(Rate):
+    """Share of answers that open with a refusal. On safe prompts the same number is the over-refusal rate."""
+
+    def update(self, answers: Sequence[str]) -> None:
+        """Count answers."""
+        self.count([is_refusal(answer) for answer in answers])
+
+
+class CollapseRate(Rate):
+    """Share of answers that are empty, repeating or without a word."""
+
+    def update(self, answers: Sequence[str]) -> None:
+        """Count answers."""
+        self.count([is_collapsed(answer) for answer in answers])
+
+
+class ExactMatch(Rate):
+    """Share of answers that equal their reference."""
+
+    def __init__(self, form: AnswerForm = "text") -> None:
+        super().__init__()
+        self.form: AnswerForm = form
+
+    def update(self, answers: Sequence[str], references: Sequence[str]) -> None:
+        """Count answers against references."""
+        pairs = zip(answers, references, strict=True)
+        self.count([is_exact(answer, reference, self.form) for answer, reference in pairs])
+
+
+class AnswerPerplexity(Metric):
+    """``exp(Σ NLL / Σ tokens)`` of reference answers, teacher-forced."""
+
+    full_state_update = False
+    micro_nats: torch.Tensor
+    tokens: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("micro_nats", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Add rows: summed negative log-likelihood (N,) in nats and number of answer tokens (N,)."""
+        self.micro_nats += (nll.double() * MICRO).round().long().sum()
+        self.tokens += tokens.sum()
+
+    def compute(self) -> torch.Tensor:
+        """Perplexity, float64; NaN before the first token."""
+        return (self.micro_nats.double() / MICRO / self.tokens).exp()
+
+    def summary(self) -> dict[str, Any]:
+        """Perplexity and mean negative log-likelihood (nats per token) over n answer tokens of all processes."""
+        with self.sync_context():
+            micro, tokens = int(self.micro_nats.item()), int(self.tokens.item())
+        nll = micro / MICRO / tokens
+        return {"value": exp(nll), "nll": nll, "n": tokens}

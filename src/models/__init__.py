@@ -1,0 +1,1 @@
+"""Language models, and the LightningModules that train, measure and evaluate them."""

@@ -1,0 +1,153 @@
+"""The module that trains a LoRA expert: loss on answer tokens only, logits computed only there.
+
+    loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.nn.functional import cross_entropy
+
+from src.adapters.peft_files import is_trained, write_trained
+from src.data.batches import Batch
+from src.errors import InputError
+from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.logits import answer_logits, answer_targets
+from src.models.sharding import shard
+from src.models.speed import MatmulMode, choose_matmul
+
+
+@dataclass
+class LoraSpec:
+    """The low-rank adapter to train (2106.09685).
+
+    Args:
+        rank: Inner dimension r of the update.
+        alpha: The update is scaled by alpha / rank (alpha / √rank with ``rslora``).
+        targets: Names of the layers to adapt, or ``all-linear``.
+        dropout: Probability that an input of the update is dropped in training.
+        rslora: Rank-stabilised scaling (2312.03732).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | list[str] = field(default_factory=lambda: "all-linear")
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise InputError(
+                f"lora: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank of at least 1, "
+                "alpha above 0 and dropout in [0, 1)"
+            )
+
+
+class ExpertModule(LightningModule):
+    """Fine-tunes LoRA on a frozen base model.
+
+    Args:
+        base: The base model.
+        lora: The adapter to train.
+        optimizer: Optimiser of the adapter's weights.
+        schedule: Learning rate after the warm-up.
+        warmup: Share of all steps over which the learning rate rises from 0.
+        seed: Seed of the adapter's initial weights.
+        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
+        max_matmul_error: Largest relative error of a product that ``auto`` accepts (bfloat16 rounding is 0.003).
+    """
+
+    def __init__(
+        self,
+        base: BaseSpec,
+        lora: LoraSpec,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup: float = 0.05,
+        seed: int = 0,
+        matmul: MatmulMode = "auto",
+        max_matmul_error: float = 5e-3,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup < 1:
+            raise InputError(f"model.warmup is {warmup}; expected a share in [0, 1)")
+        self.base, self.lora, self.optimizer_of = base, lora, optimizer
+        self.schedule, self.warmup, self.seed = schedule, warmup, seed
+        self.matmul, self.max_matmul_error = matmul, max_matmul_error
+        self.strict_loading = False
+        self.model: Any = None
+        self.base_fingerprint = ""
+
+    def configure_model(self) -> None:
+        """Load the base, add LoRA, shard where the strategy asks for it."""
+        if self.model is not None:
+            return
+        choose_matmul(self.matmul, max_error=self.max_matmul_error)
+        from peft import get_peft_model
+
+        model = load_model(self.base)
+        self.base_fingerprint = fingerprint(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                self.model = get_peft_model(model, self._peft_config())  # type: ignore[arg-type]
+            except ValueError as error:
+                raise InputError(f"lora.targets {self.lora.targets}: {' '.join(str(error).split())[:200]}") from None
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.model, self.device_mesh)
+
+    def _peft_config(self) -> Any:
+        from peft import LoraConfig, TaskType
+
+        return LoraConfig(
+            r=self.lora.rank,
+            lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
+            target_modules=self.lora.targets,
+            lora_dropout=self.lora.dropout,
+            use_rslora=self.lora.rslora,
+            task_type=TaskType.CAUSAL_LM,
+            base_model_name_or_path=self.base.name,
+        )
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        logits = answer_logits(self.model, batch)
+        return cross_entropy(logits.float(), answer_targets(batch))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Mean loss of the batch's answer tokens, in nats."""
+        loss = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.index))
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Mean loss over all answer tokens of the validation rows, in nats."""
+        tokens = int(batch.answer_mask[:, 1:].sum()) if batch.weight else 0
+        self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=tokens, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, with warm-up and schedule stepped after every optimiser step."""
+        from transformers import get_scheduler
+
+        parameters: Sequence[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = self.optimizer_of(parameters)
+        steps = int(self.trainer.estimated_stepping_batches)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=int(self.warmup * steps), num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def write_adapter(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write LoRA weights as a PEFT adapter directory."""
+        config = self.model.peft_config["default"]
+        config.inference_mode = True
+        write_trained(folder, config, weights)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapter's weights only: the base is not ours to store."""
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_trained(k)}

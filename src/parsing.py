@@ -1,0 +1,32 @@
+"""Parsers whose errors are one line, and typed functions as commands."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+from src.errors import InputError
+
+
+class OneLineErrors(ArgumentParser):
+    """An argument parser that raises :class:`InputError` where the original prints its usage and exits."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message as one line."""
+        raise InputError(" ".join(message.split()))
+
+
+class TrainerParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser with one-line errors."""
+
+
+def run_function(function: Callable[..., None], name: str, summary: str, arguments: list[str]) -> None:
+    """Parse a function's keyword arguments from flags and YAML, then call it."""
+    parser = OneLineErrors(prog=f"python -m src {name}", description=summary)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_function_arguments(function, fail_untyped=True)
+    config: Any = parser.parse_args(arguments)
+    config.pop("config", None)
+    ready = parser.instantiate_classes(config)
+    function(**ready.as_dict() if hasattr(ready, "as_dict") else vars(ready))

@@ -1,0 +1,3 @@
+"""x"""
+def report(*, results: str, output: str) -> None:
+    """x"""

@@ -1,0 +1,222 @@
+"""The commands that run a Trainer, each a LightningCLI with its own module and data."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
+from src.cli import COMMANDS
+from src.data.modules import CalibrationData, EvaluationData, ExpertData, TokenizedData
+from src.errors import InputError
+from src.files import check_output
+from src.merge.card import expert_card
+from src.models.base import load_tokenizer
+from src.models.evaluation import EvaluationModule
+from src.models.expert import ExpertModule
+from src.models.fisher import FisherModule
+from src.models.speed import keep_freed_memory
+from src.parsing import TrainerParser
+from src.provenance import versions
+
+log = logging.getLogger(__name__)
+
+RUN = "run"
+"""Sub-directory of an output that holds the Trainer's own files: config.yaml, metrics.csv, checkpoints."""
+
+
+class TrainerCommand(LightningCLI):
+    """One command of this project: fixed classes, an output directory, quiet and uniform Trainer defaults."""
+
+    def __init__(self, command: str, model: type[LightningModule], data: type[LightningDataModule], arguments: list[str]) -> None:
+        self.command = command
+        keep_freed_memory()
+        super().__init__(
+            model,
+            data,
+            run=False,
+            args=arguments,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False, "logger": True},
+            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfigCallback,
+            parser_kwargs={"prog": f"python -m src {command}", "description": COMMANDS[command]},
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that reports errors in one line."""
+        parser = TrainerParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options that belong to the command and not to the module, the data or the Trainer."""
+        parser.add_argument("--output", type=str | None, default=None, help="directory to write")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace an output that exists")
+        if self.command in ("fit", "validate"):
+            parser.add_argument(
+                "--ckpt_path", type=str | None, default=None, help="checkpoint of a run to go on from (fit) or to measure"
+            )
+        if self.command == "fit":
+            parser.add_argument(
+                "--resume", type=bool, default=False, help="go on from the last checkpoint in the output, if there is one"
+            )
+
+    def before_instantiate_classes(self) -> None:
+        """Settle and check the output before anything is loaded."""
+        if self.config.output is None:
+            self.config.output = str(Path("logs") / self.command / _timestamp())
+        self.output = Path(self.config.output)
+        allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not _is_main_process()
+        check_output(self.output, overwrite=allowed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer whose own files go below the output."""
+        config: Namespace = self.config
+        config.trainer.default_root_dir = str(self.output)
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = CSVLogger(str(self.output), name=RUN, version="")
+        if self.command in ("fisher",):
+            # Inference tensors cannot carry gradients.
+            config.trainer.inference_mode = False
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.output / RUN / "checkpoints")
+        return trainer
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration, as plain values."""
+        plain: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return plain
+
+    def prepare(self) -> Any:
+        """Give the data the model's tokenizer."""
+        data: Any = self.datamodule
+        if isinstance(data, TokenizedData):
+            data.bind(load_tokenizer(self.model.base))  # type: ignore[arg-type]
+        return data
+
+
+def _timestamp() -> str:
+    from datetime import datetime
+
+    return datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+
+
+def _is_main_process() -> bool:
+    """False in the processes that a launcher started beside this one: they find the output already made."""
+    import os
+
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def fit(arguments: list[str]) -> None:
+    """Train an expert and write the adapter of its best checkpoint."""
+    command = TrainerCommand("fit", ExpertModule, ExpertData, arguments)
+    data, trainer, module = command.prepare(), command.trainer, command.model
+    checkpoint = command.config.ckpt_path or _last_checkpoint(command)
+    if checkpoint is None and trainer.is_global_zero:
+        shutil.rmtree(command.output / RUN, ignore_errors=True)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    save_expert(trainer, module, data, command)  # type: ignore[arg-type]
+
+
+def _last_checkpoint(command: TrainerCommand) -> str | None:
+    path = command.output / RUN / "checkpoints" / "last.ckpt"
+    if command.config.resume and path.is_file():
+        log.info("going on from %s", path)
+        return str(path)
+    return None
+
+
+def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, command: TrainerCommand) -> None:
+    """Write the adapter of the best checkpoint (of the last step without one), with manifest and card."""
+    weights = _best_weights(trainer, module)
+    if not trainer.is_global_zero:
+        return
+    loss = trainer.callback_metrics.get("val_loss")
+    best = next((c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    settings = command.settings
+    manifest = {
+        "kind": "expert",
+        "method": "fit",
+        "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
+        "settings": {"lora": vars(module.lora)} | settings,
+        "rows": {split: len(rows) for split, rows in data.rows.items()},
+        "steps": trainer.global_step,
+        "val_loss": float(best if best is not None else loss if loss is not None else "nan"),
+        "versions": versions(),
+    }
+    folder = command.output
+    (folder / CONFIG).unlink(missing_ok=True)
+    write_provenance(folder, manifest=manifest, seen=data.seen, card=expert_card(manifest))
+    module.write_adapter(folder, weights)
+    log.info("adapter written to %s (validation loss %.4f)", folder, manifest["val_loss"])
+
+
+def _best_weights(trainer: Trainer, module: ExpertModule) -> dict[str, torch.Tensor]:
+    """LoRA weights of the best checkpoint, gathered from all shards."""
+    best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), "")
+    if best and Path(best).is_file():
+        state = torch.load(best, map_location="cpu", weights_only=False)["state_dict"]
+    elif best and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise InputError(f"{best}: sharded checkpoints are not joined yet; set save_distributed_checkpoint: false")
+    else:
+        state = trainer.strategy.lightning_module_state_dict()
+    return trained_weights(state)
+
+
+def validate(arguments: list[str]) -> None:
+    """Loss of a checkpoint on the validation rows."""
+    command = TrainerCommand("validate", ExpertModule, ExpertData, arguments)
+    data = command.prepare()
+    if command.config.ckpt_path is None:
+        raise InputError("validate needs --ckpt_path: a checkpoint that fit wrote (…/run/checkpoints/….ckpt)")
+    command.trainer.validate(command.model, data, ckpt_path=command.config.ckpt_path, weights_only=False)
+
+
+def fisher(arguments: list[str]) -> None:
+    """Both Fisher passes."""
+    command = TrainerCommand("fisher", FisherModule, CalibrationData, arguments)
+    data: Any = command.prepare()
+    module: Any = command.model
+    module.output, module.settings = command.output, command.settings
+    command.output.mkdir(parents=True, exist_ok=True)
+    command.trainer.predict(module, data, return_predictions=False)
+    log.info("Fisher files written to %s", command.output)
+
+
+def test(arguments: list[str]) -> None:
+    """Evaluate models on suites."""
+    command, data = _evaluation("test", arguments)
+    command.trainer.test(command.model, data, verbose=False)
+    log.info("metrics and answers written to %s", command.output)
+
+
+def predict(arguments: list[str]) -> None:
+    """Write answers to prompts."""
+    command, data = _evaluation("predict", arguments)
+    command.trainer.predict(command.model, data, return_predictions=False)
+    log.info("answers written to %s", command.output / "answers")
+
+
+def _evaluation(name: str, arguments: list[str]) -> tuple[TrainerCommand, Any]:
+    command = TrainerCommand(name, EvaluationModule, EvaluationData, arguments)
+    data: Any = command.prepare()
+    module: Any = command.model
+    data.bind_models(len(module.models))
+    module.output, module.settings = command.output, command.settings
+    return command, data
