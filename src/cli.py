@@ -6,6 +6,7 @@ heavy packages are imported once a command is chosen, so that ``--help`` answers
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,7 +36,16 @@ FOLDERS = {"--config": "configs", "--trainer": "trainers"}
 PROJECT = Path(__file__).resolve().parents[1]
 STOPPED = 2
 
-log = logging.getLogger(__name__)
+CHATTER = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*LightningCLI's args parameter is intended.*",
+    ".*is_gradient_checkpointing.*",
+    ".*treespec, LeafSpec.*",
+    ".*GPU available but not used.*",
+    ".*across ranks is zero. Please make sure this was your intention.*",
+)
+"""Warnings of libraries that a user can do nothing about."""
 
 
 def usage() -> str:
@@ -114,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0]
     if command not in COMMANDS:
         return _stop(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start_logging()
     quiet_libraries()
     try:
         resolved = resolve_names(with_default_config(command, arguments[1:]))
@@ -135,12 +145,27 @@ def _stop(message: str) -> int:
     return STOPPED
 
 
+def start_logging() -> None:
+    """Messages of this project to standard error, from the first process only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("src")
+    ours.handlers = [handler]
+    ours.propagate = False
+    ours.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+
+
+def is_first_process() -> bool:
+    """False in the processes that a launcher (Lightning, torchrun, SLURM) started beside the first one."""
+    return all(int(os.environ.get(key, 0)) == 0 for key in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+
+
 def quiet_libraries() -> None:
     """Keep what a user can act on: drop the libraries' start-up chatter."""
-    for name in ("httpx", "filelock", "datasets", "matplotlib", "fsspec", "urllib3"):
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
-    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
-    warnings.filterwarnings("ignore", message=".*litlogger.*")
+    for message in CHATTER:
+        warnings.filterwarnings("ignore", message=message)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
-from src.cli import COMMANDS
+from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.modules import CalibrationData, EvaluationData, ExpertData, TokenizedData
 from src.errors import InputError
 from src.files import check_output
@@ -39,6 +39,7 @@ class TrainerCommand(LightningCLI):
 
     def __init__(self, command: str, model: type[LightningModule], data: type[LightningDataModule], arguments: list[str]) -> None:
         self.command = command
+        quiet_libraries()  # again: importing Lightning has reset its loggers
         keep_freed_memory()
         super().__init__(
             model,
@@ -46,7 +47,12 @@ class TrainerCommand(LightningCLI):
             run=False,
             args=arguments,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False, "logger": True},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "logger": True,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+            },
             save_config_kwargs={"overwrite": True},
             save_config_callback=SaveConfigCallback,
             parser_kwargs={"prog": f"python -m src {command}", "description": COMMANDS[command]},
@@ -76,7 +82,7 @@ class TrainerCommand(LightningCLI):
         if self.config.output is None:
             self.config.output = str(Path("logs") / self.command / _timestamp())
         self.output = Path(self.config.output)
-        allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not _is_main_process()
+        allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         check_output(self.output, overwrite=allowed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -112,13 +118,6 @@ def _timestamp() -> str:
     from datetime import datetime
 
     return datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-
-
-def _is_main_process() -> bool:
-    """False in the processes that a launcher started beside this one: they find the output already made."""
-    import os
-
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
 def fit(arguments: list[str]) -> None:

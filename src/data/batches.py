@@ -44,6 +44,16 @@ class Batch:
         positions = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (positions >= self.answer_starts[:, None]) & (positions < self.lengths[:, None])
 
+    @property
+    def common_prefix(self) -> int:
+        """Number of tokens that all rows begin with, short of the token that predicts the first answer token.
+
+        0 where sharing them saves nothing: one row, or fewer than 8 tokens.
+        """
+        same = (self.ids == self.ids[0]).all(0).long().cumprod(0).sum()
+        length = min(int(same), int(self.answer_starts.min()) - 1)
+        return length if len(self.ids) > 1 and length >= 8 else 0
+
 
 class EncodedRows(Dataset[Batch]):
     """Encoded rows, read a batch at a time: the key is ``(indices, weight)``."""

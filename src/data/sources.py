@@ -51,7 +51,8 @@ class RowSource:
     seed: int | None = None
 
 
-Sources = list[RowSource | str] | RowSource | str
+# str stands first: jsonargparse tries members in order, and would read a file that a list or a source was named by.
+Sources = str | RowSource | list[str | RowSource]
 
 
 def find_file(name: str, *folders: str) -> Path | None:
@@ -66,6 +67,8 @@ def find_file(name: str, *folders: str) -> Path | None:
 
 def as_sources(value: Sources | None) -> list[RowSource]:
     """Normalise what a flag or YAML key gave into a list of sources; a YAML name becomes its mapping."""
+    if isinstance(value, str) and value.startswith("["):
+        value = yaml.safe_load(value)
     items = value if isinstance(value, list) else [] if value is None else [value]
     return [item if isinstance(item, RowSource) else _named_source(item) for item in items]
 

@@ -111,6 +111,13 @@ def _location(spec: BaseSpec) -> tuple[str, dict[str, Any]]:
     return spec.name, {**extra, "revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
 
 
+def _quiet() -> None:
+    """No progress bar for reading local files."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load_tokenizer(spec: BaseSpec) -> Any:
     """The tokenizer of the base model, with a padding token.
 
@@ -137,6 +144,7 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    _quiet()
     where, extra = _location(spec)
     if spec.quantization != "none":
         extra["quantization_config"] = _bitsandbytes(spec.quantization)

@@ -3,6 +3,7 @@
     loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +13,17 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.nn.functional import cross_entropy
 
 from src.adapters.peft_files import is_trained, write_trained
 from src.data.batches import Batch
 from src.errors import InputError
 from src.models.base import BaseSpec, fingerprint, load_model
-from src.models.logits import answer_logits, answer_targets
+from src.models.fused_lora import fuse
+from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,6 +61,8 @@ class ExpertModule(LightningModule):
         optimizer: Optimiser of the adapter's weights.
         schedule: Learning rate after the warm-up.
         warmup: Share of all steps over which the learning rate rises from 0.
+        pack: Compute the tokens that all rows of a batch begin with once (the chat template's system prompt); the same
+            loss and gradients from fewer tokens. Falls back by itself where a model cannot.
         seed: Seed of the adapter's initial weights.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts (bfloat16 rounding is 0.003).
@@ -70,6 +75,7 @@ class ExpertModule(LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup: float = 0.05,
+        pack: bool = True,
         seed: int = 0,
         matmul: MatmulMode = "auto",
         max_matmul_error: float = 5e-3,
@@ -78,7 +84,8 @@ class ExpertModule(LightningModule):
         if not 0 <= warmup < 1:
             raise InputError(f"model.warmup is {warmup}; expected a share in [0, 1)")
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
-        self.schedule, self.warmup, self.seed = schedule, warmup, seed
+        self.schedule, self.warmup, self.pack, self.seed = schedule, warmup, pack, seed
+        self._can_pack: bool | None = None
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
         self.strict_loading = False
         self.model: Any = None
@@ -99,6 +106,12 @@ class ExpertModule(LightningModule):
                 self.model = get_peft_model(model, self._peft_config())  # type: ignore[arg-type]
             except ValueError as error:
                 raise InputError(f"lora.targets {self.lora.targets}: {' '.join(str(error).split())[:200]}") from None
+        # PEFT records where the weights lie on this machine; the name is what finds them on another.
+        self.model.peft_config["default"].base_model_name_or_path = self.base.name
+        fuse(self.model)
+        self.model.train()
+        trainable, total = self.model.get_nb_trainable_parameters()
+        log.info("training %.2f M of %.1f M parameters (LoRA rank %d)", trainable / 1e6, total / 1e6, self.lora.rank)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.model, self.device_mesh)
 
@@ -112,12 +125,18 @@ class ExpertModule(LightningModule):
             lora_dropout=self.lora.dropout,
             use_rslora=self.lora.rslora,
             task_type=TaskType.CAUSAL_LM,
-            base_model_name_or_path=self.base.name,
         )
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        logits = answer_logits(self.model, batch)
-        return cross_entropy(logits.float(), answer_targets(batch))
+        return answer_loss(answer_logits(self.model, batch, pack=self._packs(batch)), answer_targets(batch))
+
+    def _packs(self, batch: Batch) -> bool:
+        """Whether to pack this batch; tried out once per run, on the first batch that has a common prefix."""
+        if not self.pack or isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return False
+        if self._can_pack is None and batch.common_prefix:
+            self._can_pack = can_pack(self.model, batch)
+        return bool(self._can_pack)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean loss of the batch's answer tokens, in nats."""

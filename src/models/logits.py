@@ -4,12 +4,20 @@ The vocabulary is a quarter of a small model's arithmetic. A hook in front of th
 states, so whatever the model does after that layer (soft-capping, scaling) still happens.
 """
 
+from typing import Any
+
 import torch
 
 from src.data.batches import Batch
 
 
-def answer_logits(model: torch.nn.Module, batch: Batch, *, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+PACKED_TOKENS = 4096
+"""Longest packed sequence: its attention is dense."""
+
+
+def answer_logits(
+    model: Any, batch: Batch, *, inputs_embeds: torch.Tensor | None = None, pack: bool = False
+) -> torch.Tensor:
     """Logits (M, V) that predict the M answer tokens of the batch, in row-major order.
 
     Rows are padded on the right and the model is causal, so real tokens never see padding and no mask is needed.
@@ -18,18 +26,69 @@ def answer_logits(model: torch.nn.Module, batch: Batch, *, inputs_embeds: torch.
         model: A transformers causal language model, possibly wrapped by PEFT.
         batch: N rows, T tokens.
         inputs_embeds: (N, T, H) embeddings to use in place of the ids (they may require gradients).
+        pack: Put the rows one after another behind the tokens that all begin with (a chat template's system prompt),
+            see :func:`packed`. The same function, gradients included, of fewer tokens.
     """
-    predicts = batch.answer_mask[:, 1:]
+    if pack and inputs_embeds is None and batch.common_prefix:
+        given, chosen = packed(batch, next(model.parameters()).dtype)
+    else:
+        given = {"input_ids": batch.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        chosen = torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
 
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][:, :-1][predicts][None], *args[1:])
+        return (args[0][chosen][None], *args[1:])
 
-    given = {"input_ids": batch.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        return model(**given, use_cache=False).logits[0]
+        logits: torch.Tensor = model(**given, use_cache=False).logits[0]
     finally:
         handle.remove()
+    return logits
+
+
+def packed(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The batch as one sequence ``[prefix, rest of row 1, rest of row 2, …]`` without padding.
+
+    Each token keeps its position and attends to the prefix and to its own row's tokens up to itself, so its hidden
+    state is that of the padded batch.
+
+    Returns:
+        Inputs of the model (ids (1, S), positions (1, S), additive mask (1, 1, S, S)) and a (1, S) bool: true where a
+        token predicts an answer token.
+    """
+    start, device = batch.common_prefix, batch.ids.device
+    steps = torch.arange(batch.ids.shape[1], device=device)
+    kept = (steps >= start) & (steps < batch.lengths[:, None])
+    rows, positions = kept.nonzero(as_tuple=True)
+    ids = torch.cat([batch.ids[0, :start], batch.ids[kept]])
+    owner = torch.cat([torch.full((start,), -1, device=device), rows])
+    position = torch.cat([steps[:start], positions])
+    sees = (owner[None] == -1) | (owner[None] == owner[:, None])
+    sees &= position[None] <= position[:, None]
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, torch.finfo(dtype).min)
+    answers = torch.nn.functional.pad(batch.answer_mask[kept], (start, 0))
+    # The prefix ends before the token that predicts a first answer token, so each predictor precedes its answer here.
+    predicts = torch.nn.functional.pad(answers[1:], (0, 1))
+    given = {"input_ids": ids[None], "position_ids": position[None], "attention_mask": mask[None, None]}
+    return given, predicts[None]
+
+
+def can_pack(model: Any, batch: Batch) -> bool:
+    """Whether packing gives this model's logits of this batch, by trying: some models take no mask of that form."""
+    if batch.common_prefix == 0 or batch.lengths.sum() > PACKED_TOKENS:
+        return False
+    mode = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            plain = answer_logits(model, batch).float()
+            difference = (plain - answer_logits(model, batch, pack=True).float()).abs().max()
+    except (TypeError, AttributeError, ValueError, NotImplementedError):
+        return False
+    finally:
+        torch.set_float32_matmul_precision(mode)
+    narrow = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    return bool(difference <= (0.1 if narrow else 1e-3) * plain.std())
 
 
 def answer_targets(batch: Batch) -> torch.Tensor:
@@ -41,3 +100,26 @@ def answer_rows(batch: Batch) -> torch.Tensor:
     """(M,) row of each answer token."""
     mask = batch.answer_mask[:, 1:]
     return torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)[mask]
+
+
+class _AnswerLoss(torch.autograd.Function):
+    """Mean cross-entropy whose gradient, softmax − one-hot, overwrites what the forward pass saved."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        ctx.save_for_backward(log_p, targets)
+        ctx.dtype = logits.dtype
+        return -log_p.gather(1, targets[:, None]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        log_p, targets = ctx.saved_tensors
+        gradient = log_p.exp_()
+        gradient.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=gradient.dtype))
+        return gradient.mul_(grads[0] / len(targets)).to(ctx.dtype), None
+
+
+def answer_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood (nats per token) of targets (M,) under logits (M, V); backward once."""
+    return _AnswerLoss.apply(logits, targets)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,85 @@
+"""LoRA layers with fused arithmetic: the same numbers as PEFT's forward, a third fewer passes over memory.
+
+    y = x Wᵀ + s · (x Aᵀ) Bᵀ
+
+PEFT scales and adds the update in separate passes over the layer's output and saves each for the backward pass. Here
+both ride on the matrix products (``addmm`` with a factor). Gradients follow by hand, W being frozen:
+
+    z = x Aᵀ,  h = ḡ B:   x̄ = ḡ W + s h A,   Ā = s hᵀ x,   B̄ = s ḡᵀ z
+
+Legend of shapes: M tokens, I input features, O output features, R rank.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+
+class FusedLora(torch.autograd.Function):
+    """``linear(x, weight, bias) + scale * linear(linear(x, a), b)`` for x (M, I)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """(M, O) output."""
+        z = x @ a.T
+        ctx.save_for_backward(x, weight, a, b, z)
+        ctx.scale = scale
+        return linear(x, weight, bias).addmm_(z, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, a and b."""
+        (grad,) = grads
+        x, weight, a, b, z = ctx.saved_tensors
+        h = grad @ b
+        for_x = (grad @ weight).addmm_(h, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        return for_x, None, None, (h.T @ x).mul_(ctx.scale), (grad.T @ z).mul_(ctx.scale), None
+
+
+def fuse(model: torch.nn.Module) -> int:
+    """Give every plain LoRA layer of a PEFT model the fused forward; returns how many were fused.
+
+    Layers with dropout, DoRA, LoRA biases or a quantised base keep PEFT's own forward, and so do all layers under
+    autocast.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    fused = 0
+    for layer in model.modules():
+        if isinstance(layer, Linear) and _is_plain(layer):
+            layer.forward = _forward(layer, layer.forward)  # type: ignore[method-assign]
+            fused += 1
+    return fused
+
+
+def _is_plain(layer: Any) -> bool:
+    return (
+        type(layer.base_layer) is torch.nn.Linear
+        and not any(layer.use_dora.values())
+        and not any(layer.lora_bias.values())
+        and not layer.fan_in_fan_out
+        and all(isinstance(drop, torch.nn.Identity) for drop in layer.lora_dropout.values())
+    )
+
+
+def _forward(layer: Any, original: Any) -> Any:
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        active = layer.active_adapters
+        plain = len(active) == 1 and not (layer.merged or layer.disable_adapters or args or kwargs)
+        if not plain or torch.is_autocast_enabled(x.device.type):
+            return original(x, *args, **kwargs)
+        name, base = active[0], layer.base_layer
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        out = FusedLora.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling[name])
+        return out.reshape(*x.shape[:-1], -1)
+
+    return forward
