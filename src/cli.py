@@ -157,7 +157,7 @@ def start_logging() -> None:
 
 def is_first_process() -> bool:
     """False in the processes that a launcher (Lightning, torchrun, SLURM) started beside the first one."""
-    return all(int(os.environ.get(key, 0)) == 0 for key in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(key, "0") == "0" for key in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def quiet_libraries() -> None:

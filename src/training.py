@@ -37,7 +37,9 @@ RUN = "run"
 class TrainerCommand(LightningCLI):
     """One command of this project: fixed classes, an output directory, quiet and uniform Trainer defaults."""
 
-    def __init__(self, command: str, model: type[LightningModule], data: type[LightningDataModule], arguments: list[str]) -> None:
+    def __init__(
+        self, command: str, model: type[LightningModule], data: type[LightningDataModule], arguments: list[str]
+    ) -> None:
         self.command = command
         quiet_libraries()  # again: importing Lightning has reset its loggers
         keep_freed_memory()
@@ -70,11 +72,17 @@ class TrainerCommand(LightningCLI):
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an output that exists")
         if self.command in ("fit", "validate"):
             parser.add_argument(
-                "--ckpt_path", type=str | None, default=None, help="checkpoint of a run to go on from (fit) or to measure"
+                "--ckpt_path",
+                type=str | None,
+                default=None,
+                help="checkpoint of a run to go on from (fit) or to measure",
             )
         if self.command == "fit":
             parser.add_argument(
-                "--resume", type=bool, default=False, help="go on from the last checkpoint in the output, if there is one"
+                "--resume",
+                type=bool,
+                default=False,
+                help="go on from the last checkpoint in the output, if there is one",
             )
 
     def before_instantiate_classes(self) -> None:
@@ -84,18 +92,17 @@ class TrainerCommand(LightningCLI):
         self.output = Path(self.config.output)
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         check_output(self.output, overwrite=allowed)
+        self.config.trainer.default_root_dir = str(self.output)
+        if self.command == "fisher":
+            self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""
         config: Namespace = self.config
-        config.trainer.default_root_dir = str(self.output)
         if config.trainer.logger in (None, True):
             kwargs["logger"] = CSVLogger(str(self.output), name=RUN, version="")
-        if self.command in ("fisher",):
-            # Inference tensors cannot carry gradients.
-            config.trainer.inference_mode = False
         trainer = super().instantiate_trainer(**kwargs)
-        for callback in trainer.callbacks:
+        for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.output / RUN / "checkpoints")
         return trainer
@@ -143,7 +150,7 @@ def _last_checkpoint(command: TrainerCommand) -> str | None:
 
 def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, command: TrainerCommand) -> None:
     """Write the adapter of the best checkpoint (of the last step without one), with manifest and card."""
-    weights = _best_weights(trainer, module)
+    weights = _best_weights(trainer)
     if not trainer.is_global_zero:
         return
     loss = trainer.callback_metrics.get("val_loss")
@@ -166,7 +173,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     log.info("adapter written to %s (validation loss %.4f)", folder, manifest["val_loss"])
 
 
-def _best_weights(trainer: Trainer, module: ExpertModule) -> dict[str, torch.Tensor]:
+def _best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """LoRA weights of the best checkpoint, gathered from all shards."""
     best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), "")
     if best and Path(best).is_file():

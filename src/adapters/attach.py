@@ -44,7 +44,9 @@ def attach(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> list[Rem
         module = model.get_submodule(name)
         a, b = _adding(pair, next(module.parameters()))
 
-        def add(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
+        def add(
+            _: object, args: tuple[torch.Tensor, ...], out: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b
+        ) -> torch.Tensor:
             x = args[0]
             return out + linear(linear(x, a.to(x.dtype)), b.to(x.dtype))
 

@@ -89,7 +89,9 @@ def core_basis(adapters: Sequence[Mapping[str, LowRankPair]]) -> CoreBasis:
         spans = {name: _singular_vectors(pair) for name, pair in adapters[0].items()}
     else:
         stacked = weighted_sum(adapters, [1.0] * len(adapters))
-        spans = {name: (_column_space(pair.b.double()), _column_space(pair.a.double().T)) for name, pair in stacked.items()}
+        spans = {
+            name: (_column_space(pair.b.double()), _column_space(pair.a.double().T)) for name, pair in stacked.items()
+        }
     spans = {name: span for name, span in spans.items() if span[0].shape[1] and span[1].shape[1]}
     if not spans:
         raise ValueError("the adapters update no module: every delta is zero")

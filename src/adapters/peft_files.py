@@ -140,7 +140,13 @@ def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def write_adapter(
-    folder: Path, pairs: Mapping[str, LowRankPair], *, base: str, manifest: dict[str, Any], seen: frozenset[str], card: str
+    folder: Path,
+    pairs: Mapping[str, LowRankPair],
+    *,
+    base: str,
+    manifest: dict[str, Any],
+    seen: frozenset[str],
+    card: str,
 ) -> None:
     """Write pairs as a PEFT LoRA directory with scaling 1; ranks may differ between modules.
 
@@ -156,7 +162,7 @@ def write_adapter(
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_provenance(folder, manifest=manifest, seen=seen, card=card)
     config = lora_config({name: pair.rank for name, pair in sorted(pairs.items())}, base)
-    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def write_provenance(folder: Path, *, manifest: dict[str, Any], seen: frozenset[str], card: str) -> None:
@@ -167,7 +173,7 @@ def write_provenance(folder: Path, *, manifest: dict[str, Any], seen: frozenset[
         CARD: card,
     }
     for name, text in files.items():
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text + "\n", "utf-8") and None)  # type: ignore[misc]
+        write_atomically(folder / name, lambda path, text=text: path.write_text(text + "\n", "utf-8"))  # type: ignore[misc]
 
 
 def write_trained(folder: Path, config: Any, state: Mapping[str, torch.Tensor]) -> None:

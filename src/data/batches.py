@@ -7,6 +7,7 @@ the same padding: its numbers do not depend on the world size.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -37,6 +38,15 @@ class Batch:
         return Batch(
             self.index, self.ids.to(device), self.lengths.to(device), self.answer_starts.to(device), self.weight
         )
+
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """Parts of at most so many rows, each cut to its own longest row."""
+        for start in range(0, len(self.index), rows):
+            part = slice(start, start + rows)
+            width = int(self.lengths[part].max())
+            yield Batch(
+                self.index[part], self.ids[part, :width], self.lengths[part], self.answer_starts[part], self.weight
+            )
 
     @property
     def answer_mask(self) -> torch.Tensor:
@@ -125,9 +135,9 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
         return iter(mine)
 
     def __len__(self) -> int:
-        total = -(-len(self.lengths) // self.batch_size)
+        total = ceil(len(self.lengths) / self.batch_size)
         if self.even:
-            return -(-total // self.world_size)
+            return ceil(total / self.world_size)
         return len(range(self.rank, total, self.world_size))
 
 

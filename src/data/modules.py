@@ -45,7 +45,9 @@ class TokenizedData(LightningDataModule):
         before = self.encoder.truncated
         encoded = [self.encoder.encode(row) for row in rows]
         if cut := self.encoder.truncated - before:
-            log.warning("%s: %d of %d rows are longer than %d tokens and were cut", what, cut, len(rows), self.max_length)
+            log.warning(
+                "%s: %d of %d rows are longer than %d tokens and were cut", what, cut, len(rows), self.max_length
+            )
         return encoded
 
     def loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Batch]:
@@ -142,7 +144,7 @@ class CalibrationData(TokenizedData):
             self.encoded = {name: self.encode(rows, name) for name, rows in self.rows.items()}
 
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader per pass; every row exactly once, filled up with batches of weight 0 for equal numbers of steps."""
+        """One loader per pass; every row exactly once, filled up by batches of weight 0 to equal numbers of steps."""
         return [self.loader(rows, even=True) for rows in self.encoded.values()]
 
 

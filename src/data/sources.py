@@ -23,7 +23,7 @@ FIELDS = ("id", "prompt", "response", "category")
 
 @dataclass
 class RowSource:
-    """A set of rows.
+    r"""A set of rows.
 
     Args:
         path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name.
@@ -31,7 +31,7 @@ class RowSource:
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
         columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
-            ``{instruction}\\n\\n{input}``. Fields left out are read from the column of the same name.
+            ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name.
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         skip: Number of rows to leave out at the beginning, after shuffling.
@@ -126,7 +126,9 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             continue
         values = {name: _field(record, name, source, place) for name in FIELDS}
         if not values["prompt"]:
-            raise InputError(f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}")
+            raise InputError(
+                f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}"
+            )
         if remove is not None:
             values["response"] = remove.sub("", values["response"])
         if need_response and not values["response"]:

@@ -1,4 +1,4 @@
-"""The Fisher file: one safetensors file with the scores, the bases that define their coordinates, and the provenance."""
+"""The Fisher file: one safetensors file of scores, of the bases that define their coordinates, and of provenance."""
 
 import json
 from dataclasses import dataclass

@@ -81,5 +81,3 @@ class ScoreRecorder:
             out.register_hook(store)
 
         return record
-
-

@@ -38,7 +38,9 @@ class MergeMethod(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def patch(self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None) -> Patch:
+    def patch(
+        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
+    ) -> Patch:
         """Derive the patch.
 
         Args:

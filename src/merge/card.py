@@ -17,7 +17,8 @@ def _front(base: str, tags: list[str]) -> str:
 def merge_card(manifest: dict[str, Any]) -> str:
     """The card of a merged adapter, from its manifest."""
     experts = "\n".join(
-        f"| utility, weight {entry['weight']:g} | `{entry['path']}` | `{entry['sha256']}` |" for entry in manifest["utility"]
+        f"| utility, weight {entry['weight']:g} | `{entry['path']}` | `{entry['sha256']}` |"
+        for entry in manifest["utility"]
     )
     safety = manifest["safety"]
     settings = json.dumps(manifest["settings"])
@@ -46,8 +47,8 @@ def expert_card(manifest: dict[str, Any]) -> str:
     return f"""{_front(manifest["base"]["name"], ["sst-merge"])}
 # LoRA expert
 
-Trained by SST-Merge on `{manifest["base"]["name"]}`: rank {lora["rank"]}, alpha {lora["alpha"]:g}, loss on answer tokens
-only. Validation loss of the kept checkpoint: {manifest["val_loss"]:.4f} nats per token.
+Trained by SST-Merge on `{manifest["base"]["name"]}`: rank {lora["rank"]}, alpha {lora["alpha"]:g}, loss on
+answer tokens only. Validation loss of the kept checkpoint: {manifest["val_loss"]:.4f} nats per token.
 
 * Rows: {manifest["rows"]["train"]} for training, {manifest["rows"]["val"]} for the choice of the checkpoint
 * All provenance: `manifest.json`

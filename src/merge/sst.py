@@ -61,7 +61,9 @@ class Sst(MergeMethod):
         """SST with its filter."""
         return f"SST {self.filter}"
 
-    def patch(self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None) -> Patch:
+    def patch(
+        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
+    ) -> Patch:
         """Solve the pencil and filter the safety update.
 
         Raises:
@@ -72,7 +74,7 @@ class Sst(MergeMethod):
         outside = fisher.basis.residual(safety)
         if outside > OUTSIDE_TOLERANCE:
             raise InputError(
-                f"the Fisher files are of another safety adapter: {outside:.1%} of this one lies outside their core space"
+                f"the Fisher files are of another safety adapter: {outside:.1%} of this one lies outside their space"
             )
         whole = fisher.basis.coordinates(safety)
         system = self._solve(fisher.safety, fisher.utility)

@@ -1,6 +1,6 @@
 """The merge stage: adapters and Fisher files in, merged PEFT adapter out.
 
-    θ0 + ΔW_u + α · patch,   written as the exact concatenation of factors (rank r_u + rank of the patch)
+θ0 + ΔW_u + α · patch,   written as the exact concatenation of factors (rank r_u + rank of the patch)
 """
 
 import logging
@@ -78,7 +78,9 @@ def merge(
 def _fisher_pair(folder: str | None, experts: list[Adapter], safety: Adapter) -> tuple[FisherPair, set[str]]:
     """Both Fisher matrices, checked to belong to these adapters."""
     if folder is None:
-        raise InputError("this method needs both Fisher files: pass --fisher DIRECTORY (made by `python -m src fisher`)")
+        raise InputError(
+            "this method needs both Fisher files: pass --fisher DIRECTORY (made by `python -m src fisher`)"
+        )
     files = {name: load_fisher(Path(folder) / f"{name}.safetensors") for name in ("safety", "utility")}
     hashes = [expert.sha256 for expert in experts]
     for name, file in files.items():
@@ -87,10 +89,14 @@ def _fisher_pair(folder: str | None, experts: list[Adapter], safety: Adapter) ->
             raise InputError(f"{path}: holds the {file.record['pass']} pass; expected the {name} pass")
         check_base(safety, file.record["base"]["name"], file.record["base"]["fingerprint"], what=f"the base of {path}")
         if file.record["safety"]["sha256"] != safety.sha256:
-            raise InputError(f"{path}: measured for the safety adapter {file.record['safety']['path']}, not {safety.name}")
+            raise InputError(
+                f"{path}: measured for the safety adapter {file.record['safety']['path']}, not {safety.name}"
+            )
         if [entry["sha256"] for entry in file.record["utility"]] != hashes:
             names = ", ".join(entry["path"] for entry in file.record["utility"])
-            raise InputError(f"{path}: measured at the utility adapters {names}; those of this merge have other weights")
+            raise InputError(
+                f"{path}: measured at the utility adapters {names}; those of this merge have other weights"
+            )
     one, two = files["safety"], files["utility"]
     if one.record["basis_sha256"] != two.record["basis_sha256"]:
         raise InputError(f"{folder}: the two Fisher files use different coordinates; measure both in one run")

@@ -9,6 +9,8 @@ from src.merge.base import FisherPair, MergeMethod, Patch
 class TaskArithmetic(MergeMethod):
     """Add the whole safety update: ``θ0 + ΔW_u + α ΔW_s`` (task arithmetic, 2212.04089)."""
 
-    def patch(self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None) -> Patch:
+    def patch(
+        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
+    ) -> Patch:
         """The safety update itself."""
         return Patch(dict(safety))

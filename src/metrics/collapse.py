@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 MIN_WORDS = 12
 """An answer shorter than this many words is never called repeating."""
@@ -21,7 +22,7 @@ def is_collapsed(answer: str) -> bool:
         return False
     runs = 1
     longest = 1
-    for before, word in zip(words, words[1:], strict=False):
+    for before, word in pairwise(words):
         runs = runs + 1 if word == before else 1
         longest = max(longest, runs)
     return longest >= 6 or len(Counter(words)) / len(words) < 1 / 3

@@ -19,7 +19,9 @@ REFUSAL_OPENINGS = (
     r"(?:that is|that's|this is|it is|it's) (?:not )?something (?:that )?i (?:can(?:'t|not)|won't|will not)",
 )
 # An apology that goes on to a correction or an answer is not a refusal: it must reach a refusing verb soon.
-APOLOGY = re.compile(r"^(?:i(?:'m| am) (?:so |very |truly |really |deeply )?(?:sorry|afraid)\b|sorry\b|(?:my |i )?apolog)")
+APOLOGY = re.compile(
+    r"^(?:i(?:'m| am) (?:so |very |truly |really |deeply )?(?:sorry|afraid)\b|sorry\b|(?:my |i )?apolog)"
+)
 REFUSING = re.compile(
     r"\b(?:can(?:'t|not| not)|could(?:n't| not)|won't|will not|would(?:n't| not)|unable|not able|decline|refuse"
     r"|not going to|not comfortable|not something|don't feel|do not feel|not allowed|not permitted|must not)\b"

@@ -30,7 +30,7 @@ from src.metrics.exact import is_exact
 from src.metrics.refusal import is_refusal
 from src.models.base import BaseSpec, fingerprint, load_model
 from src.models.generation import greedy
-from src.models.logits import answer_logits, answer_rows, answer_targets
+from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
 from src.provenance import versions
@@ -83,6 +83,8 @@ class EvaluationModule(LightningModule):
         self.settings: dict[str, Any] = {}
         self.model: Any = None
         self.base_fingerprint = ""
+        self._modes: dict[str, str] = {}
+        self._can_pack: bool | None = None
         self.counters = torch.nn.ModuleDict()
         self._at: AbstractContextManager[None] | None = None
         self._records: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -95,7 +97,8 @@ class EvaluationModule(LightningModule):
         """Load the base, check every adapter against it, shard where the strategy asks for it."""
         if self.model is not None:
             return
-        choose_matmul(self.matmul, max_error=self.max_matmul_error)
+        for use, rows in (("score", 512), ("decode", 64)):
+            self._modes[use] = choose_matmul(self.matmul, max_error=self.max_matmul_error, rows=rows)
         self.model = load_model(self.base)
         self.base_fingerprint = fingerprint(self.model)
         for adapter in self.models.values():
@@ -172,6 +175,7 @@ class EvaluationModule(LightningModule):
 
     def _answers(self, batch: Batch, suite: Suite) -> list[str]:
         encoder = self._data.encoder
+        torch.set_float32_matmul_precision(self._modes["decode"])
         tokens = greedy(
             self.model,
             batch,
@@ -191,7 +195,7 @@ class EvaluationModule(LightningModule):
         records: list[dict[str, Any]],
     ) -> None:
         references = [row.row.response for row in rows]
-        for key, counter in counters.items():
+        for counter in counters.values():
             if isinstance(counter, ExactMatch):
                 counter.update(answers, references)
             elif isinstance(counter, RefusalRate | CollapseRate):
@@ -202,21 +206,26 @@ class EvaluationModule(LightningModule):
                 record["exact"] = is_exact(answer, reference, suite.answer)
 
     def _score(self, batch: Batch, counters: dict[str, Metric], records: list[dict[str, Any]]) -> None:
-        logits = answer_logits(self.model, batch).double().log_softmax(-1)
-        nll = -logits.gather(1, answer_targets(batch)[:, None]).squeeze(1)
-        owners = answer_rows(batch)
-        per_row = torch.zeros(len(batch.index), dtype=torch.float64, device=nll.device).index_add_(0, owners, nll)
-        tokens = torch.bincount(owners, minlength=len(batch.index))
-        counters["perplexity"].update(per_row, tokens)
-        for record, value, count in zip(records, per_row.tolist(), tokens.tolist(), strict=True):
+        torch.set_float32_matmul_precision(self._modes["score"])
+        nll, tokens = answer_nll(self.model, batch, pack=self._packs(batch))
+        counters["perplexity"].update(nll, tokens)
+        for record, value, count in zip(records, nll.tolist(), tokens.tolist(), strict=True):
             record |= {"nll": value, "tokens": count}
+
+    def _packs(self, batch: Batch) -> bool:
+        """Whether to pack; tried out once per run."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return False
+        if self._can_pack is None:
+            first = next(batch.split(SCORED_TOGETHER))
+            if first.common_prefix:
+                self._can_pack = can_pack(self.model, first)
+        return bool(self._can_pack)
 
     def on_test_epoch_end(self) -> None:
         """Bring the processes together: metrics to ``metrics.json``, answers to ``answers/MODEL/SUITE.jsonl``."""
         self._leave()
-        results = [
-            self._result(index, name, adapter) for index, (name, adapter) in enumerate(self.models.items())
-        ]
+        results = [self._result(index, name, adapter) for index, (name, adapter) in enumerate(self.models.items())]
         self._write_records()
         if self.trainer.is_global_zero:
             record = {
@@ -264,14 +273,16 @@ class EvaluationModule(LightningModule):
     def _write_suite(self, name: str, suite: Suite, records: list[dict[str, Any]]) -> None:
         rows = self._data.rows[suite.name]
         if [record["index"] for record in records] != list(range(len(rows))):
-            raise RuntimeError(f"{name}, {suite.name}: {len(records)} results for {len(rows)} rows; each must occur once")
+            raise RuntimeError(
+                f"{name}, {suite.name}: {len(records)} results for {len(rows)} rows; each must occur once"
+            )
         lines = []
         for row, record in zip(rows, records, strict=True):
             known = {"id": row.id, "prompt_hash": row.prompt_hash, "category": row.category, "prompt": row.prompt}
             rest = {key: value for key, value in record.items() if key != "index"}
             lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
         path = self.output / "answers" / name / f"{suite.name}.jsonl"
-        write_atomically(path, lambda temporary: temporary.write_text("".join(lines), "utf-8") and None)
+        write_atomically(path, lambda temporary: temporary.write_text("".join(lines), "utf-8"))
 
 
 def _counters(suite: Suite) -> dict[str, Metric]:

@@ -1,6 +1,6 @@
 """The module that trains a LoRA expert: loss on answer tokens only, logits computed only there.
 
-    loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
+loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
 """
 
 import logging

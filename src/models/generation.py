@@ -1,4 +1,4 @@
-"""Batched greedy decoding of the prompts of a batch."""
+"""Batched greedy decoding: the prompts' common beginning is computed once, finished rows leave the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
+
+COMPACT_BELOW = 0.75
+"""The batch is shrunk to its unfinished rows once they are fewer than this share of it."""
 
 
 def left_padded_prompts(batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +22,7 @@ def left_padded_prompts(batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.
 
 
 def greedy(
-    model: Any, batch: Batch, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int, sharded: bool
+    model: Any, batch: Batch, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int, sharded: bool = False
 ) -> list[list[int]]:
     """Tokens of N greedy answers, up to and without the first stop token.
 
@@ -31,18 +34,65 @@ def greedy(
         pad_id: Padding token.
         sharded: Whether other processes hold parts of the weights: then all go on until the last has finished.
     """
+    if sharded:
+        return _greedy_in_step(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id)
+    ids, mask, cache = _prefill_inputs(model, batch, pad_id)
+    stops = torch.tensor(list(stop_ids), device=ids.device)
+    answers: list[list[int]] = [[] for _ in range(len(batch.ids))]
+    rows = torch.arange(len(batch.ids), device=ids.device)
+    live = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+    position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position.clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, token = out.past_key_values, out.logits[:, -1].argmax(-1)
+        live &= ~torch.isin(token, stops)
+        for row, value, going in zip(rows.tolist(), token.tolist(), live.tolist(), strict=True):
+            if going:
+                answers[row].append(value)
+        if not live.any():
+            break
+        position, mask = position[:, -1:] + 1, torch.nn.functional.pad(mask, (0, 1), value=1)
+        if live.sum() < COMPACT_BELOW * len(live):
+            kept = live.nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            rows, token, position, mask, live = (x[kept] for x in (rows, token, position, mask, live))
+        ids = token[:, None]
+    return answers
+
+
+def _prefill_inputs(model: Any, batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Prompts without their common beginning, the mask over both, and the cache of the beginning."""
+    ids, mask = left_padded_prompts(batch, pad_id)
+    start = batch.common_prefix
+    if not start or not hasattr(model, "get_decoder"):
+        return ids, mask, None
+    cache = model.get_decoder()(input_ids=batch.ids[:1, :start], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    # The rest of each prompt, padded on the left again: the beginning now stands before the padding.
+    rest = Batch(batch.index, batch.ids[:, start:], batch.lengths - start, batch.answer_starts - start)
+    ids, rest_mask = left_padded_prompts(rest, pad_id)
+    return ids, torch.nn.functional.pad(rest_mask, (start, 0), value=1), cache
+
+
+def _greedy_in_step(
+    model: Any, batch: Batch, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int
+) -> list[list[int]]:
     prompts, mask = left_padded_prompts(batch, pad_id)
     out = model.generate(
         input_ids=prompts,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         eos_token_id=list(stop_ids),
         pad_token_id=pad_id,
-        synced_gpus=sharded,
+        synced_gpus=True,
     )
     return [_until_stop(row, stop_ids) for row in out[:, prompts.shape[1] :].tolist()]
 

@@ -10,7 +10,6 @@ import torch
 
 from src.data.batches import Batch
 
-
 PACKED_TOKENS = 4096
 """Longest packed sequence: its attention is dense."""
 
@@ -102,12 +101,33 @@ def answer_rows(batch: Batch) -> torch.Tensor:
     return torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)[mask]
 
 
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+SCORED_TOGETHER = 8
+"""Rows whose reference answers are scored in one forward pass: bounds the memory of their logits."""
+
+
+def answer_nll(model: Any, batch: Batch, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood (N,) in nats, float64, of each row's answer, and its number of tokens (N,)."""
+    sums, counts = [], []
+    for part in batch.split(SCORED_TOGETHER):
+        log_p = _widened(answer_logits(model, part, pack=pack)).log_softmax(-1)
+        nll = -log_p.gather(1, answer_targets(part)[:, None]).squeeze(1).double()
+        owners, rows = answer_rows(part), len(part.index)
+        sums.append(torch.zeros(rows, dtype=torch.float64, device=nll.device).index_add_(0, owners, nll))
+        counts.append(torch.bincount(owners, minlength=rows))
+    return torch.cat(sums), torch.cat(counts)
+
+
 class _AnswerLoss(torch.autograd.Function):
     """Mean cross-entropy whose gradient, softmax − one-hot, overwrites what the forward pass saved."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_p = _widened(logits).log_softmax(-1)
         ctx.save_for_backward(log_p, targets)
         ctx.dtype = logits.dtype
         return -log_p.gather(1, targets[:, None]).mean()

