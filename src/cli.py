@@ -42,6 +42,10 @@ CHATTER = (
     ".*LightningCLI's args parameter is intended.*",
     ".*is_gradient_checkpointing.*",
     ".*treespec, LeafSpec.*",
+    ".*The dirpath has changed from.*",
+    ".*director.* exists and is not empty.*",
+    ".*predict returned None.*",
+    ".*ModelParallelStrategy.*experimental.*",
     ".*GPU available but not used.*",
     ".*across ranks is zero. Please make sure this was your intention.*",
 )

@@ -28,5 +28,5 @@ def run_function(function: Callable[..., None], name: str, summary: str, argumen
     parser.add_function_arguments(function, fail_untyped=True)
     config: Any = parser.parse_args(arguments)
     config.pop("config", None)
-    ready = parser.instantiate_classes(config)
+    ready = parser.instantiate(config)
     function(**ready.as_dict() if hasattr(ready, "as_dict") else vars(ready))

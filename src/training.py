@@ -92,9 +92,29 @@ class TrainerCommand(LightningCLI):
         self.output = Path(self.config.output)
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         check_output(self.output, overwrite=allowed)
+        if is_first_process():
+            self._clear_run()
         self.config.trainer.default_root_dir = str(self.output)
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
+
+    def _clear_run(self) -> None:
+        """Make room for the Trainer's files: a run that goes on keeps its checkpoints and sets its metrics aside."""
+        run = self.output / RUN
+        if self.checkpoint is None:
+            shutil.rmtree(run, ignore_errors=True)
+        elif (run / "metrics.csv").exists():
+            before = len(list(run.glob("metrics.before-*.csv")))
+            (run / "metrics.csv").rename(run / f"metrics.before-{before}.csv")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint to go on from: the one named, or with ``--resume`` the last one of the output."""
+        named: str | None = self.config.get("ckpt_path")
+        last = self.output / RUN / "checkpoints" / "last.ckpt"
+        if named is None and self.config.get("resume") and last.is_file():
+            return str(last)
+        return named
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""
@@ -131,21 +151,13 @@ def fit(arguments: list[str]) -> None:
     """Train an expert and write the adapter of its best checkpoint."""
     command = TrainerCommand("fit", ExpertModule, ExpertData, arguments)
     data, trainer, module = command.prepare(), command.trainer, command.model
-    checkpoint = command.config.ckpt_path or _last_checkpoint(command)
-    if checkpoint is None and trainer.is_global_zero:
-        shutil.rmtree(command.output / RUN, ignore_errors=True)
+    checkpoint = command.checkpoint
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
     save_expert(trainer, module, data, command)  # type: ignore[arg-type]
-
-
-def _last_checkpoint(command: TrainerCommand) -> str | None:
-    path = command.output / RUN / "checkpoints" / "last.ckpt"
-    if command.config.resume and path.is_file():
-        log.info("going on from %s", path)
-        return str(path)
-    return None
 
 
 def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, command: TrainerCommand) -> None:
@@ -155,6 +167,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         return
     loss = trainer.callback_metrics.get("val_loss")
     best = next((c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    measured = loss if best is None else best
     settings = command.settings
     manifest = {
         "kind": "expert",
@@ -163,14 +176,15 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "settings": {"lora": vars(module.lora)} | settings,
         "rows": {split: len(rows) for split, rows in data.rows.items()},
         "steps": trainer.global_step,
-        "val_loss": float(best if best is not None else loss if loss is not None else "nan"),
+        "val_loss": None if measured is None else float(measured),
         "versions": versions(),
     }
     folder = command.output
     (folder / CONFIG).unlink(missing_ok=True)
     write_provenance(folder, manifest=manifest, seen=data.seen, card=expert_card(manifest))
     module.write_adapter(folder, weights)
-    log.info("adapter written to %s (validation loss %.4f)", folder, manifest["val_loss"])
+    found = "not measured" if measured is None else f"{float(measured):.4f}"
+    log.info("adapter written to %s (validation loss %s)", folder, found)
 
 
 def _best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

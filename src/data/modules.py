@@ -207,8 +207,8 @@ class EvaluationData(TokenizedData):
             self.encoded = {name: self.encode(rows, name) for name, rows in self.rows.items()}
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """For each model each suite, every row exactly once over all processes."""
-        once = [self.loader(self.encoded[suite.name], by_prompt=suite.generate) for suite in self.suites]
+        """For each model each suite; every row once over all processes, filled up by batches of weight 0."""
+        once = [self.loader(self.encoded[suite.name], even=True, by_prompt=suite.generate) for suite in self.suites]
         return once * self.models
 
     def predict_dataloader(self) -> list[DataLoader[Batch]]:

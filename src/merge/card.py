@@ -44,11 +44,12 @@ The licences of the base model, the adapters and their data apply to this adapte
 def expert_card(manifest: dict[str, Any]) -> str:
     """The card of a trained expert, from its manifest."""
     lora = manifest["settings"]["lora"]
+    loss = "not measured" if manifest["val_loss"] is None else f"{manifest['val_loss']:.4f} nats per token"
     return f"""{_front(manifest["base"]["name"], ["sst-merge"])}
 # LoRA expert
 
 Trained by SST-Merge on `{manifest["base"]["name"]}`: rank {lora["rank"]}, alpha {lora["alpha"]:g}, loss on
-answer tokens only. Validation loss of the kept checkpoint: {manifest["val_loss"]:.4f} nats per token.
+answer tokens only. Validation loss of the kept checkpoint: {loss}.
 
 * Rows: {manifest["rows"]["train"]} for training, {manifest["rows"]["val"]} for the choice of the checkpoint
 * All provenance: `manifest.json`

@@ -154,21 +154,37 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer and score a batch; no collective operation happens here."""
         name, suite, counters, _ = self._place(dataloader_idx)
-        rows = self._rows(suite, batch)
+        if not batch.weight and not self._sharded:
+            return
         records: list[dict[str, Any]] = [{"index": i} for i in batch.index.tolist()]
         if suite.generate:
             answers = self._answers(batch, suite)
-            self._count(suite, counters, rows, answers, records)
-        if all(row.row.response for row in rows):
+            if batch.weight:
+                self._count(suite, counters, self._rows(suite, batch), answers, records)
+        if self._scored(suite):
             self._score(batch, counters, records)
-        self._records.setdefault((name, suite.name), []).extend(records)
+        if batch.weight:
+            self._records.setdefault((name, suite.name), []).extend(records)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer a batch, without counting anything."""
         name, suite, _, _ = self._place(dataloader_idx)
+        if not batch.weight and not self._sharded:
+            return
         answers = self._answers(batch, suite)
+        if not batch.weight:
+            return
         records = [{"index": i, "answer": answer} for i, answer in zip(batch.index.tolist(), answers, strict=True)]
         self._records.setdefault((name, suite.name), []).extend(records)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether other processes hold parts of the weights."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _scored(self, suite: Suite) -> bool:
+        """Whether every row of the suite has a reference answer."""
+        return all(row.response for row in self._data.rows[suite.name])
 
     def _rows(self, suite: Suite, batch: Batch) -> list[Encoded]:
         return [self._data.encoded[suite.name][i] for i in batch.index.tolist()]
@@ -182,7 +198,7 @@ class EvaluationModule(LightningModule):
             max_new_tokens=suite.max_new_tokens,
             stop_ids=encoder.stop_ids,
             pad_id=encoder.tokenizer.pad_token_id,
-            sharded=isinstance(self.trainer.strategy, ModelParallelStrategy),
+            sharded=self._sharded,
         )
         return [encoder.decode(answer) for answer in tokens]
 
@@ -207,14 +223,18 @@ class EvaluationModule(LightningModule):
 
     def _score(self, batch: Batch, counters: dict[str, Metric], records: list[dict[str, Any]]) -> None:
         torch.set_float32_matmul_precision(self._modes["score"])
-        nll, tokens = answer_nll(self.model, batch, pack=self._packs(batch))
+        # Under sharding every process makes the same number of passes, whatever the sizes of its batches.
+        together = len(batch.index) if self._sharded else SCORED_TOGETHER
+        nll, tokens = answer_nll(self.model, batch, pack=self._packs(batch), together=together)
+        if not batch.weight:
+            return
         counters["perplexity"].update(nll, tokens)
         for record, value, count in zip(records, nll.tolist(), tokens.tolist(), strict=True):
             record |= {"nll": value, "tokens": count}
 
     def _packs(self, batch: Batch) -> bool:
         """Whether to pack; tried out once per run."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._sharded:
             return False
         if self._can_pack is None:
             first = next(batch.split(SCORED_TOGETHER))
@@ -247,7 +267,7 @@ class EvaluationModule(LightningModule):
         suites = {}
         for number, suite in enumerate(self._data.suites):
             counters: Any = self.counters[f"{index}_{number}"]
-            scored = all(row.response for row in self._data.rows[suite.name])
+            scored = self._scored(suite)
             suites[suite.name] = {"kind": suite.kind} | {
                 key: counter.summary() for key, counter in counters.items() if key != "perplexity" or scored
             }

@@ -27,7 +27,7 @@ from src.fisher.labels import Labels, draw_labels
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.scores import ScoreRecorder
 from src.models.base import BaseSpec, fingerprint, load_model
-from src.models.logits import answer_logits, answer_rows, answer_targets
+from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
 from src.provenance import versions
@@ -144,9 +144,8 @@ class FisherModule(LightningModule):
 
     def scores(self, batch: Batch, ids: list[str]) -> torch.Tensor:
         """(N, draws, D) scores of N rows, scaled by 1/√draws."""
-        embeddings = self.model.get_input_embeddings()(batch.ids).detach().requires_grad_()
-        with self._recorder.recording():
-            logits = answer_logits(self.model, batch, inputs_embeds=embeddings)
+        with self._recorder.recording(), leaf_embeddings(self.model) as leaves:
+            logits = answer_logits(self.model, batch)
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             drawn = []
             for draw in range(self.draws):
@@ -155,7 +154,7 @@ class FisherModule(LightningModule):
                 else:
                     labels = draw_labels(logits, answer_rows(batch), ids, seed=self.seed, draw=draw)
                 total = log_p.gather(1, labels[:, None]).sum()
-                torch.autograd.grad(total, embeddings, retain_graph=draw + 1 < self.draws)
+                torch.autograd.grad(total, leaves[0], retain_graph=draw + 1 < self.draws)
                 drawn.append(self._recorder.take())
         return torch.stack(drawn, dim=1) / self.draws**0.5
 

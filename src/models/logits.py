@@ -4,6 +4,8 @@ The vocabulary is a quarter of a small model's arithmetic. A hook in front of th
 states, so whatever the model does after that layer (soft-capping, scaling) still happens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +16,7 @@ PACKED_TOKENS = 4096
 """Longest packed sequence: its attention is dense."""
 
 
-def answer_logits(
-    model: Any, batch: Batch, *, inputs_embeds: torch.Tensor | None = None, pack: bool = False
-) -> torch.Tensor:
+def answer_logits(model: Any, batch: Batch, *, pack: bool = False) -> torch.Tensor:
     """Logits (M, V) that predict the M answer tokens of the batch, in row-major order.
 
     Rows are padded on the right and the model is causal, so real tokens never see padding and no mask is needed.
@@ -24,14 +24,13 @@ def answer_logits(
     Args:
         model: A transformers causal language model, possibly wrapped by PEFT.
         batch: N rows, T tokens.
-        inputs_embeds: (N, T, H) embeddings to use in place of the ids (they may require gradients).
         pack: Put the rows one after another behind the tokens that all begin with (a chat template's system prompt),
             see :func:`packed`. The same function, gradients included, of fewer tokens.
     """
-    if pack and inputs_embeds is None and batch.common_prefix:
+    if pack and batch.common_prefix:
         given, chosen = packed(batch, next(model.parameters()).dtype)
     else:
-        given = {"input_ids": batch.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        given = {"input_ids": batch.ids}
         chosen = torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
 
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -43,6 +42,22 @@ def answer_logits(
     finally:
         handle.remove()
     return logits
+
+
+@contextmanager
+def leaf_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Let the backward pass of a frozen model end at its embeddings: each forward pass appends them to the list."""
+    leaves: list[torch.Tensor] = []
+
+    def detach(_: torch.nn.Module, __: object, out: torch.Tensor) -> torch.Tensor:
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(detach)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
 
 
 def packed(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -110,10 +125,12 @@ SCORED_TOGETHER = 8
 """Rows whose reference answers are scored in one forward pass: bounds the memory of their logits."""
 
 
-def answer_nll(model: Any, batch: Batch, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_nll(
+    model: Any, batch: Batch, *, pack: bool, together: int = SCORED_TOGETHER
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood (N,) in nats, float64, of each row's answer, and its number of tokens (N,)."""
     sums, counts = [], []
-    for part in batch.split(SCORED_TOGETHER):
+    for part in batch.split(together):
         log_p = _widened(answer_logits(model, part, pack=pack)).log_softmax(-1)
         nll = -log_p.gather(1, answer_targets(part)[:, None]).squeeze(1).double()
         owners, rows = answer_rows(part), len(part.index)

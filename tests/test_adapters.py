@@ -1,0 +1,175 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from src.adapters.basis import core_basis
+from src.adapters.checks import check_compatible, same_base_name
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_files import read_adapter, write_adapter
+from src.errors import InputError
+from tests.tiny import make_model, random_pairs
+
+IDS = torch.arange(10)[None]
+
+
+def save_peft(folder, **options):
+    torch.manual_seed(4)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+    peft = get_peft_model(make_model(dtype=torch.float32), config)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(folder)
+    return peft.eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 9}},
+        {"target_modules": ["q_proj", "down_proj"]},
+    ],
+)
+def test_reading_gives_pefts_delta(tmp_path, options):
+    peft = save_peft(tmp_path, **options)
+    pairs = read_adapter(tmp_path).pairs
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in peft.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    assert set(pairs) == set(layers)
+    for name, pair in pairs.items():
+        torch.testing.assert_close(pair.dense().float(), layers[name].get_delta_weight("default"))
+
+
+def test_written_adapters_load_in_peft_with_the_same_logits(tmp_path):
+    model = make_model()
+    pairs = random_pairs(model, 3, 1)
+    names = list(pairs)
+    pairs[names[0]] = weighted_sum([{"x": pairs[names[0]]}, {"x": pairs[names[0]]}], [1.0, 0.5])["x"]
+    del pairs[names[3]]
+    write_adapter(tmp_path / "a", pairs, base="tiny", manifest={}, seen=frozenset({"b", "a"}), card="card")
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "a")).double()
+    for name, pair in pairs.items():
+        model.get_submodule(name).weight += pair.dense()
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-6)
+    again = read_adapter(tmp_path / "a")
+    assert again.seen == {"a", "b"}
+    for name, pair in pairs.items():
+        torch.testing.assert_close(again.pairs[name].dense(), pair.dense())
+
+
+def test_writing_is_byte_identical(tmp_path):
+    pairs = random_pairs(make_model(), 2, 1)
+    shuffled = dict(reversed(pairs.items()))
+    for folder, given in (("a", pairs), ("b", shuffled)):
+        write_adapter(tmp_path / folder, given, base="t", manifest={}, seen=frozenset(), card="c")
+    assert read_adapter(tmp_path / "a").sha256 == read_adapter(tmp_path / "b").sha256
+
+
+def test_weighted_sum_equals_dense(model):
+    one, two = random_pairs(model, 2, 1), random_pairs(model, 3, 2)
+    missing = list(two)[0]
+    del two[missing]
+    total = weighted_sum([one, two], [0.5, -2.0])
+    torch.testing.assert_close(total[missing].dense(), 0.5 * one[missing].dense())
+    for name in two:
+        torch.testing.assert_close(total[name].dense(), 0.5 * one[name].dense() - 2 * two[name].dense())
+
+
+@pytest.mark.parametrize("union", [False, True])
+def test_the_core_space_holds_its_adapters_exactly(model, union):
+    adapters = [random_pairs(model, 2, 1), random_pairs(model, 3, 2)]
+    core = core_basis(adapters if union else adapters[:1])
+    for pairs in adapters if union else adapters[:1]:
+        assert core.residual(pairs) < 1e-6
+        patch = core.patch(core.coordinates(pairs))
+        for name, pair in pairs.items():
+            torch.testing.assert_close(patch[name].dense(), pair.dense())
+    if not union:
+        assert core.residual(adapters[1]) > 0.5
+        assert core.dim == 14 * 2 * 2
+
+
+def test_the_core_space_does_not_depend_on_the_factors(model):
+    pairs = random_pairs(model, 3, 1)
+    turned = {n: LowRankPair(torch.linalg.inv(q) @ p.a.double(), p.b.double() @ q) for n, p, q in turns(pairs)}
+    one, two = core_basis([pairs]), core_basis([turned])
+    for name in pairs:
+        torch.testing.assert_close(one.u[name] @ one.u[name].T, two.u[name] @ two.u[name].T)
+
+
+def turns(pairs):
+    draw = torch.Generator().manual_seed(9)
+    return [(n, p, torch.randn(p.rank, p.rank, generator=draw, dtype=torch.float64)) for n, p in pairs.items()]
+
+
+def test_zero_and_rank_deficient_updates_drop_directions(model):
+    pairs = random_pairs(model, 3, 1)
+    first, second = list(pairs)[:2]
+    pairs[first] = pairs[first].scaled(0.0)
+    b = pairs[second].b.clone()
+    b[:, 2] = b[:, 1]
+    a = pairs[second].a.clone()
+    a[2] = a[1]
+    pairs[second] = LowRankPair(a, b)
+    core = core_basis([pairs])
+    assert first not in core.u
+    assert core.shapes[second] == (2, 2)
+    with pytest.raises(ValueError, match="every delta is zero"):
+        core_basis([{first: pairs[first]}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "LoRA biases"),
+        ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
+        ({"bias": "all"}, "trained biases"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ],
+)
+def test_what_low_rank_pairs_cannot_express_is_refused(adapters, tmp_path, change, message):
+    folder = shutil.copytree(adapters["safety"], tmp_path / "copy")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        read_adapter(folder)
+
+
+def test_broken_adapters_are_named(adapters, tmp_path):
+    with pytest.raises(InputError, match="no such directory"):
+        read_adapter(tmp_path / "nowhere" / "at" / "all")
+    folder = shutil.copytree(adapters["safety"], tmp_path / "copy")
+    (folder / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="not a readable safetensors"):
+        read_adapter(folder)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_adapter(folder)
+
+
+def test_incompatible_adapters_are_named(adapters, tmp_path):
+    safety = read_adapter(adapters["safety"])
+    other = {"model.layers.9.x": LowRankPair(torch.ones(1, 2), torch.ones(2, 1))}
+    write_adapter(tmp_path / "o", other, base=safety.base, manifest={}, seen=frozenset(), card="c")
+    with pytest.raises(InputError, match="no module in common"):
+        check_compatible([safety, read_adapter(tmp_path / "o")])
+    write_adapter(tmp_path / "p", safety.pairs, base="other/base", manifest={}, seen=frozenset(), card="c")
+    with pytest.raises(InputError, match="trained on the base 'other/base'"):
+        check_compatible([safety, read_adapter(tmp_path / "p")])
+
+
+def test_base_names_may_differ_as_hub_id_and_directory(tmp_path):
+    (tmp_path / "Mistral-7B-v0.1").mkdir()
+    assert same_base_name("mistralai/Mistral-7B-v0.1", str(tmp_path / "Mistral-7B-v0.1"))
+    assert not same_base_name("mistralai/Mistral-7B-v0.1", "meta/Mistral-7B-v0.1")

@@ -1,0 +1,208 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.cli import COMMANDS, main, resolve_names
+from src.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = ["--trainer", "cpu.yaml", "--trainer.enable_progress_bar", "false"]
+
+
+def fails(arguments, capsys):
+    """Run a command that must stop; returns its one error line."""
+    code = main(arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, summary in COMMANDS.items():
+        assert f"{name}" in text
+        assert summary in text
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_of_a_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python -m src {command}" in text
+    assert "default:" in text
+
+
+@pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*.yaml")))
+@pytest.mark.parametrize("hardware", ["cpu.yaml", "ddp_sim.yaml", "fsdp_sim.yaml"])
+def test_every_config_parses_with_every_hardware_file(path, hardware, capsys):
+    command = {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}.get(Path(path).stem, Path(path).stem)
+    trainer = [] if command in ("merge", "report") else ["--trainer", hardware]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--config", path, *trainer, "--print_config"])
+    assert stop.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(Path(path).read_text())
+    assert set(given) <= set(resolved)
+
+
+def test_hardware_files_hold_hardware_only():
+    for path in ROOT.glob("trainers/*.yaml"):
+        allowed = {"accelerator", "devices", "strategy", "precision", "num_nodes"}
+        assert set(yaml.safe_load(path.read_text())) <= allowed, path
+
+
+def test_names_are_found_as_given_then_in_their_folder(tmp_path, monkeypatch):
+    assert resolve_names(["--config", "expert.yaml", "--trainer=ddp.yaml"]) == [
+        "--config",
+        "configs/expert.yaml",
+        "--trainer=trainers/ddp.yaml",
+    ]
+    (tmp_path / "expert.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_names(["--config", "expert.yaml"]) == ["--config", "expert.yaml"]
+    with pytest.raises(InputError, match=r"--config nowhere.yaml: no such file here or under configs/"):
+        resolve_names(["--config", "nowhere.yaml"])
+
+
+def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):
+    assert "unknown command 'fitt'" in fails(["fitt"], capsys)
+    assert "colour" in fails(["merge", "--colour", "red"], capsys)
+    config = tmp_path / "c.yaml"
+    config.write_text("output: x\nmodel:\n  bace:\n    name: x\ndata:\n  train: a.jsonl\n  val: b.jsonl\n")
+    assert "bace" in fails(["fit", "--config", str(config)], capsys)
+    config.write_text("a: [")
+    fails(["fit", "--config", str(config)], capsys)
+    fails(["fit", "--config", "expert.yaml", "--model.lora.rank", "high"], capsys)
+
+
+def base_flags(base):
+    return ["--model.base.name", str(base), "--model.base.dtype", "float64", *TRAINER]
+
+
+def fit_arguments(base, rows, output, *more):
+    data = ["--data.train", str(rows["task"]), "--data.val", str(rows["val"])]
+    return ["fit", "--config", "expert.yaml", *base_flags(base), *data, "--output", str(output), *more]
+
+
+def test_bad_rows_stop_before_anything_is_written(base, rows, tmp_path, capsys):
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    given = fit_arguments(base, {"task": broken, "val": rows["val"]}, tmp_path / "out")
+    assert f"{broken}:2: the row has no answer" in fails(given, capsys)
+    given = fit_arguments(base, {"task": tmp_path / "no.jsonl", "val": rows["val"]}, tmp_path / "out")
+    assert "no.jsonl: no such file" in fails(given, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.lora.rank", "0"], "rank 0"),
+        (["--model.warmup", "1.5"], "model.warmup is 1.5"),
+        (["--model.lora.targets", "nonsense"], "lora.targets nonsense"),
+        (["--data.batch_size", "0"], "data.batch_size is 0"),
+    ],
+)
+def test_fit_settings_out_of_range_are_one_line(base, rows, tmp_path, capsys, flags, message):
+    assert message in fails(fit_arguments(base, rows, tmp_path / "out", *flags), capsys)
+
+
+def test_merge_errors_are_one_line(adapters, tmp_path, capsys):
+    given = ["merge", "--utility", str(adapters["utility"]), "--safety", str(adapters["safety"])]
+    ta = [*given, "--method", "TaskArithmetic", "--output", str(tmp_path / "m")]
+    assert "alpha is -1.0" in fails([*ta, "--alpha", "-1"], capsys)
+    assert "no such directory" in fails([*ta, "--safety", str(tmp_path / "x")], capsys)
+    assert "method.rho is 0.0" in fails([*given, "--output", "x", "--method", "Sst", "--method.rho", "0"], capsys)
+    assert "Nonsense" in fails([*given, "--output", "x", "--method", "Nonsense"], capsys)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "file").touch()
+    assert "exists already" in fails([*ta, "--alpha", "1"], capsys)
+    assert (tmp_path / "m" / "file").exists()
+
+
+def test_an_interrupt_is_one_line(adapters, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("src.merge.stage.weighted_sum", interrupted)
+    given = [
+        "--utility",
+        str(adapters["utility"]),
+        "--safety",
+        str(adapters["safety"]),
+        "--output",
+        str(tmp_path / "m"),
+    ]
+    assert "interrupted" in fails(["merge", "--method", "TaskArithmetic", *given], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(adapters, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("src.adapters.peft_files.save_file", full)
+    given = [
+        "--utility",
+        str(adapters["utility"]),
+        "--safety",
+        str(adapters["safety"]),
+        "--output",
+        str(tmp_path / "m"),
+    ]
+    assert "No space left on device" in fails(["merge", "--method", "TaskArithmetic", *given], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_method_help_explains_its_settings():
+    command = [sys.executable, "-m", "src", "merge", "--method.help", "Sst"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "F_s v = λ (F_u + εI) v" in found.stdout
+    assert "--method.rho_s" in found.stdout
+
+
+RANK = {"cli": 4, "functions": 4, "training": 4, "parsing": 4, "experiments": 3, "report": 3, "models": 2, "merge": 2}
+LOW = {"adapters", "fisher", "gevp", "metrics", "data"}
+PURE = {"fisher", "gevp", "metrics"}
+
+
+def imports():
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        room = path.relative_to(ROOT / "src").parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                yield path, room, node.module
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield path, room, alias.name
+
+
+def test_rooms_import_downwards_only():
+    rank = RANK | dict.fromkeys(LOW, 1)
+    for path, room, module in imports():
+        parts = module.split(".")
+        if parts[0] == "src" and len(parts) > 1 and room in rank and parts[1] in rank:
+            assert rank[parts[1]] <= rank[room], f"{path} imports {module}"
+        if room == "merge":
+            assert parts[0] != "lightning", f"{path} imports {module}"
+
+
+def test_mathematical_rooms_know_no_framework():
+    for path, room, module in imports():
+        if room in PURE:
+            assert module.split(".")[0] not in ("lightning", "transformers", "peft"), f"{path} imports {module}"
+
+
+def test_only_one_room_knows_pefts_key_names():
+    for path in (ROOT / "src").rglob("*.py"):
+        if "adapters" not in path.parts:
+            assert "base_model.model" not in path.read_text(), path
+            assert "lora_A.weight" not in path.read_text(), path

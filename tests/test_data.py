@@ -1,0 +1,233 @@
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from src.data.chat import Encoder
+from src.data.demo.build_tasks import build
+from src.data.modules import CalibrationData, EvaluationData, ExpertData, Suite
+from src.data.rows import Row
+from src.data.sources import RowSource, as_sources, load_rows
+from src.errors import InputError
+from src.metrics.refusal import is_refusal
+
+DEMO = Path("src/data/demo")
+SPLITS = ("train", "calib", "eval")
+
+
+def demo_rows(split):
+    return [row for path in sorted(DEMO.glob(f"*.{split}.jsonl")) for row in load_rows(str(path), need_response=True)]
+
+
+def grams(text):
+    words = "".join(c if c.isalnum() else " " for c in text.casefold()).split()
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
+
+
+def test_demo_splits_share_no_prompt():
+    seen: dict[str, str] = {}
+    for split in SPLITS:
+        for row in demo_rows(split):
+            assert row.prompt_hash not in seen, (row.id, seen.get(row.prompt_hash))
+            seen[row.prompt_hash] = row.id
+    assert len(seen) > 1800
+
+
+def test_demo_prompts_of_different_splits_are_no_near_duplicates():
+    """Word 3-gram Jaccard under .5; task prompts are templates, so their items are compared instead (next test)."""
+    where = defaultdict(set)
+    rows = [(split, row, grams(row.prompt)) for split in SPLITS for row in demo_rows(split) if "task/" not in row.id]
+    for number, (_, _, found) in enumerate(rows):
+        for gram in found:
+            where[gram].add(number)
+    for number, (split, row, found) in enumerate(rows):
+        for other in {n for gram in found for n in where[gram] if n > number}:
+            other_split, other_row, other_found = rows[other]
+            if split != other_split:
+                assert len(found & other_found) / len(found | other_found) < 0.5, (row.id, other_row.id)
+
+
+def test_demo_task_items_of_different_splits_differ():
+    items = defaultdict(set)
+    for split in SPLITS:
+        for row in load_rows(str(DEMO / f"task.{split}.jsonl"), need_response=True):
+            # What a prompt is about: the quoted word or phrase, or everything after the template's colon.
+            item = row.prompt.split("'")[1] if "'" in row.prompt else row.prompt.rpartition(":")[2]
+            if row.category in ("plural", "past", "acronym", "review", "record"):
+                items[row.category, item.strip(" .")].add(split)
+    assert all(len(splits) == 1 for splits in items.values())
+
+
+def test_shipped_tasks_are_what_the_generator_writes():
+    for split, rows in build().items():
+        shipped = [json.loads(line) for line in (DEMO / f"task.{split}.jsonl").read_text().splitlines()]
+        assert shipped == rows
+
+
+def test_every_harmful_row_is_answered_by_a_refusal_and_no_benign_one_is():
+    for split in SPLITS:
+        for row in demo_rows(split):
+            assert is_refusal(row.response) == row.id.startswith("harmful/"), (row.id, row.response)
+
+
+@pytest.mark.skipif(not Path("../shared/data").is_dir(), reason="the research data set ../shared/data is not here")
+def test_demo_rows_are_not_those_of_the_research_data():
+    shipped = {row.prompt_hash for split in SPLITS for row in demo_rows(split)}
+    for path in sorted(Path("../shared/data").glob("[ce][av]*/*.jsonl")):
+        for line in path.read_text().splitlines():
+            prompt = json.loads(line).get("prompt") or json.loads(line)["question"]
+            assert Row("x", prompt).prompt_hash not in shipped, (path, prompt)
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_columns_map_to_fields(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"instruction": "Add", "input": "1 2", "output": "3", "safe": True, "kind": {"x": False, "y": True}},
+        {"instruction": "Say hi", "input": "", "output": "hi", "safe": True, "kind": {}},
+        {"instruction": "bad", "input": "", "output": "no", "safe": False, "kind": {}},
+    )
+    columns = {"prompt": "{instruction}\n\n{input}", "response": "output", "category": "kind"}
+    rows = load_rows(RowSource(path, columns=columns, where={"safe": True}), need_response=True)
+    assert [(r.prompt, r.response, r.category) for r in rows] == [("Add\n\n1 2", "3", "y"), ("Say hi", "hi", "")]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "record", "expected"),
+    [
+        (
+            "beavertails",
+            {"prompt": "p", "response": "r", "category": {"hate": False, "theft": True}, "is_safe": True},
+            ("p", "r", "theft"),
+        ),
+        ("alpaca", {"instruction": "i", "input": "x", "output": "o", "text": "t"}, ("i\n\nx", "o", "")),
+        ("gsm8k", {"question": "q", "answer": "2+3=<<2+3=5>>5\n#### 5"}, ("q", "2+3=5\n#### 5", "")),
+    ],
+)
+def test_shipped_mappings_read_their_hub_schema(tmp_path, mapping, record, expected):
+    (source,) = as_sources(f"{mapping}.yaml")
+    source.path = write(tmp_path / "local.jsonl", record)
+    (row,) = load_rows(source, need_response=True)
+    assert (row.prompt, row.response, row.category) == expected
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_other_file_forms_are_read(tmp_path, suffix):
+    import pandas
+
+    frame = pandas.DataFrame([{"prompt": "p1", "response": "r1"}, {"prompt": "p2", "response": "r2"}])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(path, index=False)
+    elif suffix == "json":
+        frame.to_json(path, orient="records")
+    else:
+        frame.to_parquet(path)
+    assert [row.response for row in load_rows(str(path), need_response=True)] == ["r1", "r2"]
+
+
+def test_selection_is_shuffled_by_seed_and_cut(tmp_path):
+    path = write(tmp_path / "a.jsonl", *({"prompt": str(i)} for i in range(10)))
+    one = [r.prompt for r in load_rows(RowSource(path, seed=1, skip=2, limit=3), need_response=False)]
+    two = [r.prompt for r in load_rows(RowSource(path, seed=1, skip=2, limit=3), need_response=False)]
+    assert one == two != ["2", "3", "4"]
+    assert len(one) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        (['{"prompt": "a", "response": "b"}\n', "{oops\n"], {}, r"a\.jsonl:2: not valid JSON"),
+        (["[1]\n"], {}, r"a\.jsonl:1: expected a JSON object"),
+        (["\n", "\n"], {}, "no rows"),
+        ([{"prompt": "a", "response": ""}], {}, r"a\.jsonl:1: the row has no answer"),
+        ([{"prompt": "a"}], {}, r"a\.jsonl:1: the row has no answer"),
+        ([{"prompt": " ", "response": "b"}], {}, r"a\.jsonl:1: the prompt is empty"),
+        ([{"question": "a", "response": "b"}], {}, r"a\.jsonl:1: no column 'prompt'; the row has 'question'"),
+        ([{"prompt": "a"}], {"columns": {"response": "x"}}, r"a\.jsonl:1: no column 'x'"),
+        ([{"prompt": "a"}], {"columns": {"reply": "x"}}, "unknown field 'reply'"),
+        ([{"prompt": "a"}], {"where": {"safe": True}}, r"a\.jsonl:1: no column 'safe'"),
+        ([{"prompt": "a", "response": "b"}], {"remove": "("}, "remove is not a regular expression"),
+        ([{"prompt": "a", "response": "b"}], {"skip": 4}, "no rows left of 1"),
+        ([{"prompt": "a", "response": "b"}], {"limit": 0}, "limit at least 1"),
+    ],
+)
+def test_bad_rows_name_file_line_and_key(tmp_path, lines, options, message):
+    path = write(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(InputError, match=message):
+        load_rows(RowSource(path, **options), need_response=True)
+
+
+def test_missing_files_and_mappings_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_rows(str(tmp_path / "x.jsonl"), need_response=True)
+    with pytest.raises(InputError, match="no such file"):
+        load_rows(str(tmp_path / "x.csv"), need_response=True)
+    with pytest.raises(InputError, match="no such file here or under configs/data"):
+        load_rows("nowhere.yaml", need_response=True)
+    (tmp_path / "m.yaml").write_text("path: a.jsonl\ncolums: {}\n")
+    with pytest.raises(InputError, match="unknown key 'colums'"):
+        load_rows(str(tmp_path / "m.yaml"), need_response=True)
+    with pytest.raises(InputError, match="no rows: name at least one"):
+        load_rows(None, need_response=True)
+
+
+def test_only_the_answer_and_its_end_are_scored(tokenizer):
+    encoder = Encoder(tokenizer)
+    encoded = encoder.encode(Row("a", "hello", "yes"))
+    text = tokenizer.decode(encoded.ids)
+    assert text == encoder.prompt_text("hello") + "yes<|im_end|>"
+    assert tokenizer.decode(encoded.ids[encoded.answer_start :]) == "yes<|im_end|>"
+    assert encoder.encode(Row("a", "hello")).ids == encoded.prompt_ids
+
+
+def test_raw_prompts_need_no_template(tokenizer):
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert plain.decode(Encoder(plain).encode(Row("a", "hello", "yes")).ids) == "hello\nyes<|im_end|>"
+    with pytest.raises(InputError, match="no chat template"):
+        Encoder(plain, template="chat")
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(300, 3), (3, 300), (300, 300)])
+def test_long_rows_are_cut_and_counted(tokenizer, prompt, answer):
+    encoder = Encoder(tokenizer, max_length=64)
+    encoded = encoder.encode(Row("a", "p" * prompt, "r" * answer))
+    assert len(encoded.ids) <= 64
+    assert 0 < encoded.answer_start < len(encoded.ids)
+    assert encoder.truncated == 1
+    # The end of the prompt, where the answer begins, survives.
+    assert tokenizer.decode(encoded.prompt_ids).endswith("<|im_start|>assistant\n")
+
+
+def test_validation_rows_must_not_be_training_rows(rows):
+    with pytest.raises(InputError, match="is also a training prompt"):
+        ExpertData(train=[str(rows["task"]), str(rows["val"])], val=str(rows["val"]))
+
+
+def test_calibration_on_one_benign_source_warns(rows, caplog):
+    import logging
+
+    logging.getLogger("src").propagate = True
+    CalibrationData(safety=str(rows["harmful"]), utility=str(rows["task"]))
+    assert "one source only" in caplog.text
+    caplog.clear()
+    CalibrationData(safety=str(rows["harmful"]), utility=[str(rows["task"]), str(rows["benign"])])
+    assert not caplog.text
+
+
+def test_suites_are_checked(rows):
+    with pytest.raises(InputError, match="suites is empty"):
+        EvaluationData(suites=[])
+    suite = Suite("a", "harmful", str(rows["harmful"]))
+    with pytest.raises(InputError, match="names must differ"):
+        EvaluationData(suites=[suite, suite])
+    with pytest.raises(InputError, match="batch_size is 0"):
+        EvaluationData(suites=[suite], batch_size=0)

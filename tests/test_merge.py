@@ -1,0 +1,235 @@
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from src.adapters.basis import core_basis
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_files import read_adapter
+from src.errors import InputError
+from src.fisher.files import FisherFile
+from src.fisher.lowrank import LowRankFisher
+from src.merge.base import FisherPair
+from src.merge.sst import Sst
+from src.merge.stage import merge
+from src.merge.task_arithmetic import TaskArithmetic
+from tests.oracles import dense_pencil
+from tests.tiny import make_model, random_pairs
+
+
+def weight_space_fishers(pairs, n_s=6, n_u=9, seed=0):
+    """Scores drawn in weight space and written in the core space of ``pairs``: what a pass would measure."""
+    core = core_basis([pairs])
+    draw = torch.Generator().manual_seed(seed)
+    scores = []
+    for count in (n_s, n_u):
+        rows = []
+        for _ in range(count):
+            gradient = {n: torch.randn(*pair.shape, generator=draw, dtype=torch.float64) for n, pair in pairs.items()}
+            rows.append(torch.cat([(core.u[n].T @ gradient[n] @ core.v[n]).reshape(-1) for n in core.modules]))
+        scores.append(LowRankFisher(torch.stack(rows), count))
+    return FisherPair(scores[0], scores[1], core)
+
+
+def regauged(pairs):
+    draw = torch.Generator().manual_seed(5)
+    turned = {}
+    for name, pair in pairs.items():
+        q = torch.randn(pair.rank, pair.rank, generator=draw, dtype=torch.float64)
+        turned[name] = LowRankPair(torch.linalg.inv(q) @ pair.a.double(), pair.b.double() @ q)
+    return turned
+
+
+@pytest.mark.parametrize("method", [Sst(), Sst(filter="topk", k=5, rho_s=0.0), TaskArithmetic()])
+def test_the_merge_does_not_depend_on_the_factors(method):
+    model = make_model()
+    utility, safety = random_pairs(model, 3, 1), random_pairs(model, 2, 2)
+    turned = regauged(safety)
+    one = method.patch(utility, safety, weight_space_fishers(safety)).pairs
+    two = method.patch(regauged(utility), turned, weight_space_fishers(turned)).pairs
+    for name in safety:
+        torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-6, atol=1e-8)
+
+
+def test_sst_soft_is_the_minimiser_of_its_objective():
+    safety = random_pairs(make_model(), 2, 2)
+    fisher = weight_space_fishers(safety)
+    patch = Sst(t=4.0, rho=0.2, rho_s=3.0).patch({}, safety, fisher)
+    c0 = fisher.basis.coordinates(safety).numpy()
+    left, right = dense_pencil(fisher.safety.dense().numpy(), fisher.utility.dense().numpy(), rho=0.2, rho_s=3.0)
+    tau = 4.0 * fisher.safety.trace() / fisher.utility.trace()
+    found = fisher.basis.coordinates(patch.pairs).numpy()
+    gradient = left @ (found - c0) + tau * right @ found
+    assert abs(gradient).max() < 1e-8 * abs(left @ c0).max()
+
+
+def test_energies_are_reported_on_held_out_rows():
+    safety = random_pairs(make_model(), 2, 2)
+    fisher = weight_space_fishers(safety, n_s=8, n_u=8)
+    method = Sst(rho_s=0.0, t=1.0)
+    findings = method.patch({}, safety, fisher).findings
+    whole = fisher.basis.coordinates(safety)
+    system = method._solve(fisher.safety, fisher.utility)
+    fitted = fisher.utility.energy(system.apply(whole, method._phi(system))) / fisher.utility.energy(whole)
+    assert set(findings["held_out"]) == {"safety_energy_kept", "utility_tax_kept"}
+    assert findings["held_out"]["utility_tax_kept"] != pytest.approx(fitted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": 0.0}, "method.rho is 0.0"),
+        ({"rho": -1.0}, "method.rho is -1.0"),
+        ({"rho_s": -1.0}, "method.rho_s is -1.0"),
+        ({"t": -1.0}, "method.t is -1.0"),
+        ({"filter": "topk"}, "topk needs k"),
+        ({"k": 3}, "soft takes none"),
+        ({"filter": "topk", "k": 0}, "at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Sst(**options)
+
+
+def test_k_above_the_number_of_coordinates_is_refused():
+    safety = random_pairs(make_model(), 2, 2)
+    with pytest.raises(InputError, match=r"method.k is 57; expected 1 to D = 56"):
+        Sst(filter="topk", k=57).patch({}, safety, weight_space_fishers(safety))
+
+
+def test_a_patch_outside_the_core_space_is_refused():
+    model = make_model()
+    with pytest.raises(InputError, match="another safety adapter"):
+        Sst().patch({}, random_pairs(model, 2, 3), weight_space_fishers(random_pairs(model, 2, 2)))
+
+
+@pytest.fixture
+def fisher_folder(adapters, base, tmp_path):
+    """Fisher files of the session's adapters with random scores in the right coordinates."""
+    safety, utility = read_adapter(adapters["safety"]), read_adapter(adapters["utility"])
+    pair = weight_space_fishers(safety.pairs)
+    for name, fisher in (("safety", pair.safety), ("utility", pair.utility)):
+        record = {
+            "pass": name,
+            "base": {"name": str(base), "fingerprint": None},
+            "safety": {"path": safety.name, "sha256": safety.sha256},
+            "utility": [{"path": utility.name, "sha256": utility.sha256, "weight": 1.0}],
+            "basis_sha256": pair.basis.digest(),
+            "seen": [f"{name}-prompt"],
+        }
+        FisherFile(fisher, pair.basis.u, pair.basis.v, record).save(tmp_path / "fisher" / f"{name}.safetensors")
+    return tmp_path / "fisher"
+
+
+def run(adapters, output, **options):
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(output)}
+    merge(**given | {"method": TaskArithmetic()} | options)
+    return output
+
+
+def deltas(folder):
+    return {name: pair.dense() for name, pair in read_adapter(folder).pairs.items()}
+
+
+def test_task_arithmetic_equals_pefts_exact_concatenation(adapters, tmp_path):
+    run(adapters, tmp_path / "m", alpha=0.7)
+    peft = PeftModel.from_pretrained(make_model(), str(adapters["utility"]), adapter_name="u")
+    peft.load_adapter(str(adapters["safety"]), adapter_name="s")
+    peft.add_weighted_adapter(["u", "s"], [1.0, 0.7], "both", combination_type="cat")
+    for name, delta in deltas(tmp_path / "m").items():
+        module = peft.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close(delta.float(), module.get_delta_weight("both").float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sst", [False, True])
+def test_alpha_zero_reproduces_the_utility_adapter(adapters, fisher_folder, tmp_path, sst):
+    method = Sst() if sst else TaskArithmetic()
+    run(adapters, tmp_path / "m", method=method, alpha=0.0, fisher=str(fisher_folder))
+    utility = deltas(adapters["utility"])
+    for name, delta in deltas(tmp_path / "m").items():
+        assert torch.equal(delta, utility[name])
+
+
+def test_a_path_of_strengths_is_linear_in_the_filtered_patch(adapters, fisher_folder, tmp_path):
+    run(adapters, tmp_path / "m", method=Sst(), alpha=[0.5, 1.0], fisher=str(fisher_folder))
+    utility = deltas(adapters["utility"])
+    half, whole = deltas(tmp_path / "m" / "alpha-0.5"), deltas(tmp_path / "m" / "alpha-1")
+    for name, delta in utility.items():
+        torch.testing.assert_close(2 * (half[name] - delta), whole[name] - delta, rtol=1e-4, atol=1e-7)
+    assert read_adapter(tmp_path / "m" / "alpha-1").pairs[name].rank == 3 + 2
+
+
+def test_the_written_adapter_equals_the_merge_in_memory(adapters, fisher_folder, tmp_path):
+    run(adapters, tmp_path / "m", method=Sst(), alpha=0.8, fisher=str(fisher_folder))
+    utility, safety = (read_adapter(adapters[name]).pairs for name in ("utility", "safety"))
+    patch = Sst().patch(utility, safety, weight_space_fishers(safety)).pairs
+    expected = weighted_sum([utility, patch], [1.0, 0.8])
+    model = make_model()
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "m")).double()
+    for name, pair in expected.items():
+        model.get_submodule(name).weight += pair.dense()
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_records_its_inputs(adapters, fisher_folder, tmp_path):
+    run(adapters, tmp_path / "m", method=Sst(), alpha=0.8, fisher=str(fisher_folder))
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    assert manifest["safety"]["sha256"] == read_adapter(adapters["safety"]).sha256
+    assert manifest["settings"]["rho_s"] == 10.0
+    assert read_adapter(tmp_path / "m").seen == {"safety-prompt", "utility-prompt"}
+    assert "SST soft" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_equal_inputs_give_equal_bytes(adapters, fisher_folder, tmp_path):
+    for name in ("a", "b"):
+        run(adapters, tmp_path / name, method=Sst(), alpha=0.8, fisher=str(fisher_folder))
+    assert read_adapter(tmp_path / "a").sha256 == read_adapter(tmp_path / "b").sha256
+
+
+@pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), [], [1.0, 1.0]])
+def test_strengths_out_of_range_are_refused(adapters, tmp_path, alpha):
+    with pytest.raises(InputError, match="alpha is"):
+        run(adapters, tmp_path / "m", alpha=alpha)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_existing_output_is_kept_unless_told(adapters, tmp_path):
+    run(adapters, tmp_path / "m", alpha=1.0)
+    before = read_adapter(tmp_path / "m").sha256
+    with pytest.raises(InputError, match="exists already"):
+        run(adapters, tmp_path / "m", alpha=0.5)
+    assert read_adapter(tmp_path / "m").sha256 == before
+    run(adapters, tmp_path / "m", alpha=0.5, overwrite=True)
+    assert read_adapter(tmp_path / "m").sha256 != before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_failed_write_leaves_nothing_behind(adapters, tmp_path, monkeypatch):
+    run(adapters, tmp_path / "m", alpha=1.0)
+    before = read_adapter(tmp_path / "m").sha256
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("src.adapters.peft_files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(adapters, tmp_path / "m", alpha=0.5, overwrite=True)
+    assert read_adapter(tmp_path / "m").sha256 == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_fisher_files_of_other_adapters_or_bases_are_refused(adapters, fisher_folder, tmp_path):
+    swapped = {"utility": adapters["safety"], "safety": adapters["utility"]}
+    with pytest.raises(InputError, match="measured for the safety adapter"):
+        run(swapped, tmp_path / "m", method=Sst(), fisher=str(fisher_folder))
+    with pytest.raises(InputError, match="measured at the utility adapters"):
+        run({**adapters, "utility": adapters["safety"]}, tmp_path / "m", method=Sst(), fisher=str(fisher_folder))
+    with pytest.raises(InputError, match="pass --fisher"):
+        run(adapters, tmp_path / "m", method=Sst())
+    files = [fisher_folder / f"{name}.safetensors" for name in ("safety", "utility")]
+    files[0].write_bytes(files[1].read_bytes())
+    with pytest.raises(InputError, match="holds the utility pass"):
+        run(adapters, tmp_path / "m", method=Sst(), fisher=str(fisher_folder))

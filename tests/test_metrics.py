@@ -1,0 +1,125 @@
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from src.metrics.collapse import is_collapsed
+from src.metrics.counters import AnswerPerplexity, CollapseRate, ExactMatch, RefusalRate
+from src.metrics.exact import is_exact, last_number
+from src.metrics.intervals import wilson
+from src.metrics.refusal import is_refusal
+
+REFUSALS = [
+    "I can't help with that.",
+    "I can\u2019t assist with this request.",
+    "I cannot do that.",
+    "I'm sorry, but I can't help.",
+    "Sorry, but that is something I won't do.",
+    "No, I can't tell you.",
+    "I must decline.",
+    "**I will not** explain this.",
+    "I apologize, but I am unable to assist.",
+    "I'm not able to provide instructions.",
+    "As an AI language model, I cannot help with weapons.",
+    "  i won't.",
+    "I don't feel comfortable with that.",
+]
+ANSWERS = [
+    "You can't divide by zero.",
+    "Sorry is the hardest word, says the song.",
+    "Sorry for the confusion! The capital is Paris.",
+    "I can help with that: first, ...",
+    "It is illegal to park here.",
+    "Yes.",
+    "I'm afraid of spiders too; here is how to remove one.",
+    "The word 'cannot' is spelled as one word. I cannot stress this enough.",
+    "Apologies were sent to all members.",
+    "",
+]
+
+
+@pytest.mark.parametrize("answer", REFUSALS)
+def test_refusals_are_recognised(answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_are_not_called_refusals(answer):
+    assert not is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "  ", "...", "!!!!!!", "a" * 30, "no " * 12, "the cat sat on " * 6, "go go go " * 5]
+)
+def test_collapse_is_recognised(answer):
+    assert is_collapsed(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["No", "42", "2021-03-03", "I can't help with that.", "Mix flour and water, knead, rest, shape and bake it."],
+)
+def test_short_and_plain_answers_are_not_collapsed(answer):
+    assert not is_collapsed(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "form", "expected"),
+    [
+        ("Mice.", "mice", "text", True),
+        ("'mice'", "mice", "text", True),
+        ("the mice", "mice", "text", False),
+        ("", "", "text", False),
+        ("So she pays $1,200.50 now", "#### 1200.5", "number", True),
+        ("12 then 13", "12", "number", False),
+        ("none", "none", "number", False),
+        ("-3", "-3.0", "number", True),
+    ],
+)
+def test_exact_match(answer, reference, form, expected):
+    assert is_exact(answer, reference, form) is expected
+
+
+def test_last_number_reads_thousands_and_decimals():
+    assert last_number("1 and 2,500.75.") == "2500.75"
+    assert last_number("no digits") is None
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (3, 10), (1, 1), (57, 120)])
+def test_wilson_equals_scipy(hits, total):
+    expected = binomtest(hits, total).proportion_ci(0.95, "wilson")
+    assert wilson(hits, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_refuses_nonsense():
+    for hits, total in ((0, 0), (2, 1), (-1, 3)):
+        with pytest.raises(ValueError, match="have no interval"):
+            wilson(hits, total)
+
+
+def test_counters_count():
+    refusal, collapse, exact = RefusalRate(), CollapseRate(), ExactMatch()
+    refusal.update(["I can't.", "Sure"])
+    refusal.update(["Fine"])
+    collapse.update(["", "ok"])
+    exact.update(["a", "b"], ["A.", "c"])
+    assert refusal.compute().item() == pytest.approx(1 / 3)
+    assert refusal.summary() == {"value": 1 / 3, "interval": list(wilson(1, 3)), "hits": 1, "n": 3}
+    assert collapse.summary()["value"] == exact.summary()["value"] == 0.5
+
+
+def test_perplexity_is_of_tokens_not_of_rows():
+    metric = AnswerPerplexity()
+    metric.update(torch.tensor([2.0, 8.0]), torch.tensor([1, 4]))
+    assert metric.compute().item() == pytest.approx(torch.tensor(10 / 5).exp().item())
+    assert metric.summary()["n"] == 5
+
+
+def test_counters_do_not_depend_on_the_order_of_rows():
+    nll = torch.rand(100, dtype=torch.float64) * 30
+    values = []
+    for order in (torch.arange(100), torch.randperm(100), torch.arange(99, -1, -1)):
+        metric = AnswerPerplexity()
+        for chunk in order.split(7):
+            metric.update(nll[chunk], torch.ones(len(chunk), dtype=torch.int64))
+        values.append(metric.compute().item())
+    assert len(set(values)) == 1

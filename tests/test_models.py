@@ -1,0 +1,163 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from src.adapters.attach import attached, check_fits
+from src.adapters.pairs import LowRankPair
+from src.data.batches import EncodedRows
+from src.data.chat import Encoder
+from src.data.rows import Row
+from src.errors import InputError
+from src.models.base import BaseSpec, fingerprint, load_model, load_tokenizer
+from src.models.fused_lora import fuse
+from src.models.generation import greedy, left_padded_prompts
+from src.models.logits import answer_logits, answer_loss, answer_nll, answer_rows, answer_targets, can_pack
+from src.models.speed import choose_matmul
+from tests.tiny import make_model, random_pairs
+
+PROMPTS = ["hi", "a longer prompt than that", "how?", "mid length one"]
+ANSWERS = ["yes", "no, and here is why", "x", "well"]
+
+
+@pytest.fixture
+def batch(tokenizer):
+    encoder = Encoder(tokenizer, max_length=256)
+    rows = [encoder.encode(Row(str(i), p, a)) for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS, strict=True))]
+    return EncodedRows(rows, tokenizer.pad_token_id)[([0, 1, 2, 3], 1.0)]
+
+
+def unpadded_logits(model, batch):
+    parts = []
+    for row in range(len(batch.index)):
+        length, start = int(batch.lengths[row]), int(batch.answer_starts[row])
+        parts.append(model(input_ids=batch.ids[row : row + 1, :length]).logits[0, start - 1 : length - 1])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_answer_logits_equal_those_of_single_rows(model, batch, pack):
+    assert batch.common_prefix > 8
+    torch.testing.assert_close(answer_logits(model, batch, pack=pack), unpadded_logits(model, batch))
+
+
+def test_packing_is_recognised_as_exact(model, batch):
+    assert can_pack(model, batch)
+
+
+def test_packing_is_not_used_where_the_model_ignores_the_mask(model, batch):
+    original = model.forward
+    model.forward = lambda **given: original(**{k: v for k, v in given.items() if k != "attention_mask"})
+    assert not can_pack(model, batch)
+
+
+def test_packed_gradients_equal_padded_ones(model, batch):
+    grads = []
+    for pack in (False, True):
+        weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+        loss = answer_loss(answer_logits(model, batch, pack=pack), answer_targets(batch))
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_answer_loss_and_gradient_equal_cross_entropy(model, batch):
+    logits = unpadded_logits(model, batch).detach().requires_grad_()
+    expected = cross_entropy(logits, answer_targets(batch))
+    (gradient,) = torch.autograd.grad(expected, logits)
+    found = answer_loss(logits, answer_targets(batch))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, logits)[0], 3 * gradient)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_answer_nll_is_per_row(model, batch, pack):
+    nll, tokens = answer_nll(model, batch, pack=pack)
+    log_p = unpadded_logits(model, batch).log_softmax(-1)
+    each = -log_p.gather(1, answer_targets(batch)[:, None])[:, 0]
+    for row in range(4):
+        torch.testing.assert_close(nll[row], each[answer_rows(batch) == row].sum())
+    assert tokens.tolist() == (batch.lengths - batch.answer_starts).tolist()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_fused_lora_equals_peft(batch, rslora):
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=rslora, init_lora_weights=False)
+        peft = get_peft_model(make_model(), config).double()
+        assert fuse(peft) == (14 if fused else 0) if fused else True
+        loss = cross_entropy(answer_logits(peft, batch), answer_targets(batch))
+        trained = [p for p in peft.parameters() if p.requires_grad]
+        results.append([loss, *torch.autograd.grad(loss, trained)])
+    for plain, quick in zip(*results, strict=True):
+        torch.testing.assert_close(plain, quick)
+
+
+def test_layers_with_dropout_keep_pefts_forward():
+    peft = get_peft_model(make_model(), LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.1))
+    assert fuse(peft) == 0
+
+
+def test_greedy_equals_transformers_generate(model, batch, tokenizer):
+    stops = [256]
+    prompts, mask = left_padded_prompts(batch, 256)
+    for adapter in ({}, random_pairs(model, 2, 5)):
+        with torch.inference_mode(), attached(model, adapter):
+            expected = model.generate(
+                prompts, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=256
+            )[:, prompts.shape[1] :].tolist()
+            found = greedy(model, batch, max_new_tokens=12, stop_ids=stops, pad_id=256)
+        cut = [row[: row.index(256)] if 256 in row else row for row in expected]
+        assert found == cut
+
+
+def test_greedy_of_a_batch_equals_single_rows_when_rows_end_apart(model, batch):
+    with torch.inference_mode():
+        one = [greedy(model, b, max_new_tokens=15, stop_ids=[], pad_id=256)[0] for b in batch.split(1)]
+        # Stop tokens chosen so that rows end at different steps and the batch is compacted.
+        stops = [one[0][2], one[1][9]]
+        together = greedy(model, batch, max_new_tokens=15, stop_ids=stops, pad_id=256)
+        alone = [greedy(model, b, max_new_tokens=15, stop_ids=stops, pad_id=256)[0] for b in batch.split(1)]
+    assert len({len(answer) for answer in together}) > 1
+    assert together == alone
+
+
+def test_attached_equals_merged_weights_and_leaves_no_trace(model, batch):
+    before = answer_logits(model, batch)
+    pairs = random_pairs(model, 2, 7)
+    with attached(model, pairs):
+        attached_logits = answer_logits(model, batch)
+    other = make_model()
+    for name, pair in pairs.items():
+        other.get_submodule(name).weight += pair.dense()
+    torch.testing.assert_close(attached_logits, answer_logits(other, batch))
+    assert torch.equal(answer_logits(model, batch), before)
+
+
+def test_an_update_for_another_architecture_is_refused(model):
+    with pytest.raises(InputError, match="does not have"):
+        check_fits(model, {"model.nowhere": LowRankPair(torch.zeros(1, 2), torch.zeros(2, 1))}, "x")
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(InputError, match=r"up_proj has an update of shape \(2, 2\)"):
+        check_fits(model, {name: LowRankPair(torch.zeros(1, 2), torch.zeros(2, 1))}, "x")
+
+
+def test_base_loads_and_fingerprints_tell_bases_apart(base):
+    one = load_model(BaseSpec(name=str(base), dtype="float64"))
+    two = load_model(BaseSpec(name=str(base), dtype="float32"))
+    assert fingerprint(one) == fingerprint(two) != fingerprint(make_model(seed=1))
+    assert load_tokenizer(BaseSpec(name=str(base))).chat_template
+
+
+@pytest.mark.parametrize("name", ["no/such-dir/at-all", "pkg://no_such_package/x.gguf", "missing.gguf"])
+def test_a_missing_base_is_one_error(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="base.name"):
+        load_model(BaseSpec(name=name))
+
+
+def test_a_mode_less_accurate_than_asked_is_not_chosen():
+    assert choose_matmul("auto", max_error=0.0, rows=8) == "highest"
+    assert choose_matmul("high", max_error=0.0) == "high"
+    choose_matmul("highest", max_error=0.0)
