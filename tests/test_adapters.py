@@ -76,7 +76,7 @@ def test_writing_is_byte_identical(tmp_path):
 
 def test_weighted_sum_equals_dense(model):
     one, two = random_pairs(model, 2, 1), random_pairs(model, 3, 2)
-    missing = list(two)[0]
+    missing = next(iter(two))
     del two[missing]
     total = weighted_sum([one, two], [0.5, -2.0])
     torch.testing.assert_close(total[missing].dense(), 0.5 * one[missing].dense())

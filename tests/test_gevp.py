@@ -58,7 +58,7 @@ def test_topk_equals_the_dense_projection(k, rho_s):
     safety, utility, patch = fishers(6, 7, 20)
     system = solve_lowrank(safety, utility, rho=0.1, rho_s=rho_s)
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=rho_s)
-    expected = dense_filtered(left, right, patch.numpy(), lambda values: (np.arange(20) < k).astype(float))
+    expected = dense_filtered(left, right, patch.numpy(), lambda _: (np.arange(20) < k).astype(float))
     np.testing.assert_allclose(system.apply(patch, topk(system, k)).numpy(), expected, rtol=1e-8, atol=1e-9)
 
 
@@ -74,7 +74,7 @@ def test_topk_past_the_complement_equals_the_dense_projection():
     above = int((system.values > system.complement_value).sum())
     k = above + system.complement_dim + 1
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=10.0)
-    expected = dense_filtered(left, right, patch.numpy(), lambda values: (np.arange(20) < k).astype(float))
+    expected = dense_filtered(left, right, patch.numpy(), lambda _: (np.arange(20) < k).astype(float))
     np.testing.assert_allclose(system.apply(patch, topk(system, k)).numpy(), expected, rtol=1e-7, atol=1e-8)
 
 
@@ -126,7 +126,7 @@ def test_ridges_out_of_range_are_refused(rho, rho_s):
 
 
 def test_a_zero_fisher_is_refused():
-    safety, utility, _ = fishers(3, 4, 5)
+    safety, _, _ = fishers(3, 4, 5)
     with pytest.raises(ValueError, match="utility Fisher matrix is zero"):
         solve_lowrank(safety, LowRankFisher(torch.zeros(4, 5), 4), rho=0.1, rho_s=1.0)
 

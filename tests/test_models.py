@@ -153,7 +153,7 @@ def test_base_loads_and_fingerprints_tell_bases_apart(base):
 @pytest.mark.parametrize("name", ["no/such-dir/at-all", "pkg://no_such_package/x.gguf", "missing.gguf"])
 def test_a_missing_base_is_one_error(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="base.name"):
+    with pytest.raises(InputError, match=r"base\.name"):
         load_model(BaseSpec(name=name))
 
 

@@ -5,7 +5,7 @@ the same padding: its numbers do not depend on the world size.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -97,19 +97,25 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
         world_size: Number of processes.
         seed: Shuffle anew every epoch (training); ``None`` keeps the order of length, longest first, so that a batch
             too big for the memory fails at once.
+        epoch: Tells the epoch that begins; asked when the first batch is drawn, because Lightning makes the first
+            iterator of a resumed run before it knows the epoch.
         even: Give every process the same number of batches by repeating some: with weight 1 when shuffling
             (training), with weight 0 otherwise (a Fisher pass under sharding).
     """
 
     def __init__(
-        self, lengths: list[int], batch_size: int, *, rank: int, world_size: int, seed: int | None, even: bool
+        self,
+        lengths: list[int],
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        even: bool,
+        seed: int | None = None,
+        epoch: Callable[[], int] = int,
     ) -> None:
         self.lengths, self.batch_size, self.rank, self.world_size = lengths, batch_size, rank, world_size
-        self.seed, self.even, self.epoch = seed, even, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each training epoch."""
-        self.epoch = epoch
+        self.seed, self.even, self.epoch = seed, even, epoch
 
     def _batches(self) -> list[list[int]]:
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
@@ -117,7 +123,7 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
         if self.seed is None:
             return [order[i : i + size] for i in range(0, len(order), size)]
         # Neighbours in length are drawn anew each epoch: shuffle, sort within windows of 16 batches, shuffle batches.
-        draw = random.Random(f"{self.seed}/{self.epoch}")
+        draw = random.Random(f"{self.seed}/{self.epoch()}")
         draw.shuffle(order)
         batches = []
         for start in range(0, len(order), 16 * size):
@@ -132,7 +138,7 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
         if self.even and len(mine) < len(self):
             extra = batches[(self.rank - len(batches)) % len(batches)]
             mine.append((extra, 0.0 if self.seed is None else 1.0))
-        return iter(mine)
+        yield from mine
 
     def __len__(self) -> int:
         total = ceil(len(self.lengths) / self.batch_size)
@@ -149,10 +155,11 @@ def batch_loader(
     rank: int,
     world_size: int,
     seed: int | None = None,
+    epoch: Callable[[], int] = int,
     even: bool = False,
     by_prompt: bool = False,
 ) -> DataLoader[Batch]:
     """A loader over this process's share of the rows (``by_prompt`` sorts by the length of the prompt alone)."""
     lengths = [row.answer_start if by_prompt else len(row.ids) for row in rows]
-    sampler = LengthBatches(lengths, batch_size, rank=rank, world_size=world_size, seed=seed, even=even)
+    sampler = LengthBatches(lengths, batch_size, rank=rank, world_size=world_size, seed=seed, epoch=epoch, even=even)
     return DataLoader(EncodedRows(rows, pad_id), sampler=sampler, batch_size=None)

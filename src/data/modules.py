@@ -104,7 +104,10 @@ class ExpertData(TokenizedData):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of like length, the same number for every process."""
-        return self.loader(self.encoded["train"], seed=self.seed, even=True)
+        return self.loader(self.encoded["train"], seed=self.seed, even=True, epoch=self._epoch)
+
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer else 0
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation row once."""

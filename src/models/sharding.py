@@ -21,5 +21,5 @@ def shard(model: torch.nn.Module, mesh: DeviceMesh | None) -> None:
 
 def decoder_layers(model: torch.nn.Module) -> list[Any]:
     """The modules of the longest module list: a transformer's blocks."""
-    lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=lambda found: len(found))) if lists else []
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
