@@ -157,7 +157,9 @@ def test_a_missing_base_is_one_error(name, monkeypatch):
         load_model(BaseSpec(name=name))
 
 
-def test_a_mode_less_accurate_than_asked_is_not_chosen():
-    assert choose_matmul("auto", max_error=0.0, rows=8) == "highest"
-    assert choose_matmul("high", max_error=0.0) == "high"
-    choose_matmul("highest", max_error=0.0)
+def test_a_mode_less_accurate_than_asked_is_not_chosen(model):
+    narrow = make_model(dtype=torch.float32)
+    assert choose_matmul("auto", narrow, max_error=-1.0, rows=8) == "highest"
+    assert choose_matmul("auto", model, max_error=1.0, rows=8) == "highest"
+    assert choose_matmul("high", narrow, max_error=0.0) == "high"
+    choose_matmul("highest", narrow, max_error=0.0)

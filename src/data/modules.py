@@ -162,6 +162,7 @@ class Suite:
         rows: Where the prompts come from; rows with a response are also scored by its likelihood.
         max_new_tokens: Longest answer to generate, in tokens.
         generate: Generate answers; off scores the likelihood of the reference answers only.
+        score: Score the likelihood of the reference answers, where every row has one.
         answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it.
     """
 
@@ -170,6 +171,7 @@ class Suite:
     rows: Sources
     max_new_tokens: int = 32
     generate: bool = True
+    score: bool = True
     answer: AnswerForm = "text"
 
 

@@ -95,10 +95,10 @@ class ExpertModule(LightningModule):
         """Load the base, add LoRA, shard where the strategy asks for it."""
         if self.model is not None:
             return
-        choose_matmul(self.matmul, max_error=self.max_matmul_error)
         from peft import get_peft_model
 
         model = load_model(self.base)
+        choose_matmul(self.matmul, model, max_error=self.max_matmul_error)
         self.base_fingerprint = fingerprint(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

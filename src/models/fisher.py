@@ -98,8 +98,8 @@ class FisherModule(LightningModule):
         """Load the base, check the adapters against it, shard where the strategy asks for it."""
         if self.model is not None:
             return
-        choose_matmul(self.matmul, max_error=self.max_matmul_error)
         self.model = load_model(self.base)
+        choose_matmul(self.matmul, self.model, max_error=self.max_matmul_error)
         self.base_fingerprint = fingerprint(self.model)
         for adapter in (*self.utility, self.safety):
             check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
