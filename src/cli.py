@@ -35,6 +35,7 @@ DEFAULT_CONFIG = {
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
 PROJECT = Path(__file__).resolve().parents[1]
 STOPPED = 2
+INTERRUPTED = "interrupted; what was finished is kept (fit goes on with --resume true, other commands start again)"
 
 CHATTER = (
     ".*does not have many workers.*",
@@ -130,22 +131,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
     start_logging()
     quiet_libraries()
+    problem = _run(command, arguments[1:])
+    return 0 if problem is None else _stop(problem)
+
+
+def _run(command: str, arguments: list[str]) -> str | None:
+    """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
     try:
-        resolved = resolve_names(with_default_config(command, arguments[1:]))
-        runner(command)(resolved)
+        runner(command)(resolve_names(with_default_config(command, arguments)))
     except InputError as error:
-        return _stop(str(error))
+        return str(error)
     except KeyboardInterrupt:
-        return _stop("interrupted; what was finished is kept, and the same command goes on or starts again")
+        return INTERRUPTED
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit of its own.
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        return _stop(f"{error.filename or 'output'}: {error.strerror}; nothing is half-written")
-    return 0
+        return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
+    return None
 
 
 def _stop(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    if is_first_process():
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return STOPPED
 
 

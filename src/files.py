@@ -59,15 +59,23 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); expected {what}") from None
 
 
-def check_output(path: Path, *, overwrite: bool, flag: str = "--output") -> None:
+def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozenset()) -> None:
     """Refuse a non-empty directory or an existing file, before any work is done.
+
+    Args:
+        path: The output.
+        overwrite: Whether it may exist.
+        beside: Names in the directory that are no results; hidden files never are.
 
     Raises:
         InputError: ``path`` exists and ``overwrite`` is false.
     """
-    exists = any(path.iterdir()) if path.is_dir() else path.exists()
+    if path.is_dir():
+        exists = any(entry.name not in beside and not entry.name.startswith(".") for entry in path.iterdir())
+    else:
+        exists = path.exists()
     if exists and not overwrite:
-        raise InputError(f"{flag} {path}: exists already; pass --overwrite true to replace it, or name another path")
+        raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
 
 
 @contextmanager

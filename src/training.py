@@ -30,6 +30,7 @@ from src.provenance import versions
 
 log = logging.getLogger(__name__)
 
+CONFIG_RECORD = "config.yaml"
 RUN = "run"
 """Sub-directory of an output that holds the Trainer's own files: config.yaml, metrics.csv, checkpoints."""
 
@@ -91,7 +92,8 @@ class TrainerCommand(LightningCLI):
             self.config.output = str(Path("logs") / self.command / _timestamp())
         self.output = Path(self.config.output)
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
-        check_output(self.output, overwrite=allowed)
+        # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
+        check_output(self.output, overwrite=allowed, beside=frozenset() if self.command == "fit" else frozenset({RUN}))
         if is_first_process():
             self._clear_run()
         self.config.trainer.default_root_dir = str(self.output)
@@ -112,9 +114,20 @@ class TrainerCommand(LightningCLI):
         """The checkpoint to go on from: the one named, or with ``--resume`` the last one of the output."""
         named: str | None = self.config.get("ckpt_path")
         last = self.output / RUN / "checkpoints" / "last.ckpt"
-        if named is None and self.config.get("resume") and last.is_file():
-            return str(last)
-        return named
+        if named is not None or not self.config.get("resume") or not last.is_file():
+            return named
+        if not self._same_run():
+            log.info("%s is of a run with other settings: starting over", last)
+            return None
+        return str(last)
+
+    def _same_run(self) -> bool:
+        """Whether the run in the output had this model, these data and this seed, and was not finished."""
+        record = self.output / RUN / CONFIG_RECORD
+        if (self.output / CONFIG).exists() or not record.is_file():
+            return False
+        before, now = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
+        return all(before.get(key) == now.get(key) for key in ("model", "data", "seed_everything"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""

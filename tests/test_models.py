@@ -45,10 +45,17 @@ def test_packing_is_recognised_as_exact(model, batch):
     assert can_pack(model, batch)
 
 
-def test_packing_is_not_used_where_the_model_ignores_the_mask(model, batch):
+@pytest.mark.parametrize("ignored", ["packed", "position_ids"])
+def test_packing_is_not_used_where_the_model_ignores_its_inputs(model, batch, ignored):
     original = model.forward
-    model.forward = lambda **given: original(**{k: v for k, v in given.items() if k != "attention_mask"})
+    model.forward = lambda **given: original(**{k: v for k, v in given.items() if k != ignored})
     assert not can_pack(model, batch)
+
+
+def test_packing_leaves_the_models_own_attention_in_place(model, batch):
+    before = model.config._attn_implementation
+    answer_logits(model, batch, pack=True)
+    assert model.config._attn_implementation == before
 
 
 def test_packed_gradients_equal_padded_ones(model, batch):

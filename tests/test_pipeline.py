@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,10 +96,33 @@ def test_fit_resumes_where_a_run_stopped(expert, base, rows, tmp_path):
     stop = ["--trainer.callbacks+", "tests.test_pipeline.StopAfter", "--trainer.callbacks.steps", str(steps)]
     assert main(fit_flags(base, rows, folder, *stop)) == 0
     assert read_adapter(folder).sha256 != read_adapter(expert).sha256
+    (folder / "adapter_config.json").unlink()  # a killed run has not written its adapter
     assert main(fit_flags(base, rows, folder, "--resume", "true")) == 0
     one, two = read_adapter(expert).pairs, read_adapter(folder).pairs
     for name in one:
         torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_finished_or_different_run_is_not_resumed(expert, base, rows, tmp_path, capsys):
+    folder = shutil.copytree(expert, tmp_path / "expert")
+    assert main(fit_flags(base, rows, folder, "--resume", "true", "--trainer.max_epochs", "1")) == 0
+    assert "starting over" in capsys.readouterr().err
+    assert len(losses(folder)) == 1
+    (folder / "adapter_config.json").unlink()
+    assert main(fit_flags(base, rows, folder, "--resume", "true", "--model.seed", "9")) == 0
+    assert "starting over" in capsys.readouterr().err
+
+
+def test_an_interrupt_in_training_is_one_line_and_keeps_checkpoints(base, rows, tmp_path, capsys):
+    folder = tmp_path / "expert"
+    with_interrupt = ["--trainer.callbacks+", "tests.test_pipeline.Interrupt"]
+    assert main(fit_flags(base, rows, folder, *with_interrupt)) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: interrupted")]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert (folder / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert not (folder / "adapter_config.json").exists()
+    assert main(fit_flags(base, rows, folder)) == 2
+    assert main(fit_flags(base, rows, folder, "--resume", "true")) == 0
 
 
 def test_the_kept_checkpoint_is_the_best_one(base, rows, tmp_path):
@@ -299,6 +323,14 @@ def test_fit_runs_in_two_processes(base, rows, tmp_path, hardware):
 
 
 from lightning import Callback  # noqa: E402
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C in the second epoch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
 
 
 class StopAfter(Callback):

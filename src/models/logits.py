@@ -5,15 +5,13 @@ states, so whatever the model does after that layer (soft-capping, scaling) stil
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from src.data.batches import Batch
-
-PACKED_TOKENS = 4096
-"""Longest packed sequence: its attention is dense."""
+from src.models import packing
 
 
 def answer_logits(model: Any, batch: Batch, *, pack: bool = False) -> torch.Tensor:
@@ -25,20 +23,21 @@ def answer_logits(model: Any, batch: Batch, *, pack: bool = False) -> torch.Tens
         model: A transformers causal language model, possibly wrapped by PEFT.
         batch: N rows, T tokens.
         pack: Put the rows one after another behind the tokens that all begin with (a chat template's system prompt),
-            see :func:`packed`. The same function, gradients included, of fewer tokens.
+            see :mod:`src.models.packing`. The same function, gradients included, of fewer tokens.
     """
-    if pack and batch.common_prefix:
-        given, chosen = packed(batch, next(model.parameters()).dtype)
+    packs = pack and batch.common_prefix > 0
+    if packs:
+        given, chosen = packing.pack(batch)
     else:
-        given = {"input_ids": batch.ids}
-        chosen = torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
+        given, chosen = {"input_ids": batch.ids}, torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
 
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][chosen][None], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits: torch.Tensor = model(**given, use_cache=False).logits[0]
+        with packing.packed_attention(model) if packs else nullcontext():
+            logits: torch.Tensor = model(**given, use_cache=False).logits[0]
     finally:
         handle.remove()
     return logits
@@ -60,36 +59,9 @@ def leaf_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def packed(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The batch as one sequence ``[prefix, rest of row 1, rest of row 2, …]`` without padding.
-
-    Each token keeps its position and attends to the prefix and to its own row's tokens up to itself, so its hidden
-    state is that of the padded batch.
-
-    Returns:
-        Inputs of the model (ids (1, S), positions (1, S), additive mask (1, 1, S, S)) and a (1, S) bool: true where a
-        token predicts an answer token.
-    """
-    start, device = batch.common_prefix, batch.ids.device
-    steps = torch.arange(batch.ids.shape[1], device=device)
-    kept = (steps >= start) & (steps < batch.lengths[:, None])
-    rows, positions = kept.nonzero(as_tuple=True)
-    ids = torch.cat([batch.ids[0, :start], batch.ids[kept]])
-    owner = torch.cat([torch.full((start,), -1, device=device), rows])
-    position = torch.cat([steps[:start], positions])
-    sees = (owner[None] == -1) | (owner[None] == owner[:, None])
-    sees &= position[None] <= position[:, None]
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, torch.finfo(dtype).min)
-    answers = torch.nn.functional.pad(batch.answer_mask[kept], (start, 0))
-    # The prefix ends before the token that predicts a first answer token, so each predictor precedes its answer here.
-    predicts = torch.nn.functional.pad(answers[1:], (0, 1))
-    given = {"input_ids": ids[None], "position_ids": position[None], "attention_mask": mask[None, None]}
-    return given, predicts[None]
-
-
 def can_pack(model: Any, batch: Batch) -> bool:
-    """Whether packing gives this model's logits of this batch, by trying: some models take no mask of that form."""
-    if batch.common_prefix == 0 or batch.lengths.sum() > PACKED_TOKENS:
+    """Whether packing gives this model's logits of this batch, by trying: some models attend in other ways."""
+    if batch.common_prefix == 0:
         return False
     mode = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
