@@ -71,7 +71,7 @@ $(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(TA) $(SST) $(TE
 
 $(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
 	@echo "== 6/6 report"
-	$(RUN) report --config report.yaml --overwrite true
+	$(RUN) report --config report.yaml --overwrite true > /dev/null
 
 demo: $(TABLE)
 	@cat $(TABLE)

@@ -36,7 +36,7 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
         _draw(axis, results, column, safety)
     axes[0][0].set_ylabel(f"{safety}, harmful prompts  (higher is safer)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncols=min(6, len(labels)), frameon=False)
     figure.suptitle("What safety costs: each method over its strengths, 95 % intervals")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     # An explicit format: the temporary file's name does not end in .png.
@@ -69,7 +69,12 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> No
         for point, sx, sy in zip(points, x, y, strict=True):
             text = f"α={point.alpha:g}" if point.alpha is not None else point.name
             axis.annotate(
-                text, (sx.value, sy.value), xytext=(7, 6), textcoords="offset points", fontsize=8, color=colour
+                text,
+                (sx.value, sy.value),
+                xytext=(7, -13 if point.name == "utility" else 6),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
             )
     better = "lower is better" if column.startswith("over") else "higher is better"
     axis.set(xlabel=f"{column}  ({better})", xlim=(-0.04, 1.08), ylim=(-0.04, 1.08))

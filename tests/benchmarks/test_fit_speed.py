@@ -4,8 +4,10 @@ Same rows, batch size, LoRA, optimiser, schedule and number of steps; both losse
 Prints the numbers; asserts on losses, never on time.
 """
 
+import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +17,32 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.data.batches import EncodedRows
 from src.data.chat import Encoder
-from src.data.sources import load_rows
+from src.data.sources import RowSource, load_rows
 from src.models.base import BaseSpec, load_model, load_tokenizer
 from src.models.logits import answer_nll
 
-TRAIN = ["src/data/demo/task.train.jsonl", "src/data/demo/general.train.jsonl"]
-VAL = "src/data/demo/task.calib.jsonl"
+RESEARCH = Path("../shared/data/train")
+"""Public instruction data of mixed length; not part of the project."""
+CASES = {
+    "short tasks (shipped)": (
+        ["src/data/demo/task.train.jsonl", "src/data/demo/general.train.jsonl"],
+        ["src/data/demo/task.calib.jsonl", "src/data/demo/general.calib.jsonl"],
+    ),
+    "instructions and code (research data)": (
+        [
+            {"path": str(RESEARCH / "instruct.jsonl"), "limit": 160, "seed": 0},
+            {"path": str(RESEARCH / "code.jsonl"), "limit": 80, "seed": 0},
+        ],
+        [{"path": str(RESEARCH / "instruct.jsonl"), "limit": 64, "skip": 160, "seed": 0}],
+    ),
+}
 LEARNING_RATE = 5e-4
 
 
-@pytest.fixture(scope="module")
-def encoded():
+def encoded(sources):
     encoder = Encoder(load_tokenizer(BaseSpec()), max_length=512)
-    train = [encoder.encode(row) for row in load_rows(TRAIN, need_response=True)]
-    return train, [encoder.encode(row) for row in load_rows(VAL, need_response=True)]
+    given = [source if isinstance(source, str) else RowSource(**source) for source in sources]
+    return [encoder.encode(row) for row in load_rows(given, need_response=True)]
 
 
 def validation_loss(folder, rows):
@@ -86,10 +100,13 @@ def peer(train, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fit_against_transformers_trainer(encoded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", list(CASES))
+def test_fit_against_transformers_trainer(case, tmp_path, monkeypatch):
     from lightning import Trainer
 
-    train, val = encoded
+    if "research" in case and not RESEARCH.is_dir():
+        pytest.skip(f"{RESEARCH} is not here")
+    train, val = (encoded(sources) for sources in CASES[case])
     clock: dict[str, float] = {}
     original = Trainer.fit
 
@@ -102,8 +119,10 @@ def test_fit_against_transformers_trainer(encoded, tmp_path, monkeypatch):
     flags = ["--output", str(tmp_path / "ours"), "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
     # No validation on either side; the base is loaded inside both clocks' runs but is 1 % of them.
     quiet = ["--trainer.limit_val_batches", "0", "--trainer.callbacks", "null"]
+    flags += [f"--data.{split}={json.dumps(rows)}" for split, rows in zip(("train", "val"), CASES[case], strict=True)]
     assert main(["fit", "--config", "expert.yaml", *flags, *quiet]) == 0
     clock["peer"] = peer(train, tmp_path / "peer")
+    sys.stderr.write(f"\n{case}: {len(train)} rows, batch 8\n")
     tokens = sum(len(row.ids) for row in train)
     losses = {"ours": validation_loss(tmp_path / "ours", val), "peer": validation_loss(tmp_path / "peer", val)}
     for name in ("ours", "peer"):
