@@ -29,7 +29,7 @@ def base_flags(base, hardware="cpu.yaml"):
 
 def fit_flags(base, rows, output, *more, hardware="cpu.yaml"):
     data = ["--data.train", str(rows["task"]), "--data.val", str(rows["val"]), "--data.batch_size", "3"]
-    lora = ["--model.lora.rank", "2", "--model.optimizer.lr", "0.01"]
+    lora = ["--model.lora.rank", "2", "--model.optimizer.lr", "0.01", "--trainer.max_epochs", "3"]
     flags = [*base_flags(base, hardware), *data, *lora, "--output", str(output)]
     return ["fit", "--config", "expert.yaml", *flags, *more]
 
