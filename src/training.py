@@ -50,6 +50,7 @@ class TrainerCommand(LightningCLI):
             run=False,
             args=arguments,
             seed_everything_default=0,
+            auto_configure_optimizers=False,  # an injected optimiser would replace the schedule per step
             trainer_defaults={
                 "use_distributed_sampler": False,
                 "logger": True,
