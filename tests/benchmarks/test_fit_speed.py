@@ -26,7 +26,7 @@ RESEARCH = Path("../shared/data/train")
 CASES = {
     "short tasks (shipped)": (
         ["src/data/demo/task.train.jsonl", "src/data/demo/general.train.jsonl"],
-        ["src/data/demo/task.calib.jsonl", "src/data/demo/general.calib.jsonl"],
+        ["src/data/demo/task.calib.jsonl"],
     ),
     "instructions and code (research data)": (
         [
