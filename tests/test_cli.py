@@ -128,37 +128,25 @@ def test_merge_errors_are_one_line(adapters, tmp_path, capsys):
     assert (tmp_path / "m" / "file").exists()
 
 
-def test_an_interrupt_is_one_line(adapters, tmp_path, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("src.merge.stage.weighted_sum", interrupted)
-    given = [
-        "--utility",
-        str(adapters["utility"]),
-        "--safety",
-        str(adapters["safety"]),
-        "--output",
-        str(tmp_path / "m"),
-    ]
-    assert "interrupted" in fails(["merge", "--method", "TaskArithmetic", *given], capsys)
-    assert list(tmp_path.iterdir()) == []
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
-def test_a_full_disk_is_one_line(adapters, tmp_path, capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("src.adapters.peft_files.save_file", full)
-    given = [
-        "--utility",
-        str(adapters["utility"]),
-        "--safety",
-        str(adapters["safety"]),
-        "--output",
-        str(tmp_path / "m"),
-    ]
-    assert "No space left on device" in fails(["merge", "--method", "TaskArithmetic", *given], capsys)
+
+@pytest.mark.parametrize(
+    ("place", "failure", "message"),
+    [
+        ("src.merge.stage.weighted_sum", interrupted, "interrupted"),
+        ("src.adapters.peft_files.save_file", full_disk, "No space left on device"),
+    ],
+)
+def test_an_interrupt_or_a_full_disk_is_one_line(adapters, tmp_path, capsys, monkeypatch, place, failure, message):
+    monkeypatch.setattr(place, failure)
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"])]
+    assert message in fails(["merge", "--method", "TaskArithmetic", *given, "--output", str(tmp_path / "m")], capsys)
     assert list(tmp_path.iterdir()) == []
 
 
