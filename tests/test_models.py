@@ -13,7 +13,7 @@ from src.models.base import BaseSpec, fingerprint, load_model, load_tokenizer
 from src.models.fused_lora import fuse
 from src.models.generation import greedy, left_padded_prompts
 from src.models.logits import answer_logits, answer_loss, answer_nll, answer_rows, answer_targets, can_pack
-from src.models.speed import choose_matmul
+from src.models.speed import _best, choose_matmul
 from tests.tiny import make_model, random_pairs
 
 PROMPTS = ["hi", "a longer prompt than that", "how?", "mid length one"]
@@ -101,6 +101,22 @@ def test_fused_lora_equals_peft(batch, rslora):
         torch.testing.assert_close(plain, quick)
 
 
+def test_narrow_products_round_to_bfloat16_and_no_further(batch):
+    results = []
+    for narrow in (False, True):
+        torch.manual_seed(3)
+        config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+        peft = get_peft_model(make_model(dtype=torch.float32), config)
+        fuse(peft, narrow=narrow)
+        loss = cross_entropy(answer_logits(peft, batch, pack=True, narrow=narrow), answer_targets(batch))
+        trained = [p for p in peft.parameters() if p.requires_grad]
+        results.append(torch.cat([g.flatten() for g in (loss, *torch.autograd.grad(loss, trained))]))
+        assert not any(p.dtype == torch.bfloat16 for p in peft.state_dict().values())
+    wide, rounded = results
+    assert rounded.dtype == torch.float32
+    assert 0 < (wide - rounded).norm() / wide.norm() < 0.02
+
+
 def test_layers_with_dropout_keep_pefts_forward():
     peft = get_peft_model(make_model(), LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.1))
     assert fuse(peft) == 0
@@ -169,4 +185,14 @@ def test_a_mode_less_accurate_than_asked_is_not_chosen(model):
     assert choose_matmul("auto", narrow, max_error=-1.0, rows=8) == "highest"
     assert choose_matmul("auto", model, max_error=1.0, rows=8) == "highest"
     assert choose_matmul("high", narrow, max_error=0.0) == "high"
-    choose_matmul("highest", narrow, max_error=0.0)
+    assert choose_matmul("bfloat16", narrow, max_error=0.0) == "bfloat16"
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert choose_matmul("auto", narrow, max_error=1e-6, rows=8, copies=True) in ("highest", "medium")
+
+
+def test_of_the_admitted_modes_the_fastest_is_chosen():
+    results = {"highest": (1.0, 0.0), "medium": (0.9, 4e-7), "bfloat16": (0.5, 3e-3)}
+    assert _best(results, 5e-3) == "bfloat16"
+    assert _best(results, 1e-5) == "medium"
+    assert _best(results | {"bfloat16": (0.8, 3e-3)}, 5e-3) == "medium"
+    assert _best(results | {"medium": (0.5, 1e-3)}, 1e-5) == "highest"

@@ -21,7 +21,7 @@ from src.models.base import BaseSpec, fingerprint, load_model
 from src.models.fused_lora import fuse
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
 from src.models.sharding import shard
-from src.models.speed import MatmulMode, choose_matmul
+from src.models.speed import TrainingMode, choose_matmul
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ class ExpertModule(LightningModule):
         pack: Compute the tokens that all rows of a batch begin with once (the chat template's system prompt); the same
             loss and gradients from fewer tokens. Falls back by itself where a model cannot.
         seed: Seed of the adapter's initial weights.
-        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
+        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures. ``bfloat16`` multiplies by
+            bfloat16 copies of the frozen weights, and within attention; residuals, norms, the adapter and the logits
+            stay float32.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts (bfloat16 rounding is 0.003).
     """
 
@@ -72,12 +74,14 @@ class ExpertModule(LightningModule):
         self,
         base: BaseSpec,
         lora: LoraSpec,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=5e-4, weight_decay=0.0, fused=True
+        ),
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup: float = 0.05,
         pack: bool = True,
         seed: int = 0,
-        matmul: MatmulMode = "auto",
+        matmul: TrainingMode = "auto",
         max_matmul_error: float = 5e-3,
     ) -> None:
         super().__init__()
@@ -86,6 +90,7 @@ class ExpertModule(LightningModule):
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
         self.schedule, self.warmup, self.pack, self.seed = schedule, warmup, pack, seed
         self._can_pack: bool | None = None
+        self._narrow = False
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
         self.strict_loading = False
         self.model: Any = None
@@ -98,7 +103,13 @@ class ExpertModule(LightningModule):
         from peft import get_peft_model
 
         model = load_model(self.base)
-        choose_matmul(self.matmul, model, max_error=self.max_matmul_error)
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        copies = not sharded and model.dtype == torch.float32 and self.trainer.strategy.root_device.type == "cpu"
+        if self.matmul == "bfloat16" and not copies:
+            raise InputError(
+                "model.matmul bfloat16 is for an unsharded float32 base on a CPU; elsewhere set trainer.precision"
+            )
+        mode = choose_matmul(self.matmul, model, max_error=self.max_matmul_error, copies=copies)
         self.base_fingerprint = fingerprint(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -108,11 +119,12 @@ class ExpertModule(LightningModule):
                 raise InputError(f"lora.targets {self.lora.targets}: {' '.join(str(error).split())[:200]}") from None
         # PEFT records where the weights lie on this machine; the name is what finds them on another.
         self.model.peft_config["default"].base_model_name_or_path = self.base.name
-        fuse(self.model)
+        self._narrow = mode == "bfloat16"
+        fuse(self.model, narrow=self._narrow)
         self.model.train()
         trainable, total = self.model.get_nb_trainable_parameters()
         log.info("training %.2f M of %.1f M parameters (LoRA rank %d)", trainable / 1e6, total / 1e6, self.lora.rank)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if sharded:
             shard(self.model, self.device_mesh)
 
     def _peft_config(self) -> Any:
@@ -128,7 +140,8 @@ class ExpertModule(LightningModule):
         )
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return answer_loss(answer_logits(self.model, batch, pack=self._packs(batch)), answer_targets(batch))
+        logits = answer_logits(self.model, batch, pack=self._packs(batch), narrow=self._narrow)
+        return answer_loss(logits, answer_targets(batch))
 
     def _packs(self, batch: Batch) -> bool:
         """Whether to pack this batch; tried out once per run, on the first batch that has a common prefix."""

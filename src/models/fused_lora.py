@@ -7,6 +7,9 @@ both ride on the matrix products (``addmm`` with a factor). Gradients follow by 
 
     z = x Aᵀ,  h = ḡ B:   x̄ = ḡ W + s h A,   Ā = s hᵀ x,   B̄ = s ḡᵀ z
 
+The products with W, nearly all of the arithmetic, may run in bfloat16, W being converted once for the whole run; sums
+with the update, and the update itself, stay in the format of x.
+
 Legend of shapes: M tokens, I input features, O output features, R rank.
 """
 
@@ -33,7 +36,7 @@ class FusedLora(torch.autograd.Function):
         z = x @ a.T
         ctx.save_for_backward(x, weight, a, b, z)
         ctx.scale = scale
-        return linear(x, weight, bias).addmm_(z, b.T, alpha=scale)
+        return linear(x.to(weight.dtype), weight, bias).to(x.dtype).addmm_(z, b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -41,12 +44,18 @@ class FusedLora(torch.autograd.Function):
         (grad,) = grads
         x, weight, a, b, z = ctx.saved_tensors
         h = grad @ b
-        for_x = (grad @ weight).addmm_(h, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = (grad.to(weight.dtype) @ weight).to(x.dtype).addmm_(h, a, alpha=ctx.scale)
         return for_x, None, None, (h.T @ x).mul_(ctx.scale), (grad.T @ z).mul_(ctx.scale), None
 
 
-def fuse(model: torch.nn.Module) -> int:
+def fuse(model: torch.nn.Module, *, narrow: bool = False) -> int:
     """Give every plain LoRA layer of a PEFT model the fused forward; returns how many were fused.
+
+    Args:
+        model: A PEFT model.
+        narrow: Multiply by a bfloat16 copy of each frozen weight (half the weights' memory on top).
 
     Layers with dropout, DoRA, LoRA biases or a quantised base keep PEFT's own forward, and so do all layers under
     autocast.
@@ -56,7 +65,7 @@ def fuse(model: torch.nn.Module) -> int:
     fused = 0
     for layer in model.modules():
         if isinstance(layer, Linear) and _is_plain(layer):
-            layer.forward = _forward(layer, layer.forward)  # type: ignore[method-assign]
+            layer.forward = _forward(layer, layer.forward, narrow=narrow)  # type: ignore[method-assign]
             fused += 1
     return fused
 
@@ -71,7 +80,13 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _forward(layer: Any, original: Any) -> Any:
+def _forward(layer: Any, original: Any, *, narrow: bool) -> Any:
+    copies: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    if narrow:
+        # Held here and not by the layer: copies are no part of the model's state.
+        weight, bias = layer.base_layer.weight, layer.base_layer.bias
+        copies = weight.detach().bfloat16(), None if bias is None else bias.detach().bfloat16()
+
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = layer.active_adapters
         plain = len(active) == 1 and not (layer.merged or layer.disable_adapters or args or kwargs)
@@ -79,7 +94,8 @@ def _forward(layer: Any, original: Any) -> Any:
             return original(x, *args, **kwargs)
         name, base = active[0], layer.base_layer
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        out = FusedLora.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling[name])
+        weight, bias = copies or (base.weight, base.bias)
+        out = FusedLora.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, layer.scaling[name])
         return out.reshape(*x.shape[:-1], -1)
 
     return forward

@@ -14,7 +14,7 @@ from src.data.batches import Batch
 from src.models import packing
 
 
-def answer_logits(model: Any, batch: Batch, *, pack: bool = False) -> torch.Tensor:
+def answer_logits(model: Any, batch: Batch, *, pack: bool = False, narrow: bool = False) -> torch.Tensor:
     """Logits (M, V) that predict the M answer tokens of the batch, in row-major order.
 
     Rows are padded on the right and the model is causal, so real tokens never see padding and no mask is needed.
@@ -24,10 +24,11 @@ def answer_logits(model: Any, batch: Batch, *, pack: bool = False) -> torch.Tens
         batch: N rows, T tokens.
         pack: Put the rows one after another behind the tokens that all begin with (a chat template's system prompt),
             see :mod:`src.models.packing`. The same function, gradients included, of fewer tokens.
+        narrow: Let packed attention multiply in bfloat16.
     """
     packs = pack and batch.common_prefix > 0
     if packs:
-        given, chosen = packing.pack(batch)
+        given, chosen = packing.pack(batch, narrow=narrow)
     else:
         given, chosen = {"input_ids": batch.ids}, torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
 

@@ -28,16 +28,23 @@ class PackedLayout:
         index: (N·L,) position behind the prefix of each row's tokens; padding points at 0.
         kept: (N·L,) bool: which of them are tokens.
         rows: N.
+        narrow: Whether attention's products are in bfloat16.
     """
 
     start: int
     index: torch.Tensor
     kept: torch.Tensor
     rows: int
+    narrow: bool = False
 
 
-def pack(batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
-    """Inputs of the model for the packed batch, and a (1, S) bool: true where a token predicts an answer token."""
+def pack(batch: Batch, *, narrow: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
+    """Inputs of the model for the packed batch, and a (1, S) bool: true where a token predicts an answer token.
+
+    Args:
+        batch: Rows with a common prefix.
+        narrow: Multiply in bfloat16 within attention.
+    """
     start, device = batch.common_prefix, batch.ids.device
     steps = torch.arange(start, int(batch.lengths.max()), device=device)
     kept = steps < batch.lengths[:, None]
@@ -52,7 +59,7 @@ def pack(batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
         "position_ids": position[None],
         # A mask of four dimensions is taken as it is: no other is built, and the packed attention needs none.
         "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
-        "packed": PackedLayout(start, index, flat, len(batch.ids)),
+        "packed": PackedLayout(start, index, flat, len(batch.ids), narrow),
     }
     # The prefix ends before the token that predicts a first answer token, so each predictor precedes its answer here.
     return given, torch.nn.functional.pad(answers[1:], (0, 1))[None]
@@ -93,6 +100,9 @@ def attend(
     """
     if sliding_window is not None or softcap is not None or dropout:
         raise NotImplementedError("packed attention is causal attention without window, soft cap or dropout")
+    dtype = query.dtype
+    if packed.narrow:
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     groups = query.shape[1] // key.shape[1]
     q, k, v = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
     heads, start, rows = len(q), packed.start, packed.rows
@@ -112,7 +122,7 @@ def attend(
     rest = torch.baddbmm(rest, weights[..., start:], v_rest)
     tokens = packed.kept.nonzero().squeeze(1)
     out = torch.cat([head, rest.view(heads, rows * length, -1).index_select(1, tokens)], dim=1)
-    return out.transpose(0, 1)[None].contiguous(), None
+    return out.transpose(0, 1)[None].to(dtype).contiguous(), None
 
 
 def _masked(scores: torch.Tensor, length: int) -> torch.Tensor:

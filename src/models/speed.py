@@ -1,7 +1,8 @@
 """Two settings of a CPU process that decide its speed: how matrices are multiplied, and how memory is given back.
 
 Which mode of :func:`torch.set_float32_matmul_precision` is fast, and what it costs in accuracy, differs between
-processors: on one it picks another float32 library, on another it rounds to bfloat16. So both are measured.
+processors: on one it picks another float32 library, on another it rounds to bfloat16. Some multiply bfloat16 fast only
+where the weights are stored so. So all are measured.
 """
 
 import ctypes
@@ -17,6 +18,9 @@ from torch.nn.functional import linear
 log = logging.getLogger(__name__)
 
 MatmulMode = Literal["auto", "highest", "high", "medium"]
+TrainingMode = Literal["auto", "highest", "high", "medium", "bfloat16"]
+EXACT, WORTH = 1e-6, 1.2
+"""A mode whose relative error is below ``EXACT`` rounds as float32 does; any other must be ``WORTH`` times as fast."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
@@ -38,50 +42,62 @@ def _layers_to_measure(model: torch.nn.Module) -> list[torch.Tensor]:
     return [weight.detach() for weight in weights if weight.dtype == torch.float32]
 
 
-def _measure(weights: list[torch.Tensor], rows: int) -> dict[str, tuple[float, float]]:
-    """For two modes: seconds of the fastest of three rounds through the layers, and the relative error."""
+def _measure(weights: list[torch.Tensor], rows: int, modes: list[str]) -> dict[str, tuple[float, float]]:
+    """For each mode: seconds of the fastest of three rounds through the layers, and the relative error."""
     draw = torch.Generator().manual_seed(0)
     inputs = [torch.randn(rows, weight.shape[1], generator=draw) for weight in weights]
     exact = inputs[0].double() @ weights[0].T.double()
     results = {}
-    for mode in ("highest", "medium"):
-        torch.set_float32_matmul_precision(mode)
-        error = (linear(inputs[0], weights[0]).double() - exact).norm() / exact.norm()
+    for mode in modes:
+        torch.set_float32_matmul_precision("highest" if mode == "bfloat16" else mode)
+        given = [weight.bfloat16() for weight in weights] if mode == "bfloat16" else weights
+        error = (linear(inputs[0].to(given[0].dtype), given[0]).double() - exact).norm() / exact.norm()
         best = float("inf")
         for _ in range(3):
             start = time.perf_counter()
-            for x, weight in zip(inputs, weights, strict=True):
-                linear(x, weight)
+            for x, weight in zip(inputs, given, strict=True):
+                linear(x.to(weight.dtype), weight).to(x.dtype)
             best = min(best, time.perf_counter() - start)
         results[mode] = (best, error.item())
     return results
 
 
-def choose_matmul(mode: MatmulMode, model: torch.nn.Module, *, max_error: float, rows: int = 512) -> str:
-    """Set the float32 matrix-multiply mode and return it.
+def _best(results: dict[str, tuple[float, float]], max_error: float) -> str:
+    """The fastest admitted mode (``highest`` always is); one that rounds must be :data:`WORTH` times as fast."""
+    cost = {name: seconds * (1.0 if error < EXACT else WORTH) for name, (seconds, error) in results.items()}
+    admitted = [name for name, (_, error) in results.items() if error <= max_error or name == "highest"]
+    return min(admitted, key=cost.__getitem__)
+
+
+def choose_matmul(
+    mode: TrainingMode, model: torch.nn.Module, *, max_error: float, rows: int = 512, copies: bool = False
+) -> str:
+    """Set how float32 matrices are multiplied and return the mode.
 
     Args:
-        mode: A mode of :func:`torch.set_float32_matmul_precision`, or ``auto``: ``medium`` where it is at least 1.2
-            times as fast as ``highest`` through this model's layers on this CPU and its relative error is at most
-            ``max_error``, else ``highest``. On a GPU ``auto`` is ``high`` (TF32) where ``max_error`` admits it (1e-3).
+        mode: A mode of :func:`torch.set_float32_matmul_precision`; or ``bfloat16``: the caller multiplies by bfloat16
+            copies of its weights; or ``auto``: the fastest through this model's layers on this CPU of those whose
+            relative error is at most ``max_error``. On a GPU ``auto`` is ``high`` (TF32) where ``max_error`` admits it
+            (1e-3).
         model: The model whose layers are measured.
         max_error: Largest relative error of a product that ``auto`` accepts.
         rows: Rows of the products to measure: tokens of a training step, or rows of a decoding step.
+        copies: Whether the caller can multiply by copies.
     """
     weights = _layers_to_measure(model)
-    if mode != "auto":
-        choice: str = mode
-    elif torch.cuda.is_available():
-        choice = "high" if max_error >= 1e-3 else "highest"
-    elif not weights:
-        choice = "highest"
-    else:
-        results = _measure(weights, rows)
-        ratio, error = results["highest"][0] / results["medium"][0], results["medium"][1]
-        choice = "medium" if error <= max_error and ratio >= 1.2 else "highest"
-        log.info(
-            "products of %d rows: mode %s (medium is %.1f x as fast as highest here, error %.0e, accepted %.0e)",
-            *(rows, choice, ratio, error, max_error),
-        )
-    torch.set_float32_matmul_precision(choice)
+    choice: str = mode
+    others = "highest" if mode == "bfloat16" else choice
+    if mode == "auto" and torch.cuda.is_available():
+        choice = others = "high" if max_error >= 1e-3 else "highest"
+    elif mode == "auto" and not weights:
+        choice = others = "highest"
+    elif mode == "auto":
+        results = _measure(weights, rows, ["highest", "medium", *(["bfloat16"] if copies else [])])
+        choice = _best(results, max_error)
+        # What is not multiplied by copies (the output layer, attention) takes the best of the other modes.
+        others = _best({name: results[name] for name in ("highest", "medium")}, max_error)
+        slowest = results["highest"][0]
+        measured = ", ".join(f"{name} {slowest / s:.1f} x, error {e:.0e}" for name, (s, e) in results.items())
+        log.info("products of %d rows: mode %s (%s; accepted error %.0e)", rows, choice, measured, max_error)
+    torch.set_float32_matmul_precision(others)
     return choice
