@@ -108,6 +108,7 @@ def test_narrow_products_round_to_bfloat16_and_no_further(batch):
         config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
         peft = get_peft_model(make_model(dtype=torch.float32), config)
         fuse(peft, narrow=narrow)
+        assert can_pack(peft, batch, narrow=narrow)
         loss = cross_entropy(answer_logits(peft, batch, pack=True, narrow=narrow), answer_targets(batch))
         trained = [p for p in peft.parameters() if p.requires_grad]
         results.append(torch.cat([g.flatten() for g in (loss, *torch.autograd.grad(loss, trained))]))

@@ -47,7 +47,7 @@ class FusedLora(torch.autograd.Function):
         for_x = None
         if ctx.needs_input_grad[0]:
             for_x = (grad.to(weight.dtype) @ weight).to(x.dtype).addmm_(h, a, alpha=ctx.scale)
-        return for_x, None, None, (h.T @ x).mul_(ctx.scale), (grad.T @ z).mul_(ctx.scale), None
+        return for_x, None, None, (h.T @ x).mul_(ctx.scale), (z.T @ grad).mul_(ctx.scale).T, None
 
 
 def fuse(model: torch.nn.Module, *, narrow: bool = False) -> int:

@@ -60,8 +60,14 @@ def leaf_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def can_pack(model: Any, batch: Batch) -> bool:
-    """Whether packing gives this model's logits of this batch, by trying: some models attend in other ways."""
+def can_pack(model: Any, batch: Batch, *, narrow: bool = False) -> bool:
+    """Whether packing gives this model's logits of this batch, by trying: some models attend in other ways.
+
+    Args:
+        model: A transformers causal language model, possibly wrapped by PEFT.
+        batch: N rows, T tokens.
+        narrow: Whether the model's products are rounded to bfloat16, whatever its weights are.
+    """
     if batch.common_prefix == 0:
         return False
     mode = torch.get_float32_matmul_precision()
@@ -74,7 +80,7 @@ def can_pack(model: Any, batch: Batch) -> bool:
         return False
     finally:
         torch.set_float32_matmul_precision(mode)
-    narrow = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    narrow = narrow or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     return bool(difference <= (0.1 if narrow else 1e-3) * plain.std())
 
 
