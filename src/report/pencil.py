@@ -5,7 +5,7 @@ pays, on held-out rows; and a map of the share of the patch that was kept, layer
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,18 @@ def plot_pencil(findings: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(draw, findings[key]) for key, draw in PANELS.items() if findings.get(key) is not None]
+    panels = [draw for key, draw in PANELS.items() if findings.get(key) is not None]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.0), squeeze=False)
-    for axis, (draw, data) in zip(axes[0], panels, strict=True):
-        draw(axis, data, findings)
+    for axis, draw in zip(axes[0], panels, strict=True):
+        draw(axis, findings)
     figure.tight_layout()
     # An explicit format: the temporary file's name does not end in .png.
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)
 
 
-def _spectrum(axis: Any, data: Mapping[str, list[float]], findings: Mapping[str, Any]) -> None:
+def _spectrum(axis: Any, findings: Mapping[str, Any]) -> None:
+    data = findings["spectrum"]
     points = [(rank, value) for rank, value in zip(data["rank"], data["value"], strict=True) if value > 0]
     axis.plot(*zip(*points, strict=True), color="#0072B2", marker=".", linestyle="-")
     axis.set(yscale="log", xlabel="rank", ylabel="λ, safety energy per utility energy", title="Spectrum of the pencil")
@@ -50,7 +51,8 @@ def _spectrum(axis: Any, data: Mapping[str, list[float]], findings: Mapping[str,
     axis.grid(alpha=0.25)
 
 
-def _curve(axis: Any, data: Mapping[str, list[float]], findings: Mapping[str, Any]) -> None:
+def _curve(axis: Any, findings: Mapping[str, Any]) -> None:
+    data = findings["held_out_curve"]
     axis.plot(data["utility_tax_kept"], data["safety_energy_kept"], color="#0072B2", marker=".", label="k largest λ")
     axis.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="shrinking the patch")
     if chosen := findings.get("held_out"):
@@ -82,8 +84,8 @@ def module_grid(kept: Mapping[str, float | None]) -> tuple[list[int], list[str],
     return layers, modules, grid
 
 
-def _modules(axis: Any, data: Mapping[str, float | None], findings: Mapping[str, Any]) -> None:
-    layers, modules, grid = module_grid(data)
+def _modules(axis: Any, findings: Mapping[str, Any]) -> None:
+    layers, modules, grid = module_grid(findings["kept_by_module"])
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
     axis.figure.colorbar(image, ax=axis, label="norm kept")
     step = max(1, len(layers) // 16)
@@ -92,4 +94,8 @@ def _modules(axis: Any, data: Mapping[str, float | None], findings: Mapping[str,
     axis.set(ylabel="layer", title="Where the patch was kept")
 
 
-PANELS = {"spectrum": _spectrum, "held_out_curve": _curve, "kept_by_module": _modules}
+PANELS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
+    "spectrum": _spectrum,
+    "held_out_curve": _curve,
+    "kept_by_module": _modules,
+}
