@@ -107,3 +107,22 @@ def block_diagonal(dense, sizes):
         blocks.append(dense[start : start + size, start : start + size])
         start += size
     return torch.block_diag(*blocks)
+
+
+def dense_ridged_kronecker(fisher, ridge):
+    """Dense ``⊕ (A + π√ε I) ⊗ (B + √ε/π I)``, π² = (tr A/p)/(tr B/q), of a Kronecker Fisher's factors."""
+    blocks = []
+    for name, (p, q) in fisher.shapes.items():
+        a, b = (factor.numpy() for factor in fisher.factors(name))
+        pi = np.sqrt((np.trace(a) / p) / (np.trace(b) / q)) if np.trace(a) > 0 and np.trace(b) > 0 else 1.0
+        if np.trace(a) == 0 or np.trace(b) == 0:
+            a, b = 0 * a, 0 * b
+        left = a + pi * np.sqrt(ridge) * np.eye(p)
+        blocks.append(np.kron(left, b + np.sqrt(ridge) / pi * np.eye(q)))
+    return scipy.linalg.block_diag(*blocks)
+
+
+def dense_relearned(dense_s, dense_benign, dense_u, g_s, g_benign, start, *, tau, trust, sigma):
+    """Minimum of the objective of method.md section 5a, from its normal equations at c itself."""
+    proximal = dense_s + tau * dense_benign + sigma * np.eye(len(start))
+    return np.linalg.solve(proximal + trust * dense_u, proximal @ start + g_s + tau * g_benign)
