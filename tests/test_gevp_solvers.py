@@ -209,7 +209,9 @@ def test_condition_1e12_between_modules(kind):
     np.testing.assert_allclose(system.ordered()[:9].numpy(), expected[:9], rtol=1e-4)
     tau = float(expected[9])
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
-    assert np.linalg.norm(system.apply(patch, soft(tau)).numpy() - direct) < 1e-5 * np.linalg.norm(direct)
+    # A Gram matrix squares the scores: 1e-16/s² where they are s = 1e-6 of the largest (see its module's docstring).
+    bound = 1e-3 if kind is LowRankAccumulator else 1e-5
+    assert np.linalg.norm(system.apply(patch, soft(tau)).numpy() - direct) < bound * np.linalg.norm(direct)
 
 
 def test_a_dense_pencil_of_condition_1e12_equals_scipy():

@@ -42,6 +42,10 @@ class Cut:
         return (values > self.above).to(values.dtype)
 
 
+class TopCut(Cut):
+    """A cut by rank: exactly the k largest, whatever is known of the others."""
+
+
 def soft(tau: float) -> Soft:
     """λ / (λ + τ) for an exchange rate τ ≥ 0 in units of safety energy per utility energy; τ = 0 keeps everything.
 
@@ -60,7 +64,7 @@ def threshold(system: Eigensystem, tau: float) -> Cut:
     return Cut(_rate(tau), int((system.ordered() > tau).sum()))
 
 
-def topk(system: Eigensystem, k: int) -> Cut:
+def topk(system: Eigensystem, k: int) -> TopCut:
     """1 for the k largest of all D eigenvalues.
 
     Raises:
@@ -83,7 +87,7 @@ def topk(system: Eigensystem, k: int) -> Cut:
     return _cut(ordered, k)
 
 
-def valid_cuts(system: Eigensystem, at_most: int | None = None) -> list[Cut]:
+def valid_cuts(system: Eigensystem, at_most: int | None = None) -> list[TopCut]:
     """Every ``topk`` filter that does not cut through an eigenvalue, or so many of them evenly spaced, by k."""
     ordered = system.ordered()
     allowed = _allowed(ordered)
@@ -98,7 +102,7 @@ def position(system: Eigensystem, k: int) -> float:
     return int((allowed < k).sum()) / max(1, len(allowed) - 1)
 
 
-def cut_at(system: Eigensystem, where: float) -> Cut:
+def cut_at(system: Eigensystem, where: float) -> TopCut:
     """The valid cut nearest to a position between 0 and 1."""
     ordered = system.ordered()
     allowed = _allowed(ordered)
@@ -111,9 +115,9 @@ def _allowed(ordered: torch.Tensor) -> torch.Tensor:
     return torch.cat([distinct, torch.ones(1, dtype=torch.bool)]).nonzero().squeeze(1) + 1
 
 
-def _cut(ordered: torch.Tensor, k: int) -> Cut:
+def _cut(ordered: torch.Tensor, k: int) -> TopCut:
     middle = ((ordered[k - 1] + ordered[k]) / 2).item() if k < len(ordered) else float("-inf")
-    return Cut(middle, k)
+    return TopCut(middle, k)
 
 
 def _rate(tau: float) -> float:

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, cg, eigsh
 
 from src.fisher.base import Fisher
 from src.gevp.eigensystem import Eigensystem, Expansion, Filter
-from src.gevp.filters import Cut, Soft
+from src.gevp.filters import Soft, TopCut
 from src.gevp.pencil import Pencil
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -104,7 +104,7 @@ class MatrixFreeSystem(Eigensystem):
                 return patch.double()
             target = self.left(patch.double())
             return conjugate_gradients(lambda vector: self.left(vector) + phi.tau * self.right(vector), target)
-        whole = isinstance(phi, Cut) and phi.k == len(self.values)
+        whole = isinstance(phi, TopCut) and phi.k == len(self.values)
         if not whole and phi(self.values[-1:]).item() != 0:
             raise ValueError(f"the filter keeps more than the {len(self.values)} directions that were computed")
         return self.combine(phi(self.values) * self.coordinates(patch))

@@ -56,11 +56,12 @@ def make_pencil(
         raise ValueError(f"rho is {rho}; expected a number above 0")
     if not 0 <= rho_s < float("inf"):
         raise ValueError(f"rho_s is {rho_s}; expected a number of at least 0")
-    for name, fisher in (("safety", safety), ("utility", utility)):
-        if not 0 < fisher.trace() < float("inf"):
-            raise ValueError(f"the {name} Fisher matrix is zero or not finite (trace {fisher.trace():.3g})")
+    traces = safety.trace(), utility.trace()
+    for name, trace in zip(("safety", "utility"), traces, strict=True):
+        if not 0 < trace < float("inf"):
+            raise ValueError(f"the {name} Fisher matrix is zero or not finite (trace {trace:.3g})")
     left, right = (utility, safety) if control == "swapped" else (safety, utility)
-    trace_l, trace_r, dim = left.trace(), right.trace(), safety.dim
+    (trace_l, trace_r), dim = traces[:: -1 if control == "swapped" else 1], safety.dim
     return Pencil(
         left=None if control == "utility_only" else left,
         right=None if control == "safety_only" else right,

@@ -46,7 +46,10 @@ class ScoreStack:
         for _, block in self.blocks():
             for start in range(0, size, ROWS):
                 total[start : start + ROWS, start:].addmm_(block[start : start + ROWS], block[start:].T)
-        return total.triu() + total.triu(1).T
+        for start in range(0, size, ROWS):
+            below = slice(start + ROWS, size)
+            total[below, start : start + ROWS] = total[start : start + ROWS, below].T
+        return total
 
     def times(self, vectors: torch.Tensor) -> torch.Tensor:
         """(…, N) products ``S v`` of vectors (…, D)."""
