@@ -10,8 +10,8 @@ beside the scores; no D × D matrix is formed (method.md sections 4 and 5).
 
 Rules for awkward inputs: each side enters the Gram matrix at trace 1, so that neither hides the other; directions under
 ``SPAN_TOLERANCE`` of its largest eigenvalue (√ of it in scores: 3e-7) are rounding and count as unseen. A Gram matrix
-squares: a direction whose scores are s times the largest carries a relative error of about 1e-16/s², so 1e-4 at s = 1e-6
-(condition 1e12), where the other solvers reach 1e-5 and better.
+squares: a direction whose scores are s times the largest carries a relative error of about 1e-16/s², so 1e-4 at
+s = 1e-6 (condition 1e12), where the other solvers reach 1e-5 and better.
 
 Legend of shapes: N scores of both data sets, m dimensions of their span, D coordinates.
 """
