@@ -238,10 +238,9 @@ def test_a_side_that_rounding_made_indefinite_is_no_trouble():
     assert (system.values > 1e-9 * system.values[0]).sum() == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The diagonal depends on the basis that it is taken in: rotations change it.
+@pytest.mark.parametrize("kind", KINDS[:3])
 def test_rotating_a_modules_coordinates_rotates_the_filtered_patch(kind):
-    if kind is DiagonalAccumulator:
-        pytest.skip("the diagonal is defined in one basis: it is not invariant under rotations")
     draw = torch.Generator().manual_seed(0)
     turns = {
         n: [torch.linalg.qr(torch.randn(s, s, generator=draw).double()).Q for s in shape] for n, shape in SHAPES.items()
