@@ -1,6 +1,11 @@
-"""The Fisher file: one safetensors file of scores, of the bases that define their coordinates, and of provenance."""
+"""The Fisher file: one safetensors file of a Fisher matrix, of the bases that define its coordinates, and a record.
+
+The record names the representation, the modules and the coordinates; tensors are ``u.MODULE`` and ``v.MODULE`` (core
+coordinates only), those of the representation, and ``mean`` where mean signed scores were taken too.
+"""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,16 @@ from safetensors.torch import save_file
 
 from src.errors import InputError
 from src.files import write_atomically
+from src.fisher.base import Fisher, ModuleFisher, Shapes
+from src.fisher.block import BlockFisher
+from src.fisher.diagonal import DiagonalFisher
+from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
 
 RECORD = "sst_fisher"
+REPRESENTATIONS: dict[str, type[Fisher]] = {
+    kind.representation: kind for kind in (LowRankFisher, BlockFisher, KroneckerFisher, DiagonalFisher)
+}
 
 
 @dataclass(frozen=True)
@@ -22,28 +34,51 @@ class FisherFile:
 
     Attributes:
         fisher: The matrix.
-        u: (O, p) output basis of each module, in the order of the coordinates.
-        v: (I, q) input basis of each module.
+        u: (O, p) output basis of each module, in the order of the coordinates; empty in weight coordinates.
+        v: (I, q) input basis of each module; empty in weight coordinates.
         record: Provenance: labels, seed, rows, prompt hashes, base, reference point, adapters, versions, settings.
+        mean: (D,) mean signed score with the data's labels, float64, where it was taken.
     """
 
-    fisher: LowRankFisher
+    fisher: Fisher
     u: dict[str, torch.Tensor]
     v: dict[str, torch.Tensor]
     record: dict[str, Any]
+    mean: torch.Tensor | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(p, q) of each module in the order of the coordinates."""
+        if isinstance(self.fisher, ModuleFisher):
+            return self.fisher.shapes
+        return {name: (self.u[name].shape[1], self.v[name].shape[1]) for name in self.u}
 
     def save(self, path: Path) -> None:
-        """Write the file atomically."""
-        tensors = {"scores": self.fisher.scores.contiguous()}
-        tensors |= {f"u.{name}": matrix.contiguous() for name, matrix in self.u.items()}
-        tensors |= {f"v.{name}": matrix.contiguous() for name, matrix in self.v.items()}
-        record = self.record | {"modules": list(self.u), "count": self.fisher.count, "representation": "lowrank"}
+        """Write the file atomically.
+
+        Raises:
+            ValueError: scores without bases: in weight coordinates they would be as large as the model per example.
+        """
+        if not self.u and not isinstance(self.fisher, ModuleFisher):
+            raise ValueError(f"{self.fisher.representation} has no weight coordinates: bases are missing")
+        tensors = dict(self.fisher.tensors())
+        tensors |= {f"u.{name}": matrix for name, matrix in self.u.items()}
+        tensors |= {f"v.{name}": matrix for name, matrix in self.v.items()}
+        tensors |= {} if self.mean is None else {"mean": self.mean}
+        record = self.record | {
+            "modules": list(self.shapes),
+            "shapes": list(self.shapes.values()),
+            "coordinates": "core" if self.u else "weight",
+            "count": self.fisher.count,
+            "representation": self.fisher.representation,
+        }
         metadata = {RECORD: json.dumps(record, ensure_ascii=False)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        ready = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=metadata))
 
 
 def load_fisher(path: Path) -> FisherFile:
-    """Read and check a Fisher file.
+    """Read and check a Fisher file. Tensors stay mapped: they take memory as they are read.
 
     Raises:
         InputError: the file is missing or broken, is no Fisher file, or holds NaN or infinite values; the message
@@ -57,15 +92,42 @@ def load_fisher(path: Path) -> FisherFile:
             if RECORD not in metadata:
                 raise InputError(f"{path}: not a Fisher file (no {RECORD} record in its metadata)")
             record = json.loads(metadata[RECORD])
-            scores = handle.get_tensor("scores")
-            u = {name: handle.get_tensor(f"u.{name}") for name in record["modules"]}
-            v = {name: handle.get_tensor(f"v.{name}") for name in record["modules"]}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    sizes = [u[name].shape[1] * v[name].shape[1] for name in u]
-    if scores.shape[1] != sum(sizes):
-        raise InputError(f"{path}: scores have {scores.shape[1]} coordinates, the bases {sum(sizes)}")
-    for name, block in zip(u, scores.split(sizes, dim=1), strict=True):
-        if not torch.isfinite(block).all():
-            raise InputError(f"{path}: the scores of {name} hold NaN or infinite values")
-    return FisherFile(LowRankFisher(scores, record["count"]), u, v, record)
+    core = record.get("coordinates", "core") == "core"
+    try:
+        u, v = ({n: tensors.pop(f"{side}.{n}") for n in record["modules"] if core} for side in "uv")
+        shapes = _shapes(record, u, v)
+        kind = REPRESENTATIONS[record.get("representation", "lowrank")]
+        mean = tensors.pop("mean", None)
+        _check_finite(path, tensors | ({} if mean is None else {"mean": mean}), shapes)
+        fisher = kind.from_tensors(tensors, shapes=shapes, count=record["count"])
+    except KeyError as error:
+        raise InputError(f"{path}: has no {error}; expected a file written by `python -m src fisher`") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return FisherFile(fisher, u, v, record, mean)
+
+
+def _shapes(
+    record: Mapping[str, Any], u: Mapping[str, torch.Tensor], v: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int, int]]:
+    if u:
+        return {name: (u[name].shape[1], v[name].shape[1]) for name in u}
+    return {name: (p, q) for name, (p, q) in zip(record["modules"], record["shapes"], strict=True)}
+
+
+def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
+    """Stop at NaN or infinite values, module by module."""
+    sizes = [p * q for p, q in shapes.values()]
+    for key, tensor in tensors.items():
+        kind, _, module = key.partition(".")
+        if kind in ("scores", "mean") and tensor.shape[-1] == sum(sizes):
+            for name, part in zip(shapes, tensor.split(sizes, dim=-1), strict=True):
+                if not torch.isfinite(part).all():
+                    raise InputError(f"{path}: the {kind} of {name} hold NaN or infinite values")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: the sums {kind} of {module or 'all modules'} hold NaN or infinite values")

@@ -1,36 +1,63 @@
 """The exact Fisher matrix, held as the scores of its examples: ``F = GᵀG / n`` with G (n·m, D), m draws each.
 
-Legend of shapes: n examples, D coordinates.
+Legend of shapes: n examples, D coordinates, P vectors.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
+
+from src.fisher.accumulate import Accumulator
+from src.fisher.base import Fisher, Shapes, weighted_mean
+from src.fisher.scores import core_score
 
 COLUMNS = 8192
-"""Width of the column blocks in which scores are widened to float64: bounds the memory of every product."""
+"""Greatest width of the column blocks in which scores are widened to float64."""
+WIDE_ENTRIES = 2**24
+"""Entries of a widened block (128 MiB): bounds the memory of every product, however many rows there are."""
+
+
+def column_blocks(rows: int, dim: int) -> Iterator[slice]:
+    """Slices of the coordinates whose blocks of so many rows are small enough to be widened."""
+    width = max(64, min(COLUMNS, WIDE_ENTRIES // max(1, rows)))
+    for start in range(0, dim, width):
+        yield slice(start, min(start + width, dim))
 
 
 @dataclass(frozen=True)
-class LowRankFisher:
-    """Fisher information ``F = GᵀG / count``.
+class LowRankFisher(Fisher):
+    """Fisher information ``F = GᵀG / count``. The scores may be a memory-mapped file: they are read in column blocks.
 
     Attributes:
         scores: G, (rows, D); several rows per example where labels were drawn several times (scaled by 1/√draws).
         count: n, the number of examples.
+        groups: (n,) int64 row of the data that each example is of, with one example per answer token: tokens of
+            one row are never told apart by a split. Unset means one example per row.
     """
 
+    representation = "lowrank"
     scores: torch.Tensor
     count: int
+    groups: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.scores.ndim != 2 or self.scores.shape[0] == 0 or self.count < 1:
-            raise ValueError(f"a Fisher matrix needs (rows, D) scores of at least one example, not {self.scores.shape}")
+        rows = self.scores.shape[0] if self.scores.ndim == 2 else 0
+        if rows == 0 or self.count < 1 or rows % self.count:
+            raise ValueError(
+                f"a Fisher matrix needs (rows, D) scores of at least one example, as many rows for each, not "
+                f"{tuple(self.scores.shape)} for {self.count} examples"
+            )
 
     @property
     def dim(self) -> int:
         """D."""
         return self.scores.shape[1]
+
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        for columns in column_blocks(self.scores.shape[0], self.dim):
+            yield columns, self.scores[:, columns].double()
 
     def factor(self) -> torch.Tensor:
         """``G / √n`` in float64: F is its Gram matrix over columns."""
@@ -38,51 +65,137 @@ class LowRankFisher:
 
     def trace(self) -> float:
         """tr(F)."""
-        return sum(block.double().square().sum().item() for block in self.scores.split(COLUMNS, dim=1)) / self.count
+        return sum(block.square().sum().item() for _, block in self._blocks()) / self.count
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         """(D,) product ``F v``, in float64."""
-        inner = self._times(vector)
-        return torch.cat([block.double().T @ inner for block in self.scores.split(COLUMNS, dim=1)]) / self.count
+        inner = self._times(vector[None])
+        return torch.cat([(block.T @ inner).squeeze(1) for _, block in self._blocks()]) / self.count
 
-    def energy(self, vector: torch.Tensor) -> float:
-        """Quadratic form ``vᵀ F v``: twice the second-order change of log-likelihood along v (nats per example)."""
-        return self._times(vector).square().sum().item() / self.count
+    def energies(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(P,) quadratic forms ``vᵀ F v`` of vectors (P, D), in float64."""
+        return self._times(vectors).square().sum(0) / self.count
 
     def dense(self) -> torch.Tensor:
         """(D, D) matrix, for tests."""
         return self.factor().T @ self.factor()
 
     def mean(self) -> torch.Tensor:
-        """(D,) mean signed score, in float64."""
-        return self.scores.double().sum(0) / self.count
+        """(D,) mean signed score at the labels of this matrix, in float64; one draw per example."""
+        return torch.cat([block.sum(0) for _, block in self._blocks()]) / self.count
 
     def subset(self, examples: torch.Tensor) -> "LowRankFisher":
         """The Fisher of some of the examples ((k,) int64 positions)."""
         draws = self.scores.shape[0] // self.count
         rows = (examples[:, None] * draws + torch.arange(draws)).reshape(-1)
-        return LowRankFisher(self.scores[rows], len(examples))
+        groups = None if self.groups is None else self.groups[examples]
+        return LowRankFisher(self.scores[rows], len(examples), groups)
 
-    def _times(self, vector: torch.Tensor) -> torch.Tensor:
-        blocks = zip(self.scores.split(COLUMNS, dim=1), vector.double().split(COLUMNS), strict=True)
-        return torch.stack([block.double() @ part for block, part in blocks]).sum(0)
+    def halves(self, seed: int) -> "tuple[LowRankFisher, LowRankFisher] | None":
+        """The Fisher matrices of two random halves of the rows; None for a single row."""
+        groups = torch.arange(self.count) if self.groups is None else self.groups
+        names, owners = groups.unique(return_inverse=True)
+        if len(names) < 2:
+            return None
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+        first = torch.zeros(len(names), dtype=torch.bool).index_fill_(0, order[: len(names) // 2], True)[owners]
+        return self.subset(first.nonzero().squeeze(1)), self.subset((~first).nonzero().squeeze(1))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds."""
+        return {"scores": self.scores} | ({} if self.groups is None else {"groups": self.groups})
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> "LowRankFisher":
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            ValueError: scores and modules have different numbers of coordinates.
+        """
+        dim = sum(p * q for p, q in shapes.values())
+        if tensors["scores"].shape[1] != dim:
+            raise ValueError(f"scores have {tensors['scores'].shape[1]} coordinates, the bases {dim}")
+        return cls(tensors["scores"], count, tensors.get("groups"))
+
+    @classmethod
+    def pooled(cls, fishers: Sequence["LowRankFisher"], shares: Sequence[float]) -> "LowRankFisher":
+        """``Σ share_i F_i``: the scores of all data sets, scaled.
+
+        Raises:
+            ValueError: the data sets have different numbers of draws.
+        """
+        if len(draws := {fisher.scores.shape[0] // fisher.count for fisher in fishers}) > 1:
+            raise ValueError(f"Fisher matrices of {sorted(draws)} draws per example have no mean; take as many in each")
+        total = sum(fisher.count for fisher in fishers)
+        factors = [(share * total / f.count) ** 0.5 for share, f in zip(shares, fishers, strict=True)]
+        scores = torch.cat([f.scores * factor for factor, f in zip(factors, fishers, strict=True)])
+        if all(fisher.groups is None for fisher in fishers):
+            return cls(scores, total)
+        groups, used = [], 0
+        for fisher in fishers:
+            own = torch.arange(fisher.count) if fisher.groups is None else fisher.groups
+            groups.append(own + used)
+            used += int(own.max()) + 1
+        return cls(scores, total, torch.cat(groups))
+
+    def _times(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(rows, P) products of the scores with vectors (P, D)."""
+        total = torch.zeros(self.scores.shape[0], len(vectors), dtype=torch.float64)
+        for columns, block in self._blocks():
+            total.addmm_(block, vectors[:, columns].double().T)
+        return total
 
 
 def concatenate(fishers: list[LowRankFisher], weights: list[float]) -> LowRankFisher:
-    """The weighted mean ``Σ w_i F_i / Σ w_i`` of Fisher matrices of several data sets, as one.
+    """The weighted mean ``Σ w_i F_i / Σ w_i`` of Fisher matrices of several data sets, as one."""
+    return weighted_mean(fishers, weights)
 
-    Raises:
-        ValueError: dimensions differ, or a weight is negative or all are zero.
-    """
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"weights {weights} must be non-negative with a positive sum")
-    if len({fisher.dim for fisher in fishers}) > 1:
-        raise ValueError(f"Fisher matrices of dimensions {[fisher.dim for fisher in fishers]} have no mean")
-    if len(fishers) == 1:
-        return fishers[0]
-    total = sum(fisher.count for fisher in fishers)
-    parts = [
-        fisher.scores * (weight / sum(weights) * total / fisher.count) ** 0.5
-        for fisher, weight in zip(fishers, weights, strict=True)
-    ]
-    return LowRankFisher(torch.cat(parts), total)
+
+class LowRankAccumulator(Accumulator[LowRankFisher]):
+    """Accumulates :class:`LowRankFisher` in memory; scores stay float32 (or wider), ordered by row and token."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes, halves=False)
+        self._parts_now: dict[str, torch.Tensor] = {}
+        self._scores: list[torch.Tensor] = []
+        self._keys: list[torch.Tensor] = []
+
+    def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
+        """Add one module; the backward pass is complete with its last one."""
+        self._parts_now[name] = core_score(delta, x).cpu()
+        if len(self._parts_now) < len(self.shapes):
+            return
+        batch, kept = self._batch, self._batch.weight > 0
+        scores = torch.cat([self._parts_now[module] for module in self.shapes], dim=1)[kept]
+        self._scores.append(scores * batch.weight[kept, None].sqrt().to(scores.dtype))
+        self._keys.append(torch.stack([batch.index[kept], torch.full_like(batch.index[kept], batch.token)], dim=1))
+        self._parts_now = {}
+
+    def sums(self) -> Iterator[torch.Tensor]:
+        """No sums: scores are gathered by :meth:`reduce`."""
+        yield from ()
+
+    def reduce(self, device: torch.device | None = None) -> None:
+        """Bring the scores of all processes together on each of them."""
+        super().reduce(device)
+        if torch.distributed.is_initialized():
+            gathered: list[tuple[list[torch.Tensor], list[torch.Tensor]] | None]
+            gathered = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, (self._scores, self._keys))
+            self._scores = [part for own in gathered if own for part in own[0]]
+            self._keys = [part for own in gathered if own for part in own[1]]
+
+    def finish(self) -> LowRankFisher:
+        """The Fisher matrix.
+
+        Raises:
+            ValueError: there was no example.
+        """
+        if not sum(len(part) for part in self._scores):
+            raise ValueError("a Fisher matrix needs at least one example")
+        keys = torch.cat(self._keys)
+        order = keys[:, 1].argsort(stable=True)
+        order = order[keys[order, 0].argsort(stable=True)]
+        scores, keys, count = torch.cat(self._scores)[order], keys[order], round(self.counts.sum().item())
+        groups = keys[:: len(keys) // count, 0].clone() if bool((keys[:, 1] > 0).any()) else None
+        return LowRankFisher(scores, count, groups)

@@ -5,13 +5,19 @@ For a linear layer with inputs x_t and output gradients δ_t the score of C in `
     g = Σ_t (Uᵀ δ_t) (Vᵀ x_t)ᵀ
 
 two thin projections of tensors that the backward pass produces anyway (method.md section 3; the same identity as
-in K-FAC, 1503.05671). Legend of shapes: N examples, T tokens, D coordinates, p and q sides of a core.
+in K-FAC, 1503.05671). In weight coordinates U and V are the identity, and nothing is projected. Legend of shapes:
+N examples, T tokens, M answer tokens of a batch, D coordinates, p and q sides of a core.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+
+Granularity = Literal["sequence", "token"]
+Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Takes a module's name, its projected output gradients (N, T, p) and its projected inputs (N, T, q)."""
 
 
 def core_score(delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -19,32 +25,93 @@ def core_score(delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ntp,ntq->npq", delta, x).flatten(1)
 
 
-class ScoreRecorder:
-    """Hooks on a model that turn one backward pass into the scores of every example of the batch.
+def together(*sinks: Sink) -> Sink:
+    """One sink that hands everything to several."""
 
-    Register it after any hook that changes a layer's output. Scores are accumulated in float32 at least.
+    def update(name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
+        for sink in sinks:
+            sink(name, delta, x)
+
+    return update
+
+
+def backward_parts(
+    log_p: torch.Tensor, rows: torch.Tensor, count: int, granularity: Granularity
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The scalars whose gradients are the scores, one backward pass each.
+
+    ``sequence``: one scalar, the sum over all answer tokens. A row's score is ``g_i = Σ_t g_{i,t}``.
+
+    ``token``: the j-th scalar sums the j-th answer token of every row that has one; rows do not see each other, so
+    its gradients are exactly the scores ``g_{i,j} = ∇_c log p(y_j | x, y_<j)``, earlier positions reached through
+    attention included. As many passes as the longest answer has tokens. With labels drawn from the model at
+    teacher-forced contexts the g_{i,j} of a row are independent with mean zero, so that
+    ``E Σ_i g_i g_iᵀ = E Σ_{i,j} g_{i,j} g_{i,j}ᵀ``: n times the one Fisher matrix is M times the other.
+
+    Args:
+        log_p: (M,) log-probabilities of the answer tokens.
+        rows: (M,) row of the batch that each belongs to, ascending.
+        count: N, rows of the batch.
+        granularity: What an example is.
+
+    Returns:
+        Scalars, and (N,) bool, which rows each is about.
+    """
+    totals = torch.bincount(rows, minlength=count)
+    if granularity == "sequence":
+        return [(log_p.sum(), totals > 0)]
+    position = torch.arange(len(rows), device=rows.device) - (totals.cumsum(0) - totals)[rows]
+    return [(log_p[position == j].sum(), totals > j) for j in range(int(totals.max()) if len(rows) else 0)]
+
+
+class ScoreRecorder:
+    """Hooks on a model that turn one backward pass into projected activations, module by module.
+
+    Register it after any hook that changes a layer's output. Everything handed on is float32 at least, under autocast
+    too. Under gradient checkpointing a layer runs forward twice but meets its gradient once, so nothing counts twice:
+    the first run's hook (``use_reentrant=False``) or the recomputation's (``True``) sees it, never both.
 
     Args:
         model: The language model; the named modules must be linear layers.
-        u: (O, p) orthonormal output basis of each module, in the order of the coordinates.
-        v: (I, q) orthonormal input basis of each module.
+        u: (O, p) orthonormal output basis of each module, in the order of the coordinates; None is the identity.
+        v: (I, q) orthonormal input basis of each module; None is the identity.
+        sink: What becomes of a module's projected gradients and inputs; unset means scores, to be had by ``take``.
     """
 
-    def __init__(self, model: torch.nn.Module, u: Mapping[str, torch.Tensor], v: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        u: Mapping[str, torch.Tensor | None],
+        v: Mapping[str, torch.Tensor | None],
+        sink: Sink | None = None,
+    ) -> None:
         self.modules = {name: model.get_submodule(name) for name in u}
         self.u, self.v = dict(u), dict(v)
         self.parts: dict[str, torch.Tensor] = {}
-        self._ready: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sink: Sink = sink or self._keep
+        self._seen: set[str] = set()
+        self._ready: dict[tuple[str, bool], torch.Tensor | None] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record while the block runs; forward and backward both belong inside."""
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        self._seen = set()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def complete(self) -> None:
+        """Check that a backward pass has met every module, once; call it after each.
+
+        Raises:
+            RuntimeError: a module's output had no part in the loss.
+        """
+        if missing := [name for name in self.modules if name not in self._seen]:
+            raise RuntimeError(f"no gradient reached {missing[0]}: is it part of the forward pass?")
+        self._seen = set()
 
     def take(self) -> torch.Tensor:
         """(N, D) scores of the last backward pass.
@@ -52,31 +119,42 @@ class ScoreRecorder:
         Raises:
             RuntimeError: a module's output had no part in the loss.
         """
-        if missing := [name for name in self.modules if name not in self.parts]:
-            raise RuntimeError(f"no gradient reached {missing[0]}: is it part of the forward pass?")
+        self.complete()
         scores = torch.cat([self.parts[name] for name in self.modules], dim=1)
         self.parts = {}
         return scores
 
-    def _bases(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The module's bases in the working format, converted once."""
-        ready = self._ready.get(name)
-        if ready is None or ready[0].device != like.device or ready[0].dtype != like.dtype:
-            ready = (self.u[name].to(like.device, like.dtype), self.v[name].to(like.device, like.dtype))
-            self._ready[name] = ready
+    def _keep(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
+        self.parts[name] = core_score(delta, x)
+
+    def _basis(self, name: str, like: torch.Tensor, *, output: bool) -> torch.Tensor | None:
+        """A module's basis in the working format, converted once."""
+        ready = self._ready.get((name, output))
+        if ready is None or ready.device != like.device or ready.dtype != like.dtype:
+            basis = (self.u if output else self.v)[name]
+            ready = None if basis is None else basis.to(like.device, like.dtype)
+            self._ready[name, output] = ready
         return ready
+
+    def _project(self, name: str, tensor: torch.Tensor, *, output: bool) -> torch.Tensor:
+        # Autocast would round these small products to bfloat16, and their sums over tokens with them.
+        with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+            wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+            basis = self._basis(name, wide, output=output)
+            return wide if basis is None else wide @ basis
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def record(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             if not out.requires_grad:
                 return
-            wide = torch.promote_types(out.dtype, torch.float32)
-            with torch.no_grad():
-                projected = args[0].detach() @ self._bases(name, args[0])[1]
+            x = self._project(name, args[0], output=False)
 
             def store(grad: torch.Tensor) -> None:
-                delta = grad @ self._bases(name, grad)[0]
-                self.parts[name] = core_score(delta.to(wide), projected.to(wide))
+                if name in self._seen:
+                    raise RuntimeError(f"{name} met two gradients in one backward pass; expected one use per layer")
+                self._seen.add(name)
+                with torch.autocast(grad.device.type, enabled=False):
+                    self.sink(name, self._project(name, grad, output=True), x)
 
             out.register_hook(store)
 

@@ -3,76 +3,139 @@
     (F_s + σI) v = λ (F_u + εI) v,    Vᵀ (F_u + εI) V = I
     c' = Σ_i φ(λ_i) v_i v_iᵀ (F_u + εI) c
 
-The scores span m of the D dimensions. On the rest both matrices are multiples of the identity, so every direction
-there is an eigenvector of λ = σ/ε: the *complement*, D − m eigenvalues that are one number.
+Where m < D eigenvectors are held, both matrices are multiples of the identity on the rest, so every direction there
+is an eigenvector of λ = σ/ε: the *complement*, D − m eigenvalues that are one number.
 
-Legend of shapes: N scores of both data sets, m dimensions of their span, D coordinates.
+Legend of shapes: m eigenvectors held, D coordinates, P filters.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from src.fisher.lowrank import COLUMNS
+from src.gevp.pencil import Pencil
 
 Filter = Callable[[torch.Tensor], torch.Tensor]
+"""Maps eigenvalues to factors, elementwise."""
 
 
-@dataclass(frozen=True)
-class Eigensystem:
+@dataclass(frozen=True, kw_only=True)
+class Eigensystem(ABC):
     """Solved pencil, in float64.
 
     Attributes:
-        values: (m,) eigenvalues in the span of the scores, descending.
-        complement_value: The eigenvalue σ/ε of the other D − m directions.
-        dim: D.
-        epsilon: Ridge ε of F_u.
-        sigma: Ridge σ of F_s.
-        trace_ratio: tr(F_s) / tr(F_u), the natural unit of an exchange rate τ.
-        stack: (N, D) scaled scores of both data sets (their own number format).
-        scale: (N,) factor of each score.
-        to_span: (N, m): ``Z = (scale · stack)ᵀ to_span`` is an orthonormal basis (D, m) of the span.
-        vectors: (m, m) eigenvectors in the basis Z.
-        metric: (m, m) ``Zᵀ (F_u + εI) Z``.
+        pencil: What was solved.
+        values: (m,) eigenvalues, descending; negative ones are rounding (both sides are positive semi-definite), and 0.
     """
 
+    pencil: Pencil
     values: torch.Tensor
-    complement_value: float
-    dim: int
-    epsilon: float
-    sigma: float
-    trace_ratio: float
-    stack: torch.Tensor
-    scale: torch.Tensor
-    to_span: torch.Tensor
-    vectors: torch.Tensor
-    metric: torch.Tensor
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.pencil.dim
+
+    @property
+    def epsilon(self) -> float:
+        """Ridge ε of the right side."""
+        return self.pencil.epsilon
+
+    @property
+    def sigma(self) -> float:
+        """Ridge σ of the left side."""
+        return self.pencil.sigma
+
+    @property
+    def trace_ratio(self) -> float:
+        """tr(F_s) / tr(F_u)."""
+        return self.pencil.trace_ratio
 
     @property
     def complement_dim(self) -> int:
         """D − m."""
         return self.dim - len(self.values)
 
-    def to_basis(self, patch: torch.Tensor) -> torch.Tensor:
-        """(m,) coordinates ``Zᵀ c`` of a patch (D,) in the span."""
-        blocks = zip(self.stack.split(COLUMNS, dim=1), patch.double().split(COLUMNS), strict=True)
-        inner = torch.stack([block.double() @ part for block, part in blocks]).sum(0)
-        return self.to_span.T @ (self.scale * inner)
+    @property
+    def complement_value(self) -> float:
+        """Eigenvalue σ/ε of the complement."""
+        return self.sigma / self.epsilon
 
-    def from_basis(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """(D,) patch ``Z y`` of coordinates y (m,)."""
-        weights = self.scale * (self.to_span @ coordinates)
-        return torch.cat([block.double().T @ weights for block in self.stack.split(COLUMNS, dim=1)])
+    def ordered(self) -> torch.Tensor:
+        """(D,) all eigenvalues, descending."""
+        rest = torch.full((self.complement_dim,), self.complement_value, dtype=torch.float64)
+        return torch.cat([self.values, rest]).sort(descending=True).values
+
+    @abstractmethod
+    def coordinates(self, patch: torch.Tensor) -> torch.Tensor:
+        """(m,) coefficients ``Vᵀ (F_u + εI) c`` of a patch (D,)."""
+
+    @abstractmethod
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """(…, D) combinations ``V a`` of coefficients (…, m)."""
+
+    @abstractmethod
+    def conditions(self) -> dict[str, float | None]:
+        """Condition numbers of the sides ``left`` and ``right``; None where singular or not known."""
+
+    def expand(self, patch: torch.Tensor) -> "Expansion":
+        """A patch in the eigenbasis: every filter of it then costs one small product."""
+        coefficients = self.coordinates(patch)
+        outside = patch.double() - self.combine(coefficients) if self.complement_dim else None
+        return Expansion(self, coefficients, outside)
 
     def apply(self, patch: torch.Tensor, phi: Filter) -> torch.Tensor:
         """Filter a patch (D,): φ maps eigenvalues to factors; the complement is multiplied by φ(σ/ε)."""
-        outside = phi(torch.tensor([self.complement_value], dtype=torch.float64)).item()
-        inside = self.to_basis(patch)
-        expanded = phi(self.values) * (self.vectors.T @ (self.metric @ inside))
-        return outside * patch.double() + self.from_basis(self.vectors @ expanded - outside * inside)
+        return self.expand(patch).at(phi)
 
     def eigenvectors(self) -> torch.Tensor:
-        """(D, m) eigenvectors of the span, orthonormal in the metric F_u + εI; for tests and plots."""
-        basis = (self.scale[:, None] * self.stack.double()).T @ self.to_span
-        return basis @ self.vectors
+        """(D, m) eigenvectors, orthonormal in the metric F_u + εI; for tests and plots."""
+        return self.combine(torch.eye(len(self.values), dtype=torch.float64)).T
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A patch in the eigenbasis of a pencil.
+
+    Attributes:
+        system: The eigenpairs.
+        coefficients: (m,) ``Vᵀ (F_u + εI) c``.
+        outside: (D,) the patch's part in the complement; None where there is none.
+    """
+
+    system: Eigensystem
+    coefficients: torch.Tensor
+    outside: torch.Tensor | None
+
+    def at(self, phi: Filter) -> torch.Tensor:
+        """(D,) filtered patch."""
+        return self.along([phi])[0]
+
+    def along(self, phis: Sequence[Filter]) -> torch.Tensor:
+        """(P, D) patches filtered by each of several filters."""
+        kept = torch.stack([phi(self.system.values) for phi in phis])
+        path = self.system.combine(kept * self.coefficients)
+        if self.outside is None:
+            return path
+        rest = torch.tensor([self.system.complement_value], dtype=torch.float64)
+        return path + torch.cat([phi(rest) for phi in phis])[:, None] * self.outside
+
+    def fitted_energies(self, phi: Filter) -> tuple[float, float]:
+        """``cᵀ(F_s + σI)c`` and ``cᵀ(F_u + εI)c`` of the filtered patch, from eigenvalues alone.
+
+        On the rows that were fitted, ridges included: for the path of an optimiser, never for a report.
+        """
+        squares = (phi(self.system.values) * self.coefficients).square()
+        safety, utility = (self.system.values * squares).sum().item(), squares.sum().item()
+        if self.outside is not None:
+            rest = torch.tensor([self.system.complement_value], dtype=torch.float64)
+            norm = phi(rest).square().item() * self.outside.square().sum().item()
+            safety, utility = safety + self.system.sigma * norm, utility + self.system.epsilon * norm
+        return safety, utility
+
+
+def condition(low: float, high: float, size: int) -> float | None:
+    """Condition number of a symmetric matrix of this size with these extreme eigenvalues; None for a singular one."""
+    return high / low if low > size * torch.finfo(torch.float64).eps * high else None

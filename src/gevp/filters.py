@@ -1,47 +1,126 @@
 """Filters φ(λ): which share of each eigen-direction of a patch is kept (method.md section 5).
 
 * ``soft``: λ / (λ + τ), the solution of ``min_c (c−c0)ᵀ(F_s+σI)(c−c0) + τ cᵀ(F_u+εI)c``
+* ``threshold``: 1 if λ > τ
 * ``topk``: 1 for the k largest λ, the projection on the safety subspace in the metric F_u + εI
+* ``energy``: ``topk`` at the smallest k that keeps a share of the safety energy of held-out rows
+  (:func:`src.gevp.heldout.energy_position`)
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from src.gevp.eigensystem import Eigensystem, Filter
+from src.gevp.eigensystem import Eigensystem
+
+TIE = 1e-9
+"""Eigenvalues this close, relatively, are one eigenvalue: its eigenvectors are an arbitrary basis of their span."""
+NOISE = 1e-13
+"""Differences under this share of the largest eigenvalue are rounding."""
 
 
-def soft(tau: float) -> Filter:
+@dataclass(frozen=True)
+class Soft:
+    """λ / (λ + τ); τ = 0 keeps everything."""
+
+    tau: float
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Factors of eigenvalues."""
+        return torch.ones_like(values) if self.tau == 0 else values / (values + self.tau)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """1 for eigenvalues above a threshold, of which there are k."""
+
+    above: float
+    k: int
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Factors of eigenvalues."""
+        return (values > self.above).to(values.dtype)
+
+
+class TopCut(Cut):
+    """A cut by rank: exactly the k largest, whatever is known of the others."""
+
+
+def soft(tau: float) -> Soft:
     """λ / (λ + τ) for an exchange rate τ ≥ 0 in units of safety energy per utility energy; τ = 0 keeps everything.
 
     Raises:
         ValueError: τ is negative or not a number.
     """
-    if not tau >= 0:
-        raise ValueError(f"tau is {tau}; expected a number of at least 0")
-    if tau == 0:
-        return torch.ones_like
-    return lambda values: values / (values + tau)
+    return Soft(_rate(tau))
 
 
-def topk(system: Eigensystem, k: int) -> Filter:
-    """1 for the k largest of all D eigenvalues.
-
-    The complement is one eigenvalue of multiplicity D − m: a cut inside it would depend on an arbitrary basis.
+def threshold(system: Eigensystem, tau: float) -> Cut:
+    """1 if λ > τ.
 
     Raises:
-        ValueError: k is out of 1..D, or the cut falls inside an eigenvalue's multiplicity.
+        ValueError: τ is negative or not a number.
+    """
+    return Cut(_rate(tau), int((system.ordered() > tau).sum()))
+
+
+def topk(system: Eigensystem, k: int) -> TopCut:
+    """1 for the k largest of all D eigenvalues.
+
+    Raises:
+        ValueError: k is out of 1..D, or the cut falls inside an eigenvalue's multiplicity (such as the complement's),
+            where it would depend on an arbitrary basis.
     """
     if not 1 <= k <= system.dim:
         raise ValueError(f"k is {k}; expected 1 to D = {system.dim}")
-    if k == system.dim:
-        return torch.ones_like
-    above = int((system.values > system.complement_value * (1 + 1e-9)).sum()) if system.complement_dim else 0
-    if above < k < above + system.complement_dim:
+    ordered = system.ordered()
+    allowed = _allowed(ordered)
+    if k not in allowed:
+        below, above = allowed[allowed < k], allowed[allowed > k]
+        least = below[-1].item() if len(below) else 0
+        unseen = abs(ordered[k - 1] - system.complement_value) <= TIE * system.complement_value
+        what = " that no calibration row has seen" if unseen and system.complement_dim else ""
         raise ValueError(
-            f"k is {k}, which cuts through the {system.complement_dim} directions that no calibration row has seen "
-            f"(one eigenvalue, {system.complement_value:.3g}); expected 1 to {above}, or "
-            f"{above + system.complement_dim} to {system.dim}"
+            f"k is {k}, which cuts through {above[0] - least} directions{what} (one eigenvalue, "
+            f"{ordered[k - 1]:.3g}); expected at most {least} or at least {above[0]}"
         )
-    spectrum = torch.cat([system.values, torch.full((system.complement_dim,), system.complement_value).double()])
-    ordered = spectrum.sort(descending=True).values
-    threshold = (ordered[k - 1] + ordered[k]) / 2
-    return lambda values: (values >= threshold).to(values.dtype)
+    return _cut(ordered, k)
+
+
+def valid_cuts(system: Eigensystem, at_most: int | None = None) -> list[TopCut]:
+    """Every ``topk`` filter that does not cut through an eigenvalue, or so many of them evenly spaced, by k."""
+    ordered = system.ordered()
+    allowed = _allowed(ordered)
+    if at_most is not None and len(allowed) > at_most:
+        allowed = allowed[torch.linspace(0, len(allowed) - 1, at_most).round().long()]
+    return [_cut(ordered, k) for k in allowed.tolist()]
+
+
+def position(system: Eigensystem, k: int) -> float:
+    """Where a cut stands among all valid ones, 0 to 1: what carries over to the spectrum of other rows."""
+    allowed = _allowed(system.ordered())
+    return int((allowed < k).sum()) / max(1, len(allowed) - 1)
+
+
+def cut_at(system: Eigensystem, where: float) -> TopCut:
+    """The valid cut nearest to a position between 0 and 1."""
+    ordered = system.ordered()
+    allowed = _allowed(ordered)
+    return _cut(ordered, int(allowed[round(where * (len(allowed) - 1))]))
+
+
+def _allowed(ordered: torch.Tensor) -> torch.Tensor:
+    gaps = ordered[:-1] - ordered[1:]
+    distinct = gaps > TIE * ordered[:-1] + NOISE * ordered[0]
+    return torch.cat([distinct, torch.ones(1, dtype=torch.bool)]).nonzero().squeeze(1) + 1
+
+
+def _cut(ordered: torch.Tensor, k: int) -> TopCut:
+    middle = ((ordered[k - 1] + ordered[k]) / 2).item() if k < len(ordered) else float("-inf")
+    return TopCut(middle, k)
+
+
+def _rate(tau: float) -> float:
+    if not 0 <= tau < float("inf"):
+        raise ValueError(f"tau is {tau}; expected a number of at least 0")
+    return tau

@@ -5,95 +5,108 @@ are an orthonormal basis of everything that the data have seen, and
 
     Zᵀ F_s Z = Λ^½ Q_sᵀ Q_s Λ^½,     Zᵀ F_u Z = Λ^½ Q_uᵀ Q_u Λ^½
 
-so the D-dimensional pencil becomes a dense one of size m ≤ n_s + n_u. Cost O((n_s+n_u)² D + (n_s+n_u)³), memory O(nD);
-no D × D matrix is formed (method.md sections 4 and 5).
+so the D-dimensional pencil becomes a dense one of size m ≤ n_s + n_u. Cost O((n_s+n_u)² D + (n_s+n_u)³), memory O(n²)
+beside the scores; no D × D matrix is formed (method.md sections 4 and 5).
+
+Rules for awkward inputs: each side enters the Gram matrix at trace 1, so that neither hides the other; directions under
+``SPAN_TOLERANCE`` of its largest eigenvalue (√ of it in scores: 3e-7) are rounding and count as unseen. A Gram matrix
+squares: a direction whose scores are s times the largest carries a relative error of about 1e-16/s², so 1e-4 at
+s = 1e-6 (condition 1e12), where the other solvers reach 1e-5 and better.
+
+Legend of shapes: N scores of both data sets, m dimensions of their span, D coordinates.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from src.fisher.lowrank import COLUMNS, LowRankFisher
-from src.gevp.eigensystem import Eigensystem
+from src.fisher.base import Fisher
+from src.fisher.lowrank import LowRankFisher
+from src.gevp.dense import extremes, whitened_eigh
+from src.gevp.eigensystem import Eigensystem, condition
+from src.gevp.pencil import Pencil, make_pencil
+from src.gevp.stack import ScoreStack
 
 SPAN_TOLERANCE = 1e-13
 """Eigenvalues of the Gram matrix under this share of the largest are rounding, not directions (float64)."""
 
 
-def gram(scores: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(N, N) float64 Gram matrix of scaled scores, accumulated over column blocks."""
-    total = torch.zeros(scores.shape[0], scores.shape[0], dtype=torch.float64)
-    for block in scores.split(COLUMNS, dim=1):
-        wide = block.double() * scale[:, None]
-        total.addmm_(wide, wide.T)
-    return total
+@dataclass(frozen=True, kw_only=True)
+class LowRankSystem(Eigensystem):
+    """A pencil solved in the span of the scores; the rest is the complement.
+
+    Attributes:
+        stack: Both data sets' scores, each scaled to trace 1.
+        to_span: (N, m): ``Z = Sᵀ to_span`` is an orthonormal basis (D, m) of the span.
+        vectors: (m, m) eigenvectors in the basis Z.
+        left: (m, m) ``Zᵀ (F_s + σI) Z``.
+        right: (m, m) ``Zᵀ (F_u + εI) Z``.
+    """
+
+    stack: ScoreStack
+    to_span: torch.Tensor
+    vectors: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def coordinates(self, patch: torch.Tensor) -> torch.Tensor:
+        """(m,) coefficients ``Vᵀ (F_u + εI) c`` of a patch (D,)."""
+        inside: torch.Tensor = self.to_span.T @ self.stack.times(patch)
+        return self.vectors.T @ (self.right @ inside)
+
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """(…, D) combinations ``V a`` of coefficients (…, m)."""
+        return self.stack.transposed((coefficients @ self.vectors.T) @ self.to_span.T)
+
+    def conditions(self) -> dict[str, float | None]:
+        """Condition numbers of both sides, the complement's ridge included."""
+        found: dict[str, float | None] = {}
+        for name, matrix, ridge in (("left", self.left, self.sigma), ("right", self.right, self.epsilon)):
+            low, high = extremes(matrix)
+            if self.complement_dim:
+                low, high = min(low, ridge), max(high, ridge)
+            found[name] = condition(low, high, self.dim)
+        return found
 
 
-def whitened_eigh(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised symmetric eigenpairs of ``left v = λ right v``, descending, ``Vᵀ right V = I``.
+def solve_lowrank(safety: LowRankFisher, utility: LowRankFisher, *, rho: float, rho_s: float) -> LowRankSystem:
+    """Solve ``(F_s + σI) v = λ (F_u + εI) v``; arguments and errors as in :func:`src.gevp.pencil.make_pencil`."""
+    return lowrank_system(make_pencil(safety, utility, rho=rho, rho_s=rho_s))
 
-    ``right`` is factorised (Cholesky) and ``left`` whitened by the factor; no matrix is inverted.
+
+def lowrank_system(pencil: Pencil) -> LowRankSystem:
+    """Solve the pencil of two :class:`LowRankFisher`; a side that is None is its ridge alone.
 
     Raises:
-        ValueError: ``right`` is not positive definite.
+        ValueError: a side has another representation, or the right side is not positive definite.
     """
-    lower, failed = torch.linalg.cholesky_ex((right + right.T) / 2)
-    if failed.item():
-        raise ValueError("the right side of the pencil is not positive definite: raise the ridge rho")
-    half = torch.linalg.solve_triangular(lower, (left + left.T) / 2, upper=False)
-    white = torch.linalg.solve_triangular(lower, half.T, upper=False)
-    values, vectors = torch.linalg.eigh((white + white.T) / 2)
-    back = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
-    return values.flip(0), back.flip(1)
-
-
-def solve_lowrank(safety: LowRankFisher, utility: LowRankFisher, *, rho: float, rho_s: float) -> Eigensystem:
-    """Solve ``(F_s + σI) v = λ (F_u + εI) v`` with ``ε = ρ tr(F_u)/D`` and ``σ = ρ_s tr(F_s)/D``.
-
-    Args:
-        safety: F_s over D coordinates.
-        utility: F_u over the same coordinates.
-        rho: Relative ridge of F_u, above 0.
-        rho_s: Relative ridge of F_s, at least 0; 0 drops what neither data set has seen.
-
-    Raises:
-        ValueError: dimensions differ, a ridge is out of range, or a Fisher matrix is zero.
-    """
-    if safety.dim != utility.dim:
-        raise ValueError(f"F_s has {safety.dim} coordinates, F_u {utility.dim}")
-    if not rho > 0:
-        raise ValueError(f"rho is {rho}; expected a number above 0")
-    if not rho_s >= 0:
-        raise ValueError(f"rho_s is {rho_s}; expected a number of at least 0")
-    trace_s, trace_u = safety.trace(), utility.trace()
-    if trace_s <= 0 or trace_u <= 0:
-        raise ValueError(f"the {'safety' if trace_s <= 0 else 'utility'} Fisher matrix is zero")
-    epsilon, sigma = rho * trace_u / safety.dim, rho_s * trace_s / safety.dim
-
-    n_s = safety.scores.shape[0]
-    dtype = torch.promote_types(safety.scores.dtype, utility.scores.dtype)
-    stack = torch.cat([safety.scores.to(dtype), utility.scores.to(dtype)])
-    # Both sides to trace 1, so that neither hides the other under the span's tolerance.
-    scale_s, scale_u = (safety.count * trace_s) ** -0.5, (utility.count * trace_u) ** -0.5
-    scale = torch.full((stack.shape[0],), scale_u, dtype=torch.float64)
-    scale[:n_s] = scale_s
-
-    spectrum, q = torch.linalg.eigh(gram(stack, scale))
+    sides: list[LowRankFisher] = []
+    for side in (pencil.left, pencil.right):
+        if side is not None and not isinstance(side, LowRankFisher):
+            raise ValueError(f"representation {side.representation}; expected lowrank")
+        sides += [] if side is None else [side]
+    traces = [side.trace() for side in sides]
+    stack = ScoreStack(sides, [trace**-0.5 for trace in traces])
+    spectrum, q = torch.linalg.eigh(stack.gram())
     kept = spectrum > SPAN_TOLERANCE * spectrum[-1]
     spectrum, q = spectrum[kept], q[:, kept]
-    half = q * spectrum.sqrt()
-    identity = torch.eye(len(spectrum), dtype=torch.float64)
-    left = trace_s * (half[:n_s].T @ half[:n_s]) + sigma * identity
-    right = trace_u * (half[n_s:].T @ half[n_s:]) + epsilon * identity
+    parts = (q * spectrum.sqrt()).split(stack.rows)
+    grams = (trace * (part.T @ part) for trace, part in zip(traces, parts, strict=True))
+    left = _projected(pencil.left, grams, pencil.sigma, len(spectrum))
+    right = _projected(pencil.right, grams, pencil.epsilon, len(spectrum))
     values, vectors = whitened_eigh(left, right)
-    return Eigensystem(
+    return LowRankSystem(
+        pencil=pencil,
         values=values.clamp_min(0.0),
-        complement_value=sigma / epsilon,
-        dim=safety.dim,
-        epsilon=epsilon,
-        sigma=sigma,
-        trace_ratio=trace_s / trace_u,
         stack=stack,
-        scale=scale,
         to_span=q / spectrum.sqrt(),
         vectors=vectors,
-        metric=right,
+        left=left,
+        right=right,
     )
+
+
+def _projected(side: Fisher | None, grams: Iterator[torch.Tensor], ridge: float, size: int) -> torch.Tensor:
+    identity = ridge * torch.eye(size, dtype=torch.float64)
+    return identity if side is None else next(grams) + identity

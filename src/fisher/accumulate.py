@@ -1,0 +1,172 @@
+"""How a Fisher matrix is accumulated: per backward pass and module, reduced over processes once, divided once.
+
+A recorder (:mod:`src.fisher.scores`) hands over each module's projected output gradients and inputs as the backward
+pass meets them, so nothing but one module's temporaries is alive beside the sums.
+
+Legend of shapes: N examples of a backward pass, T tokens, p and q sides of a core, H halves.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed
+
+from src.fisher.base import Shapes
+
+Result = TypeVar("Result")
+Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""Makes a float64 tensor of zeros with a name and a shape."""
+
+
+def zeros(_: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Sums in memory."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def mapped(folder: Path) -> Allocate:
+    """Sums in files of a folder, mapped: for weight coordinates, where all modules together outgrow the memory."""
+
+    def allocate(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        path = folder / f"{name}.sum"
+        path.unlink(missing_ok=True)
+        size = torch.Size(shape).numel()
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float64).view(shape)
+
+    return allocate
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples that one backward pass takes scores of.
+
+    Attributes:
+        index: (N,) int64 position of each one's row in the data: the order of stored scores.
+        half: (N,) int64, which half of the rows it belongs to, by its row's id.
+        weight: (N,) float64: 1/draws, or 0 where the row is no example of this pass.
+        token: Which answer token, with one score per token; 0 with one per row.
+    """
+
+    index: torch.Tensor
+    half: torch.Tensor
+    weight: torch.Tensor
+    token: int = 0
+
+
+def row_half(row_id: str) -> int:
+    """0 or 1, from nothing but the row's id: the half of the rows that it belongs to."""
+    return hashlib.sha256(f"half\0{row_id}".encode()).digest()[0] & 1
+
+
+def examples(
+    index: torch.Tensor, row_ids: Sequence[str], *, draws: int = 1, present: torch.Tensor | None = None, token: int = 0
+) -> Examples:
+    """The examples of one backward pass over a batch.
+
+    Args:
+        index: (N,) positions of the rows in the data.
+        row_ids: Their identifiers.
+        draws: Draws of labels per row, each a backward pass of its own.
+        present: (N,) bool, rows that this pass is about; unset means all.
+        token: Which answer token the pass is about.
+    """
+    half = torch.tensor([row_half(row) for row in row_ids], dtype=torch.int64)
+    weight = torch.full((len(row_ids),), 1 / draws, dtype=torch.float64)
+    if present is not None:
+        weight = weight * present.cpu()
+    return Examples(index.cpu(), half, weight, token)
+
+
+class Accumulator(ABC, Generic[Result]):
+    """Sums over examples, H halves of them apart.
+
+    Args:
+        shapes: (p, q) of each module.
+        halves: Keep the two halves of the rows apart, for diagnostics on held-out rows; twice the memory.
+        allocate: Where sums live.
+    """
+
+    def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
+        self.shapes = dict(shapes)
+        self.counts = torch.zeros(2 if halves else 1, dtype=torch.float64)
+        self._allocate = allocate
+        self._batch: Examples
+
+    def begin(self, batch: Examples) -> None:
+        """Announce the examples of the next backward pass, and count them."""
+        self._batch = batch
+        for half, chosen in enumerate(self._chosen()):
+            self.counts[half] += batch.weight[chosen].sum()
+
+    @abstractmethod
+    def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
+        """Add one module of the backward pass: ``delta`` (N, T, p) and ``x`` (N, T, q), projected."""
+
+    @abstractmethod
+    def sums(self) -> Iterator[torch.Tensor]:
+        """Everything that is summed over processes, in the same order on each of them."""
+
+    @abstractmethod
+    def finish(self) -> Result:
+        """The result, from sums and counts; once, after :meth:`reduce`."""
+
+    def reduce(self, device: torch.device | None = None) -> None:
+        """Add up the sums and the counts of all processes, tensor by tensor; a process may have seen no row at all.
+
+        Args:
+            device: Device of the collective, where the backend needs one (NCCL); unset means the CPU.
+        """
+        if not torch.distributed.is_initialized():
+            return
+        for total in (self.counts, *self.sums()):
+            moved = total.to(device) if device is not None else total
+            torch.distributed.all_reduce(moved)
+            if moved is not total:
+                total.copy_(moved)
+
+    def _chosen(self) -> list[torch.Tensor]:
+        """Positions of the examples with weight, by half."""
+        seen = self._batch.weight > 0
+        if len(self.counts) == 1:
+            return [seen.nonzero().squeeze(1)]
+        return [(seen & (self._batch.half == half)).nonzero().squeeze(1) for half in range(2)]
+
+    def _parts(self, *tensors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, list[torch.Tensor]]]:
+        """``(half, weights (n,), the half's rows of the tensors)`` for each half that has examples."""
+        for half, chosen in enumerate(self._chosen()):
+            if len(chosen) == len(self._batch.weight):
+                yield half, self._batch.weight.to(tensors[0].device), list(tensors)
+            elif len(chosen):
+                rows = chosen.to(tensors[0].device)
+                yield half, self._batch.weight[chosen].to(rows.device), [tensor[rows] for tensor in tensors]
+
+
+class MeanAccumulator(Accumulator[torch.Tensor]):
+    """The mean signed score ``(1/n) Σ_i g_i`` (D,): which way, where the Fisher matrix says how much."""
+
+    def __init__(self, shapes: Shapes, *, allocate: Allocate = zeros) -> None:
+        super().__init__(shapes, halves=False, allocate=allocate)
+        self._sums = {name: allocate(f"mean.{name}", shape) for name, shape in self.shapes.items()}
+
+    def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
+        """Add one module: ``Σ_n w_n Σ_t δ x``, one product over all tokens."""
+        weighted = delta.double() * self._batch.weight.to(delta.device)[:, None, None]
+        self._sums[name] += (weighted.flatten(0, 1).T @ x.double().flatten(0, 1)).cpu()
+
+    def sums(self) -> Iterator[torch.Tensor]:
+        """The sums, module by module."""
+        yield from self._sums.values()
+
+    def finish(self) -> torch.Tensor:
+        """(D,) mean score, float64.
+
+        Raises:
+            ValueError: there was no example.
+        """
+        if not self.counts.sum() > 0:
+            raise ValueError("a mean score needs at least one example")
+        return torch.cat([total.reshape(-1) for total in self._sums.values()]) / self.counts.sum()

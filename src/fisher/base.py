@@ -1,0 +1,185 @@
+"""What every representation of a Fisher matrix can do.
+
+    F = (1/n) Σ_i g_i g_iᵀ,     g_i = ∇_c Σ_{t ∈ answer} log p(y_t | x, y_<t)
+
+A representation is exact (``lowrank``), exact within a module (``block``), or approximate (``kronecker``,
+``diagonal``). None holds a ridge: that is an argument of the solve (method.md section 3).
+
+Legend of shapes: D coordinates, P vectors, p and q sides of a module's core, H halves of the examples (1 or 2).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+
+Representation = Literal["lowrank", "block", "kronecker", "diagonal"]
+Shapes = Mapping[str, tuple[int, int]]
+"""(p, q) of each module in the order of the coordinates; the sides (O, I) of the weight in weight coordinates."""
+
+Self = TypeVar("Self", bound="Fisher")
+
+
+class Fisher(ABC):
+    """A Fisher matrix over D coordinates, symmetric and positive semi-definite."""
+
+    representation: ClassVar[Representation]
+    count: int
+    """n, the number of examples (rows; answer tokens with granularity ``token``)."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """tr(F)."""
+
+    @abstractmethod
+    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        """(D,) product ``F v``, in float64."""
+
+    @abstractmethod
+    def energies(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(P,) quadratic forms ``vᵀ F v`` of vectors (P, D), in float64."""
+
+    def energy(self, vector: torch.Tensor) -> float:
+        """Quadratic form ``vᵀ F v``: twice the second-order change of log-likelihood along v (nats per example)."""
+        return self.energies(vector[None]).item()
+
+    @abstractmethod
+    def dense(self) -> torch.Tensor:
+        """(D, D) matrix in float64, for tests and small problems."""
+
+    @abstractmethod
+    def halves(self: Self, seed: int) -> tuple[Self, Self] | None:
+        """The Fisher matrices of two disjoint halves of the rows; None where they can't be told apart.
+
+        Args:
+            seed: Seed of the split, where it is made now. Accumulated representations were split by row id.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds; names of per-module tensors are ``kind.module``."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls: type[Self], tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> Self:
+        """The inverse of :meth:`tensors`."""
+
+    @classmethod
+    @abstractmethod
+    def pooled(cls: type[Self], fishers: Sequence[Self], shares: Sequence[float]) -> Self:
+        """``Σ share_i F_i`` for shares that sum to 1."""
+
+
+def weighted_mean(fishers: Sequence[Self], weights: Sequence[float]) -> Self:
+    """The weighted mean ``Σ w_i F_i / Σ w_i`` of Fisher matrices of several data sets, in the same representation.
+
+    Exact but for ``kronecker``, whose factors are averaged: the Kronecker approximation of the pooled examples.
+
+    Raises:
+        ValueError: dimensions or representations differ, or a weight is negative or all are zero.
+    """
+    if len(fishers) != len(weights) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise ValueError(f"weights {weights} must be non-negative with a positive sum, one for each Fisher matrix")
+    if len({fisher.dim for fisher in fishers}) > 1:
+        raise ValueError(f"Fisher matrices of dimensions {[fisher.dim for fisher in fishers]} have no mean")
+    if len({fisher.representation for fisher in fishers}) > 1:
+        raise ValueError(f"representations {[fisher.representation for fisher in fishers]} have no mean")
+    if len(fishers) == 1:
+        return fishers[0]
+    return type(fishers[0]).pooled(fishers, [weight / sum(weights) for weight in weights])
+
+
+@dataclass(frozen=True)
+class ModuleFisher(Fisher):
+    """A Fisher matrix without entries between modules, kept as sums over each half of the examples.
+
+    Attributes:
+        shapes: (p, q) of each module.
+        counts: (H,) weight of the examples in each half, float64: F is a sum divided by their total, once.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    counts: torch.Tensor
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        total = self.counts.sum().item()
+        if not total > 0:
+            raise ValueError("a Fisher matrix needs at least one example")
+        object.__setattr__(self, "count", max(1, round(total)))
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return sum(p * q for p, q in self.shapes.values())
+
+    @abstractmethod
+    def module_trace(self, name: str) -> float:
+        """Trace of a module's block."""
+
+    @abstractmethod
+    def module_product(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
+        """(P, p·q) products of a module's block with vectors (P, p·q)."""
+
+    @abstractmethod
+    def half(self: Self, index: int) -> Self:
+        """The matrix of one half of the examples."""
+
+    def checked(self: Self, count: int) -> Self:
+        """The matrix itself, if it is of so many examples.
+
+        Raises:
+            ValueError: it is not: a file's record and its sums are of different passes.
+        """
+        if self.count != count:
+            raise ValueError(f"the sums are of {self.count} examples, the record says {count}")
+        return self
+
+    def split(self, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts (…, p·q) of vectors (…, D), by module, in float64."""
+        parts = vectors.double().split([p * q for p, q in self.shapes.values()], dim=-1)
+        return dict(zip(self.shapes, parts, strict=True))
+
+    def trace(self) -> float:
+        """tr(F)."""
+        return sum(self.module_trace(name) for name in self.shapes)
+
+    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        """(D,) product ``F v``, in float64."""
+        return torch.cat([self.module_product(name, part[None])[0] for name, part in self.split(vector).items()])
+
+    def energies(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(P,) quadratic forms ``vᵀ F v`` of vectors (P, D), in float64."""
+        parts = self.split(vectors).items()
+        return torch.stack([(part * self.module_product(name, part)).sum(1) for name, part in parts]).sum(0)
+
+    def dense(self) -> torch.Tensor:
+        """(D, D) matrix, for tests."""
+        sides = {name: torch.eye(p * q, dtype=torch.float64) for name, (p, q) in self.shapes.items()}
+        return torch.block_diag(*(self.module_product(name, side) for name, side in sides.items()))
+
+    def halves(self: Self, seed: int) -> tuple[Self, Self] | None:
+        """Both halves, as they were split by row id in the pass; None where one half was kept or is empty."""
+        counts = self.counts  # type: ignore[attr-defined]
+        if len(counts) < 2 or not bool((counts > 0).all()):
+            return None
+        return self.half(0), self.half(1)  # type: ignore[attr-defined]
+
+
+def pooling_factors(fishers: Sequence[ModuleFisher], shares: Sequence[float]) -> list[float]:
+    """Factor of each matrix's sums and counts so that pooled sums over pooled counts are ``Σ share_i F_i``.
+
+    Raises:
+        ValueError: modules or the numbers of halves differ.
+    """
+    if len({(tuple(f.shapes.items()), len(f.counts)) for f in fishers}) > 1:
+        raise ValueError("Fisher matrices of different modules, or split into different halves, have no mean")
+    totals = [fisher.counts.sum().item() for fisher in fishers]
+    return [share * sum(totals) / total for share, total in zip(shares, totals, strict=True)]

@@ -1,0 +1,63 @@
+"""The pencil of two diagonal Fisher matrices: ``λ_j = (f_{s,j} + σ) / (f_{u,j} + ε)``, v_j = e_j / √(f_{u,j} + ε)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from src.fisher.base import Fisher
+from src.fisher.diagonal import DiagonalFisher
+from src.gevp.block import common_shapes
+from src.gevp.eigensystem import Eigensystem, condition
+from src.gevp.pencil import Pencil
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalSystem(Eigensystem):
+    """Solved diagonal pencil.
+
+    Attributes:
+        left: (D,) diagonal of F_s + σI.
+        right: (D,) diagonal of F_u + εI.
+        order: (D,) coordinate of each ranked eigenvalue.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    order: torch.Tensor
+
+    def coordinates(self, patch: torch.Tensor) -> torch.Tensor:
+        """(D,) coefficients of a patch (D,), ranked."""
+        return (self.right.sqrt() * patch.double())[self.order]
+
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """(…, D) combinations of ranked coefficients (…, D)."""
+        unranked = torch.empty_like(coefficients)
+        unranked[..., self.order] = coefficients
+        return unranked / self.right.sqrt()
+
+    def conditions(self) -> dict[str, float | None]:
+        """Condition numbers of both sides."""
+        sides = {"left": self.left, "right": self.right}
+        return {name: condition(side.min().item(), side.max().item(), 1) for name, side in sides.items()}
+
+
+def solve_diagonal(pencil: Pencil) -> DiagonalSystem:
+    """Solve the pencil of two :class:`DiagonalFisher`; a side that is None is its ridge alone.
+
+    Raises:
+        ValueError: a side has another representation, or the modules differ.
+    """
+    sides = [side for side in (pencil.left, pencil.right) if side is not None]
+    if not all(isinstance(side, DiagonalFisher) for side in sides):
+        raise ValueError(f"representations {[side.representation for side in sides]}; expected diagonal")
+    common_shapes(sides)
+    left = _diagonal(pencil.left, pencil.dim) + pencil.sigma
+    right = _diagonal(pencil.right, pencil.dim) + pencil.epsilon
+    values, order = (left / right).sort(descending=True, stable=True)
+    return DiagonalSystem(pencil=pencil, values=values, left=left, right=right, order=order)
+
+
+def _diagonal(fisher: Fisher | None, dim: int) -> torch.Tensor:
+    if isinstance(fisher, DiagonalFisher):
+        return fisher.diagonal()
+    return torch.zeros(dim, dtype=torch.float64)

@@ -1,0 +1,101 @@
+"""Plots of a merge by SST, from the findings in its manifest.
+
+Three panels: the spectrum (log λ over rank); the safety energy that a growing subspace keeps against the utility tax it
+pays, on held-out rows; and a map of the share of the patch that was kept, layer by module.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from src.files import write_atomically
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+def plot_pencil(findings: Mapping[str, Any], path: Path) -> None:
+    """Draw the panels that the findings have data for, as one PNG.
+
+    Args:
+        findings: Findings of :class:`src.merge.sst.Sst`; ``kept_by_module`` always, ``spectrum`` and
+            ``held_out_curve`` where they were measured.
+        path: The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [draw for key, draw in PANELS.items() if findings.get(key) is not None]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.0), squeeze=False)
+    for axis, draw in zip(axes[0], panels, strict=True):
+        draw(axis, findings)
+    figure.tight_layout()
+    # An explicit format: the temporary file's name does not end in .png.
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    pyplot.close(figure)
+
+
+def _spectrum(axis: Any, findings: Mapping[str, Any]) -> None:
+    data = findings["spectrum"]
+    points = [(rank, value) for rank, value in zip(data["rank"], data["value"], strict=True) if value > 0]
+    axis.plot(*zip(*points, strict=True), color="#0072B2", marker=".", linestyle="-")
+    axis.set(yscale="log", xlabel="rank", ylabel="λ, safety energy per utility energy", title="Spectrum of the pencil")
+    if findings.get("complement_eigenvalue"):
+        axis.axhline(findings["complement_eigenvalue"], color="#D55E00", linestyle="--", label="unseen directions")
+    if findings.get("directions_kept"):
+        axis.axvline(findings["directions_kept"], color="#009E73", linestyle=":", label="kept to the left")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+
+
+def _curve(axis: Any, findings: Mapping[str, Any]) -> None:
+    data = findings["held_out_curve"]
+    axis.plot(data["utility_tax_kept"], data["safety_energy_kept"], color="#0072B2", marker=".", label="k largest λ")
+    axis.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="shrinking the patch")
+    if chosen := findings.get("held_out"):
+        axis.plot(
+            chosen["utility_tax_kept"], chosen["safety_energy_kept"], "*", color="#D55E00", ms=14, label="this merge"
+        )
+    axis.set(
+        xlabel="share of the utility tax paid  (lower is better)",
+        ylabel="share of the safety energy kept  (higher is better)",
+        title="Held-out calibration rows",
+    )
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+
+
+def module_grid(kept: Mapping[str, float | None]) -> tuple[list[int], list[str], list[list[float]]]:
+    """Layers, module names and the shares (layers, modules); NaN where a layer has no such module.
+
+    A module outside any numbered layer stands in layer −1.
+    """
+    cells: dict[tuple[int, str], float] = {}
+    for name, share in kept.items():
+        match = LAYER.search(name)
+        place = (int(match[1]), match[2]) if match else (-1, name)
+        cells[place] = float("nan") if share is None else share
+    layers = sorted({layer for layer, _ in cells})
+    modules = list(dict.fromkeys(module for _, module in cells))
+    grid = [[cells.get((layer, module), float("nan")) for module in modules] for layer in layers]
+    return layers, modules, grid
+
+
+def _modules(axis: Any, findings: Mapping[str, Any]) -> None:
+    layers, modules, grid = module_grid(findings["kept_by_module"])
+    image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
+    axis.figure.colorbar(image, ax=axis, label="norm kept")
+    step = max(1, len(layers) // 16)
+    axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axis.set_xticks(range(len(modules)), modules, rotation=45, ha="right", fontsize=8)
+    axis.set(ylabel="layer", title="Where the patch was kept")
+
+
+PANELS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
+    "spectrum": _spectrum,
+    "held_out_curve": _curve,
+    "kept_by_module": _modules,
+}

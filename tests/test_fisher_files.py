@@ -1,0 +1,166 @@
+"""Every representation through the file, weighted means over data sets, and the algebra that all share."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from src.errors import InputError
+from src.fisher.accumulate import examples
+from src.fisher.base import weighted_mean
+from src.fisher.block import BlockAccumulator
+from src.fisher.diagonal import DiagonalAccumulator
+from src.fisher.files import RECORD, FisherFile, load_fisher
+from src.fisher.kronecker import KroneckerAccumulator
+from src.fisher.lowrank import LowRankAccumulator, LowRankFisher
+
+SHAPES = {"model.layers.0.a": (2, 3), "model.layers.1.b": (1, 4)}
+ACCUMULATORS = [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator]
+
+
+def random_fisher(kind, rows=9, seed=0, tokens=3):
+    """A Fisher matrix of random activations in the coordinates of ``SHAPES``."""
+    draw = torch.Generator().manual_seed(seed)
+    accumulator = kind(SHAPES)
+    accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
+    for name, (p, q) in SHAPES.items():
+        delta = torch.randn(rows, tokens, p, generator=draw, dtype=torch.float64)
+        accumulator.update(name, delta, torch.randn(rows, tokens, q, generator=draw, dtype=torch.float64))
+    return accumulator.finish()
+
+
+def bases():
+    u = {name: torch.eye(5, p).double() for name, (p, _) in SHAPES.items()}
+    return u, {name: torch.eye(6, q).double() for name, (_, q) in SHAPES.items()}
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_every_representation_survives_the_round_trip(kind, tmp_path):
+    fisher, mean = random_fisher(kind), torch.arange(10.0).double()
+    FisherFile(fisher, *bases(), {"pass": "safety"}, mean).save(tmp_path / "f.safetensors")
+    loaded = load_fisher(tmp_path / "f.safetensors")
+    assert type(loaded.fisher) is type(fisher)
+    assert torch.equal(loaded.fisher.dense(), fisher.dense())
+    assert torch.equal(loaded.mean, mean)
+    assert loaded.fisher.count == 9
+    assert loaded.shapes == SHAPES
+    assert loaded.record["representation"] == fisher.representation
+    assert loaded.record["coordinates"] == "core"
+
+
+@pytest.mark.parametrize("kind", [KroneckerAccumulator, DiagonalAccumulator])
+def test_weight_coordinates_need_no_bases(kind, tmp_path):
+    FisherFile(random_fisher(kind), {}, {}, {"pass": "safety"}).save(tmp_path / "f.safetensors")
+    loaded = load_fisher(tmp_path / "f.safetensors")
+    assert loaded.shapes == SHAPES
+    assert loaded.record["coordinates"] == "weight"
+    assert loaded.mean is None
+    assert torch.equal(loaded.fisher.dense(), random_fisher(kind).dense())
+
+
+def test_scores_in_weight_coordinates_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no weight coordinates"):
+        FisherFile(random_fisher(LowRankAccumulator), {}, {}, {}).save(tmp_path / "f.safetensors")
+
+
+def test_files_written_before_there_were_representations_still_load(tmp_path):
+    scores = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    u, v = bases()
+    tensors = {"scores": scores} | {f"u.{n}": t for n, t in u.items()} | {f"v.{n}": t for n, t in v.items()}
+    record = '{"modules": ["model.layers.0.a", "model.layers.1.b"], "count": 4, "representation": "lowrank"}'
+    save_file(tensors, tmp_path / "f.safetensors", metadata={RECORD: record})
+    assert torch.equal(load_fisher(tmp_path / "f.safetensors").fisher.scores, scores)
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_are_named_with_file_and_module(kind, bad, tmp_path):
+    fisher = random_fisher(kind)
+    tensor = fisher.tensors()["scores"][:, -1:] if kind is LowRankAccumulator else list(fisher.tensors().values())[-1]
+    tensor.view(-1)[:1] = bad
+    FisherFile(fisher, *bases(), {}).save(tmp_path / "f.safetensors")
+    with pytest.raises(InputError, match=r"f\.safetensors: .* of model\.layers\.1\.b hold NaN or infinite"):
+        load_fisher(tmp_path / "f.safetensors")
+
+
+def test_a_bad_mean_is_named(tmp_path):
+    mean = torch.zeros(10).double()
+    mean[7] = float("nan")
+    FisherFile(random_fisher(BlockAccumulator), *bases(), {}, mean).save(tmp_path / "f.safetensors")
+    with pytest.raises(InputError, match=r"the mean of model\.layers\.1\.b hold NaN"):
+        load_fisher(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block.model.layers.1.b": None}, r"has no 'block\.model\.layers\.1\.b'"),
+        ({"counts": torch.tensor([1.0, 1.0]).double()}, "sums are of 2 examples, the record says 9"),
+    ],
+)
+def test_files_that_are_not_whole_are_refused(change, message, tmp_path):
+    path = tmp_path / "f.safetensors"
+    FisherFile(random_fisher(BlockAccumulator), *bases(), {}).save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(InputError, match=message):
+        load_fisher(path)
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_products_and_energies_equal_the_dense_matrix(kind):
+    fisher = random_fisher(kind)
+    vectors = torch.randn(4, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dense = fisher.dense()
+    torch.testing.assert_close(fisher.matvec(vectors[0]), dense @ vectors[0])
+    torch.testing.assert_close(fisher.energies(vectors), torch.einsum("pi,ij,pj->p", vectors, dense, vectors))
+    torch.testing.assert_close(fisher.energy(vectors[1]), (vectors[1] @ dense @ vectors[1]).item())
+    torch.testing.assert_close(fisher.trace(), dense.trace().item())
+    assert torch.equal(dense, dense.T) or (dense - dense.T).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator, DiagonalAccumulator])
+def test_the_weighted_mean_over_data_sets_equals_the_dense_one(kind):
+    parts = [random_fisher(kind, rows, seed) for rows, seed in ((5, 1), (9, 2), (4, 3))]
+    mean = weighted_mean(parts, [1.0, 2.0, 0.5])
+    expected = sum(w * part.dense() for w, part in zip([1.0, 2.0, 0.5], parts, strict=True)) / 3.5
+    torch.testing.assert_close(mean.dense(), expected)
+    assert mean.count == 18
+
+
+def test_the_kronecker_mean_averages_factors():
+    parts = [random_fisher(KroneckerAccumulator, rows, seed) for rows, seed in ((5, 1), (9, 2))]
+    mean = weighted_mean(parts, [1.0, 3.0])
+    for name in SHAPES:
+        (a, b), (a1, b1), (a2, b2) = (fisher.factors(name) for fisher in (mean, *parts))
+        torch.testing.assert_close(a, (a1 + 3 * a2) / 4)
+        torch.testing.assert_close(b, (b1 + 3 * b2) / 4)
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_weights_that_make_no_mean_are_refused(kind):
+    one, two = random_fisher(kind, seed=1), random_fisher(kind, seed=2)
+    for weights in ([0.0, 0.0], [-1.0, 2.0], [1.0], [float("inf"), 1.0]):
+        with pytest.raises(ValueError, match="weights"):
+            weighted_mean([one, two], weights)
+    assert weighted_mean([one], [2.0]) is one
+
+
+def test_unlike_fisher_matrices_have_no_mean():
+    with pytest.raises(ValueError, match="representations"):
+        weighted_mean([random_fisher(BlockAccumulator), random_fisher(DiagonalAccumulator)], [1.0, 1.0])
+    draws = LowRankFisher(torch.ones(4, 3), 2), LowRankFisher(torch.ones(4, 3), 4)
+    with pytest.raises(ValueError, match="draws"):
+        weighted_mean(draws, [1.0, 1.0])
+
+
+def test_halves_that_cannot_be_told_apart_are_none():
+    assert LowRankFisher(torch.ones(1, 3), 1).halves(0) is None
+    assert random_fisher(BlockAccumulator).half(0).halves(0) is None
+    empty = BlockAccumulator({"m": (1, 1)})
+    empty.begin(examples(torch.arange(2), ["same", "same"]))
+    empty.update("m", torch.ones(2, 1, 1), torch.ones(2, 1, 1))
+    assert empty.finish().halves(0) is None

@@ -1,0 +1,286 @@
+"""Held-out shares, rules that use them, re-learned coefficients, diagnostics, and the settings of Sst that use them."""
+
+import numpy as np
+import pytest
+import torch
+
+from src.adapters.basis import core_basis
+from src.errors import InputError
+from src.fisher.block import BlockAccumulator
+from src.fisher.diagonal import DiagonalAccumulator
+from src.fisher.lowrank import LowRankAccumulator, LowRankFisher
+from src.gevp.diagnostics import effective_rank, kept_by_module, summary
+from src.gevp.filters import cut_at, position, soft, topk, valid_cuts
+from src.gevp.heldout import curve, energy_position, mean_kept, split_rows
+from src.gevp.pencil import make_pencil
+from src.gevp.relearn import RelearnProblem, relearn
+from src.gevp.solve import solve
+from src.merge.base import FisherPair
+from src.merge.sst import PatchedFisher, Sst
+from src.report.pencil import module_grid, plot_pencil
+from tests.oracles import dense_relearned
+from tests.test_fisher_files import ACCUMULATORS, SHAPES, random_fisher
+from tests.tiny import make_model, random_pairs
+
+DIM = 10
+
+
+def pencil(safety, utility):
+    return make_pencil(safety, utility, rho=0.1, rho_s=0.5)
+
+
+def random_patch(dim=DIM):
+    return torch.randn(dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def folds_of(kind, rows=12):
+    safety, utility = random_fisher(kind, rows, 1), random_fisher(kind, rows, 2)
+    folds = split_rows(safety, utility, random_patch(), pencil, seed=0)
+    assert len(folds) == 2
+    return safety, utility, folds
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_shares_are_measured_on_the_other_half(kind):
+    safety, utility, folds = folds_of(kind)
+    patch, halves = random_patch(), (safety.halves(0), utility.halves(0))
+    kept = {"safety_energy_kept": 0.0, "utility_tax_kept": 0.0}
+    patches = [fold.expansion.at(soft(fold.expansion.system.trace_ratio)) for fold in folds]
+    for fit, made in enumerate(patches):
+        system = solve(pencil(halves[0][fit], halves[1][fit]))
+        expected = system.apply(patch, soft(system.trace_ratio))
+        torch.testing.assert_close(made, expected)
+        for name, half in zip(kept, halves, strict=True):
+            dense = half[1 - fit].dense()
+            kept[name] += ((expected @ dense @ expected) / (patch @ dense @ patch)).item() / 2
+    assert mean_kept(folds, patches) == pytest.approx(kept, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_the_energy_rule_takes_the_smallest_k_that_keeps_the_share_of_held_out_energy(kind, share):
+    _, _, folds = folds_of(kind)
+    found = []
+    for fold in folds:
+        for cut in valid_cuts(fold.expansion.system):
+            kept, _ = fold.kept(fold.expansion.at(cut)[None])
+            if kept.item() >= share - 1e-12:
+                found.append(position(fold.expansion.system, cut.k))
+                break
+    assert energy_position(folds, share) == pytest.approx(sum(found) / 2, abs=0.51 / DIM if share == 1.0 else 1e-12)
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_the_curve_ends_with_the_whole_patch(kind):
+    _, _, folds = folds_of(kind)
+    found = curve(folds, points=7)
+    assert found["position"] == pytest.approx([i / 6 for i in range(7)])
+    for name in ("safety_energy_kept", "utility_tax_kept"):
+        assert found[name][-1] == pytest.approx(1.0)
+        first = mean_kept(folds, [fold.expansion.at(cut_at(fold.expansion.system, 0.0)) for fold in folds])
+        assert found[name][0] == pytest.approx(first[name])
+
+
+def test_rows_that_cannot_be_split_have_no_held_out_share():
+    few, many = random_fisher(LowRankAccumulator, 3), random_fisher(LowRankAccumulator, 9)
+    assert split_rows(few, many, random_patch(), pencil, seed=0) is None
+    joined = random_fisher(BlockAccumulator, 12)
+    assert split_rows(joined.half(0), joined, random_patch(), pencil, seed=0) is None
+    blind = LowRankFisher(torch.eye(DIM)[[0] * 4], 4)
+    assert split_rows(blind, many, torch.eye(DIM)[1].double(), pencil, seed=0) is None
+
+
+def test_a_position_and_its_cut_belong_together():
+    system = solve(pencil(random_fisher(DiagonalAccumulator, 9, 1), random_fisher(DiagonalAccumulator, 9, 2)))
+    for k in range(1, DIM + 1):
+        assert cut_at(system, position(system, k)) == topk(system, k)
+    assert [cut.k for cut in valid_cuts(system)] == list(range(1, DIM + 1))
+    assert [cut.k for cut in valid_cuts(system, at_most=2)] == [1, DIM]
+
+
+def problem(kinds, *, tau=0.7, trust=2.0, sigma=0.3):
+    three = [random_fisher(kind, rows, seed) for kind, rows, seed in zip(kinds, (6, 5, 7), (1, 2, 3), strict=True)]
+    draw = torch.Generator().manual_seed(9)
+    means = [torch.randn(DIM, generator=draw, dtype=torch.float64) for _ in range(2)]
+    return RelearnProblem(*three, *means, tau=tau, trust=trust, sigma=sigma)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [[LowRankAccumulator] * 3, [BlockAccumulator] * 3, [LowRankAccumulator, BlockAccumulator, BlockAccumulator]],
+)
+@pytest.mark.parametrize("weights", [{}, {"tau": 0.0}, {"trust": 0.0}, {"sigma": 1e-8}, {"sigma": 1e4}])
+def test_relearned_coefficients_equal_the_dense_solve(kinds, weights):
+    given = problem(kinds, **weights)
+    dense = [fisher.dense().numpy() for fisher in (given.safety, given.benign, given.utility)]
+    means, start = (given.safety_mean.numpy(), given.benign_mean.numpy()), random_patch()
+    expected = dense_relearned(*dense, *means, start.numpy(), tau=given.tau, trust=given.trust, sigma=given.sigma)
+    found = relearn(given, start)
+    assert np.linalg.norm(found.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
+    step = 1e-3 * random_patch()
+    least = given.objective(found, start)
+    assert least <= given.objective(start, start)
+    assert least <= min(given.objective(found + step, start), given.objective(found - step, start))
+
+
+@pytest.mark.parametrize("weights", [{"sigma": 0.0}, {"tau": -1.0}, {"trust": float("nan")}])
+def test_weights_of_the_step_out_of_range_are_refused(weights):
+    with pytest.raises(ValueError, match="expected sigma above 0"):
+        problem([LowRankAccumulator] * 3, **weights)
+
+
+def test_effective_rank_counts_equal_eigenvalues():
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]).double()) == pytest.approx(3.0)
+    assert effective_rank(torch.tensor([5.0]).double()) == pytest.approx(1.0)
+
+
+def test_the_summary_writes_at_most_so_many_eigenvalues(monkeypatch):
+    monkeypatch.setattr("src.gevp.diagnostics.SPECTRUM_POINTS", 4)
+    system = solve(pencil(random_fisher(LowRankAccumulator, 2, 1), random_fisher(LowRankAccumulator, 3, 2)))
+    found = summary(system)
+    assert found["spectrum"]["rank"] == [1, 4, 7, 10]
+    assert found["spectrum"]["value"][0] == system.values[0].item()
+    assert found["complement_eigenvalue"] == pytest.approx(system.sigma / system.epsilon)
+    assert found["dim"] == DIM
+    assert found["span"] == 5
+
+
+def test_kept_by_module_is_a_ratio_of_norms():
+    whole, filtered = torch.ones(10).double(), torch.ones(10).double()
+    filtered[:6], whole[6:] = 0.5, 0.0
+    assert kept_by_module(filtered, whole, SHAPES) == {"model.layers.0.a": pytest.approx(0.5), "model.layers.1.b": None}
+
+
+@pytest.fixture
+def case():
+    """A safety adapter and Fisher matrices in its core space, of any representation."""
+    safety = random_pairs(make_model(), 2, 2)
+    core = core_basis([safety])
+
+    def make(kind, rows=10, seed=0):
+        from src.fisher.accumulate import examples
+
+        draw, accumulator = torch.Generator().manual_seed(seed), kind(core.shapes)
+        accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
+        for name, (p, q) in core.shapes.items():
+            sides = (torch.randn(rows, 3, side, generator=draw, dtype=torch.float64) for side in (p, q))
+            accumulator.update(name, *sides)
+        return accumulator.finish()
+
+    return safety, core, make
+
+
+SETTINGS = [
+    {"filter": "soft"},
+    {"filter": "threshold", "t": 1.0, "rho_s": 0.5},
+    {"filter": "topk", "k": 4, "rho_s": 0.0},
+    {"filter": "energy", "share": 0.6, "rho_s": 0.0},
+]
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+@pytest.mark.parametrize("options", SETTINGS)
+def test_sst_filters_with_every_representation_and_reports_for_the_plots(case, kind, options, tmp_path):
+    safety, core, make = case
+    fisher = FisherPair(make(kind, seed=1), make(kind, seed=2), core)
+    patch = Sst(**options).patch({}, safety, fisher)
+    found, whole = core.coordinates(patch.pairs), core.coordinates(safety)
+    findings = patch.findings
+    assert 0 < findings["patch_norm_kept"] == pytest.approx((found.norm() / whole.norm()).item())
+    assert findings["representation"] == fisher.safety.representation
+    assert (findings["directions_kept"] is None) == (options["filter"] == "soft")
+    assert set(findings["kept_by_module"]) == set(core.modules)
+    assert findings["held_out_curve"]["safety_energy_kept"][-1] == pytest.approx(1.0)
+    assert 0 < findings["held_out"]["safety_energy_kept"] < 1.5
+    if options["filter"] == "topk":
+        system = solve(make_pencil(fisher.safety, fisher.utility, rho=0.1, rho_s=0.0))
+        torch.testing.assert_close(found, system.apply(whole, topk(system, 4)), rtol=1e-6, atol=1e-8)
+    plot_pencil(findings, tmp_path / "pencil.png")
+    assert (tmp_path / "pencil.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("control", ["random", "safety_only", "utility_only", "swapped"])
+def test_every_control_is_a_setting_and_another_merge(case, control):
+    safety, core, make = case
+    fisher = FisherPair(make(LowRankAccumulator, seed=1), make(LowRankAccumulator, 8, seed=2), core)
+    options = {"filter": "threshold", "t": 1.0, "rho_s": 0.5}
+    plain, other = Sst(**options), Sst(**options, control=control)
+    one, two = (core.coordinates(method.patch({}, safety, fisher).pairs) for method in (plain, other))
+    assert (one - two).norm() > 1e-3 * one.norm()
+    assert other.name == f"SST threshold ({control})"
+    if control == "random":
+        again = core.coordinates(other.patch({}, safety, fisher).pairs)
+        assert torch.equal(again, two)
+        seeded = Sst(**options, control=control, seed=1).patch({}, safety, fisher)
+        assert not torch.equal(core.coordinates(seeded.pairs), two)
+
+
+def test_sst_relearns_where_mean_scores_are_given(case):
+    safety, core, make = case
+    three = [make(LowRankAccumulator, rows, seed) for rows, seed in ((9, 1), (8, 2), (7, 3))]
+    means = [fisher.mean() for fisher in (three[0], three[2])]
+    fisher = PatchedFisher(three[0], three[1], core, benign=three[2], safety_mean=means[0], benign_mean=means[1])
+    method = Sst(coefficients="relearn", t=2.0, trust=3.0, rho_s=5.0)
+    patch = method.patch({}, safety, fisher)
+    start = core.coordinates(safety)
+    trace_s, trace_u, trace_b = (f.trace() for f in three)
+    expected = dense_relearned(
+        three[0].dense().numpy(),
+        three[2].dense().numpy(),
+        three[1].dense().numpy(),
+        *(mean.numpy() for mean in means),
+        start.numpy(),
+        tau=2.0 * trace_s / trace_b,
+        trust=3.0 * trace_s / trace_u,
+        sigma=5.0 * trace_s / core.dim,
+    )
+    np.testing.assert_allclose(core.coordinates(patch.pairs).numpy(), expected, rtol=1e-6, atol=1e-9)
+    assert patch.findings["objective_after"] < patch.findings["objective_before"]
+    assert patch.findings["held_out"] is None
+    with pytest.raises(InputError, match="needs mean scores"):
+        method.patch({}, safety, FisherPair(three[0], three[1], core))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filter": "energy"}, "energy needs share"),
+        ({"share": 0.5}, "method.share is 0.5; energy needs share, others take none"),
+        ({"filter": "energy", "share": 1.5}, "method.share is 1.5; expected a number above 0 and at most 1"),
+        ({"control": "random"}, "expected topk, energy or threshold"),
+        ({"coefficients": "relearn", "rho_s": 0.0}, "rho_s above 0"),
+        ({"coefficients": "relearn", "control": "swapped"}, "control none"),
+        ({"trust": -1.0}, "method.trust is -1.0"),
+        ({"t": float("nan")}, "method.t is nan"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Sst(**options)
+
+
+def test_the_energy_filter_needs_rows_to_hold_out(case):
+    safety, core, make = case
+    fisher = FisherPair(make(LowRankAccumulator, 3, 1), make(LowRankAccumulator, 9, 2), core)
+    with pytest.raises(InputError, match="at least 4 rows each"):
+        Sst(filter="energy", share=0.5).patch({}, safety, fisher)
+    findings = Sst().patch({}, safety, fisher).findings
+    assert findings["held_out"] is None
+    assert findings["held_out_curve"] is None
+
+
+def test_the_map_has_a_row_per_layer_and_a_column_per_module():
+    kept = {"model.layers.0.q": 0.5, "model.layers.2.q": None, "model.layers.2.k": 0.25, "head": 1.0}
+    layers, modules, grid = module_grid(kept)
+    assert layers == [-1, 0, 2]
+    assert modules == ["q", "k", "head"]
+    assert grid[1][0] == 0.5
+    assert grid[2][1] == 0.25
+    assert grid[0][2] == 1.0
+    assert np.isnan(grid[2][0])
+    assert np.isnan(grid[1][1])
+
+
+def test_a_relearned_merge_has_its_map_drawn(tmp_path):
+    plot_pencil({"kept_by_module": {"model.layers.0.q": 1.2}, "held_out": None}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
