@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
 from src.cli import COMMANDS, is_first_process, quiet_libraries
-from src.data.modules import CalibrationData, EvaluationData, ExpertData, TokenizedData
+from src.data.calibration import CalibrationData
+from src.data.modules import EvaluationData, ExpertData, TokenizedData
 from src.errors import InputError
 from src.files import check_output
 from src.merge.card import expert_card
@@ -227,6 +228,7 @@ def fisher(arguments: list[str]) -> None:
     command = TrainerCommand("fisher", FisherModule, CalibrationData, arguments)
     data: Any = command.prepare()
     module: Any = command.model
+    data.bind_passes(module.passes, module.random_passes)
     module.output, module.settings = command.output, command.settings
     command.output.mkdir(parents=True, exist_ok=True)
     command.trainer.predict(module, data, return_predictions=False)

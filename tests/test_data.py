@@ -3,10 +3,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
+from src.data.calibration import CalibrationData, row_weights
 from src.data.chat import Encoder
 from src.data.demo.build_tasks import build
-from src.data.modules import CalibrationData, EvaluationData, ExpertData, Suite
+from src.data.modules import EvaluationData, ExpertData, Suite
 from src.data.rows import Row
 from src.data.sources import RowSource, as_sources, load_rows
 from src.errors import InputError
@@ -216,11 +218,30 @@ def test_calibration_on_one_benign_source_warns(rows, caplog):
     import logging
 
     logging.getLogger("src").propagate = True
-    CalibrationData(safety=str(rows["harmful"]), utility=str(rows["task"]))
+    passes = {"safety": "safety", "utility": "utility"}
+    CalibrationData(safety=str(rows["harmful"]), utility=str(rows["task"])).bind_passes(passes, [])
     assert "one source only" in caplog.text
     caplog.clear()
-    CalibrationData(safety=str(rows["harmful"]), utility=[str(rows["task"]), str(rows["benign"])])
+    both = [str(rows["task"]), str(rows["benign"])]
+    CalibrationData(safety=str(rows["harmful"]), utility=both).bind_passes(passes, [])
     assert not caplog.text
+
+
+def test_calibration_without_rows_is_one_error(rows):
+    data = CalibrationData(utility=str(rows["task"]))
+    with pytest.raises(InputError, match=r"data\.safety names no rows"):
+        data.bind_passes({"safety": "safety", "utility": "utility"}, [])
+    data.bind_passes({"safety": "safety", "utility": "utility"}, ["safety"])
+    with pytest.raises(InputError, match="expected 1 numbers above 0"):
+        CalibrationData(utility=str(rows["task"]), utility_weights=[0.0])
+
+
+def test_weighted_rows_give_the_weighted_mean_of_the_sources_means():
+    values, counts, weights = torch.arange(7.0).double(), [2, 5], [3.0, 1.0]
+    found = (row_weights(counts, weights) * values).mean()
+    parts = values.split(counts)
+    assert found.item() == pytest.approx((3 * parts[0].mean() + parts[1].mean()).item() / 4)
+    assert row_weights(counts, None).tolist() == [1.0] * 7
 
 
 def test_suites_are_checked(rows):

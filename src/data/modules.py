@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from src.data.batches import Batch, batch_loader
 from src.data.chat import Encoded, Encoder, Template
 from src.data.rows import Row
-from src.data.sources import Sources, as_sources, load_rows
+from src.data.sources import Sources, load_rows
 from src.errors import InputError
 from src.metrics.exact import AnswerForm
 
@@ -112,43 +112,6 @@ class ExpertData(TokenizedData):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation row once."""
         return self.loader(self.encoded["val"], even=True)
-
-
-class CalibrationData(TokenizedData):
-    """Rows that the two Fisher matrices are measured on.
-
-    Args:
-        safety: Harmful prompts with refusals (F_s).
-        utility: Benign prompts with good answers (F_u): task rows, general instructions and borderline-safe prompts.
-        batch_size: Rows per batch and process.
-        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
-        max_length: Tokens per row; longer rows are cut.
-    """
-
-    def __init__(
-        self, safety: Sources, utility: Sources, batch_size: int = 8, template: Template = "auto", max_length: int = 512
-    ) -> None:
-        super().__init__(batch_size, template, max_length)
-        self.safety, self.utility = safety, utility
-        self.rows = {
-            "safety": load_rows(safety, need_response=True),
-            "utility": load_rows(utility, need_response=True),
-        }
-        if len(as_sources(utility)) < 2:
-            log.warning(
-                "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
-                "task rows, the merged model refuses more harmless prompts (method.md section 8)"
-            )
-        self.encoded: dict[str, list[Encoded]] = {}
-
-    def setup(self, stage: str) -> None:
-        """Tokenise."""
-        if not self.encoded:
-            self.encoded = {name: self.encode(rows, name) for name, rows in self.rows.items()}
-
-    def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader per pass; every row exactly once, filled up by batches of weight 0 to equal numbers of steps."""
-        return [self.loader(rows, even=True) for rows in self.encoded.values()]
 
 
 @dataclass

@@ -8,7 +8,7 @@ Legend of shapes: N examples of a backward pass, T tokens, p and q sides of a co
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -63,7 +63,13 @@ def row_half(row_id: str) -> int:
 
 
 def examples(
-    index: torch.Tensor, row_ids: Sequence[str], *, draws: int = 1, present: torch.Tensor | None = None, token: int = 0
+    index: torch.Tensor,
+    row_ids: Sequence[str],
+    *,
+    draws: int = 1,
+    present: torch.Tensor | None = None,
+    token: int = 0,
+    row_weights: torch.Tensor | None = None,
 ) -> Examples:
     """The examples of one backward pass over a batch.
 
@@ -73,9 +79,12 @@ def examples(
         draws: Draws of labels per row, each a backward pass of its own.
         present: (N,) bool, rows that this pass is about; unset means all.
         token: Which answer token the pass is about.
+        row_weights: (N,) weight of each row in the mean over all rows; unset means 1.
     """
     half = torch.tensor([row_half(row) for row in row_ids], dtype=torch.int64)
     weight = torch.full((len(row_ids),), 1 / draws, dtype=torch.float64)
+    if row_weights is not None:
+        weight = weight * row_weights
     if present is not None:
         weight = weight * present.cpu()
     return Examples(index.cpu(), half, weight, token)
@@ -109,6 +118,16 @@ class Accumulator(ABC, Generic[Result]):
     @abstractmethod
     def sums(self) -> Iterator[torch.Tensor]:
         """Everything that is summed over processes, in the same order on each of them."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a shard on the disk holds: counts and sums."""
+        return {"counts": self.counts} | {f"sum.{i}": total for i, total in enumerate(self.sums())}
+
+    def absorb(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Add the state of another accumulator of the same settings."""
+        self.counts += state["counts"]
+        for i, total in enumerate(self.sums()):
+            total.add_(state[f"sum.{i}"])
 
     @abstractmethod
     def finish(self) -> Result:

@@ -151,6 +151,22 @@ def concatenate(fishers: list[LowRankFisher], weights: list[float]) -> LowRankFi
     return weighted_mean(fishers, weights)
 
 
+def score_order(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The order of scores by row, token and draw, and the row of each example where rows have several.
+
+    Args:
+        keys: (k, 2) row and answer token of each score.
+        count: n, the number of examples; each has k/n scores.
+
+    Returns:
+        (k,) order, and (n,) rows or None.
+    """
+    order = keys[:, 1].argsort(stable=True)
+    order = order[keys[order, 0].argsort(stable=True)]
+    groups = keys[order][:: len(keys) // count, 0].clone() if bool((keys[:, 1] > 0).any()) else None
+    return order, groups
+
+
 class LowRankAccumulator(Accumulator[LowRankFisher]):
     """Accumulates :class:`LowRankFisher` in memory; scores stay float32 (or wider), ordered by row and token."""
 
@@ -175,6 +191,12 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         """No sums: scores are gathered by :meth:`reduce`."""
         yield from ()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Scores and their keys."""
+        if not self._scores:
+            return {"counts": self.counts}
+        return {"counts": self.counts, "scores": torch.cat(self._scores), "keys": torch.cat(self._keys)}
+
     def reduce(self, device: torch.device | None = None) -> None:
         """Bring the scores of all processes together on each of them."""
         super().reduce(device)
@@ -193,9 +215,7 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         """
         if not sum(len(part) for part in self._scores):
             raise ValueError("a Fisher matrix needs at least one example")
-        keys = torch.cat(self._keys)
-        order = keys[:, 1].argsort(stable=True)
-        order = order[keys[order, 0].argsort(stable=True)]
-        scores, keys, count = torch.cat(self._scores)[order], keys[order], round(self.counts.sum().item())
-        groups = keys[:: len(keys) // count, 0].clone() if bool((keys[:, 1] > 0).any()) else None
+        keys, count = torch.cat(self._keys), round(self.counts.sum().item())
+        order, groups = score_order(keys, count)
+        scores = torch.cat(self._scores)[order]
         return LowRankFisher(scores, count, groups)

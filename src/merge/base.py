@@ -7,15 +7,15 @@ from typing import Any
 
 from src.adapters.basis import CoreBasis
 from src.adapters.pairs import LowRankPair, Pairs
-from src.fisher.lowrank import LowRankFisher
+from src.fisher.base import Fisher
 
 
 @dataclass(frozen=True)
 class FisherPair:
     """F_s and F_u in one core space."""
 
-    safety: LowRankFisher
-    utility: LowRankFisher
+    safety: Fisher
+    utility: Fisher
     basis: CoreBasis
 
 

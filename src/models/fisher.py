@@ -1,9 +1,12 @@
-"""The module that measures both Fisher matrices: ``Trainer.predict`` over calibration rows, scores from activations.
+"""The module that measures Fisher matrices: ``Trainer.predict`` over calibration rows, scores from activations.
 
-F_s is taken where the refusals happen, at θ0 + ΔW_u + P; F_u at θ0 + ΔW_u. Both in one core space.
+F_s is taken where the refusals happen, at θ0 + ΔW_u + P; F_u at θ0 + ΔW_u. Both in one set of coordinates.
 """
 
+import hashlib
+import json
 import logging
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,48 +14,63 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from safetensors.torch import load_file, save_file
 
 from src.adapters.attach import attached, check_fits
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.checks import check_base, check_compatible
-from src.adapters.pairs import Pairs, weighted_sum
+from src.adapters.pairs import Pairs
 from src.adapters.peft_files import Adapter, read_adapter
 from src.data.batches import Batch
-from src.data.modules import CalibrationData
+from src.data.calibration import CalibrationData
 from src.errors import InputError
-from src.files import write_atomically
+from src.fisher.accumulate import Allocate, mapped, zeros
+from src.fisher.base import Fisher, Representation, Shapes
 from src.fisher.files import FisherFile
-from src.fisher.labels import Labels, draw_labels
-from src.fisher.lowrank import LowRankFisher
-from src.fisher.scores import ScoreRecorder
+from src.fisher.labels import LabelSource
+from src.fisher.scores import Granularity, ScoreRecorder, together
+from src.fisher.shards import Shards
 from src.models.base import BaseSpec, fingerprint, load_model
-from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
+from src.models.fisher_jobs import backward_jobs
+from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
+from src.models.logits import answer_logits, leaf_embeddings
+from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
 from src.provenance import versions
 
 log = logging.getLogger(__name__)
 
-Reference = Literal["base", "utility", "patched"]
-PASSES = ("safety", "utility")
+PARTS = ".parts"
 
 
 class FisherModule(LightningModule):
-    """Per-example scores of the core coordinates on safety and on benign calibration rows.
+    """Fisher information on safety and on benign calibration rows, from exact scores of every example.
 
     Args:
         base: The base model.
         utility: Utility adapter, or a list of them (directories or hub ids).
         safety: Safety adapter; it spans the core space.
         utility_weights: Weight of each utility adapter; unset means 1 for each.
-        labels: ``model`` draws answer tokens from the model (Fisher information), ``data`` takes the rows' own
-            (empirical Fisher).
-        draws: Draws of labels per row; more cost one backward pass each.
-        seed: Seed of the draws.
-        reference_safety: Where F_s is taken: ``base`` (θ0), ``utility`` (θ0 + ΔW_u) or ``patched`` (θ0 + ΔW_u + ΔW_s).
-        reference_utility: Where F_u is taken.
+        representation: ``lowrank`` keeps every score (the exact matrix); ``block`` is exact within a module;
+            ``kronecker`` (K-FAC) and ``diagonal`` are approximations.
+        coordinates: ``core``: the entries of C in U C Vᵀ; ``weight``: every entry of the adapted layers' weights
+            (``kronecker`` and ``diagonal`` only).
         basis: ``safety``: the core space of the safety adapter; ``union``: of all adapters.
+        labels: ``model`` draws answer tokens from the model (Fisher information), ``data`` takes the rows' own
+            (empirical Fisher), ``random_tokens`` measures on rows of random tokens.
+        labels_utility: The same for F_u alone; unset means as for F_s.
+        draws: Draws of labels per row; more cost one backward pass each.
+        granularity: ``sequence`` takes one score per row, ``token`` one per answer token (as many backward passes as
+            the longest answer has tokens).
+        seed: Seed of the draws.
+        reference_safety: Where F_s is taken: ``base`` (θ0), ``utility`` (θ0 + ΔW_u), ``patched`` (θ0 + ΔW_u + ΔW_s), or
+            a weight for each of ``utility``, ``safety`` and any other adapter.
+        reference_utility: Where F_u is taken.
+        relearn: Measure as well what re-learned coefficients need: F_u at the patched point, and mean signed scores of
+            refusals and of benign answers there (one more pass).
+        halves: Keep two halves of the rows apart, for diagnostics on held-out rows; twice the size of the sums.
+            ``lowrank`` can always be split.
+        shard_rows: Rows after which a process writes what it has: a killed pass goes on from there.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts.
     """
@@ -63,19 +81,36 @@ class FisherModule(LightningModule):
         utility: list[str] | str,
         safety: str,
         utility_weights: list[float] | None = None,
-        labels: Labels = "model",
+        representation: Representation = "lowrank",
+        coordinates: Coordinates = "core",
+        basis: Literal["safety", "union"] = "safety",
+        labels: LabelSource = "model",
+        labels_utility: LabelSource | None = None,
         draws: int = 1,
+        granularity: Granularity = "sequence",
         seed: int = 0,
         reference_safety: Reference = "patched",
         reference_utility: Reference = "utility",
-        basis: Literal["safety", "union"] = "safety",
+        relearn: bool = False,
+        halves: bool = True,
+        shard_rows: int = 256,
         matmul: MatmulMode = "auto",
         max_matmul_error: float = 1e-5,
     ) -> None:
         super().__init__()
-        if draws < 1 or (draws > 1 and labels == "data"):
+        self.labels: dict[str, LabelSource] = {"safety": labels, "utility": labels_utility or labels}
+        self.labels["benign"] = self.labels["utility"]
+        if draws < 1 or (draws > 1 and "model" not in self.labels.values()):
             raise InputError(f"model.draws is {draws} with labels {labels!r}; expected 1, or more with labels model")
-        self.base, self.labels, self.draws, self.seed = base, labels, draws, seed
+        if coordinates == "weight" and representation not in ("kronecker", "diagonal"):
+            raise InputError(
+                f"model.representation {representation} has no weight coordinates; expected kronecker or diagonal"
+            )
+        if shard_rows < 1:
+            raise InputError(f"model.shard_rows is {shard_rows}; expected at least 1")
+        self.base, self.draws, self.granularity, self.seed = base, draws, granularity, seed
+        self.representation, self.coordinates = representation, coordinates
+        self.relearn, self.halves, self.shard_rows = relearn, halves, shard_rows
         self.references: dict[str, Reference] = {"safety": reference_safety, "utility": reference_utility}
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
         self.utility = [read_adapter(path) for path in ([utility] if isinstance(utility, str) else utility)]
@@ -86,13 +121,21 @@ class FisherModule(LightningModule):
         check_compatible([*self.utility, self.safety])
         spanning = [self.safety] if basis == "safety" else [*self.utility, self.safety]
         self.core: CoreBasis = core_basis([adapter.pairs for adapter in spanning])
+        self.passes = {"safety": "safety", "utility": "utility"}
+        if relearn:
+            self.passes["benign"], self.references["benign"] = "utility", reference_safety
         self.output = Path()
         self.settings: dict[str, Any] = {}
         self.model: Any = None
         self.base_fingerprint = ""
         self._recorder: ScoreRecorder
         self._at: AbstractContextManager[None] | None = None
-        self._found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in PASSES}
+        self._running: dict[str, FisherPass] = {}
+
+    @property
+    def random_passes(self) -> list[str]:
+        """Passes over random tokens."""
+        return [name for name in self.passes if self.labels[name] == "random_tokens"]
 
     def configure_model(self) -> None:
         """Load the base, check the adapters against it, shard where the strategy asks for it."""
@@ -104,97 +147,148 @@ class FisherModule(LightningModule):
         for adapter in (*self.utility, self.safety):
             check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
             check_fits(self.model, adapter.pairs, adapter.name)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._sharded:
+            if self.granularity == "token":
+                raise InputError("model.granularity token takes unequal numbers of passes; sharding needs sequence")
             shard(self.model, self.device_mesh)
-        self._recorder = ScoreRecorder(self.model, self.core.u, self.core.v)
+        bases = (self.core.u, self.core.v) if self.coordinates == "core" else (dict.fromkeys(self.core.modules),) * 2
+        self._recorder = ScoreRecorder(self.model, *bases)
 
-    def _reference(self, name: Reference) -> Pairs:
-        adapters, weights = [a.pairs for a in self.utility], list(self.weights)
-        if name == "base":
-            return {}
-        if name == "patched":
-            adapters, weights = [*adapters, self.safety.pairs], [*weights, 1.0]
-        return weighted_sum(adapters, weights)
-
-    def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Move to the pass's reference point at its first batch."""
-        if batch_idx == 0:
-            self._leave_reference()
-            reference = self.references[PASSES[dataloader_idx]]
-            self._at = attached(self.model, self._reference(reference))
-            self._at.__enter__()
-
-    def _leave_reference(self) -> None:
-        if self._at is not None:
-            self._at.__exit__(None, None, None)
-            self._at = None
+    @property
+    def _sharded(self) -> bool:
+        """Whether other processes hold parts of the weights."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
     def _data(self) -> CalibrationData:
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Record the scores of a batch."""
-        name = PASSES[dataloader_idx]
-        ids = [self._data.rows[name][i].id for i in batch.index.tolist()]
-        with torch.enable_grad():
-            scores = self.scores(batch, ids)
-        if batch.weight:
-            self._found[name].append((batch.index, scores.cpu()))
+    def _reference(self, name: str) -> Pairs:
+        pairs = reference_update(self.references[name], self.utility, self.weights, self.safety)
+        check_fits(self.model, pairs, f"the reference point of F_{name}")
+        return pairs
 
-    def scores(self, batch: Batch, ids: list[str]) -> torch.Tensor:
-        """(N, draws, D) scores of N rows, scaled by 1/√draws."""
+    def on_predict_start(self) -> None:
+        """Find what an earlier, killed pass has left, before any process writes."""
+        self._running = {name: self._open(name) for name in self.passes}
+        self.trainer.strategy.barrier("fisher shards")
+
+    def _open(self, name: str) -> FisherPass:
+        folder = self.output / PARTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        shards = Shards(folder, self._key(name))
+        # Sharded processes must skip the same steps.
+        watched = range(world) if self._sharded else [rank]
+        finished = frozenset.intersection(*(frozenset(shards.numbers(other)) for other in watched))
+        steps = max(1, self.shard_rows // self._data.batch_size)
+        if finished:
+            log.info("F_%s: %d parts of an interrupted pass are kept", name, len(finished))
+        return FisherPass(
+            name=name,
+            rows=sum(len(row.ids) > row.answer_start for row in self._data.encoded[name]),
+            weights=self._data.weights[name],
+            make=lambda: self._make(name, folder / f"rank-{rank}"),
+            shards=shards,
+            rank=rank,
+            steps_per_shard=steps,
+            finished=finished,
+        )
+
+    def _make(self, name: str, folder: Path) -> Any:
+        """Fresh sums; those of whole weights live in mapped files."""
+        shapes: Shapes = self.core.shapes
+        allocate: Allocate = zeros
+        if self.coordinates == "weight":
+            layers = {key: self.model.get_submodule(key) for key in self.core.modules}
+            shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
+            folder.mkdir(parents=True, exist_ok=True)
+            allocate = mapped(folder)
+        mean = self.relearn and name != "utility"
+        return make_accumulators(self.representation, shapes, mean=mean, halves=self.halves, allocate=allocate)
+
+    def _key(self, name: str) -> str:
+        """Hash of everything that a pass's numbers depend on."""
+        parts = self._record(name)
+        rows = [(row.row.id, row.ids, row.answer_start) for row in self._data.encoded[name]]
+        more = [
+            self._data.batch_size,
+            self.trainer.world_size,
+            self.shard_rows,
+            self.representation,
+            self.coordinates,
+            self.granularity,
+            self.relearn,
+            self.halves,
+            self.base.dtype,
+            str(self.trainer.precision),
+            self._data.weights[name].tolist(),
+        ]
+        return hashlib.sha256(json.dumps([parts, rows, more]).encode()).hexdigest()
+
+    def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Move to the pass's reference point at its first batch."""
+        if batch_idx == 0:
+            self._leave()
+            self._at = attached(self.model, self._reference(list(self.passes)[dataloader_idx]))
+            self._at.__enter__()
+
+    def _leave(self) -> None:
+        """Leave the reference point, and write what the pass there has found since its last shard."""
+        for running in self._running.values():
+            running.flush()
+        if self._at is not None:
+            self._at.__exit__(None, None, None)
+            self._at = None
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take up the scores of a batch, unless they are on the disk already."""
+        running = self._running[list(self.passes)[dataloader_idx]]
+        if running.skips(batch_idx):
+            return
+        if batch.weight or self._sharded:
+            with torch.enable_grad():
+                self._measure(running, batch)
+        running.end_step(batch_idx)
+
+    def _measure(self, running: FisherPass, batch: Batch) -> None:
+        ids = [self._data.rows[running.name][i].id for i in batch.index.tolist()]
         with self._recorder.recording(), leaf_embeddings(self.model) as leaves:
             logits = answer_logits(self.model, batch)
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            drawn = []
-            for draw in range(self.draws):
-                if self.labels == "data":
-                    labels = answer_targets(batch)
-                else:
-                    labels = draw_labels(logits, answer_rows(batch), ids, seed=self.seed, draw=draw)
-                total = log_p.gather(1, labels[:, None]).sum()
-                torch.autograd.grad(total, leaves[0], retain_graph=draw + 1 < self.draws)
-                drawn.append(self._recorder.take())
-        return torch.stack(drawn, dim=1) / self.draws**0.5
+            jobs = backward_jobs(
+                running,
+                batch,
+                logits,
+                ids,
+                labels=self.labels[running.name],
+                draws=self.draws,
+                granularity=self.granularity,
+                seed=self.seed,
+            )
+            for job in jobs:
+                for accumulator in job.sinks:
+                    accumulator.begin(job.examples)
+                self._recorder.sink = together(*(accumulator.update for accumulator in job.sinks))
+                torch.autograd.grad(job.total, leaves[0], retain_graph=job is not jobs[-1])
+                self._recorder.complete()
 
     def on_predict_epoch_end(self) -> None:
-        """Bring the ranks' rows together in the order of the data and write one file per pass."""
-        self._leave_reference()
-        for name in PASSES:
-            self._write_part(name)
+        """Bring the processes together and write one file per pass."""
+        self._leave()
         self.trainer.strategy.barrier("fisher parts")
-        if self.trainer.is_global_zero:
-            for name in PASSES:
-                self._join_parts(name)
+        for name, running in self._running.items():
+            fisher, mean = running.join(self.trainer.strategy.root_device)
+            if self.trainer.is_global_zero and fisher is not None:
+                self._write(name, fisher, mean)
         self.trainer.strategy.barrier("fisher files")
+        if self.trainer.is_global_zero:
+            shutil.rmtree(self.output / PARTS)
 
-    def _part(self, name: str, rank: int) -> Path:
-        return self.output / f".{name}.part-{rank}.safetensors"
-
-    def _write_part(self, name: str) -> None:
-        found = self._found[name]
-        dim = self.core.dim
-        index = torch.cat([index.cpu() for index, _ in found]) if found else torch.zeros(0, dtype=torch.int64)
-        scores = torch.cat([scores for _, scores in found]) if found else torch.zeros(0, self.draws, dim)
-        tensors = {"index": index, "scores": scores}
-        write_atomically(self._part(name, self.trainer.global_rank), lambda path: save_file(tensors, path))
-
-    def _join_parts(self, name: str) -> None:
-        paths = [self._part(name, rank) for rank in range(self.trainer.world_size)]
-        parts = [load_file(path) for path in paths]
-        kept = [part for part in parts if len(part["index"])]
-        index = torch.cat([part["index"] for part in kept])
-        scores = torch.cat([part["scores"] for part in kept])[index.argsort()]
-        rows = self._data.rows[name]
-        if index.sort().values.tolist() != list(range(len(rows))):
-            raise RuntimeError(f"{name}: {len(index)} scores for {len(rows)} rows; each row must occur once")
-        fisher = LowRankFisher(scores.flatten(0, 1), len(rows))
-        record = self._record(name) | {"trace": fisher.trace()}
-        FisherFile(fisher, self.core.u, self.core.v, record).save(self.output / f"{name}.safetensors")
-        for path in paths:
-            path.unlink()
-        log.info("F_%s: %d rows, D = %d, trace %.4g", name[0], len(rows), fisher.dim, record["trace"])
+    def _write(self, name: str, fisher: Fisher, mean: torch.Tensor | None) -> None:
+        record = self._record(name) | {"trace": fisher.trace(), "settings": self.settings}
+        u, v = (self.core.u, self.core.v) if self.coordinates == "core" else ({}, {})
+        FisherFile(fisher, u, v, record, mean).save(self.output / f"{name}.safetensors")
+        log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])
 
     def _record(self, name: str) -> dict[str, Any]:
         """Provenance of one pass."""
@@ -204,8 +298,9 @@ class FisherModule(LightningModule):
 
         return {
             "pass": name,
-            "labels": self.labels,
+            "labels": self.labels[name],
             "draws": self.draws,
+            "granularity": self.granularity,
             "seed": self.seed,
             "reference": self.references[name],
             "utility": [entry(a, w) for a, w in zip(self.utility, self.weights, strict=True)],
@@ -215,5 +310,4 @@ class FisherModule(LightningModule):
             "rows": [row.id for row in self._data.rows[name]],
             "seen": sorted({row.prompt_hash for row in self._data.rows[name]}),
             "versions": versions(),
-            "settings": self.settings,
         }

@@ -1,0 +1,130 @@
+"""Rows that Fisher matrices are measured on."""
+
+import logging
+from collections.abc import Collection, Mapping
+
+import torch
+from torch.utils.data import DataLoader
+
+from src.data.batches import Batch
+from src.data.chat import Encoded, Template
+from src.data.modules import TokenizedData
+from src.data.rows import Row
+from src.data.sources import Sources, as_sources, load_rows
+from src.errors import InputError
+from src.fisher.labels import random_token_rows
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationData(TokenizedData):
+    """Rows that the Fisher matrices are measured on.
+
+    Args:
+        safety: Harmful prompts with refusals (F_s).
+        utility: Benign prompts with good answers (F_u): task rows, general instructions and borderline-safe prompts.
+        utility_weights: Weight of each source of ``utility`` in the mean F_u = Σ w_k F_k / Σ w_k; unset weighs each by
+            its number of rows.
+        random_rows: Number of rows of random tokens, where labels are ``random_tokens``.
+        random_prompt: Least and greatest number of random tokens in a prompt.
+        random_answer: Least and greatest number of random tokens in an answer.
+        random_seed: Seed of the random rows.
+        batch_size: Rows per batch and process.
+        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
+        max_length: Tokens per row; longer rows are cut.
+    """
+
+    def __init__(
+        self,
+        safety: Sources | None = None,
+        utility: Sources | None = None,
+        utility_weights: list[float] | None = None,
+        random_rows: int = 256,
+        random_prompt: tuple[int, int] = (16, 64),
+        random_answer: tuple[int, int] = (8, 32),
+        random_seed: int = 0,
+        batch_size: int = 8,
+        template: Template = "auto",
+        max_length: int = 512,
+    ) -> None:
+        super().__init__(batch_size, template, max_length)
+        self.sources: dict[str, list[list[Row]]] = {
+            "safety": [load_rows(source, need_response=True) for source in as_sources(safety)],
+            "utility": [load_rows(source, need_response=True) for source in as_sources(utility)],
+        }
+        given = len(self.sources["utility"])
+        if utility_weights is not None and (len(utility_weights) != given or not all(w > 0 for w in utility_weights)):
+            raise InputError(
+                f"data.utility_weights is {utility_weights}; expected {given} numbers above 0, one a source"
+            )
+        self.source_weights = {"safety": None, "utility": utility_weights}
+        if random_rows < 1:
+            raise InputError(f"data.random_rows is {random_rows}; expected at least 1")
+        self.random_rows, self.random_seed = random_rows, random_seed
+        self.random_prompt, self.random_answer = random_prompt, random_answer
+        self.rows: dict[str, list[Row]] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.encoded: dict[str, list[Encoded]] = {}
+        self._passes: dict[str, str] = {}
+        self._random: frozenset[str] = frozenset()
+
+    def bind_passes(self, passes: Mapping[str, str], random: Collection[str]) -> None:
+        """Settle which rows each pass is over.
+
+        Args:
+            passes: For each pass, ``safety`` or ``utility``: whose rows.
+            random: Passes over random tokens instead.
+
+        Raises:
+            InputError: a pass has no rows.
+        """
+        self._passes, self._random = dict(passes), frozenset(random)
+        for name, rows in passes.items():
+            if name not in self._random and not self.sources[rows]:
+                raise InputError(f"data.{rows} names no rows; expected a source of rows (or labels random_tokens)")
+        if "utility" in passes.values() and "utility" not in self._random and len(self.sources["utility"]) == 1:
+            log.warning(
+                "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
+                "task rows, the merged model refuses more harmless prompts (method.md section 8)"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Tokenise."""
+        for name, of in self._passes.items():
+            if name in self.encoded:
+                continue
+            if name in self._random:
+                self.encoded[name] = self._draw()
+                self.rows[name] = [encoded.row for encoded in self.encoded[name]]
+                self.weights[name] = torch.ones(len(self.rows[name]), dtype=torch.float64)
+                continue
+            sources = self.sources[of]
+            self.rows[name] = [row for rows in sources for row in rows]
+            self.weights[name] = row_weights([len(rows) for rows in sources], self.source_weights[of])
+            self.encoded[name] = self.encode(self.rows[name], name)
+
+    def _draw(self) -> list[Encoded]:
+        try:
+            drawn = random_token_rows(
+                self.random_rows,
+                vocab_size=len(self.encoder.tokenizer),
+                avoid=self.encoder.tokenizer.all_special_ids,
+                prompt_tokens=self.random_prompt,
+                answer_tokens=self.random_answer,
+                seed=self.random_seed,
+            )
+        except ValueError as error:
+            raise InputError(f"data.random_…: {error}") from None
+        return [Encoded(Row(id=row.id, prompt=""), list(row.ids), row.answer_start) for row in drawn]
+
+    def predict_dataloader(self) -> list[DataLoader[Batch]]:
+        """One loader per pass; every row exactly once, filled up by batches of weight 0 to equal numbers of steps."""
+        return [self.loader(self.encoded[name], even=True) for name in self._passes]
+
+
+def row_weights(counts: list[int], weights: list[float] | None) -> torch.Tensor:
+    """(n,) weights with mean 1 under which a mean over all rows is the weighted mean of the sources' means."""
+    total = sum(counts)
+    shares = [count / total for count in counts] if weights is None else [w / sum(weights) for w in weights]
+    parts = [torch.full((n,), share * total / n, dtype=torch.float64) for n, share in zip(counts, shares, strict=True)]
+    return torch.cat(parts)

@@ -1,0 +1,114 @@
+"""One pass of Fisher measurement: what it accumulates, and the shards that it leaves on the disk as it goes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from src.fisher.accumulate import Accumulator, Allocate, MeanAccumulator, zeros
+from src.fisher.base import Fisher, Representation, Shapes
+from src.fisher.block import BlockAccumulator
+from src.fisher.diagonal import DiagonalAccumulator
+from src.fisher.kronecker import KroneckerAccumulator
+from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.shards import Shards, join_scores
+
+Coordinates = Literal["core", "weight"]
+Make = Callable[[], tuple[Accumulator[Any], MeanAccumulator | None]]
+
+
+def make_accumulators(
+    representation: Representation, shapes: Shapes, *, mean: bool, halves: bool, allocate: Allocate = zeros
+) -> tuple[Accumulator[Any], MeanAccumulator | None]:
+    """Fresh sums of one pass.
+
+    Args:
+        representation: Form of the Fisher matrix.
+        shapes: (p, q) of each module.
+        mean: Take mean signed scores too.
+        halves: Keep two halves of the rows apart (of no concern to ``lowrank``, which keeps every row).
+        allocate: Where sums live.
+    """
+    kinds: dict[str, type[BlockAccumulator | KroneckerAccumulator | DiagonalAccumulator]] = {
+        "block": BlockAccumulator,
+        "kronecker": KroneckerAccumulator,
+        "diagonal": DiagonalAccumulator,
+    }
+    if representation == "lowrank":
+        fisher: Accumulator[Any] = LowRankAccumulator(shapes)
+    else:
+        fisher = kinds[representation](shapes, halves=halves, allocate=allocate)
+    return fisher, MeanAccumulator(shapes, allocate=allocate) if mean else None
+
+
+@dataclass
+class FisherPass:
+    """A pass under way.
+
+    Attributes:
+        name: ``safety``, ``utility`` or ``benign``.
+        rows: Number of its rows that have an answer token.
+        weights: (n,) weight of each row of the data, mean 1.
+        make: Makes fresh accumulators.
+        shards: Where finished parts go.
+        rank: This process.
+        steps_per_shard: Steps between two shards.
+        finished: Numbers of shards that are on the disk already.
+    """
+
+    name: str
+    rows: int
+    weights: torch.Tensor
+    make: Make
+    shards: Shards
+    rank: int
+    steps_per_shard: int
+    finished: frozenset[int]
+
+    def __post_init__(self) -> None:
+        self.fisher, self.mean = self.make()
+        self._open: int | None = None
+
+    def skips(self, step: int) -> bool:
+        """Whether a step's rows are on the disk already."""
+        return step // self.steps_per_shard in self.finished
+
+    def end_step(self, step: int) -> None:
+        """Mark a step as measured; write a shard when it is the last of one."""
+        self._open = step // self.steps_per_shard
+        if (step + 1) % self.steps_per_shard == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been accumulated since the last shard."""
+        if self._open is None:
+            return
+        tensors = dict(self.fisher.state())
+        if self.mean is not None:
+            tensors |= {f"mean.{name}": tensor for name, tensor in self.mean.state().items()}
+        if self.fisher.counts.sum() > 0:
+            self.shards.write(self.rank, self._open, tensors)
+        self.fisher, self.mean = self.make()
+        self._open = None
+
+    def join(self, device: torch.device) -> tuple[Fisher | None, torch.Tensor | None]:
+        """Fisher matrix and mean score of all processes; call it on every process, after all have flushed.
+
+        Low-rank scores are joined from the disk, by the first process alone (None on the others). Sums are added up
+        over this process's shards, then over processes, once; counts with them.
+        """
+        fisher, mean = self.make()
+        for number in sorted(self.shards.numbers(self.rank)):
+            tensors = self.shards.read(self.rank, number) or {}
+            if not isinstance(fisher, LowRankAccumulator):
+                fisher.absorb(tensors)
+            if mean is not None:
+                mean.absorb({k.removeprefix("mean."): v for k, v in tensors.items() if k.startswith("mean.")})
+        if mean is not None:
+            mean.reduce(device)
+        found = None if mean is None else mean.finish()
+        if isinstance(fisher, LowRankAccumulator):
+            return (join_scores(self.shards, self.rows) if self.rank == 0 else None), found
+        fisher.reduce(device)
+        return fisher.finish(), found

@@ -1,0 +1,35 @@
+"""Reference points of a Fisher matrix: the base model plus a weighted sum of adapters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from src.adapters.pairs import Pairs, weighted_sum
+from src.adapters.peft_files import Adapter, read_adapter
+from src.errors import InputError
+
+Reference = Literal["base", "utility", "patched"] | dict[str, float]
+
+
+def reference_update(
+    reference: Reference, utility: Sequence[Adapter], weights: Sequence[float], safety: Adapter
+) -> Pairs:
+    """The update of the base model at a reference point.
+
+    Args:
+        reference: ``base`` (θ0), ``utility`` (θ0 + ΔW_u), ``patched`` (θ0 + ΔW_u + ΔW_s), or a weight for each of
+            ``utility``, ``safety`` and any other adapter (directory or hub id).
+        utility: Utility adapters.
+        weights: Their weights in ΔW_u.
+        safety: Safety adapter.
+    """
+    named = {"base": {}, "utility": {"utility": 1.0}, "patched": {"utility": 1.0, "safety": 1.0}}
+    chosen: Mapping[str, float] = named[reference] if isinstance(reference, str) else reference
+    parts: list[tuple[Pairs, float]] = []
+    for name, weight in chosen.items():
+        if not -float("inf") < weight < float("inf"):
+            raise InputError(f"reference {dict(chosen)}: the weight of {name} is {weight}; expected a finite number")
+        if name == "utility":
+            parts += [(adapter.pairs, weight * own) for adapter, own in zip(utility, weights, strict=True)]
+        else:
+            parts.append((safety.pairs if name == "safety" else read_adapter(name).pairs, weight))
+    return weighted_sum([pairs for pairs, _ in parts], [weight for _, weight in parts]) if parts else {}
