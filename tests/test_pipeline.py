@@ -1,12 +1,8 @@
 """The whole pipeline on the tiny model: in this process, and in two processes against one."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,29 +12,9 @@ from peft import PeftModel
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.fisher.files import load_fisher
+from tests.commands import base_flags, fisher_flags, fit_flags, run_processes
 from tests.oracles import autograd_scores
 from tests.tiny import make_base, make_model
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def base_flags(base, hardware="cpu.yaml"):
-    quiet = ["--trainer", hardware, "--trainer.enable_progress_bar", "false"]
-    return ["--model.base.name", str(base), "--model.base.dtype", "float64", *quiet]
-
-
-def fit_flags(base, rows, output, *more, hardware="cpu.yaml"):
-    data = ["--data.train", str(rows["task"]), "--data.val", str(rows["val"]), "--data.batch_size", "3"]
-    lora = ["--model.lora.rank", "2", "--model.optimizer.lr", "0.01", "--trainer.max_epochs", "3"]
-    flags = [*base_flags(base, hardware), *data, *lora, "--output", str(output)]
-    return ["fit", "--config", "expert.yaml", *flags, *more]
-
-
-def fisher_flags(base, adapters, rows, output, *more, hardware="cpu.yaml"):
-    models = ["--model.utility", str(adapters["utility"]), "--model.safety", str(adapters["safety"])]
-    data = ["--data.safety", str(rows["harmful"]), "--data.utility", f"[{rows['benign']},{rows['task']}]"]
-    flags = [*base_flags(base, hardware), *models, *data, "--data.batch_size", "2", "--output", str(output)]
-    return ["fisher", "--config", "fisher.yaml", *flags, *more]
 
 
 def suites(rows):
@@ -267,22 +243,6 @@ def test_nothing_to_evaluate_is_one_line(base, rows, tmp_path, capsys):
     flags = test_flags(base, rows, tmp_path, tmp_path / "out", "--model.discover", str(tmp_path / "no"))
     assert main([*flags, "--model.include_base", "false"]) == 2
     assert "nothing to evaluate" in capsys.readouterr().err
-
-
-def run_processes(arguments):
-    """Run a command in its own interpreter: Lightning's launcher starts the other process from ``sys.argv``."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_", "MASTER_"))}
-    command = [sys.executable, "-m", "src", *arguments]
-    found = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-        env=clean | {"OMP_NUM_THREADS": "1"},
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
 
 
 @pytest.mark.processes

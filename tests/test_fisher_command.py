@@ -1,0 +1,235 @@
+"""The fisher command on the tiny model: every representation, killed and damaged passes, any number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning import Callback
+from safetensors.torch import load_file
+
+from src.adapters.attach import attached
+from src.adapters.pairs import weighted_sum
+from src.adapters.peft_files import read_adapter
+from src.cli import main
+from src.data.batches import EncodedRows
+from src.data.chat import Encoder
+from src.data.sources import load_rows
+from src.fisher.files import load_fisher
+from tests.commands import ROOT, fisher_flags, run_processes
+from tests.oracles import autograd_scores
+from tests.tiny import make_model
+
+PASSES = ("safety", "utility")
+DATA = ["--model.labels", "data"]
+
+
+class KillAt(Callback):
+    """Ends the process as SIGKILL does, in the middle of the second pass."""
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if (dataloader_idx, batch_idx) == (1, 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def encode(tokenizer, path):
+    encoder = Encoder(tokenizer, max_length=512)
+    encoded = [encoder.encode(row) for row in load_rows([str(p) for p in path], need_response=True)]
+    return EncodedRows(encoded, 256)[(list(range(len(encoded))), 1.0)]
+
+
+def expected_scores(adapters, reference, batch, u, v):
+    """Scores by autograd, one example at a time, with the reference point in the weights."""
+    model = make_model()
+    for module, pair in weighted_sum([read_adapter(adapters[n]).pairs for n in reference], reference.values()).items():
+        model.get_submodule(module).weight += pair.dense()
+    with attached(model, {}):
+        return autograd_scores(model, batch, u, v)
+
+
+def run(base, adapters, rows, folder, *more):
+    assert main(fisher_flags(base, adapters, rows, folder, *more)) == 0
+    return {path.stem: load_fisher(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("representation", ["block", "diagonal", "kronecker"])
+def test_every_representation_is_that_of_the_exact_scores(base, adapters, rows, tmp_path, representation):
+    exact = run(base, adapters, rows, tmp_path / "exact", *DATA)
+    found = run(base, adapters, rows, tmp_path / "found", *DATA, "--model.representation", representation)
+    for name in PASSES:
+        scores, fisher = exact[name].fisher.scores, found[name].fisher
+        dense = scores.T @ scores / len(scores)
+        assert fisher.count == len(scores)
+        assert found[name].record["representation"] == representation
+        if representation == "diagonal":
+            torch.testing.assert_close(fisher.dense().diagonal(), dense.diagonal())
+        if representation == "block":
+            sizes = [p * q for p, q in found[name].shapes.values()]
+            mask = torch.block_diag(*(torch.ones(n, n, dtype=torch.float64) for n in sizes))
+            torch.testing.assert_close(fisher.dense(), dense * mask)
+        # K-FAC is no function of the scores; its parts are tested in test_fisher_representations.
+        assert fisher.trace() > 0
+        first, second = fisher.halves(0)
+        assert first.count + second.count == fisher.count
+
+
+def test_weight_coordinates_hold_every_entry(base, adapters, rows, tmp_path, tokenizer):
+    flags = [*DATA, "--model.representation", "diagonal", "--model.coordinates", "weight"]
+    found = run(base, adapters, rows, tmp_path / "out", *flags)["utility"]
+    batch = encode(tokenizer, [rows["benign"], rows["task"]])
+    identity = {name: torch.eye(o, dtype=torch.float64) for name, (o, _) in found.shapes.items()}
+    inputs = {name: torch.eye(i, dtype=torch.float64) for name, (_, i) in found.shapes.items()}
+    scores = expected_scores(adapters, {"utility": 1.0}, batch, identity, inputs)
+    torch.testing.assert_close(found.fisher.dense().diagonal(), scores.square().mean(0))
+    assert found.record["coordinates"] == "weight"
+    assert found.u == {}
+
+
+def test_lowrank_has_no_weight_coordinates(base, adapters, rows, tmp_path, capsys):
+    flags = fisher_flags(base, adapters, rows, tmp_path / "out", "--model.coordinates", "weight")
+    assert main(flags) == 2
+    assert "expected kronecker or diagonal" in capsys.readouterr().err
+
+
+def test_any_weighted_sum_of_adapters_is_a_reference_point(base, adapters, rows, tmp_path, tokenizer):
+    reference = {"utility": 0.5, "safety": -0.25, str(adapters["safety"]): 1.0}
+    flags = [*DATA, f"--model.reference_safety={json.dumps(reference)}"]
+    found = run(base, adapters, rows, tmp_path / "out", *flags)["safety"]
+    batch = encode(tokenizer, [rows["harmful"]])
+    expected = expected_scores(adapters, {"utility": 0.5, "safety": 0.75}, batch, found.u, found.v)
+    # The factors of adapters are scaled in their own format, float32.
+    assert (found.fisher.scores - expected).norm() / expected.norm() < 1e-6
+
+
+def test_weighted_sources_give_the_weighted_mean(base, adapters, rows, tmp_path):
+    plain = run(base, adapters, rows, tmp_path / "plain", *DATA)["utility"].fisher.scores
+    flags = [*DATA, "--data.utility_weights", "[3,1]"]
+    found = run(base, adapters, rows, tmp_path / "out", *flags)["utility"].fisher
+    benign, task = plain[:9], plain[9:]
+    expected = (3 * benign.T @ benign / 9 + task.T @ task / 13) / 4
+    torch.testing.assert_close(found.dense(), expected)
+
+
+def test_token_scores_sum_to_those_of_their_row(base, adapters, rows, tmp_path):
+    whole = run(base, adapters, rows, tmp_path / "whole", *DATA)["safety"].fisher
+    parts = run(base, adapters, rows, tmp_path / "parts", *DATA, "--model.granularity", "token")["safety"].fisher
+    summed = torch.zeros_like(whole.scores).index_add_(0, parts.groups, parts.scores)
+    torch.testing.assert_close(summed, whole.scores)
+    assert parts.count > whole.count
+
+
+def test_random_tokens_need_no_data(base, adapters, rows, tmp_path):
+    flags = ["--model.labels", "random_tokens", "--data.safety", "null", "--data.utility", "null"]
+    sizes = ["--data.random_rows", "6", "--data.random_prompt", "[2,5]", "--data.random_answer", "[1,4]"]
+    found = run(base, adapters, rows, tmp_path / "out", *flags, *sizes)
+    assert found["utility"].fisher.count == 6
+    assert found["utility"].record["labels"] == "random_tokens"
+    assert found["utility"].record["rows"][0] == "random/0/0"
+    again = run(base, adapters, rows, tmp_path / "again", *flags, *sizes, "--data.batch_size", "5")
+    torch.testing.assert_close(found["safety"].fisher.scores, again["safety"].fisher.scores)
+
+
+def test_relearning_has_a_third_pass_and_mean_scores(base, adapters, rows, tmp_path):
+    found = run(base, adapters, rows, tmp_path / "out", "--model.relearn", "true")
+    exact = run(base, adapters, rows, tmp_path / "exact", *DATA, "--model.reference_utility", "patched")
+    assert list(found) == ["benign", "safety", "utility"]
+    assert found["utility"].mean is None
+    torch.testing.assert_close(found["safety"].mean, exact["safety"].fisher.scores.mean(0))
+    torch.testing.assert_close(found["benign"].mean, exact["utility"].fisher.scores.mean(0))
+
+
+def tensors(folder):
+    return {name: load_file(folder / f"{name}.safetensors") for name in PASSES}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("representation", ["lowrank", "block"])
+def test_a_killed_pass_goes_on_from_its_last_shard(base, adapters, rows, tmp_path, representation):
+    flags = ["--model.representation", representation, "--model.shard_rows", "4"]
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *flags)) == 0
+    command = fisher_flags(base, adapters, rows, tmp_path / "cut", *flags)
+    kill = ["--trainer.callbacks+=tests.test_fisher_command.KillAt"]
+    found = subprocess.run([sys.executable, "-m", "src", *command, *kill], cwd=ROOT, check=False, capture_output=True)
+    assert found.returncode == -signal.SIGKILL
+    shards = sorted((tmp_path / "cut" / ".parts").rglob("*.safetensors"))
+    assert len(shards) == 2 + 2
+    assert not list((tmp_path / "cut").glob("*.safetensors"))
+    damaged = bytearray(shards[0].read_bytes())
+    damaged[-3] ^= 1
+    shards[0].write_bytes(damaged)
+    kept = shards[1].stat().st_mtime_ns
+    os.utime(shards[1], ns=(kept, kept))
+    found = subprocess.run(
+        [sys.executable, "-m", "src", *command], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    output = " ".join((found.stdout + found.stderr).split())
+    assert "does not match its checksum" in output
+    assert "F_safety: 1 parts of an interrupted pass are kept" in output
+    assert "F_utility: 2 parts of an interrupted pass are kept" in output
+    for name, whole in tensors(tmp_path / "whole").items():
+        cut = tensors(tmp_path / "cut")[name]
+        assert list(whole) == list(cut)
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert not (tmp_path / "cut" / ".parts").exists()
+
+
+@pytest.mark.processes
+def test_parts_of_a_pass_with_other_settings_are_not_read(base, adapters, rows, tmp_path):
+    command = fisher_flags(base, adapters, rows, tmp_path / "cut", "--model.shard_rows", "4")
+    kill = ["--trainer.callbacks+=tests.test_fisher_command.KillAt"]
+    subprocess.run([sys.executable, "-m", "src", *command, *kill], cwd=ROOT, check=False, capture_output=True)
+    other = ["--model.shard_rows", "4", "--model.seed", "5"]
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "cut", *other)) == 0
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *other)) == 0
+    for name, whole in tensors(tmp_path / "whole").items():
+        assert all(torch.equal(value, tensors(tmp_path / "cut")[name][key]) for key, value in whole.items())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("representation", ["lowrank", "kronecker"])
+def test_three_processes_of_which_one_has_no_row(base, adapters, rows, tmp_path, representation):
+    # Batches of 4: 7 harmful rows make two batches for three processes.
+    flags = ["--model.representation", representation, "--data.batch_size", "4", "--model.relearn", "true"]
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "one", *flags)) == 0
+    three = ["--trainer.devices", "3"]
+    run_processes(fisher_flags(base, adapters, rows, tmp_path / "three", *flags, *three, hardware="ddp_sim.yaml"))
+    for name in (*PASSES, "benign"):
+        one, other = (load_file(tmp_path / count / f"{name}.safetensors") for count in ("one", "three"))
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.processes
+def test_two_nodes_joined_by_torchrun(base, adapters, rows, tmp_path):
+    import socket
+
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "one")) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp"]
+    command = fisher_flags(base, adapters, rows, tmp_path / "two", *nodes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_"))}
+    processes = [
+        subprocess.Popen(
+            [*launch, "--node_rank", str(rank), *rendezvous, "-m", "src", *command],
+            cwd=ROOT,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    for name in PASSES:
+        one, two = (load_fisher(tmp_path / count / f"{name}.safetensors") for count in ("one", "two"))
+        assert (one.fisher.scores - two.fisher.scores).norm() / one.fisher.scores.norm() < 1e-10
+        assert one.record["rows"] == two.record["rows"]
