@@ -1,7 +1,7 @@
 """The commands that need no Trainer: typed functions, parsed by jsonargparse."""
 
 from src.cli import COMMANDS
-from src.merge import sst, task_arithmetic  # noqa: F401 - the subclasses of MergeMethod are the registry
+from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.stage import merge as merge_adapters
 from src.parsing import run_function
 from src.report.stage import report as write_report

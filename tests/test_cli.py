@@ -139,7 +139,7 @@ def full_disk(*_, **__):
 @pytest.mark.parametrize(
     ("place", "failure", "message"),
     [
-        ("src.merge.stage.weighted_sum", interrupted, "interrupted"),
+        ("src.merge.stage.combined", interrupted, "interrupted"),
         ("src.adapters.peft_files.save_file", full_disk, "No space left on device"),
     ],
 )

@@ -11,9 +11,9 @@ from src.errors import InputError
 from src.fisher.files import FisherFile
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair
+from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.merge.stage import merge
-from src.merge.task_arithmetic import TaskArithmetic
 from tests.oracles import dense_pencil
 from tests.tiny import make_model, random_pairs
 

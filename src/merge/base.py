@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.adapters.basis import CoreBasis
-from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.deltas import Delta
+from src.adapters.pairs import LowRankPair
 from src.fisher.lowrank import LowRankFisher
 
 
@@ -23,7 +24,7 @@ class FisherPair:
 class Patch:
     """The patch to add to ``θ0 + ΔW_u`` and what the method found on the way (numbers for the manifest)."""
 
-    pairs: Pairs
+    pairs: Mapping[str, Delta]
     findings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -31,6 +32,9 @@ class MergeMethod(ABC):
     """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
 
     needs_fisher = False
+    needs_safety = True
+    takes_full_rank = False
+    """Whether ΔW_u may be full rank, such as a TIES merge of several experts."""
 
     @property
     def name(self) -> str:

@@ -16,29 +16,46 @@ def _front(base: str, tags: list[str]) -> str:
 
 def merge_card(manifest: dict[str, Any]) -> str:
     """The card of a merged adapter, from its manifest."""
-    experts = "\n".join(
+    rows = [
         f"| utility, weight {entry['weight']:g} | `{entry['path']}` | `{entry['sha256']}` |"
         for entry in manifest["utility"]
-    )
-    safety = manifest["safety"]
-    settings = json.dumps(manifest["settings"])
+    ]
+    if manifest["safety"]:
+        rows.append(f"| safety | `{manifest['safety']['path']}` | `{manifest['safety']['sha256']}` |")
+    experts = "\n".join(rows)
     return f"""{_front(manifest["base"]["name"], ["sst-merge", "merge", "safety"])}
 # Merged LoRA adapter
 
-Made by SST-Merge: `base + utility + {manifest["alpha"]:g} * patch`, where the method **{manifest["method"]}** derives
-the patch from the safety adapter. The update is exact (factors are concatenated, nothing is truncated); scaling is 1.
+{_made(manifest)} {_form(manifest["output"])}
 
 | role | adapter | SHA-256 of its weights |
 |---|---|---|
 {experts}
-| safety | `{safety["path"]}` | `{safety["sha256"]}` |
 
 * Base model: `{manifest["base"]["name"]}`
-* Settings: `{settings}`
+* Utility experts combined by: {manifest["combine"]["method"]} `{json.dumps(manifest["combine"]["settings"])}`
+* Settings: `{json.dumps(manifest["settings"])}`
 * All provenance: `manifest.json`
 
 The licences of the base model, the adapters and their data apply to this adapter too.
 """
+
+
+def _made(manifest: dict[str, Any]) -> str:
+    if manifest["alpha"] is None:
+        return f"Made by SST-Merge: `base + utility`, the utility experts combined by **{manifest['method']}**."
+    return (
+        f"Made by SST-Merge: `base + utility + {manifest['alpha']:g} * patch`, where the method "
+        f"**{manifest['method']}** derives\nthe patch from the safety adapter."
+    )
+
+
+def _form(output: dict[str, Any]) -> str:
+    if output["form"] == "exact":
+        return "The update is exact (factors are concatenated, nothing is truncated);\nscaling is 1."
+    if "kept_energy" in output:
+        return f"The update is limited to {output['form']}:\n{output['kept_energy']:.4%} of its squared norm is kept."
+    return "The weights are whole: base and update,\nadded in float32 and rounded once."
 
 
 def expert_card(manifest: dict[str, Any]) -> str:

@@ -1,0 +1,45 @@
+"""One merged adapter or model, with its manifest and card."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.adapters.base_weights import open_base
+from src.adapters.deltas import Delta
+from src.adapters.full_model import write_model
+from src.adapters.peft_files import write_adapter, write_provenance
+from src.merge.card import merge_card
+from src.merge.forms import Form
+from src.merge.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write: the form, the base of a full model, its largest file in bytes, and the threads to use."""
+
+    form: Form
+    base: str
+    shard_bytes: int
+    workers: int
+
+
+def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
+    """Write updates in the form asked for.
+
+    Args:
+        folder: Directory to fill.
+        deltas: The merged update per module.
+        inputs: The adapters that it was made from.
+        record: Manifest, to which the form is added.
+        target: The form.
+    """
+    if target.form.full_model:
+        with open_base(target.base) as base:
+            write_model(folder, base, deltas, transposed=False, shard_bytes=target.shard_bytes)
+        made = record | {"output": {"form": target.form.label}}
+        write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
+        return
+    pairs, report = target.form.adapter(deltas, target.workers)
+    made = record | {"output": report}
+    write_adapter(folder, pairs, base=inputs.experts[0].base, manifest=made, seen=inputs.seen, card=merge_card(made))
