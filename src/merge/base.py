@@ -32,7 +32,6 @@ class MergeMethod(ABC):
     """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
 
     needs_fisher = False
-    needs_safety = True
     takes_full_rank = False
     """Whether ΔW_u may be full rank, such as a TIES merge of several experts."""
 
@@ -40,6 +39,11 @@ class MergeMethod(ABC):
     def name(self) -> str:
         """The name under which results are listed."""
         return type(self).__name__
+
+    @property
+    def needs_safety(self) -> bool:
+        """Whether the method works on the safety adapter."""
+        return True
 
     @abstractmethod
     def patch(
