@@ -1,6 +1,7 @@
 """PEFT LoRA directories, read to and written from low-rank pairs. The only place that knows PEFT's key names."""
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -13,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.peft_config import PLAIN, Layout, check_config, lora_config, scaling
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
-KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
-UNSUPPORTED = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "modules_to_save": "fully trained modules"}
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.weight)?$")
+FROZEN_COPY = ".base_layer.weight"
+log = logging.getLogger(__name__)
+Factors = dict[str, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Adapter:
         sha256: Hash of the weights file.
         manifest: What made it, where this project did; empty otherwise.
         seen: Hashes of the prompts that it was trained or calibrated on, where known.
+        layout: Which modules are embeddings, and whether layers store transposed weights.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Adapter:
     sha256: str
     manifest: dict[str, Any] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
+    layout: Layout = PLAIN
 
     @property
     def fingerprint(self) -> str | None:
@@ -56,20 +62,30 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     path = _local_folder(folder)
     config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
-    _check_config(path, config)
-    factors = _read_factors(path / WEIGHTS)
-    pairs: Pairs = {}
-    for module, both in factors.items():
-        if set(both) != {"A", "B"}:
-            raise InputError(f"{path / WEIGHTS}: {module} has no lora_{'A' if 'B' in both else 'B'}")
-        a, b = both["A"], both["B"]
-        if a.shape[0] != b.shape[1]:
-            raise InputError(f"{path / WEIGHTS}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}: ranks differ")
-        pairs[module] = LowRankPair(a, b * _scaling(config, module, a.shape[0]))
+    check_config(path / CONFIG, config)
+    factors, embeddings = _read_factors(path / WEIGHTS)
+    pairs = {module: _pair(path / WEIGHTS, module, both, config) for module, both in factors.items()}
+    for module in embeddings:
+        # The table's rows are looked up, so its factors are stored for the transposed weight.
+        pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
     manifest = read_json(path / MANIFEST, "a manifest") if (path / MANIFEST).exists() else {}
     seen = frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset()
     base = config.get("base_model_name_or_path") or ""
-    return Adapter(str(folder), pairs, base, sha256_file(path / WEIGHTS), manifest, seen)
+    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")))
+    return Adapter(str(folder), pairs, base, sha256_file(path / WEIGHTS), manifest, seen, layout)
+
+
+def _pair(path: Path, module: str, both: dict[str, torch.Tensor], config: dict[str, Any]) -> LowRankPair:
+    if set(both) != {"A", "B"}:
+        raise InputError(f"{path}: {module} has no lora_{'A' if 'B' in both else 'B'}")
+    a, b = both["A"], both["B"]
+    if a.ndim != 2 or b.ndim != 2:
+        raise InputError(
+            f"{path}: {module} has factors of {a.ndim} dimensions; only linear layers and embeddings are read"
+        )
+    if a.shape[0] != b.shape[1]:
+        raise InputError(f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}: ranks differ")
+    return LowRankPair(a, b * scaling(config, module, a.shape[0]))
 
 
 def _local_folder(folder: str | Path) -> Path:
@@ -90,53 +106,37 @@ def _local_folder(folder: str | Path) -> Path:
     raise InputError(f"{name}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{path / CONFIG}: peft_type is {kind!r}; expected 'LORA'")
-    for key, what in UNSUPPORTED.items():
-        if config.get(key):
-            raise InputError(f"{path / CONFIG}: {key} is set; {what} cannot be written as a low-rank update")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{path / CONFIG}: bias is {config['bias']!r}; trained biases are not a low-rank update")
-    if config.get("fan_in_fan_out"):
-        raise InputError(f"{path / CONFIG}: fan_in_fan_out is set; transposed layers (Conv1D) are not supported yet")
-
-
-def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+def _read_factors(path: Path) -> tuple[Factors, frozenset[str]]:
+    """Factors by module, and which modules are embeddings."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the weights of a PEFT LoRA adapter")
-    factors: dict[str, dict[str, torch.Tensor]] = {}
+    factors: Factors = {}
+    embeddings: set[str] = set()
     try:
         with safe_open(path, "pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 match = KEY.match(key)
-                if match is None:
-                    raise InputError(f"{path}: {key} is not a LoRA factor of a linear layer")
-                tensor = handle.get_tensor(key)
-                if not torch.isfinite(tensor).all():
-                    raise InputError(f"{path}: {key} holds NaN or infinite values")
-                factors.setdefault(match["module"], {})[match["factor"]] = tensor.to(
-                    torch.promote_types(tensor.dtype, torch.float32)
-                )
+                if match is not None:
+                    factors.setdefault(match["module"], {})[match["factor"]] = _finite(
+                        path, key, handle.get_tensor(key)
+                    )
+                    embeddings |= {match["module"]} if match["kind"] else set()
+                elif key.endswith(FROZEN_COPY):
+                    log.warning("%s: %s, a copy of the frozen base, is taken to equal the base and not read", path, key)
+                else:
+                    raise InputError(f"{path}: {key} is not a LoRA factor of a linear layer or an embedding")
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     if not factors:
         raise InputError(f"{path}: no LoRA factors in it")
-    return factors
+    return factors, frozenset(embeddings)
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+def _finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 at least."""
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path}: {key} holds NaN or infinite values")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def write_adapter(
@@ -147,6 +147,7 @@ def write_adapter(
     manifest: dict[str, Any],
     seen: frozenset[str],
     card: str,
+    layout: Layout = PLAIN,
 ) -> None:
     """Write pairs as a PEFT LoRA directory with scaling 1; ranks may differ between modules.
 
@@ -157,11 +158,16 @@ def write_adapter(
         raise ValueError("nothing to write: no module has an update")
     tensors = {}
     for name, pair in sorted(pairs.items()):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.to(torch.float32).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.to(torch.float32).contiguous()
+        a, b = pair.a.to(torch.float32), pair.b.to(torch.float32)
+        if name in layout.embeddings:
+            tensors[f"base_model.model.{name}.lora_embedding_A"] = b.T.contiguous()
+            tensors[f"base_model.model.{name}.lora_embedding_B"] = a.T.contiguous()
+        else:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_provenance(folder, manifest=manifest, seen=seen, card=card)
-    config = lora_config({name: pair.rank for name, pair in sorted(pairs.items())}, base)
+    config = lora_config({name: pair.rank for name, pair in sorted(pairs.items())}, base, layout)
     write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
@@ -193,22 +199,3 @@ def is_trained(key: str) -> bool:
 def trained_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The LoRA weights of a LightningModule's state dict, on the CPU, under PEFT's names."""
     return {key.removeprefix("model."): value.cpu() for key, value in state.items() if is_trained(key)}
-
-
-def lora_config(ranks: Mapping[str, int], base: str) -> dict[str, Any]:
-    """PEFT's configuration of an adapter with these ranks and scaling 1."""
-    from peft import LoraConfig, TaskType
-
-    most = max(ranks.values())
-    other = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
-    config = LoraConfig(
-        r=most,
-        lora_alpha=most,
-        target_modules=list(ranks),
-        rank_pattern=dict(other),
-        alpha_pattern=dict(other),
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

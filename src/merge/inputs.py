@@ -7,6 +7,7 @@ from pathlib import Path
 
 from src.adapters.basis import CoreBasis
 from src.adapters.checks import check_base, check_compatible
+from src.adapters.peft_config import Layout
 from src.adapters.peft_files import Adapter, read_adapter
 from src.errors import InputError
 from src.fisher.files import load_fisher
@@ -38,6 +39,14 @@ class Inputs:
     def adapters(self) -> list[Adapter]:
         """All adapters, the safety adapter last."""
         return [*self.experts, *([self.safety] if self.safety else [])]
+
+    @property
+    def layout(self) -> Layout:
+        """Which modules are embeddings, and whether layers store transposed weights."""
+        total = Layout()
+        for adapter in self.adapters:
+            total |= adapter.layout
+        return total
 
     def as_experts(self) -> list[Expert]:
         """What a combination works on; the weights' hash names an expert, whatever its position or path."""

@@ -36,10 +36,18 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     """
     if target.form.full_model:
         with open_base(target.base) as base:
-            write_model(folder, base, deltas, transposed=False, shard_bytes=target.shard_bytes)
+            write_model(folder, base, deltas, transposed=inputs.layout.transposed, shard_bytes=target.shard_bytes)
         made = record | {"output": {"form": target.form.label}}
         write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
         return
     pairs, report = target.form.adapter(deltas, target.workers)
     made = record | {"output": report}
-    write_adapter(folder, pairs, base=inputs.experts[0].base, manifest=made, seen=inputs.seen, card=merge_card(made))
+    write_adapter(
+        folder,
+        pairs,
+        base=inputs.experts[0].base,
+        manifest=made,
+        seen=inputs.seen,
+        card=merge_card(made),
+        layout=inputs.layout,
+    )
