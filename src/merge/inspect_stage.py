@@ -81,7 +81,7 @@ def draw_angles(comparison: Comparison, path: Path) -> None:
     size = max(3.2, 0.6 * count + 1.6)
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(size * len(PANELS), size), squeeze=False)
     for axis, (title, key) in zip(axes[0], PANELS.items(), strict=True):
-        matrix = getattr(comparison, key)
+        matrix = getattr(comparison, key).numpy()
         axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
         axis.set(title=title, xticks=range(count), yticks=range(count))
         axis.set_xticklabels(range(1, count + 1))
