@@ -1,7 +1,7 @@
 """What a merge method is: it turns the safety adapter into the patch that strength α multiplies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,3 +56,23 @@ class MergeMethod(ABC):
             safety: The safety update ΔW_s.
             fisher: Both Fisher matrices, where the method needs them.
         """
+
+    def patches(
+        self,
+        variants: Sequence["MergeMethod"],
+        utility: Mapping[str, LowRankPair],
+        safety: Mapping[str, LowRankPair],
+        fisher: FisherPair | None,
+    ) -> Iterator[Patch]:
+        """Patches of several methods of this class that differ in settings only, one after the other.
+
+        A method whose work is mostly the same for all of them (one solve for a whole path) overrides this.
+
+        Args:
+            variants: The methods, this one among them.
+            utility: The (summed) utility update ΔW_u.
+            safety: The safety update ΔW_s.
+            fisher: Both Fisher matrices, where the method needs them.
+        """
+        for method in variants:
+            yield method.patch(utility, safety, fisher)

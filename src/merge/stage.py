@@ -6,6 +6,8 @@ Low-rank results are written as the exact concatenation of factors (rank r_u + r
 """
 
 import logging
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +81,15 @@ def merge(
     needs_fisher = method is not None and method.needs_fisher
     paths = [utility] if isinstance(utility, str) else utility
     inputs = read_inputs(paths, utility_weights, safety, fisher, needs_fisher=needs_fisher)
-    several = isinstance(alpha, list)
     count = len(points) * len(values)
     with one_thread_each() as workers:
         if dry_run:
             log.info("%s", describe(inputs, points[0], form, values[-1], count))
             return
-        target = Target(form, base or inputs.experts[0].base, int(shard_size * 1e9), workers)
+        target = Target(form, base or inputs.experts[0].base, int(shard_size * 1e9), workers, isinstance(alpha, list))
         with new_directory(Path(output)) as folder:
-            for point in points:
-                _write_point(folder / point.folder, point, inputs, values if method else [None], several, target)
+            for point, total, patch in derived(points, inputs):
+                _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
     log.info("%s: %d merged %s(s) in %s", _title(points[0]), count, "model" if full_model else "adapter", output)
 
 
@@ -104,31 +105,42 @@ def _title(point: Variant) -> str:
 
 
 def _write_point(
-    folder: Path, point: Variant, inputs: Inputs, values: list[Any], several: bool, target: Target
+    folder: Path, point: Variant, inputs: Inputs, made: tuple[Combined, Patch], values: list[Any], target: Target
 ) -> None:
-    total = point.combine.combine(inputs.as_experts())
-    patch = derive_patch(point, inputs, total)
+    total, patch = made
     for alpha in values:
         merged: Deltas = total.deltas if alpha is None else combined([total.deltas, patch.pairs], [1.0, alpha])
         target.form.check(merged, _title(point))
         record = manifest(point, inputs, total, patch, alpha)
-        write(folder / f"alpha-{alpha:g}" if several else folder, merged, inputs, record, target)
+        write(folder / f"alpha-{alpha:g}" if target.by_alpha else folder, merged, inputs, record, target)
 
 
-def derive_patch(point: Variant, inputs: Inputs, total: Combined) -> Patch:
-    """The patch of one choice of options; empty without a safety method.
+def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant, Combined, Patch]]:
+    """The combination and the patch of each choice of options; what choices share is computed once.
 
     Raises:
-        InputError: the method cannot work on a full-rank combination.
+        InputError: a method cannot work on a full-rank combination.
     """
-    if point.method is None:
-        return Patch({})
+    safety: dict[str, Delta] = dict(inputs.safety.pairs) if inputs.safety else {}
+    for _, group in groupby(points, key=lambda point: id(point.combine)):
+        same = list(group)
+        total = same[0].combine.combine(inputs.as_experts())
+        method = same[0].method
+        if method is None:
+            yield from ((point, total, Patch({})) for point in same)
+            continue
+        _check_stages_fit(same[0], total)
+        variants = [point.method for point in same if point.method is not None]
+        patches = method.patches(variants, total.deltas, safety, inputs.fisher)  # type: ignore[arg-type]
+        for point, patch in zip(same, patches, strict=True):
+            yield point, total, patch
+
+
+def _check_stages_fit(point: Variant, total: Combined) -> None:
     if not is_lowrank(total.deltas):
         _check_full_rank(point)
-    if point.method.needs_fisher and not isinstance(point.combine, TaskArithmetic):
+    if point.method is not None and point.method.needs_fisher and not isinstance(point.combine, TaskArithmetic):
         log.warning("the Fisher files were measured at the sum of the utility adapters, not at %s", point.combine.name)
-    safety: dict[str, Delta] = dict(inputs.safety.pairs) if inputs.safety else {}
-    return point.method.patch(total.deltas, safety, inputs.fisher)  # type: ignore[arg-type]
 
 
 def _check_full_rank(point: Variant) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
-from src.merge.settings import with_option
+from src.merge.settings import Method, with_option
 
 COMBINE = "combine."
 
@@ -56,18 +56,31 @@ def variants(
     for option, values in (sweep or {}).items():
         if not values or len(set(values)) < len(values):
             raise InputError(f"sweep.{option} is {list(values)}; expected different values")
-    points = product(*(sweep or {}).values())
-    return [_variant(method, combine, dict(zip(sweep or {}, point, strict=True))) for point in points]
+    swept = dict(sweep or {})
+    outer = {option: values for option, values in swept.items() if option.startswith(COMBINE)}
+    inner = {option: values for option, values in swept.items() if option not in outer}
+    found = []
+    for one in _points(outer):
+        # One object for all variants below it: what they share is computed once.
+        chosen = _changed(combine, {option.removeprefix(COMBINE): value for option, value in one.items()})
+        for two in _points(inner):
+            if method is None and two:
+                raise InputError(f"sweep.{next(iter(two))}: no method is given; {COMBINE}NAME sweeps the combination")
+            changed = None if method is None else _changed(method, two)
+            found.append(_variant({**one, **two}, changed, chosen))
+    return found
 
 
-def _variant(method: MergeMethod | None, combine: Combination, point: Mapping[str, float]) -> Variant:
-    folder = Path()
-    for option, value in point.items():
-        folder /= f"{option}-{value:g}"
-        if option.startswith(COMBINE):
-            combine = with_option(combine, option.removeprefix(COMBINE), value)
-        elif method is None:
-            raise InputError(f"sweep.{option}: no method is given; {COMBINE}{option} sweeps the combination")
-        else:
-            method = with_option(method, option, value)
+def _points(options: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+
+
+def _changed(method: Method, options: Mapping[str, float]) -> Method:
+    for option, value in options.items():
+        method = with_option(method, option, value)
+    return method
+
+
+def _variant(point: Mapping[str, float], method: MergeMethod | None, combine: Combination) -> Variant:
+    folder = Path(*(f"{option}-{value:g}" for option, value in point.items()))
     return Variant(", ".join(f"{option} = {value:g}" for option, value in point.items()), folder, method, combine)

@@ -16,12 +16,21 @@ from src.merge.inputs import Inputs
 
 @dataclass(frozen=True)
 class Target:
-    """What to write: the form, the base of a full model, its largest file in bytes, and the threads to use."""
+    """What to write.
+
+    Attributes:
+        form: The form.
+        base: Base of a full model.
+        shard_bytes: Largest file of a full model.
+        workers: Threads to use.
+        by_alpha: Whether each strength has a directory of its own.
+    """
 
     form: Form
     base: str
     shard_bytes: int
     workers: int
+    by_alpha: bool
 
 
 def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
