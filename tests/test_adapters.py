@@ -265,3 +265,62 @@ def test_keys_that_are_no_factors_are_refused(adapters, tmp_path):
     save_file(convolution, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match="3 dimensions"):
         read_adapter(folder)
+
+
+def save_dora(base, folder):
+    """A DoRA adapter with one fully trained module on a base with untied weights, whose files it names."""
+    model = make_model(dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    model.save_pretrained(base)
+    config = LoraConfig(
+        r=3, lora_alpha=6, use_dora=True, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]
+    )
+    torch.manual_seed(3)
+    peft = get_peft_model(model, config)
+    for name, parameter in peft.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= 1.3
+        elif "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.peft_config["default"].base_model_name_or_path = str(base)
+    peft.save_pretrained(folder)
+    return peft.eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dora_and_trained_modules_are_converted_exactly_given_the_base(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from src.merge.stage import merge
+
+    peft = save_dora(tmp_path / "base", tmp_path / "a")
+    with pytest.raises(InputError, match="use_dora is set"):
+        merge(utility=str(tmp_path / "a"), rank=16, output=str(tmp_path / "m"))
+    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base")}
+    with pytest.raises(InputError, match="full-rank updates"):
+        merge(**given, output=str(tmp_path / "m"))
+    merge(**given, rank=16, output=str(tmp_path / "m"))
+    merge(**given, full_model=True, output=str(tmp_path / "full"))
+    expected = peft(IDS).logits
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "m"))
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
+    torch.testing.assert_close(full(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_full_rank_adapters_are_refused_where_factors_are_needed(tmp_path):
+    from src.merge.combinations.task_arithmetic import TaskArithmetic
+    from src.merge.combinations.tsv_m import TsvM
+    from src.merge.safe_lora import SafeLora
+    from src.merge.stage import merge
+
+    save_dora(tmp_path / "base", tmp_path / "a")
+    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base"), "output": str(tmp_path / "m"), "rank": 4}
+    with pytest.raises(InputError, match="TsvM works in the factors"):
+        merge(**given, combine=TsvM())
+    with pytest.raises(InputError, match="method SafeLora needs low-rank updates"):
+        merge(**given, safety=str(tmp_path / "a"), method=SafeLora())
+    merge(**given, safety=str(tmp_path / "a"), method=TaskArithmetic(), warn_below=0.0)

@@ -8,10 +8,10 @@ from typing import Any
 
 from src.errors import InputError
 
+FULL_RANK = {"use_dora": "DoRA's update", "modules_to_save": "that of fully trained modules"}
+"""What is exact as full-rank updates, given the base's weights."""
 UNSUPPORTED = {
-    "use_dora": "DoRA rescales the base's weights, so its update",
     "lora_bias": "LoRA biases are no part of a weight and",
-    "modules_to_save": "fully trained modules",
     "trainable_token_indices": "trained tokens",
     "target_parameters": "updates of bare parameters",
     "alora_invocation_tokens": "an update that is active from some token on",
@@ -42,8 +42,13 @@ PLAIN = Layout()
 """Linear layers only."""
 
 
-def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Check that low-rank pairs can express all that the adapter does.
+def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None:
+    """Check that updates of weights can express all that the adapter does.
+
+    Args:
+        path: The configuration's file, for messages.
+        config: The configuration.
+        full_rank: Whether full-rank updates can be made, the base's weights being at hand.
 
     Raises:
         InputError: they cannot; the message names the file and the key.
@@ -51,6 +56,12 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: peft_type is {kind!r}; expected 'LORA'")
+    for key, what in FULL_RANK.items():
+        if config.get(key) and not full_rank:
+            raise InputError(
+                f"{path}: {key} is set; {what} is no low-rank update. The merge command converts it exactly where "
+                "--base names a directory with the base model's safetensors files"
+            )
     for key, what in UNSUPPORTED.items():
         if config.get(key):
             raise InputError(f"{path}: {key} is set; {what} cannot be written as a low-rank update")

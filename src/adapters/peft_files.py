@@ -1,7 +1,6 @@
 """PEFT LoRA directories, read to and written from low-rank pairs. The only place that knows PEFT's key names."""
 
 import json
-import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -10,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from src.adapters.base_weights import BaseWeights
+from src.adapters.convert import base_weight, dora, trained
+from src.adapters.deltas import Deltas
 from src.adapters.pairs import LowRankPair, Pairs
 from src.adapters.peft_config import PLAIN, Layout, check_config, lora_config, scaling
+from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
-KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.weight)?$")
-FROZEN_COPY = ".base_layer.weight"
-log = logging.getLogger(__name__)
-Factors = dict[str, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,8 @@ class Adapter:
         manifest: What made it, where this project did; empty otherwise.
         seen: Hashes of the prompts that it was trained or calibrated on, where known.
         layout: Which modules are embeddings, and whether layers store transposed weights.
+        full_rank: Updates of DoRA layers and of fully trained modules, in place of pairs; empty unless the base was
+            at hand when the adapter was read.
     """
 
     name: str
@@ -47,6 +47,12 @@ class Adapter:
     manifest: dict[str, Any] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
     layout: Layout = PLAIN
+    full_rank: Deltas = field(default_factory=dict)
+
+    @property
+    def updates(self) -> Deltas:
+        """All updates, low-rank and full-rank."""
+        return {**self.pairs, **self.full_rank}
 
     @property
     def fingerprint(self) -> str | None:
@@ -54,25 +60,52 @@ class Adapter:
         return self.manifest.get("base", {}).get("fingerprint")
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter:
     """Read a PEFT LoRA directory, or a hub repository of that form.
 
+    Args:
+        folder: The directory or the repository's id.
+        base: The base's weights, from which DoRA and fully trained modules become full-rank updates.
+
     Raises:
-        InputError: a file is missing or broken, or the adapter has parts that low-rank pairs cannot express.
+        InputError: a file is missing or broken, or the adapter has parts that updates cannot express.
     """
     path = _local_folder(folder)
     config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
-    check_config(path / CONFIG, config)
-    factors, embeddings = _read_factors(path / WEIGHTS)
-    pairs = {module: _pair(path / WEIGHTS, module, both, config) for module, both in factors.items()}
-    for module in embeddings:
+    check_config(path / CONFIG, config, full_rank=base is not None)
+    found = read_weights(path / WEIGHTS, config.get("modules_to_save") or [])
+    pairs = {module: _pair(path / WEIGHTS, module, both, config) for module, both in found.factors.items()}
+    for module in found.embeddings:
         # The table's rows are looked up, so its factors are stored for the transposed weight.
         pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
-    manifest = read_json(path / MANIFEST, "a manifest") if (path / MANIFEST).exists() else {}
-    seen = frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset()
-    base = config.get("base_model_name_or_path") or ""
-    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")))
-    return Adapter(str(folder), pairs, base, sha256_file(path / WEIGHTS), manifest, seen, layout)
+    layout = Layout(frozenset(found.embeddings), bool(config.get("fan_in_fan_out")))
+    return Adapter(
+        name=str(folder),
+        pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
+        base=config.get("base_model_name_or_path") or "",
+        sha256=sha256_file(path / WEIGHTS),
+        manifest=read_json(path / MANIFEST, "a manifest") if (path / MANIFEST).exists() else {},
+        seen=frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset(),
+        layout=layout,
+        full_rank=_full_rank(path / WEIGHTS, found, pairs, base, layout),
+    )
+
+
+def _full_rank(path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeights | None, layout: Layout) -> Deltas:
+    updates: Deltas = {}
+    if base is None:
+        if found.magnitudes or found.saved:
+            raise InputError(f"{path}: holds DoRA or fully trained modules that its configuration does not name")
+        return updates
+    for module, magnitude in found.magnitudes.items():
+        if module not in pairs or module in layout.embeddings:
+            raise InputError(f"{path}: {module} has a DoRA magnitude, but is no linear layer with LoRA factors")
+        weight = base_weight(path, module, pairs[module].shape, base, transposed=layout.transposed)
+        updates[module] = dora(weight, pairs[module], magnitude)
+    for module, saved in found.saved.items():
+        weight = base_weight(path, module, (saved.shape[0], saved.shape[1]), base, transposed=False)
+        updates[module] = trained(weight, saved)
+    return updates
 
 
 def _pair(path: Path, module: str, both: dict[str, torch.Tensor], config: dict[str, Any]) -> LowRankPair:
@@ -104,39 +137,6 @@ def _local_folder(folder: str | Path) -> Path:
                 f"{name}: neither an adapter directory nor a hub adapter that can be fetched now ({reason})"
             ) from None
     raise InputError(f"{name}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
-
-
-def _read_factors(path: Path) -> tuple[Factors, frozenset[str]]:
-    """Factors by module, and which modules are embeddings."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected the weights of a PEFT LoRA adapter")
-    factors: Factors = {}
-    embeddings: set[str] = set()
-    try:
-        with safe_open(path, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                match = KEY.match(key)
-                if match is not None:
-                    factors.setdefault(match["module"], {})[match["factor"]] = _finite(
-                        path, key, handle.get_tensor(key)
-                    )
-                    embeddings |= {match["module"]} if match["kind"] else set()
-                elif key.endswith(FROZEN_COPY):
-                    log.warning("%s: %s, a copy of the frozen base, is taken to equal the base and not read", path, key)
-                else:
-                    raise InputError(f"{path}: {key} is not a LoRA factor of a linear layer or an embedding")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    if not factors:
-        raise InputError(f"{path}: no LoRA factors in it")
-    return factors, frozenset(embeddings)
-
-
-def _finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32 at least."""
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{path}: {key} holds NaN or infinite values")
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def write_adapter(

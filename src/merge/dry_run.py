@@ -14,7 +14,7 @@ def describe(inputs: Inputs, point: Variant, form: Form, alpha: float, count: in
     total = point.combine.combine(inputs.as_experts())
     updates = [total.deltas]
     if point.method is not None and inputs.safety is not None and not point.method.needs_fisher:
-        updates.append(dict(inputs.safety.pairs))
+        updates.append(inputs.safety.updates)
     merged = combined(updates, [1.0, alpha][: len(updates)])
     lines = ["shape            modules  rank"]
     groups: dict[tuple[tuple[int, int], str], int] = {}

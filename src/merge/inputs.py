@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.adapters.base_weights import BaseWeights
 from src.adapters.basis import CoreBasis
 from src.adapters.checks import check_base, check_compatible
 from src.adapters.peft_config import Layout
@@ -50,24 +51,38 @@ class Inputs:
 
     def as_experts(self) -> list[Expert]:
         """What a combination works on; the weights' hash names an expert, whatever its position or path."""
-        return [Expert(e.sha256, w, e.pairs) for e, w in zip(self.experts, self.weights, strict=True)]
+        return [Expert(e.sha256, w, e.updates) for e, w in zip(self.experts, self.weights, strict=True)]
 
 
 def read_inputs(
-    utility: Sequence[str], weights: list[float] | None, safety: str | None, fisher: str | None, *, needs_fisher: bool
+    utility: Sequence[str],
+    weights: list[float] | None,
+    safety: str | None,
+    fisher: str | None,
+    *,
+    needs_fisher: bool,
+    base: BaseWeights | None = None,
 ) -> Inputs:
     """Read and check everything that a merge needs.
+
+    Args:
+        utility: Utility adapters.
+        weights: Their weights; unset means 1 for each.
+        safety: The safety adapter, if any.
+        fisher: Directory of the Fisher files, if any.
+        needs_fisher: Whether the method needs them.
+        base: The base's weights, for adapters whose updates are not low-rank.
 
     Raises:
         InputError: something is missing, broken or belongs to another model.
     """
     if not utility:
         raise InputError("utility is empty; expected at least one adapter")
-    experts = [read_adapter(path) for path in utility]
+    experts = [read_adapter(path, base) for path in utility]
     given = weights or [1.0] * len(experts)
     if len(given) != len(experts):
         raise InputError(f"utility_weights: {len(given)} weights for {len(experts)} adapters")
-    patcher = read_adapter(safety) if safety is not None else None
+    patcher = read_adapter(safety, base) if safety is not None else None
     adapters = [*experts, *([patcher] if patcher else [])]
     check_compatible(adapters)
     pair, seen = None, set[str]()

@@ -7,10 +7,12 @@ Low-rank results are written as the exact concatenation of factors (rank r_u + r
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from src.adapters.base_weights import open_base
 from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_output, new_directory
@@ -65,8 +67,8 @@ def merge(
         rank: Largest rank of the written adapter, per module; unset writes factors as they are, exactly.
         energy: Share of each module's squared norm that the written adapter keeps, above 0 to 1, in place of ``rank``.
         full_model: Write whole weights, base and update, instead of an adapter.
-        base: Directory or hub id with the base model's safetensors files, for ``full_model``; unset means the base
-            that the adapters name.
+        base: Directory or hub id with the base model's safetensors files, for ``full_model`` (unset means the base
+            that the adapters name) and to convert DoRA and fully trained modules.
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
         warn_below: Kept energy, 0 to 1, under which ``rank`` and ``energy`` warn.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
@@ -80,16 +82,18 @@ def merge(
     check_output(Path(output), overwrite=overwrite)
     needs_fisher = method is not None and method.needs_fisher
     paths = [utility] if isinstance(utility, str) else utility
-    inputs = read_inputs(paths, utility_weights, safety, fisher, needs_fisher=needs_fisher)
-    count = len(points) * len(values)
-    with one_thread_each() as workers:
+    with ExitStack() as stack:
+        weights = stack.enter_context(open_base(base)) if base is not None else None
+        inputs = read_inputs(paths, utility_weights, safety, fisher, needs_fisher=needs_fisher, base=weights)
+        count = len(points) * len(values)
+        workers = stack.enter_context(one_thread_each())
         if dry_run:
             log.info("%s", describe(inputs, points[0], form, values[-1], count))
             return
         target = Target(form, base or inputs.experts[0].base, int(shard_size * 1e9), workers, isinstance(alpha, list))
-        with new_directory(Path(output)) as folder:
-            for point, total, patch in derived(points, inputs):
-                _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
+        folder = stack.enter_context(new_directory(Path(output)))
+        for point, total, patch in derived(points, inputs):
+            _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
     log.info("%s: %d merged %s(s) in %s", _title(points[0]), count, "model" if full_model else "adapter", output)
 
 
@@ -121,7 +125,7 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
     Raises:
         InputError: a method cannot work on a full-rank combination.
     """
-    safety: dict[str, Delta] = dict(inputs.safety.pairs) if inputs.safety else {}
+    safety: dict[str, Delta] = inputs.safety.updates if inputs.safety else {}
     for _, group in groupby(points, key=lambda point: id(point.combine)):
         same = list(group)
         total = same[0].combine.combine(inputs.as_experts())
@@ -129,23 +133,24 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
         if method is None:
             yield from ((point, total, Patch({})) for point in same)
             continue
-        _check_stages_fit(same[0], total)
+        _check_stages_fit(same[0], total, inputs)
         variants = [point.method for point in same if point.method is not None]
         patches = method.patches(variants, total.deltas, safety, inputs.fisher)  # type: ignore[arg-type]
         for point, patch in zip(same, patches, strict=True):
             yield point, total, patch
 
 
-def _check_stages_fit(point: Variant, total: Combined) -> None:
-    if not is_lowrank(total.deltas):
-        _check_full_rank(point)
-    if point.method is not None and point.method.needs_fisher and not isinstance(point.combine, TaskArithmetic):
+def _check_stages_fit(point: Variant, total: Combined, inputs: Inputs) -> None:
+    method = point.method
+    if method is None:
+        return
+    if not method.takes_full_rank:
+        found = {point.combine.name: total.deltas, "the safety adapter": inputs.safety.updates if inputs.safety else {}}
+        for what, deltas in found.items():
+            if not is_lowrank(deltas):
+                raise InputError(
+                    f"method {type(method).__name__} needs low-rank updates and those of {what} are full-rank; write "
+                    "them with --rank first and merge that"
+                )
+    if method.needs_fisher and not isinstance(point.combine, TaskArithmetic):
         log.warning("the Fisher files were measured at the sum of the utility adapters, not at %s", point.combine.name)
-
-
-def _check_full_rank(point: Variant) -> None:
-    if point.method is not None and not point.method.takes_full_rank:
-        raise InputError(
-            f"method {type(point.method).__name__} needs low-rank utility updates and {point.combine.name} gives "
-            "full-rank ones; write the combination with --rank first and merge that"
-        )

@@ -13,6 +13,7 @@ import torch
 from src.adapters.deltas import Deltas, DenseDelta, lowrank, matrix
 from src.adapters.geometry import spaces
 from src.adapters.pairs import LowRankPair
+from src.errors import InputError
 from src.merge.combination import Combination, Combined, Expert, common_shape, module_names
 
 
@@ -48,7 +49,10 @@ class Subspace(Combination):
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """Merge module by module; a module whose updates are all zero is left out."""
-        pairs = [(expert, lowrank(expert.deltas)) for expert in experts]
+        try:
+            pairs = [(expert, lowrank(expert.deltas)) for expert in experts]
+        except ValueError as error:
+            raise InputError(f"{self.name} works in the factors of low-rank updates; {error}") from None
         deltas: Deltas = {}
         findings: dict[str, Any] = {}
         for name in module_names(experts):
