@@ -228,12 +228,14 @@ def test_a_dry_run_writes_nothing(adapters, tmp_path, caplog, monkeypatch):
 
 
 def test_a_combination_alone_needs_no_safety_adapter(adapters, tmp_path):
-    merge(utility=both(adapters), utility_weights=[1.0, 0.5], output=str(tmp_path / "m"))
+    merge(utility=both(adapters), utility_weights=[1.0, 0.5], license="mit", output=str(tmp_path / "m"))
     merged = read_adapter(tmp_path / "m")
     assert merged.manifest["method"] == "TaskArithmetic"
     assert merged.manifest["alpha"] is None
     assert merged.manifest["safety"] is None
-    assert "combined by **TaskArithmetic**" in (tmp_path / "m" / "README.md").read_text()
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "combined by **TaskArithmetic**" in card
+    assert "license: mit" in card
 
 
 def test_a_safety_method_works_on_any_combination(adapters, tmp_path):

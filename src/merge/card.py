@@ -5,12 +5,17 @@ from typing import Any
 
 import yaml
 
+FULL_MODEL = "full model"
+"""Name of the form in which whole weights are written."""
 
-def _front(base: str, tags: list[str]) -> str:
+
+def _front(base: str, tags: list[str], *, full_model: bool = False, licence: str | None = None) -> str:
     # Only a hub id may stand under base_model; a local path there makes the hub reject the card.
-    meta: dict[str, Any] = {"library_name": "peft", "tags": ["lora", *tags]}
+    meta: dict[str, Any] = {"library_name": "transformers" if full_model else "peft"}
+    meta["tags"] = tags if full_model else ["lora", *tags]
     if "://" not in base and base.count("/") == 1 and not base.startswith((".", "/")):
-        meta["base_model"] = base
+        meta |= {"base_model": base, "base_model_relation": "merge" if full_model else "adapter"}
+    meta |= {"license": licence} if licence else {}
     return f"---\n{yaml.safe_dump(meta, sort_keys=True)}---\n"
 
 
@@ -23,8 +28,10 @@ def merge_card(manifest: dict[str, Any]) -> str:
     if manifest["safety"]:
         rows.append(f"| safety | `{manifest['safety']['path']}` | `{manifest['safety']['sha256']}` |")
     experts = "\n".join(rows)
-    return f"""{_front(manifest["base"]["name"], ["sst-merge", "merge", "safety"])}
-# Merged LoRA adapter
+    full = manifest["output"]["form"] == FULL_MODEL
+    tags = ["sst-merge", "merge", *(["safety"] if manifest["safety"] else [])]
+    return f"""{_front(manifest["base"]["name"], tags, full_model=full, licence=manifest["license"])}
+# Merged {"model" if full else "LoRA adapter"}
 
 {_made(manifest)} {_form(manifest["output"])}
 
@@ -37,7 +44,9 @@ def merge_card(manifest: dict[str, Any]) -> str:
 * Settings: `{json.dumps(manifest["settings"])}`
 * All provenance: `manifest.json`
 
-The licences of the base model, the adapters and their data apply to this adapter too.
+* Licence: {manifest["license"] or "not stated by its maker"}
+
+The licences of the base model, the adapters and their data apply to the result too.
 """
 
 

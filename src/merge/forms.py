@@ -9,6 +9,7 @@ from src.adapters.deltas import Delta, is_lowrank, lowrank
 from src.adapters.pairs import Pairs
 from src.adapters.truncate import Truncated, truncate
 from src.errors import InputError
+from src.merge.card import FULL_MODEL
 from src.merge.parallel import in_order
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Form:
     def label(self) -> str:
         """The form in a few words."""
         if self.full_model:
-            return "full model"
+            return FULL_MODEL
         if self.rank is not None:
             return f"rank {self.rank}"
         return "exact" if self.energy is None else f"energy {self.energy:g}"

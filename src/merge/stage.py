@@ -47,6 +47,7 @@ def merge(
     shard_size: float = 5.0,
     warn_below: float = 0.95,
     sweep: dict[str, list[float]] | None = None,
+    license: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -72,6 +73,7 @@ def merge(
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
         warn_below: Kept energy, 0 to 1, under which ``rank`` and ``energy`` warn.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
+        license: The result's licence as the hub names it, such as ``apache-2.0``, for the model card.
         dry_run: Print shapes, ranks, memory and sizes; write nothing.
         overwrite: Replace an output that exists.
     """
@@ -90,7 +92,8 @@ def merge(
         if dry_run:
             log.info("%s", describe(inputs, points[0], form, values[-1], count))
             return
-        target = Target(form, base or inputs.experts[0].base, int(shard_size * 1e9), workers, isinstance(alpha, list))
+        place = base or inputs.experts[0].base
+        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), license)
         folder = stack.enter_context(new_directory(Path(output)))
         for point, total, patch in derived(points, inputs):
             _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)

@@ -24,6 +24,7 @@ class Target:
         shard_bytes: Largest file of a full model.
         workers: Threads to use.
         by_alpha: Whether each strength has a directory of its own.
+        licence: The result's licence, for its card.
     """
 
     form: Form
@@ -31,6 +32,7 @@ class Target:
     shard_bytes: int
     workers: int
     by_alpha: bool
+    licence: str | None
 
 
 def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
@@ -46,11 +48,11 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     if target.form.full_model:
         with open_base(target.base) as base:
             write_model(folder, base, deltas, transposed=inputs.layout.transposed, shard_bytes=target.shard_bytes)
-        made = record | {"output": {"form": target.form.label}}
+        made = record | {"output": {"form": target.form.label}, "license": target.licence}
         write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
         return
     pairs, report = target.form.adapter(deltas, target.workers)
-    made = record | {"output": report}
+    made = record | {"output": report, "license": target.licence}
     write_adapter(
         folder,
         pairs,
