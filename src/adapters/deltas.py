@@ -14,8 +14,8 @@ import torch
 
 from src.adapters.pairs import LowRankPair, weighted_sum
 
-BLOCK_ELEMENTS = 1 << 19
-"""Elements of a block: 2 MiB in float32, which the second-level cache of current processors holds."""
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of a block: 512 KiB in float32: a few of them fit in the second-level cache of current processors."""
 
 
 class Delta(Protocol):

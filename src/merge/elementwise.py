@@ -117,10 +117,12 @@ def elect_and_sum(
     votes = voters if majority == "total" else [voter.sign() for voter in voters]
     side = (weighted(votes, [1.0] * len(votes)) >= 0).to(blocks[0].dtype).mul_(2).sub_(1)
     total, divisor = torch.zeros_like(blocks[0]), torch.zeros_like(blocks[0])
-    for block, voter, weight in zip(blocks, voters, weights, strict=True):
-        agrees = (voter * side > 0).to(block.dtype)
-        total.addcmul_(block, agrees, value=weight)
-        divisor.add_(agrees, alpha=weight if election == "mergekit" else 1.0)
+    for voter, weight in zip(voters, weights, strict=True):
+        # Magnitudes where the sign agrees, zeros elsewhere; then ones where it agrees.
+        agreeing = (voter * side).clamp_(min=0)
+        total.add_(agreeing, alpha=weight if election == "peft" else 1.0)
+        divisor.add_(agreeing.sign_(), alpha=weight if election == "mergekit" else 1.0)
+    total.mul_(side)
     if not normalise:
         return total
     if election == "peft":

@@ -13,9 +13,9 @@ LOW_BITS = 15
 Blocks = Callable[[], Iterable[torch.Tensor]]
 
 
-def magnitude_bits(block: torch.Tensor) -> np.ndarray:
-    """Magnitudes of a block, rounded to float32, as integers in the same order."""
-    return block.to(torch.float32).abs().contiguous().reshape(-1).numpy().view(np.int32)
+def magnitude_bits(block: torch.Tensor) -> torch.Tensor:
+    """Magnitudes of a block, rounded to float32, as (n,) int32 in the same order."""
+    return block.to(torch.float32).abs().contiguous().reshape(-1).view(torch.int32)
 
 
 def kth_magnitude(blocks: Blocks, k: int) -> float:
@@ -27,18 +27,18 @@ def kth_magnitude(blocks: Blocks, k: int) -> float:
     """
     if k == 0:
         return float("inf")
-    coarse = np.zeros(1 << 16, dtype=np.int64)
+    coarse = torch.zeros(1 << 16, dtype=torch.int64)
     for block in blocks():
-        coarse += np.bincount(magnitude_bits(block) >> LOW_BITS, minlength=1 << 16)
+        coarse += torch.bincount(magnitude_bits(block) >> LOW_BITS, minlength=1 << 16)
     if coarse.sum() <= k:
         return 0.0
-    bin_, above = _locate(coarse, k)
-    fine = np.zeros(1 << LOW_BITS, dtype=np.int64)
+    bin_, above = _locate(coarse.numpy(), k)
+    fine = torch.zeros(1 << LOW_BITS, dtype=torch.int64)
     for block in blocks():
         bits = magnitude_bits(block)
         inside = bits[(bits >> LOW_BITS) == bin_]
-        fine += np.bincount(inside & ((1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
-    low, _ = _locate(fine, k - above)
+        fine += torch.bincount(inside & ((1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
+    low, _ = _locate(fine.numpy(), k - above)
     return float(np.array([(bin_ << LOW_BITS) | low], dtype=np.int32).view(np.float32)[0])
 
 
@@ -52,3 +52,14 @@ def _locate(counts: np.ndarray, k: int) -> tuple[int, int]:
 def at_least(block: torch.Tensor, threshold: float) -> torch.Tensor:
     """Mask of the elements whose magnitude, rounded to float32, reaches the threshold."""
     return block.to(torch.float32).abs() >= threshold
+
+
+def keep_above(block: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The block with zeros where :func:`at_least` is false."""
+    if block.dtype != torch.float32:
+        return block * at_least(block, threshold)
+    if threshold == 0.0:
+        return block
+    # One fused pass: hardshrink keeps what is strictly above, so the next smaller number keeps the threshold itself.
+    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
+    return torch.nn.functional.hardshrink(block, below)

@@ -12,7 +12,7 @@ import torch
 from src.adapters.deltas import Delta, blocks, row_blocks
 from src.merge.elementwise import Sparsifier
 from src.merge.randomness import bernoulli, uniform
-from src.merge.selection import at_least, kth_magnitude
+from src.merge.selection import at_least, keep_above, kth_magnitude
 
 Rescale = Literal["1/p", "l1", "none"]
 
@@ -27,12 +27,12 @@ def keep_largest(delta: Delta, density: float) -> Sparsifier:
 
 def above(threshold: float) -> Sparsifier:
     """Keep magnitudes that reach a threshold."""
-    return lambda block, _: block * at_least(block, threshold)
+    return lambda block, _: keep_above(block, threshold)
 
 
 def between(low: float, high: float) -> Sparsifier:
     """Keep magnitudes that reach ``low`` and stay below ``high``."""
-    return lambda block, _: block * (at_least(block, low) & ~at_least(block, high))
+    return lambda block, _: keep_above(block, low) * ~at_least(block, high)
 
 
 def drop_at_random(delta: Delta, density: float, rescale: Rescale, seed: int, key: str, module: str) -> Sparsifier:
@@ -42,7 +42,7 @@ def drop_at_random(delta: Delta, density: float, rescale: Rescale, seed: int, ke
     columns = delta.shape[1]
 
     def drop(block: torch.Tensor, rows: slice) -> torch.Tensor:
-        return block * bernoulli(density, seed, key, module, rows, columns)
+        return torch.where(bernoulli(density, seed, key, module, rows, columns), block, 0.0)
 
     return _rescaled(delta, drop, rescale, 1.0 / density)
 

@@ -2,7 +2,7 @@
 
 Random adapters of rank 16. Prints the numbers with what was run; asserts on results, never on time.
 ``MERGE_BENCH_LAYERS`` sets the number of layers of the whole merge (32 in a 7B Llama); the other measurements are of
-one 4096 x 4096 layer (``MERGE_BENCH_WIDTH``).
+4096 x 4096 layers (``MERGE_BENCH_WIDTH``). Ours run as the merge command runs them, PEFT with all its threads.
 """
 
 import os
@@ -23,11 +23,20 @@ from src.merge.combination import Expert
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
+from src.merge.parallel import in_order, one_thread_each
 
 WIDTH = int(os.environ.get("MERGE_BENCH_WIDTH", "4096"))
 LAYERS = int(os.environ.get("MERGE_BENCH_LAYERS", "32"))
 RANK = 16
+MODULES = 4
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_a_merge(function):
+    """Time a function under the conditions of the merge command: modules in parallel, one thread each."""
+    with one_thread_each() as workers:
+        seconds, results = timed(lambda: in_order(function, list(range(MODULES)), workers))
+    return seconds / MODULES, results[0]
 
 
 def timed(function):
@@ -97,13 +106,16 @@ def test_task_arithmetic_to_rank_16():
 def test_full_rank_merges(name):
     given = experts(3)
     method = Ties(0.2) if name == "ties" else Dare(0.2)
-    ours, found = timed(lambda: matrix(method.combine(given).deltas["q"]))
+    ours, found = in_a_merge(lambda _: matrix(method.combine(given).deltas["q"]))
 
     def peer():
         deltas = [e.deltas["q"].b @ e.deltas["q"].a for e in given]
         return getattr(merge_utils, name)(deltas, torch.ones(3), 0.2)
 
     theirs_time, theirs = timed(peer)
+    for _ in range(MODULES - 1):
+        theirs_time += timed(peer)[0]
+    theirs_time /= MODULES
     report(f"{name} of 3 adapters, full delta {WIDTH} x {WIDTH}", ours, theirs_time, "PEFT")
     if name == "ties":
         # Near the threshold an element may fall on either side, by the rounding of the product.
@@ -122,8 +134,10 @@ def test_ties_to_rank_16_keeps_pefts_energy():
 
 @pytest.mark.parametrize("method", [TaskArithmetic(), Ties(0.2), Dare(0.2)], ids=lambda m: m.name)
 def test_cost_is_linear_in_the_number_of_adapters(method):
-    few, many = (timed(lambda n=n: matrix(method.combine(experts(n)).deltas["q"]))[0] for n in (8, 20))
-    sys.stdout.write(f"\n{method.name}: 8 adapters {few:.3f} s, 20 adapters {many:.3f} s, ratio {many / few:.2f} (2.5)")
+    few, many = experts(8), experts(20)
+    seconds = [in_a_merge(lambda _, n=n: matrix(method.combine(n).deltas["q"]))[0] for n in (few, many)]
+    sys.stdout.write(f"\n{method.name}: 8 adapters {seconds[0]:.3f} s, 20 adapters {seconds[1]:.3f} s")
+    sys.stdout.write(f", ratio {seconds[1] / seconds[0]:.2f} (2.5 is linear)")
 
 
 WHOLE = """
