@@ -265,3 +265,31 @@ def test_a_base_without_weights_is_named(adapters, tmp_path):
     (other / "model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="not a readable safetensors"):
         merge(utility=both(adapters), full_model=True, base=str(other), output=str(tmp_path / "m"))
+
+
+def test_every_stage_can_be_named_on_the_command_line(adapters, tmp_path, capsys):
+    from src.cli import main
+
+    given = ["merge", "--utility", json.dumps(both(adapters)), "--safety", str(adapters["safety"]), "--rank", "16"]
+    stages = ["--combine", "CoreSpace", "--combine.inner", "Dare", "--combine.inner.density", "0.5"]
+    method = ["--method", "Ties", "--method.density", "0.3", "--sweep.density", "[0.3,0.6]", "--alpha", "[0.5,1]"]
+    assert main([*given, *stages, *method, "--output", str(tmp_path / "m")]) == 0
+    folders = sorted(str(p.parent.relative_to(tmp_path / "m")) for p in (tmp_path / "m").rglob("adapter_config.json"))
+    assert folders == [f"density-{d}/alpha-{a}" for d in ("0.3", "0.6") for a in ("0.5", "1")]
+    manifest = read_adapter(tmp_path / "m" / folders[-1]).manifest
+    assert manifest["settings"]["density"] == 0.6
+    assert manifest["combine"]["settings"]["inner"]["settings"]["density"] == 0.5
+    capsys.readouterr()
+    wrong = [*given, "--combine", "CoreSpace", "--combine.inner", "Dare", "--combine.inner.density", "2"]
+    assert main([*wrong, "--method", "Ties", "--output", str(tmp_path / "n")]) == 2
+    assert capsys.readouterr().err.startswith("error: Dare density is 2.0; expected")
+
+
+def test_a_merged_adapter_is_one_of_several_in_peft(adapters, tmp_path):
+    merge(utility=both(adapters), output=str(tmp_path / "m"))
+    peft = PeftModel.from_pretrained(make_model(), str(tmp_path / "m"), adapter_name="merged")
+    peft.load_adapter(str(adapters["safety"]), adapter_name="s")
+    peft.add_weighted_adapter(["merged", "s"], [1.0, -1.0], "back", combination_type="cat")
+    for name, pair in read_adapter(adapters["utility"]).pairs.items():
+        found = peft.get_submodule(f"base_model.model.{name}").get_delta_weight("back")
+        torch.testing.assert_close(found.float(), pair.dense().float(), rtol=1e-4, atol=1e-6)
