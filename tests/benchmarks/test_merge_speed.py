@@ -98,8 +98,8 @@ def test_task_arithmetic_to_rank_16():
     peer, theirs = weighted_adapter(given, "svd")
     report(f"TA of 3 adapters, rank {RANK}, {WIDTH} x {WIDTH}", ours, peer, "PEFT svd")
     sys.stdout.write(f" (exact factors: {exact * 1e3:.2f} ms)")
-    scale = theirs.abs().max().item()
-    torch.testing.assert_close(found.pair.dense().float(), theirs, rtol=1e-4, atol=1e-5 * scale)
+    # PEFT's singular vectors are those of a float32 SVD; the largest element is about 0.3.
+    torch.testing.assert_close(found.pair.dense().float(), theirs, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ties", "dare_linear"])
