@@ -93,7 +93,7 @@ def report(what, ours, peer, who):
 
 def test_task_arithmetic_to_rank_16():
     given = experts(3)
-    ours, found = timed(lambda: truncate(TaskArithmetic().combine(given).deltas["q"], rank=RANK, energy=None))
+    ours, found = in_a_merge(lambda _: truncate(TaskArithmetic().combine(given).deltas["q"], rank=RANK, energy=None))
     exact, _ = timed(lambda: TaskArithmetic().combine(given).deltas["q"])
     peer, theirs = weighted_adapter(given, "svd")
     report(f"TA of 3 adapters, rank {RANK}, {WIDTH} x {WIDTH}", ours, peer, "PEFT svd")
@@ -124,7 +124,7 @@ def test_full_rank_merges(name):
 
 def test_ties_to_rank_16_keeps_pefts_energy():
     given = experts(3)
-    ours, found = timed(lambda: truncate(Ties(0.2).combine(given).deltas["q"], rank=RANK, energy=None))
+    ours, found = in_a_merge(lambda _: truncate(Ties(0.2).combine(given).deltas["q"], rank=RANK, energy=None))
     peer, theirs = weighted_adapter(given, "ties_svd", density=0.2)
     energy = theirs.double().square().sum().item()
     report(f"TIES of 3 adapters to rank {RANK}, {WIDTH} x {WIDTH}", ours, peer, "PEFT ties_svd")
