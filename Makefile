@@ -13,7 +13,8 @@ FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/
 	data/batches.py data/chat.py data/rows.py data/sources.py)
 FISHER := $(addprefix src/,models/fisher.py fisher/scores.py fisher/labels.py fisher/lowrank.py fisher/files.py \
 	adapters/basis.py adapters/attach.py adapters/pairs.py)
-MERGE := $(wildcard src/merge/*.py src/gevp/*.py) $(addprefix src/adapters/,basis.py pairs.py peft_files.py)
+MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py) $(addprefix src/adapters/,basis.py pairs.py deltas.py \
+	peft_files.py peft_config.py)
 TEST := $(wildcard src/metrics/*.py) src/models/evaluation.py src/models/generation.py
 REPORT := $(wildcard src/report/*.py)
 
@@ -25,7 +26,10 @@ SST := $(DEMO)/sst/alpha-1/adapter_config.json
 METRICS := $(DEMO)/test/metrics.json
 TABLE := $(DEMO)/report/table.md
 
-.PHONY: setup demo test lint bench clean help
+ORACLES := .oracles/mergekit
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+
+.PHONY: setup demo test lint bench oracles clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +37,7 @@ help:
 	@echo "make test    set up, then lint, type check and all tests"
 	@echo "make bench   measurements of speed, side by side with peers (long)"
 	@echo "make setup   only the environment (.venv)"
+	@echo "make oracles mergekit in an environment of its own, for the tests that compare with it"
 	@echo "make clean   delete the demo's outputs"
 
 setup: $(READY)
@@ -92,6 +97,16 @@ test: lint
 
 bench: $(READY)
 	$(PY) -m pytest tests/benchmarks -s --override-ini addopts= --timeout 3600
+
+# mergekit pins an older pydantic, so it lives apart; torch and the like come from $(VENV), behind its own packages.
+oracles: $(ORACLES)/.ready
+
+$(ORACLES)/.ready: | $(READY)
+	$(PY) -m venv $(ORACLES)
+	$(ORACLES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		mergekit==0.1.4 pydantic==2.10.6 pydantic-core==2.27.2 immutables==0.21
+	$(PY) $(SITE) > "$$($(ORACLES)/bin/python $(SITE))/host.pth"
+	@touch $@
 
 clean:
 	rm -rf $(DEMO)

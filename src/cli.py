@@ -1,7 +1,7 @@
 """Which command runs what, and how names of configurations are found.
 
-``fit validate test predict`` and ``fisher`` are LightningCLI commands, ``merge`` and ``report`` typed functions. The
-heavy packages are imported once a command is chosen, so that ``--help`` answers at once.
+``fit validate test predict`` and ``fisher`` are LightningCLI commands, the others typed functions. The heavy packages
+are imported once a command is chosen, so that ``--help`` answers at once.
 """
 
 import errno
@@ -18,7 +18,8 @@ COMMANDS = {
     "fit": "train a LoRA expert (utility or safety) on a frozen base model",
     "validate": "loss of a trained expert on validation rows",
     "fisher": "measure the Fisher information of safety and of benign calibration rows",
-    "merge": "merge a safety adapter into utility adapters (SST, task arithmetic)",
+    "merge": "combine utility adapters and merge a safety adapter into them (SST, TIES, DARE, task arithmetic, ...)",
+    "inspect": "ranks, norms, cosines and principal angles of adapters",
     "test": "evaluate the base model and adapters: refusal, over-refusal, collapse, accuracy, perplexity",
     "predict": "write the answers of the base model and adapters to prompts",
     "report": "table and safety/utility plot of an evaluation",
@@ -104,17 +105,17 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
     """Put the command's default configuration in front where none is named."""
     named = any(argument.partition("=")[0] == "--config" for argument in arguments)
     asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
-    if named or asks_help or "--print_config" in arguments:
+    if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:
         return arguments
     return ["--config", DEFAULT_CONFIG[command], *arguments]
 
 
 def runner(command: str) -> Callable[[list[str]], None]:
     """The function that runs a command with its arguments."""
-    if command in ("merge", "report"):
+    if command in ("merge", "inspect", "report"):
         from src import functions
 
-        return functions.merge if command == "merge" else functions.report
+        return getattr(functions, command)  # type: ignore[no-any-return]
     from src import training
 
     return getattr(training, command)  # type: ignore[no-any-return]

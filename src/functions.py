@@ -1,7 +1,10 @@
 """The commands that need no Trainer: typed functions, parsed by jsonargparse."""
 
+import json
+
 from src.cli import COMMANDS
-from src.merge import sst, task_arithmetic  # noqa: F401 - the subclasses of MergeMethod are the registry
+from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
+from src.merge.inspect_stage import inspect_stage
 from src.merge.stage import merge as merge_adapters
 from src.parsing import run_function
 from src.report.stage import report as write_report
@@ -10,6 +13,13 @@ from src.report.stage import report as write_report
 def merge(arguments: list[str]) -> None:
     """Run ``python -m src merge``."""
     run_function(merge_adapters, "merge", COMMANDS["merge"], arguments)
+
+
+def inspect(arguments: list[str]) -> None:
+    """Run ``python -m src inspect``: adapters may be given without their flag."""
+    named = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    given = [f"--adapters={json.dumps(arguments[:named])}"] if named else []
+    run_function(inspect_stage, "inspect", COMMANDS["inspect"], [*given, *arguments[named:]])
 
 
 def report(arguments: list[str]) -> None:

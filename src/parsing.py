@@ -28,5 +28,16 @@ def run_function(function: Callable[..., None], name: str, summary: str, argumen
     parser.add_function_arguments(function, fail_untyped=True)
     config: Any = parser.parse_args(arguments)
     config.pop("config", None)
-    ready = parser.instantiate(config)
+    try:
+        ready = parser.instantiate(config)
+    except ValueError as error:
+        raise _of_the_user(error) from None
     function(**ready.as_dict() if hasattr(ready, "as_dict") else vars(ready))
+
+
+def _of_the_user(error: BaseException) -> BaseException:
+    """The input error that made a class refuse its settings; the parser wraps it where the class is optional."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__
+    return cause or error

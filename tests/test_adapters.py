@@ -135,7 +135,7 @@ def test_zero_and_rank_deficient_updates_drop_directions(model):
         ({"lora_bias": True}, "LoRA biases"),
         ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
         ({"bias": "all"}, "trained biases"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"trainable_token_indices": [1]}, "trained tokens"),
     ],
 )
 def test_what_low_rank_pairs_cannot_express_is_refused(adapters, tmp_path, change, message):
@@ -173,3 +173,154 @@ def test_base_names_may_differ_as_hub_id_and_directory(tmp_path):
     (tmp_path / "Mistral-7B-v0.1").mkdir()
     assert same_base_name("mistralai/Mistral-7B-v0.1", str(tmp_path / "Mistral-7B-v0.1"))
     assert not same_base_name("mistralai/Mistral-7B-v0.1", "meta/Mistral-7B-v0.1")
+
+
+def save_gpt2(folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=12, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gpt2_adapters_are_read_merged_and_written(tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    from src.adapters.attach import attached, check_fits
+    from src.merge.stage import merge
+
+    model = save_gpt2(tmp_path / "base")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+        peft = get_peft_model(save_gpt2(tmp_path / "base"), config)
+        for key, parameter in peft.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(parameter, std=0.1)
+        peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        peft.save_pretrained(tmp_path / name)
+        adapter = read_adapter(tmp_path / name)
+        assert adapter.layout.transposed
+        check_fits(model, adapter.pairs, name)
+        with attached(model, adapter.pairs):
+            torch.testing.assert_close(model(IDS).logits, peft(IDS).logits, rtol=1e-5, atol=1e-6)
+    both = [str(tmp_path / "one"), str(tmp_path / "two")]
+    merge(utility=both, output=str(tmp_path / "m"))
+    merge(utility=both, full_model=True, output=str(tmp_path / "full"))
+    with attached(model, read_adapter(tmp_path / "m").pairs):
+        expected = model(IDS).logits
+    loaded = PeftModel.from_pretrained(save_gpt2(tmp_path / "base"), str(tmp_path / "m"))
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    full = GPT2LMHeadModel.from_pretrained(tmp_path / "full", dtype=torch.float64)
+    torch.testing.assert_close(full(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_embeddings_are_read_attached_and_written(tmp_path, caplog):
+    from src.adapters.attach import attached, check_fits
+
+    peft = save_peft(tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
+    adapter = read_adapter(tmp_path / "a")
+    assert adapter.layout.embeddings == {"model.embed_tokens"}
+    delta = peft.get_submodule("base_model.model.model.embed_tokens").get_delta_weight("default")
+    torch.testing.assert_close(adapter.pairs["model.embed_tokens"].dense().float(), delta)
+    model = make_model(dtype=torch.float32)
+    check_fits(model, adapter.pairs, "a")
+    with attached(model, adapter.pairs):
+        torch.testing.assert_close(model(IDS).logits, peft(IDS).logits, rtol=1e-4, atol=1e-5)
+    write_adapter(
+        tmp_path / "b", adapter.pairs, base="t", manifest={}, seen=frozenset(), card="c", layout=adapter.layout
+    )
+    loaded = PeftModel.from_pretrained(make_model(dtype=torch.float32), str(tmp_path / "b"))
+    torch.testing.assert_close(loaded(IDS).logits, peft(IDS).logits, rtol=1e-4, atol=1e-5)
+    again = read_adapter(tmp_path / "b").pairs["model.embed_tokens"]
+    torch.testing.assert_close(again.dense(), adapter.pairs["model.embed_tokens"].dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_are_read_in_float32(adapters, tmp_path, dtype):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapters["safety"], tmp_path / "half")
+    weights = {key: value.to(dtype) for key, value in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    for name, pair in read_adapter(folder).pairs.items():
+        assert pair.a.dtype == torch.float32
+        key = f"base_model.model.{name}.lora_"
+        expected = weights[f"{key}B.weight"].double() @ weights[f"{key}A.weight"].double()
+        torch.testing.assert_close(pair.dense(), expected)
+
+
+def test_keys_that_are_no_factors_are_refused(adapters, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapters["safety"], tmp_path / "extra")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(weights | {"base_model.model.lm_head.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head.weight is not a LoRA factor"):
+        read_adapter(folder)
+    convolution = {key: torch.ones(2, 2, 3) if "lora_A" in key else value for key, value in weights.items()}
+    save_file(convolution, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="3 dimensions"):
+        read_adapter(folder)
+
+
+def save_dora(base, folder):
+    """A DoRA adapter with one fully trained module on a base with untied weights, whose files it names."""
+    model = make_model(dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    model.save_pretrained(base)
+    config = LoraConfig(
+        r=3, lora_alpha=6, use_dora=True, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]
+    )
+    torch.manual_seed(3)
+    peft = get_peft_model(model, config)
+    for name, parameter in peft.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= 1.3
+        elif "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.peft_config["default"].base_model_name_or_path = str(base)
+    peft.save_pretrained(folder)
+    return peft.eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dora_and_trained_modules_are_converted_exactly_given_the_base(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from src.merge.stage import merge
+
+    peft = save_dora(tmp_path / "base", tmp_path / "a")
+    with pytest.raises(InputError, match="use_dora is set"):
+        merge(utility=str(tmp_path / "a"), rank=16, output=str(tmp_path / "m"))
+    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base")}
+    with pytest.raises(InputError, match="full-rank updates"):
+        merge(**given, output=str(tmp_path / "m"))
+    merge(**given, rank=16, output=str(tmp_path / "m"))
+    merge(**given, full_model=True, output=str(tmp_path / "full"))
+    expected = peft(IDS).logits
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "m"))
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
+    torch.testing.assert_close(full(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_full_rank_adapters_are_refused_where_factors_are_needed(tmp_path):
+    from src.merge.combinations.task_arithmetic import TaskArithmetic
+    from src.merge.combinations.tsv_m import TsvM
+    from src.merge.safe_lora import SafeLora
+    from src.merge.stage import merge
+
+    save_dora(tmp_path / "base", tmp_path / "a")
+    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base"), "output": str(tmp_path / "m"), "rank": 4}
+    with pytest.raises(InputError, match="TsvM works in the factors"):
+        merge(**given, combine=TsvM())
+    with pytest.raises(InputError, match="method SafeLora needs low-rank updates"):
+        merge(**given, safety=str(tmp_path / "a"), method=SafeLora())
+    merge(**given, safety=str(tmp_path / "a"), method=TaskArithmetic(), warn_below=0.0)

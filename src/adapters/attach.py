@@ -27,9 +27,24 @@ def check_fits(model: torch.nn.Module, pairs: Mapping[str, LowRankPair], name: s
         module = modules.get(key)
         if module is None:
             raise InputError(f"{name}: updates the module {key}, which the base model does not have")
-        shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        shape = _shape(module)
         if shape != pair.shape:
             raise InputError(f"{name}: {key} has an update of shape {pair.shape}; the base model's layer is {shape}")
+
+
+def _shape(module: torch.nn.Module) -> tuple[int | None, int | None]:
+    """The shape that an update of this layer has."""
+    if isinstance(module, torch.nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if _is_conv1d(module):
+        inputs, outputs = module.weight.shape  # type: ignore[union-attr, misc]
+        return outputs, inputs
+    return getattr(module, "out_features", None), getattr(module, "in_features", None)
+
+
+def _is_conv1d(module: torch.nn.Module) -> bool:
+    # By name: transformers is too heavy to import for one class.
+    return type(module).__name__ == "Conv1D"
 
 
 def _adding(pair: LowRankPair, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +63,8 @@ def attach(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> list[Rem
             _: object, args: tuple[torch.Tensor, ...], out: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b
         ) -> torch.Tensor:
             x = args[0]
+            if not x.is_floating_point():
+                return out + linear(b[x], a.T)
             return out + linear(linear(x, a.to(x.dtype)), b.to(x.dtype))
 
         handles.append(module.register_forward_hook(add))

@@ -45,10 +45,11 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
     first = adapters[0]
     for other in adapters[1:]:
         check_base(other, first.base, first.fingerprint, what=f"that of {first.name}")
-        common = [name for name in first.pairs if name in other.pairs]
+        ours, theirs = first.updates, other.updates
+        common = [name for name in ours if name in theirs]
         if not common:
             raise InputError(f"{first.name} and {other.name}: adapters with no module in common cannot be merged")
         for name in common:
-            shapes = first.pairs[name].shape, other.pairs[name].shape
+            shapes = ours[name].shape, theirs[name].shape
             if shapes[0] != shapes[1]:
                 raise InputError(f"{first.name} and {other.name}: {name} has shapes {shapes[0]} and {shapes[1]}")

@@ -36,6 +36,10 @@ class LowRankPair:
         """The update as a (O, I) matrix, in float64."""
         return self.b.double() @ self.a.double()
 
+    def block(self, rows: slice) -> torch.Tensor:
+        """Some rows of the update, in the factors' number format."""
+        return self.b[rows] @ self.a.to(self.b.dtype)
+
     def scaled(self, factor: float) -> "LowRankPair":
         """The pair of ``factor * delta``."""
         return LowRankPair(self.a, self.b * factor)

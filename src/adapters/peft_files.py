@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from src.adapters.base_weights import BaseWeights
+from src.adapters.convert import base_weight, dora, trained
+from src.adapters.deltas import Deltas
 from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.peft_config import PLAIN, Layout, check_config, lora_config, scaling
+from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
-KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
-UNSUPPORTED = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "modules_to_save": "fully trained modules"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Adapter:
         sha256: Hash of the weights file.
         manifest: What made it, where this project did; empty otherwise.
         seen: Hashes of the prompts that it was trained or calibrated on, where known.
+        layout: Which modules are embeddings, and whether layers store transposed weights.
+        full_rank: Updates of DoRA layers and of fully trained modules, in place of pairs; empty unless the base was
+            at hand when the adapter was read.
     """
 
     name: str
@@ -41,6 +46,13 @@ class Adapter:
     sha256: str
     manifest: dict[str, Any] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
+    layout: Layout = PLAIN
+    full_rank: Deltas = field(default_factory=dict)
+
+    @property
+    def updates(self) -> Deltas:
+        """All updates, low-rank and full-rank."""
+        return {**self.pairs, **self.full_rank}
 
     @property
     def fingerprint(self) -> str | None:
@@ -48,28 +60,65 @@ class Adapter:
         return self.manifest.get("base", {}).get("fingerprint")
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter:
     """Read a PEFT LoRA directory, or a hub repository of that form.
 
+    Args:
+        folder: The directory or the repository's id.
+        base: The base's weights, from which DoRA and fully trained modules become full-rank updates.
+
     Raises:
-        InputError: a file is missing or broken, or the adapter has parts that low-rank pairs cannot express.
+        InputError: a file is missing or broken, or the adapter has parts that updates cannot express.
     """
     path = _local_folder(folder)
     config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
-    _check_config(path, config)
-    factors = _read_factors(path / WEIGHTS)
-    pairs: Pairs = {}
-    for module, both in factors.items():
-        if set(both) != {"A", "B"}:
-            raise InputError(f"{path / WEIGHTS}: {module} has no lora_{'A' if 'B' in both else 'B'}")
-        a, b = both["A"], both["B"]
-        if a.shape[0] != b.shape[1]:
-            raise InputError(f"{path / WEIGHTS}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}: ranks differ")
-        pairs[module] = LowRankPair(a, b * _scaling(config, module, a.shape[0]))
-    manifest = read_json(path / MANIFEST, "a manifest") if (path / MANIFEST).exists() else {}
-    seen = frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset()
-    base = config.get("base_model_name_or_path") or ""
-    return Adapter(str(folder), pairs, base, sha256_file(path / WEIGHTS), manifest, seen)
+    check_config(path / CONFIG, config, full_rank=base is not None)
+    found = read_weights(path / WEIGHTS, config.get("modules_to_save") or [])
+    pairs = {module: _pair(path / WEIGHTS, module, both, config) for module, both in found.factors.items()}
+    for module in found.embeddings:
+        # The table's rows are looked up, so its factors are stored for the transposed weight.
+        pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
+    layout = Layout(frozenset(found.embeddings), bool(config.get("fan_in_fan_out")))
+    return Adapter(
+        name=str(folder),
+        pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
+        base=config.get("base_model_name_or_path") or "",
+        sha256=sha256_file(path / WEIGHTS),
+        manifest=read_json(path / MANIFEST, "a manifest") if (path / MANIFEST).exists() else {},
+        seen=frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset(),
+        layout=layout,
+        full_rank=_full_rank(path / WEIGHTS, found, pairs, base, layout),
+    )
+
+
+def _full_rank(path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeights | None, layout: Layout) -> Deltas:
+    updates: Deltas = {}
+    if base is None:
+        if found.magnitudes or found.saved:
+            raise InputError(f"{path}: holds DoRA or fully trained modules that its configuration does not name")
+        return updates
+    for module, magnitude in found.magnitudes.items():
+        if module not in pairs or module in layout.embeddings:
+            raise InputError(f"{path}: {module} has a DoRA magnitude, but is no linear layer with LoRA factors")
+        weight = base_weight(path, module, pairs[module].shape, base, transposed=layout.transposed)
+        updates[module] = dora(weight, pairs[module], magnitude)
+    for module, saved in found.saved.items():
+        weight = base_weight(path, module, (saved.shape[0], saved.shape[1]), base, transposed=False)
+        updates[module] = trained(weight, saved)
+    return updates
+
+
+def _pair(path: Path, module: str, both: dict[str, torch.Tensor], config: dict[str, Any]) -> LowRankPair:
+    if set(both) != {"A", "B"}:
+        raise InputError(f"{path}: {module} has no lora_{'A' if 'B' in both else 'B'}")
+    a, b = both["A"], both["B"]
+    if a.ndim != 2 or b.ndim != 2:
+        raise InputError(
+            f"{path}: {module} has factors of {a.ndim} dimensions; only linear layers and embeddings are read"
+        )
+    if a.shape[0] != b.shape[1]:
+        raise InputError(f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}: ranks differ")
+    return LowRankPair(a, b * scaling(config, module, a.shape[0]))
 
 
 def _local_folder(folder: str | Path) -> Path:
@@ -90,55 +139,6 @@ def _local_folder(folder: str | Path) -> Path:
     raise InputError(f"{name}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{path / CONFIG}: peft_type is {kind!r}; expected 'LORA'")
-    for key, what in UNSUPPORTED.items():
-        if config.get(key):
-            raise InputError(f"{path / CONFIG}: {key} is set; {what} cannot be written as a low-rank update")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{path / CONFIG}: bias is {config['bias']!r}; trained biases are not a low-rank update")
-    if config.get("fan_in_fan_out"):
-        raise InputError(f"{path / CONFIG}: fan_in_fan_out is set; transposed layers (Conv1D) are not supported yet")
-
-
-def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected the weights of a PEFT LoRA adapter")
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(path, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                match = KEY.match(key)
-                if match is None:
-                    raise InputError(f"{path}: {key} is not a LoRA factor of a linear layer")
-                tensor = handle.get_tensor(key)
-                if not torch.isfinite(tensor).all():
-                    raise InputError(f"{path}: {key} holds NaN or infinite values")
-                factors.setdefault(match["module"], {})[match["factor"]] = tensor.to(
-                    torch.promote_types(tensor.dtype, torch.float32)
-                )
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    if not factors:
-        raise InputError(f"{path}: no LoRA factors in it")
-    return factors
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-
-
 def write_adapter(
     folder: Path,
     pairs: Mapping[str, LowRankPair],
@@ -147,6 +147,7 @@ def write_adapter(
     manifest: dict[str, Any],
     seen: frozenset[str],
     card: str,
+    layout: Layout = PLAIN,
 ) -> None:
     """Write pairs as a PEFT LoRA directory with scaling 1; ranks may differ between modules.
 
@@ -157,11 +158,16 @@ def write_adapter(
         raise ValueError("nothing to write: no module has an update")
     tensors = {}
     for name, pair in sorted(pairs.items()):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.to(torch.float32).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.to(torch.float32).contiguous()
+        a, b = pair.a.to(torch.float32), pair.b.to(torch.float32)
+        if name in layout.embeddings:
+            tensors[f"base_model.model.{name}.lora_embedding_A"] = b.T.contiguous()
+            tensors[f"base_model.model.{name}.lora_embedding_B"] = a.T.contiguous()
+        else:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_provenance(folder, manifest=manifest, seen=seen, card=card)
-    config = lora_config({name: pair.rank for name, pair in sorted(pairs.items())}, base)
+    config = lora_config({name: pair.rank for name, pair in sorted(pairs.items())}, base, layout)
     write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
@@ -193,22 +199,3 @@ def is_trained(key: str) -> bool:
 def trained_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The LoRA weights of a LightningModule's state dict, on the CPU, under PEFT's names."""
     return {key.removeprefix("model."): value.cpu() for key, value in state.items() if is_trained(key)}
-
-
-def lora_config(ranks: Mapping[str, int], base: str) -> dict[str, Any]:
-    """PEFT's configuration of an adapter with these ranks and scaling 1."""
-    from peft import LoraConfig, TaskType
-
-    most = max(ranks.values())
-    other = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
-    config = LoraConfig(
-        r=most,
-        lora_alpha=most,
-        target_modules=list(ranks),
-        rank_pattern=dict(other),
-        alpha_pattern=dict(other),
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

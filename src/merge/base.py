@@ -1,12 +1,13 @@
 """What a merge method is: it turns the safety adapter into the patch that strength α multiplies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from src.adapters.basis import CoreBasis
-from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.deltas import Delta
+from src.adapters.pairs import LowRankPair
 from src.fisher.base import Fisher
 
 
@@ -23,7 +24,7 @@ class FisherPair:
 class Patch:
     """The patch to add to ``θ0 + ΔW_u`` and what the method found on the way (numbers for the manifest)."""
 
-    pairs: Pairs
+    pairs: Mapping[str, Delta]
     findings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -31,11 +32,18 @@ class MergeMethod(ABC):
     """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
 
     needs_fisher = False
+    takes_full_rank = False
+    """Whether ΔW_u may be full rank, such as a TIES merge of several experts."""
 
     @property
     def name(self) -> str:
         """The name under which results are listed."""
         return type(self).__name__
+
+    @property
+    def needs_safety(self) -> bool:
+        """Whether the method works on the safety adapter."""
+        return True
 
     @abstractmethod
     def patch(
@@ -48,3 +56,23 @@ class MergeMethod(ABC):
             safety: The safety update ΔW_s.
             fisher: Both Fisher matrices, where the method needs them.
         """
+
+    def patches(
+        self,
+        variants: Sequence["MergeMethod"],
+        utility: Mapping[str, LowRankPair],
+        safety: Mapping[str, LowRankPair],
+        fisher: FisherPair | None,
+    ) -> Iterator[Patch]:
+        """Patches of several methods of this class that differ in settings only, one after the other.
+
+        A method whose work is mostly the same for all of them (one solve for a whole path) overrides this.
+
+        Args:
+            variants: The methods, this one among them.
+            utility: The (summed) utility update ΔW_u.
+            safety: The safety update ΔW_s.
+            fisher: Both Fisher matrices, where the method needs them.
+        """
+        for method in variants:
+            yield method.patch(utility, safety, fisher)

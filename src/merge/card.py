@@ -5,40 +5,66 @@ from typing import Any
 
 import yaml
 
+FULL_MODEL = "full model"
+"""Name of the form in which whole weights are written."""
 
-def _front(base: str, tags: list[str]) -> str:
+
+def _front(base: str, tags: list[str], *, full_model: bool = False, licence: str | None = None) -> str:
     # Only a hub id may stand under base_model; a local path there makes the hub reject the card.
-    meta: dict[str, Any] = {"library_name": "peft", "tags": ["lora", *tags]}
+    meta: dict[str, Any] = {"library_name": "transformers" if full_model else "peft"}
+    meta["tags"] = tags if full_model else ["lora", *tags]
     if "://" not in base and base.count("/") == 1 and not base.startswith((".", "/")):
-        meta["base_model"] = base
+        meta |= {"base_model": base, "base_model_relation": "merge" if full_model else "adapter"}
+    meta |= {"license": licence} if licence else {}
     return f"---\n{yaml.safe_dump(meta, sort_keys=True)}---\n"
 
 
 def merge_card(manifest: dict[str, Any]) -> str:
     """The card of a merged adapter, from its manifest."""
-    experts = "\n".join(
+    rows = [
         f"| utility, weight {entry['weight']:g} | `{entry['path']}` | `{entry['sha256']}` |"
         for entry in manifest["utility"]
-    )
-    safety = manifest["safety"]
-    settings = json.dumps(manifest["settings"])
-    return f"""{_front(manifest["base"]["name"], ["sst-merge", "merge", "safety"])}
-# Merged LoRA adapter
+    ]
+    if manifest["safety"]:
+        rows.append(f"| safety | `{manifest['safety']['path']}` | `{manifest['safety']['sha256']}` |")
+    experts = "\n".join(rows)
+    full = manifest["output"]["form"] == FULL_MODEL
+    tags = ["sst-merge", "merge", *(["safety"] if manifest["safety"] else [])]
+    return f"""{_front(manifest["base"]["name"], tags, full_model=full, licence=manifest["license"])}
+# Merged {"model" if full else "LoRA adapter"}
 
-Made by SST-Merge: `base + utility + {manifest["alpha"]:g} * patch`, where the method **{manifest["method"]}** derives
-the patch from the safety adapter. The update is exact (factors are concatenated, nothing is truncated); scaling is 1.
+{_made(manifest)} {_form(manifest["output"])}
 
 | role | adapter | SHA-256 of its weights |
 |---|---|---|
 {experts}
-| safety | `{safety["path"]}` | `{safety["sha256"]}` |
 
 * Base model: `{manifest["base"]["name"]}`
-* Settings: `{settings}`
+* Utility experts combined by: {manifest["combine"]["method"]} `{json.dumps(manifest["combine"]["settings"])}`
+* Settings: `{json.dumps(manifest["settings"])}`
 * All provenance: `manifest.json`
 
-The licences of the base model, the adapters and their data apply to this adapter too.
+* Licence: {manifest["license"] or "not stated by its maker"}
+
+The licences of the base model, the adapters and their data apply to the result too.
 """
+
+
+def _made(manifest: dict[str, Any]) -> str:
+    if manifest["alpha"] is None:
+        return f"Made by SST-Merge: `base + utility`, the utility experts combined by **{manifest['method']}**."
+    return (
+        f"Made by SST-Merge: `base + utility + {manifest['alpha']:g} * patch`, where the method "
+        f"**{manifest['method']}** derives\nthe patch from the safety adapter."
+    )
+
+
+def _form(output: dict[str, Any]) -> str:
+    if output["form"] == "exact":
+        return "The update is exact (factors are concatenated, nothing is truncated);\nscaling is 1."
+    if "kept_energy" in output:
+        return f"The update is limited to {output['form']}:\n{output['kept_energy']:.4%} of its squared norm is kept."
+    return "The weights are whole: base and update,\nadded in float32 and rounded once."
 
 
 def expert_card(manifest: dict[str, Any]) -> str:

@@ -1,130 +1,159 @@
-"""The merge stage: adapters and Fisher files in, merged PEFT adapter out.
+"""The merge stage: adapters and Fisher files in, merged PEFT adapters or models out.
 
-θ0 + ΔW_u + α · patch,   written as the exact concatenation of factors (rank r_u + rank of the patch)
+θ0 + ΔW_u + α · patch,   ΔW_u = combine(experts),   patch = method(ΔW_u, ΔW_s)
+
+Low-rank results are written as the exact concatenation of factors (rank r_u + rank of the patch).
 """
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from src.adapters.basis import CoreBasis
-from src.adapters.checks import check_base, check_compatible
-from src.adapters.pairs import weighted_sum
-from src.adapters.peft_files import Adapter, read_adapter, write_adapter
+from src.adapters.base_weights import open_base
+from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_output, new_directory
-from src.fisher.files import FisherFile, load_fisher
-from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.card import merge_card
-from src.provenance import versions
+from src.merge.base import MergeMethod, Patch
+from src.merge.combination import Combination, Combined
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.dry_run import describe
+from src.merge.forms import Form
+from src.merge.inputs import Inputs, read_inputs
+from src.merge.parallel import one_thread_each
+from src.merge.record import manifest
+from src.merge.sweep import Variant, strengths, variants
+from src.merge.write import Target, write
 
 log = logging.getLogger(__name__)
 
 
 def merge(
     *,
-    method: MergeMethod,
     utility: list[str] | str,
-    safety: str,
     output: str,
+    combine: Combination | None = None,
+    method: MergeMethod | None = None,
+    safety: str | None = None,
     alpha: list[float] | float = 1.0,
     utility_weights: list[float] | None = None,
     fisher: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    full_model: bool = False,
+    base: str | None = None,
+    shard_size: float = 5.0,
+    warn_below: float = 0.95,
+    sweep: dict[str, list[float]] | None = None,
+    license: str | None = None,
+    dry_run: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Merge a safety adapter into utility adapters and write the result as a PEFT adapter.
+    """Combine utility adapters, merge a safety adapter into them, and write the result.
 
     Args:
-        method: How the patch is derived from the safety adapter, such as ``TaskArithmetic`` or ``Sst``.
         utility: Utility adapter, or a list of them (directories or hub ids).
-        safety: Safety adapter (directory or hub id).
         output: Directory to write; with several strengths, one sub-directory ``alpha-…`` each.
+        combine: How the utility adapters become one update, such as ``Ties`` or ``TsvM``; unset adds them
+            (``TaskArithmetic``).
+        method: How the patch is derived from the safety adapter, such as ``TaskArithmetic`` or ``Sst``; a combination
+            such as ``Ties`` merges the safety adapter as one more expert. Unset writes the combined utility adapters.
+        safety: Safety adapter (directory or hub id); some methods need none.
         alpha: Strength of the patch, at least 0; a list writes one merged adapter per strength. 0 gives the utility
             adapter alone.
         utility_weights: Weight of each utility adapter; unset means 1 for each.
         fisher: Directory with ``safety.safetensors`` and ``utility.safetensors``, as written by the fisher command.
+        rank: Largest rank of the written adapter, per module; unset writes factors as they are, exactly.
+        energy: Share of each module's squared norm that the written adapter keeps, above 0 to 1, in place of ``rank``.
+        full_model: Write whole weights, base and update, instead of an adapter.
+        base: Directory or hub id with the base model's safetensors files, for ``full_model`` (unset means the base
+            that the adapters name) and to convert DoRA and fully trained modules.
+        shard_size: Largest file of a full model, in GB (10⁹ bytes).
+        warn_below: Kept energy, 0 to 1, under which ``rank`` and ``energy`` warn.
+        sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
+        license: The result's licence as the hub names it, such as ``apache-2.0``, for the model card.
+        dry_run: Print shapes, ranks, memory and sizes; write nothing.
         overwrite: Replace an output that exists.
     """
-    strengths = alpha if isinstance(alpha, list) else [alpha]
-    for value in strengths:
-        if not 0 <= value < float("inf"):
-            raise InputError(f"alpha is {value}; expected a finite number of at least 0")
-    if not strengths or len(set(strengths)) < len(strengths):
-        raise InputError(f"alpha is {alpha}; expected one strength or several different ones")
+    form = Form(rank, energy, full_model, warn_below)
+    values = strengths(alpha)
+    points = variants(method, combine or TaskArithmetic(), sweep)
+    _check_stages(method, safety, alpha)
     check_output(Path(output), overwrite=overwrite)
-    experts = [read_adapter(path) for path in ([utility] if isinstance(utility, str) else utility)]
-    weights = utility_weights or [1.0] * len(experts)
-    if len(weights) != len(experts):
-        raise InputError(f"utility_weights: {len(weights)} weights for {len(experts)} adapters")
-    patcher = read_adapter(safety)
-    check_compatible([*experts, patcher])
-    pair, seen = None, set[str]()
-    if method.needs_fisher:
-        pair, seen = _fisher_pair(fisher, experts, patcher)
-
-    total = weighted_sum([expert.pairs for expert in experts], weights)
-    patch = method.patch(total, patcher.pairs, pair)
-    manifest = _manifest(method, experts, weights, patcher, patch)
-    known = frozenset(seen).union(patcher.seen, *(expert.seen for expert in experts))
-    with new_directory(Path(output)) as folder:
-        for value in strengths:
-            target = folder / f"alpha-{value:g}" if isinstance(alpha, list) else folder
-            merged = weighted_sum([total, patch.pairs], [1.0, value])
-            made = manifest | {"alpha": value}
-            write_adapter(target, merged, base=patcher.base, manifest=made, seen=known, card=merge_card(made))
-    log.info("%s: %d merged adapter(s) in %s", method.name, len(strengths), output)
+    needs_fisher = method is not None and method.needs_fisher
+    paths = [utility] if isinstance(utility, str) else utility
+    with ExitStack() as stack:
+        weights = stack.enter_context(open_base(base)) if base is not None else None
+        inputs = read_inputs(paths, utility_weights, safety, fisher, needs_fisher=needs_fisher, base=weights)
+        count = len(points) * len(values)
+        workers = stack.enter_context(one_thread_each())
+        if dry_run:
+            log.info("%s", describe(inputs, points[0], form, values[-1], count))
+            return
+        place = base or inputs.experts[0].base
+        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), license)
+        folder = stack.enter_context(new_directory(Path(output)))
+        for point, total, patch in derived(points, inputs):
+            _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
+    log.info("%s: %d merged %s(s) in %s", _title(points[0]), count, "model" if full_model else "adapter", output)
 
 
-def _fisher_pair(folder: str | None, experts: list[Adapter], safety: Adapter) -> tuple[FisherPair, set[str]]:
-    """Both Fisher matrices, checked to belong to these adapters."""
-    if folder is None:
-        raise InputError(
-            "this method needs both Fisher files: pass --fisher DIRECTORY (made by `python -m src fisher`)"
-        )
-    files = {name: load_fisher(Path(folder) / f"{name}.safetensors") for name in ("safety", "utility")}
-    hashes = [expert.sha256 for expert in experts]
-    for name, file in files.items():
-        path = Path(folder) / f"{name}.safetensors"
-        if file.record["pass"] != name:
-            raise InputError(f"{path}: holds the {file.record['pass']} pass; expected the {name} pass")
-        check_base(safety, file.record["base"]["name"], file.record["base"]["fingerprint"], what=f"the base of {path}")
-        if file.record["safety"]["sha256"] != safety.sha256:
-            raise InputError(
-                f"{path}: measured for the safety adapter {file.record['safety']['path']}, not {safety.name}"
-            )
-        if [entry["sha256"] for entry in file.record["utility"]] != hashes:
-            names = ", ".join(entry["path"] for entry in file.record["utility"])
-            raise InputError(
-                f"{path}: measured at the utility adapters {names}; those of this merge have other weights"
-            )
-    one, two = files["safety"], files["utility"]
-    if one.record["basis_sha256"] != two.record["basis_sha256"]:
-        raise InputError(f"{folder}: the two Fisher files use different coordinates; measure both in one run")
-    seen = {prompt for file in files.values() for prompt in file.record["seen"]}
-    return FisherPair(one.fisher, two.fisher, _basis(one)), seen
+def _check_stages(method: MergeMethod | None, safety: str | None, alpha: list[float] | float) -> None:
+    if method is None and (safety is not None or alpha != 1.0):
+        raise InputError("safety and alpha need a method, such as --method TaskArithmetic; combine alone takes neither")
+    if method is not None and method.needs_safety and safety is None:
+        raise InputError(f"method {type(method).__name__} needs the safety adapter: pass --safety")
 
 
-def _basis(file: FisherFile) -> CoreBasis:
-    return CoreBasis(file.u, file.v)
+def _title(point: Variant) -> str:
+    return point.method.name if point.method else point.combine.name
 
 
-def _settings(method: MergeMethod) -> dict[str, Any]:
-    return {key: value for key, value in vars(method).items() if not key.startswith("_")}
+def _write_point(
+    folder: Path, point: Variant, inputs: Inputs, made: tuple[Combined, Patch], values: list[Any], target: Target
+) -> None:
+    total, patch = made
+    for alpha in values:
+        merged: Deltas = total.deltas if alpha is None else combined([total.deltas, patch.pairs], [1.0, alpha])
+        target.form.check(merged, _title(point))
+        record = manifest(point, inputs, total, patch, alpha)
+        write(folder / f"alpha-{alpha:g}" if target.by_alpha else folder, merged, inputs, record, target)
 
 
-def _manifest(
-    method: MergeMethod, experts: list[Adapter], weights: list[float], safety: Adapter, patch: Patch
-) -> dict[str, Any]:
-    return {
-        "kind": "merge",
-        "method": method.name,
-        "settings": _settings(method),
-        "utility": [
-            {"path": expert.name, "sha256": expert.sha256, "weight": weight}
-            for expert, weight in zip(experts, weights, strict=True)
-        ],
-        "safety": {"path": safety.name, "sha256": safety.sha256},
-        "base": {"name": safety.base, "fingerprint": safety.fingerprint},
-        "findings": patch.findings,
-        "versions": versions(),
-    }
+def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant, Combined, Patch]]:
+    """The combination and the patch of each choice of options; what choices share is computed once.
+
+    Raises:
+        InputError: a method cannot work on a full-rank combination.
+    """
+    safety: dict[str, Delta] = inputs.safety.updates if inputs.safety else {}
+    for _, group in groupby(points, key=lambda point: id(point.combine)):
+        same = list(group)
+        total = same[0].combine.combine(inputs.as_experts())
+        method = same[0].method
+        if method is None:
+            yield from ((point, total, Patch({})) for point in same)
+            continue
+        _check_stages_fit(same[0], total, inputs)
+        variants = [point.method for point in same if point.method is not None]
+        patches = method.patches(variants, total.deltas, safety, inputs.fisher)  # type: ignore[arg-type]
+        for point, patch in zip(same, patches, strict=True):
+            yield point, total, patch
+
+
+def _check_stages_fit(point: Variant, total: Combined, inputs: Inputs) -> None:
+    method = point.method
+    if method is None:
+        return
+    if not method.takes_full_rank:
+        found = {point.combine.name: total.deltas, "the safety adapter": inputs.safety.updates if inputs.safety else {}}
+        for what, deltas in found.items():
+            if not is_lowrank(deltas):
+                raise InputError(
+                    f"method {type(method).__name__} needs low-rank updates and those of {what} are full-rank; write "
+                    "them with --rank first and merge that"
+                )
+    if method.needs_fisher and not isinstance(point.combine, TaskArithmetic):
+        log.warning("the Fisher files were measured at the sum of the utility adapters, not at %s", point.combine.name)

@@ -1,0 +1,117 @@
+"""A merged model written whole: ``W + ΔW`` per weight, in float32, rounded once to the base's number format.
+
+Weights are read, merged and written one at a time, so memory stays that of the largest of them. A weight that the base
+ties (the output head to the embedding) is written out where only one of the two has an update.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from src.adapters.base_weights import INDEX, BaseWeights
+from src.adapters.deltas import Delta, row_blocks
+from src.adapters.safetensors_stream import Entry, shards, write_stream
+from src.errors import InputError
+from src.files import read_json, write_atomically, write_json
+
+BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
+EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
+HEAD = "lm_head"
+
+
+def write_model(
+    folder: Path, base: BaseWeights, deltas: Mapping[str, Delta], *, transposed: bool, shard_bytes: int
+) -> None:
+    """Write the base with the updates added, with its configuration and tokenizer.
+
+    Args:
+        folder: Directory to fill.
+        base: The base model's weights.
+        deltas: Updates (O, I) by module name.
+        transposed: Whether square weights are stored (I, O), as GPT-2's Conv1D layers are; others tell by their shape.
+        shard_bytes: Largest size of a file.
+
+    Raises:
+        InputError: an updated module is not in the base, or has another shape there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries, untied = _entries(base, deltas, transposed=transposed)
+    groups = shards(entries, shard_bytes)
+    names = [_shard_name(i, len(groups)) for i in range(len(groups))]
+    for name, group in zip(names, groups, strict=True):
+        write_atomically(folder / name, lambda path, group=group: write_stream(path, group))  # type: ignore[misc]
+    if len(groups) > 1:
+        where = {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group}
+        size = sum(entry.size for entry in entries)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    _copy_beside(base.folder, folder, untied=untied)
+
+
+def _shard_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _entries(base: BaseWeights, deltas: Mapping[str, Delta], *, transposed: bool) -> tuple[list[Entry], bool]:
+    """What to write, in the base's order, and whether a tied weight became two."""
+    by_key: dict[str, Delta] = {}
+    extra: list[Entry] = []
+    embedding = next((key for name in EMBEDDINGS if (key := base.key_of(name))), None)
+    tied = base.key_of(HEAD) is None and _ties(base.folder)
+    for module, delta in deltas.items():
+        key = base.key_of(module)
+        if key is None and module == HEAD and embedding is not None and tied:
+            extra.append(_entry(f"{HEAD}.weight", base, embedding, delta, transposed=False))
+        elif key is None:
+            raise InputError(f"{base.folder}: no weight of the module {module}, which the adapter updates")
+        else:
+            by_key[key] = delta
+    if embedding in by_key and tied and not extra:
+        extra.append(_entry(f"{HEAD}.weight", base, str(embedding), None, transposed=False))
+    entries = [_entry(key, base, key, by_key.get(key), transposed=transposed) for key in base.handles]
+    return [*entries, *extra], bool(extra)
+
+
+def _ties(folder: Path) -> bool:
+    config = read_json(folder / "config.json", "the configuration of the base model")
+    return bool(config.get("tie_word_embeddings", True))
+
+
+def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, transposed: bool) -> Entry:
+    shape = base.shape(source)
+    dtype = base.get(source).dtype
+    if delta is None:
+        return Entry(key, dtype, shape, lambda: base.get(source))
+    flip = shape == delta.shape[::-1] and (shape != delta.shape or transposed)
+    if shape != delta.shape and not flip:
+        raise InputError(f"{base.folder}: {source} has the shape {shape}, the update of it {delta.shape}")
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise InputError(f"{base.folder}: {source} is stored as {dtype}; a quantised weight cannot take an update")
+    return Entry(key, dtype, shape, lambda: added(base.get(source), delta, flip=flip))
+
+
+def added(weight: torch.Tensor, delta: Delta, *, flip: bool) -> torch.Tensor:
+    """``W + ΔW`` in the weight's number format, added in float32 or better.
+
+    Args:
+        weight: (O, I), or (I, O) where ``flip``.
+        delta: (O, I).
+        flip: Whether the weight is stored transposed.
+    """
+    merged = torch.empty_like(weight)
+    target, source = (merged.T, weight.T) if flip else (merged, weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for rows in row_blocks(delta.shape):
+        target[rows] = (source[rows].to(wide) + delta.block(rows)).to(weight.dtype)
+    return merged
+
+
+def _copy_beside(source: Path, folder: Path, *, untied: bool) -> None:
+    for pattern in BESIDE:
+        for path in sorted(source.glob(pattern)):
+            if path.name != INDEX:
+                write_atomically(folder / path.name, lambda to, path=path: shutil.copyfile(path, to))  # type: ignore[misc]
+    if untied:
+        config = read_json(folder / "config.json", "the configuration of the base model")
+        write_json(folder / "config.json", config | {"tie_word_embeddings": False})

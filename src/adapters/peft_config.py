@@ -1,0 +1,103 @@
+"""PEFT's adapter configuration: what of it pairs can express, the scaling it implies, and one for written pairs."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.errors import InputError
+
+FULL_RANK = {"use_dora": "DoRA's update", "modules_to_save": "that of fully trained modules"}
+"""What is exact as full-rank updates, given the base's weights."""
+UNSUPPORTED = {
+    "lora_bias": "LoRA biases are no part of a weight and",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "updates of bare parameters",
+    "alora_invocation_tokens": "an update that is active from some token on",
+    "use_qalora": "QALoRA's pooled inputs",
+    "layer_replication": "replicated layers",
+    "arrow_config": "routed updates",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How updates lie in the model.
+
+    Attributes:
+        embeddings: Modules that look rows up; their update (V, d) is that of the table.
+        transposed: Whether the model has layers that store their weight as (I, O), GPT-2's Conv1D.
+    """
+
+    embeddings: frozenset[str] = frozenset()
+    transposed: bool = False
+
+    def __or__(self, other: "Layout") -> "Layout":
+        """The layout of a model that both fit."""
+        return Layout(self.embeddings | other.embeddings, self.transposed or other.transposed)
+
+
+PLAIN = Layout()
+"""Linear layers only."""
+
+
+def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None:
+    """Check that updates of weights can express all that the adapter does.
+
+    Args:
+        path: The configuration's file, for messages.
+        config: The configuration.
+        full_rank: Whether full-rank updates can be made, the base's weights being at hand.
+
+    Raises:
+        InputError: they cannot; the message names the file and the key.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{path}: peft_type is {kind!r}; expected 'LORA'")
+    for key, what in FULL_RANK.items():
+        if config.get(key) and not full_rank:
+            raise InputError(
+                f"{path}: {key} is set; {what} is no low-rank update. The merge command converts it exactly where "
+                "--base names a directory with the base model's safetensors files"
+            )
+    for key, what in UNSUPPORTED.items():
+        if config.get(key):
+            raise InputError(f"{path}: {key} is set; {what} cannot be written as a low-rank update")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias is {config['bias']!r}; trained biases are not a low-rank update")
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The factor of ``B A`` in this module."""
+    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def lora_config(ranks: Mapping[str, int], base: str, layout: Layout) -> dict[str, Any]:
+    """PEFT's configuration of an adapter with these ranks and scaling 1."""
+    from peft import LoraConfig, TaskType
+
+    most = max(ranks.values())
+    other = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        target_modules=list(ranks),
+        rank_pattern=dict(other),
+        alpha_pattern=dict(other),
+        fan_in_fan_out=layout.transposed,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -1,0 +1,83 @@
+"""The weights file of a PEFT adapter, sorted by what its tensors are."""
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from src.errors import InputError
+
+ROOT = "base_model.model."
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.weight)?$")
+MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
+FROZEN_COPY = ".base_layer.weight"
+WEIGHT = ".weight"
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class AdapterWeights:
+    """Tensors of an adapter, in float32 at least, by module.
+
+    Attributes:
+        factors: ``A`` and ``B`` of each module.
+        embeddings: Modules whose factors are those of an embedding.
+        magnitudes: (O,) DoRA magnitudes.
+        saved: (O, I) weights of fully trained modules.
+    """
+
+    factors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
+    saved: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
+    """Read and sort a weights file.
+
+    Args:
+        path: The file.
+        modules_to_save: Last parts of the names of fully trained modules, from the configuration.
+
+    Raises:
+        InputError: the file is missing or broken, a tensor is none of these, or holds NaN or infinite values.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected the weights of a PEFT LoRA adapter")
+    found = AdapterWeights()
+    try:
+        with safe_open(path, "pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                if key.endswith(FROZEN_COPY):
+                    log.warning("%s: %s, a copy of the frozen base, is taken to equal the base and not read", path, key)
+                else:
+                    _sort(path, key, _finite(path, key, handle.get_tensor(key)), found, modules_to_save)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    if not found.factors:
+        raise InputError(f"{path}: no LoRA factors in it")
+    return found
+
+
+def _sort(path: Path, key: str, tensor: torch.Tensor, found: AdapterWeights, saved: list[str]) -> None:
+    factor, magnitude = KEY.match(key), MAGNITUDE.match(key)
+    module = key.removeprefix(ROOT).removesuffix(WEIGHT)
+    if factor is not None:
+        found.factors.setdefault(factor["module"], {})[factor["factor"]] = tensor
+        found.embeddings |= {factor["module"]} if factor["kind"] else set()
+    elif magnitude is not None:
+        found.magnitudes[magnitude["module"]] = tensor
+    elif key.endswith(WEIGHT) and tensor.ndim == 2 and module.rpartition(".")[2] in saved:
+        found.saved[module] = tensor
+    else:
+        raise InputError(f"{path}: {key} is not a LoRA factor of a linear layer or an embedding")
+
+
+def _finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 at least."""
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path}: {key} holds NaN or infinite values")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

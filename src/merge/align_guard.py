@@ -1,0 +1,66 @@
+"""AlignGuard as a projection after training, ``agl_posthoc`` (after 2508.02079, which regularises training).
+
+P = the k leading eigenvectors of F_s in the core space,   ΔW_u ← ΔW_u − γ P ΔW_u,   then + ΔW_s
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.errors import InputError
+from src.fisher.lowrank import LowRankFisher
+from src.merge.base import FisherPair, MergeMethod, Patch
+
+
+class AlignGuardPosthoc(MergeMethod):
+    """AlignGuard's projection, after training: remove from ΔW_u its alignment-critical part, then add ΔW_s.
+
+    After 2508.02079, which regularises training by the projector; a named baseline, not the paper's method.
+
+    Args:
+        k: Number of leading eigen-directions of F_s that count as alignment-critical, at least 1.
+        gamma: Share of the utility update removed along them, 0 to 1.
+        add_safety: Add the safety update too; false only removes.
+    """
+
+    needs_fisher = True
+
+    def __init__(self, k: int = 32, gamma: float = 1.0, add_safety: bool = True) -> None:
+        if k < 1:
+            raise InputError(f"method.k is {k}; expected at least 1")
+        if not 0 <= gamma <= 1:
+            raise InputError(f"method.gamma is {gamma}; expected a number from 0 to 1")
+        self.k, self.gamma, self.add_safety = k, gamma, add_safety
+
+    def patch(
+        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
+    ) -> Patch:
+        """``ΔW_s − γ P ΔW_u``.
+
+        Raises:
+            InputError: the Fisher file does not hold scores, or k exceeds their number.
+        """
+        if fisher is None or not isinstance(fisher.safety, LowRankFisher):
+            raise InputError("method AlignGuardPosthoc needs Fisher files of the representation lowrank: --fisher")
+        directions = leading_directions(fisher.safety, self.k)
+        c = fisher.basis.coordinates(utility)
+        critical = directions @ (directions.T @ c)
+        removed = fisher.basis.patch(critical)
+        pairs = weighted_sum([dict(safety), removed], [float(self.add_safety), -self.gamma])
+        total = sum(pair.squared_norm() for pair in utility.values())
+        return Patch(pairs, {"utility_energy_critical": critical.square().sum().item() / total if total > 0 else 0.0})
+
+
+def leading_directions(fisher: LowRankFisher, k: int) -> torch.Tensor:
+    """(D, k) orthonormal leading eigenvectors of F, from the Gram matrix of its scores.
+
+    Raises:
+        InputError: F has fewer than k non-zero eigenvalues.
+    """
+    factor = fisher.factor()
+    values, vectors = torch.linalg.eigh(factor @ factor.T)
+    rank = int((values > values[-1] * 1e-12).sum())
+    if k > rank:
+        raise InputError(f"method.k is {k}; expected 1 to {rank}, the rank of F_s")
+    return factor.T @ (vectors[:, -k:] / values[-k:].sqrt())

@@ -1,0 +1,68 @@
+"""The closest update that mostly stays in the subspace of alignment, in closed form (after 2605.30640).
+
+    X = argmin ‖X − ΔW_u‖² + μ ‖X − P X‖² = P ΔW_u + (ΔW_u − P ΔW_u) / (1 + μ)
+
+P projects on the k leading left singular vectors of V = W_aligned − W_base.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from src.adapters.deltas import Delta
+from src.adapters.geometry import spaces
+from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.truncate import truncate
+from src.errors import InputError
+from src.merge.aligned import alignment
+from src.merge.base import FisherPair, MergeMethod, Patch
+
+
+class ClosestSafeUpdate(MergeMethod):
+    """Shrink what of ΔW_u lies outside the subspace of W_aligned − W_base, by minimum change (after 2605.30640).
+
+    The paper's text was not at hand: that the penalty is quadratic, that P acts on outputs only, and that the subspace
+    is that of the leading singular vectors are readings of its summary, not checked against it.
+
+    Args:
+        penalty: μ, price of one unit of squared norm outside, at least 0; 0 changes nothing, infinity projects.
+        rank: k, dimension of the subspace per module, at least 1.
+        aligned: Directory of the aligned model or of an adapter that holds W_aligned − W_base; unset takes the
+            safety adapter.
+        base: Directory of the base model's weights, where ``aligned`` is a model.
+    """
+
+    def __init__(
+        self, penalty: float = 1.0, rank: int = 16, aligned: str | None = None, base: str | None = None
+    ) -> None:
+        if not penalty >= 0:
+            raise InputError(f"method.penalty is {penalty}; expected a number of at least 0")
+        if rank < 1:
+            raise InputError(f"method.rank is {rank}; expected at least 1")
+        self.penalty, self.rank, self.aligned, self.base = penalty, rank, aligned, base
+
+    @property
+    def needs_safety(self) -> bool:
+        """Only where it stands for the direction of alignment."""
+        return self.aligned is None
+
+    def patch(
+        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
+    ) -> Patch:
+        """``−μ/(1 + μ) · (ΔW_u − P ΔW_u)``."""
+        share = 1.0 if self.penalty == float("inf") else self.penalty / (1 + self.penalty)
+        pairs: Pairs = {}
+        outside: dict[str, float] = {}
+        with alignment(self.aligned, self.base, safety, utility) as directions:
+            for name, pair in utility.items():
+                basis = self._basis(directions[name])
+                b = pair.b.double()
+                rest = LowRankPair(pair.a.double(), b - basis @ (basis.T @ b))
+                norm = pair.squared_norm()
+                outside[name] = rest.squared_norm() / norm if norm > 0 else 0.0
+                pairs[name] = rest.scaled(-share)
+        return Patch(pairs, {"energy_outside": outside})
+
+    def _basis(self, direction: Delta) -> torch.Tensor:
+        pair = truncate(direction, rank=self.rank, energy=None).pair
+        return spaces(pair)[0]

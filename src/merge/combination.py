@@ -1,0 +1,84 @@
+"""What a combination is: any number of experts in, one update ΔW_u out.
+
+A combination is also a method for the safety adapter, which is then one more expert: the patch is what the safety
+adapter changes in the combination, ``combine(ΔW_u, ΔW_s) − ΔW_u``: strength 0 is ΔW_u and strength 1 the combination.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.adapters.deltas import Delta, Deltas, combined
+from src.errors import InputError
+from src.merge.base import FisherPair, MergeMethod, Patch
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One update to combine.
+
+    Attributes:
+        key: Name that does not depend on the expert's position; random masks are drawn from it.
+        weight: Its weight, as given by the user.
+        deltas: Its update per module; a module that it lacks has the update zero.
+    """
+
+    key: str
+    weight: float
+    deltas: Mapping[str, Delta]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The combined update and what the method found on the way (numbers for the manifest)."""
+
+    deltas: Deltas
+    findings: dict[str, Any] = field(default_factory=dict)
+
+
+class Combination(MergeMethod):
+    """A way to combine experts."""
+
+    takes_full_rank = True
+
+    @abstractmethod
+    def combine(self, experts: Sequence[Expert]) -> Combined:
+        """Combine experts, in their order.
+
+        Args:
+            experts: At least one.
+        """
+
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
+        """What the safety adapter changes when it is one more expert, of weight 1."""
+        merged = self.combine([Expert("utility", 1.0, utility), Expert("safety", 1.0, safety)])
+        return Patch(combined([merged.deltas, utility], [1.0, -1.0]), merged.findings)
+
+
+def module_names(experts: Sequence[Expert]) -> list[str]:
+    """Every module that an expert updates, in order of first appearance."""
+    return list(dict.fromkeys(name for expert in experts for name in expert.deltas))
+
+
+def common_shape(name: str, experts: Sequence[Expert]) -> tuple[int, int]:
+    """(O, I) of a module's update.
+
+    Raises:
+        ValueError: two experts disagree.
+    """
+    shapes = list(dict.fromkeys(expert.deltas[name].shape for expert in experts if name in expert.deltas))
+    if len(shapes) > 1:
+        raise ValueError(f"{name}: updates of shapes {shapes[0]} and {shapes[1]} cannot be merged")
+    return shapes[0]
+
+
+def share(value: float, key: str, *, zero: bool = False) -> float:
+    """Check that a setting is a share: above 0 (or at least 0) and at most 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not (0 <= value <= 1 if zero else 0 < value <= 1):
+        raise InputError(f"{key} is {value}; expected a number {'from' if zero else 'above'} 0 to 1")
+    return value

@@ -1,0 +1,66 @@
+"""Core space merging (2509.17786), and compress-then-merge (2606.03723), which keeps fewer directions.
+
+    [B_1 … B_n] = U S_b ·,   [A_1ᵀ … A_nᵀ] = V S_a ·,   ΔW = U · inner(Uᵀ ΔW_1 V, …, Uᵀ ΔW_n V) · Vᵀ
+
+The stacked factors are the balanced ones, ``B_i = U_i √σ_i`` and ``A_i = √σ_i V_iᵀ``, which every factoring shares.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from src.adapters.geometry import orthonormal
+from src.adapters.pairs import LowRankPair
+from src.errors import InputError
+from src.merge.combination import Combination
+from src.merge.combinations.ties import Ties
+from src.merge.subspace import Part, Subspace, merge_coordinates
+
+
+class CoreSpace(Subspace):
+    """Core space merging (2509.17786): merge small matrices in bases that span all experts; lossless for sums.
+
+    The result has rank Σ r_i at most.
+
+    Args:
+        inner: How core matrices are merged, such as ``Ties``, ``Dare`` or ``TaskArithmetic``; unset means ``Ties``.
+    """
+
+    def __init__(self, inner: Combination | None = None) -> None:
+        self.inner = inner or Ties()
+
+    def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
+        """Merge the cores."""
+        return merge_cores(self.inner, name, parts, None)[0], {}
+
+
+class CompressThenMerge(Subspace):
+    """Compress, then merge (2606.03723): coordinates in the r leading shared directions, then any combination.
+
+    The result has rank r; the share of each expert's energy in those directions is reported. Written from the
+    definition ``U_rᵀ ΔW_i V_r`` with bases from the stacked factors; the paper's text was not at hand.
+
+    Args:
+        rank: Shared directions r on each side, at least 1.
+        inner: How coordinates are merged; unset means ``Ties``.
+    """
+
+    def __init__(self, rank: int = 16, inner: Combination | None = None) -> None:
+        if rank < 1:
+            raise InputError(f"CompressThenMerge rank is {rank}; expected at least 1")
+        self.rank, self.inner = rank, inner or Ties()
+
+    def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
+        """Compress, merge, and report what the compression kept."""
+        pair, kept = merge_cores(self.inner, name, parts, self.rank)
+        return pair, {"kept_energy": kept}
+
+
+def merge_cores(
+    inner: Combination, name: str, parts: Sequence[Part], rank: int | None
+) -> tuple[LowRankPair, list[float]]:
+    """The merged update, and the share of each expert's energy inside the bases."""
+    u = orthonormal([part.u * part.sigma.sqrt() for part in parts])[0][:, :rank]
+    v = orthonormal([part.v * part.sigma.sqrt() for part in parts])[0][:, :rank]
+    cores = [part.times_right(u) @ v for part in parts]
+    kept = [(core.square().sum() / part.sigma.square().sum()).item() for core, part in zip(cores, parts, strict=True)]
+    return LowRankPair(v.T.contiguous(), u @ merge_coordinates(inner, name, parts, cores)), kept

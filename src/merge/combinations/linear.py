@@ -1,0 +1,19 @@
+"""The weighted mean of updates, exact."""
+
+from collections.abc import Sequence
+
+from src.adapters.deltas import combined
+from src.errors import InputError
+from src.merge.combination import Combination, Combined, Expert
+
+
+class Linear(Combination):
+    """Average the updates: ``Σ w_i ΔW_i / Σ w_i`` (model soups, 2203.05482). Exact."""
+
+    def combine(self, experts: Sequence[Expert]) -> Combined:
+        """The weighted mean."""
+        total = sum(expert.weight for expert in experts)
+        if abs(total) < 1e-8:
+            raise InputError(f"utility_weights sum to {total:g}; the method Linear divides by their sum")
+        weights = [expert.weight / total for expert in experts]
+        return Combined(combined([expert.deltas for expert in experts], weights))

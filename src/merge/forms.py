@@ -1,0 +1,84 @@
+"""The form in which a merge is written: an exact adapter, one of limited rank, or a full model."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from src.adapters.deltas import Delta, is_lowrank, lowrank
+from src.adapters.pairs import Pairs
+from src.adapters.truncate import Truncated, truncate
+from src.errors import InputError
+from src.merge.card import FULL_MODEL
+from src.merge.parallel import in_order
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The user's choice, checked.
+
+    Attributes:
+        rank: Largest rank of each module, or
+        energy: share of each module's squared norm that its rank must keep, or
+        full_model: write whole weights; none of them: exact factors.
+        warn_below: Total kept energy under which a warning is given.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    full_model: bool = False
+    warn_below: float = 0.95
+
+    def __post_init__(self) -> None:
+        if (self.rank is not None) + (self.energy is not None) + self.full_model > 1:
+            raise InputError("rank, energy and full_model exclude each other; give one of them")
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank is {self.rank}; expected at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise InputError(f"energy is {self.energy}; expected a number above 0 to 1")
+
+    @property
+    def exact(self) -> bool:
+        """Whether factors are written as they are."""
+        return self.rank is None and self.energy is None and not self.full_model
+
+    def check(self, deltas: Mapping[str, Delta], name: str) -> None:
+        """Check that this form can hold the updates.
+
+        Raises:
+            InputError: an exact adapter is asked for and the update is full rank.
+        """
+        if self.exact and not is_lowrank(deltas):
+            raise InputError(
+                f"{name} gives full-rank updates, which no adapter holds exactly; give --rank 16, --energy 0.9 or "
+                "--full_model true"
+            )
+
+    def adapter(self, deltas: Mapping[str, Delta], workers: int) -> tuple[Pairs, dict[str, Any]]:
+        """The updates as pairs, and what was kept of them."""
+        if self.exact:
+            return lowrank(deltas), {"form": "exact"}
+        names = list(deltas)
+        cut = in_order(lambda name: truncate(deltas[name], rank=self.rank, energy=self.energy), names, workers)
+        results = dict(zip(names, cut, strict=True))
+        return {name: result.pair for name, result in results.items()}, self._report(results)
+
+    def _report(self, results: Mapping[str, Truncated]) -> dict[str, Any]:
+        total = sum(result.total for result in results.values())
+        kept = sum(result.kept for result in results.values()) / total if total > 0 else 1.0
+        if kept < self.warn_below:
+            log.warning("only %.1f %% of the merged update's energy is kept (form %s)", 100 * kept, self.label)
+        modules = {name: r.kept / r.total if r.total > 0 else 1.0 for name, r in results.items()}
+        ranks = {name: r.pair.rank for name, r in results.items()}
+        return {"form": self.label, "kept_energy": kept, "kept_energy_by_module": modules, "ranks": ranks}
+
+    @property
+    def label(self) -> str:
+        """The form in a few words."""
+        if self.full_model:
+            return FULL_MODEL
+        if self.rank is not None:
+            return f"rank {self.rank}"
+        return "exact" if self.energy is None else f"energy {self.energy:g}"

@@ -1,0 +1,64 @@
+"""One merged adapter or model, with its manifest and card."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.adapters.base_weights import open_base
+from src.adapters.deltas import Delta
+from src.adapters.full_model import write_model
+from src.adapters.peft_files import write_adapter, write_provenance
+from src.merge.card import merge_card
+from src.merge.forms import Form
+from src.merge.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write.
+
+    Attributes:
+        form: The form.
+        base: Base of a full model.
+        shard_bytes: Largest file of a full model.
+        workers: Threads to use.
+        by_alpha: Whether each strength has a directory of its own.
+        licence: The result's licence, for its card.
+    """
+
+    form: Form
+    base: str
+    shard_bytes: int
+    workers: int
+    by_alpha: bool
+    licence: str | None
+
+
+def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
+    """Write updates in the form asked for.
+
+    Args:
+        folder: Directory to fill.
+        deltas: The merged update per module.
+        inputs: The adapters that it was made from.
+        record: Manifest, to which the form is added.
+        target: The form.
+    """
+    if target.form.full_model:
+        with open_base(target.base) as base:
+            write_model(folder, base, deltas, transposed=inputs.layout.transposed, shard_bytes=target.shard_bytes)
+        made = record | {"output": {"form": target.form.label}, "license": target.licence}
+        write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
+        return
+    pairs, report = target.form.adapter(deltas, target.workers)
+    made = record | {"output": report, "license": target.licence}
+    write_adapter(
+        folder,
+        pairs,
+        base=inputs.experts[0].base,
+        manifest=made,
+        seen=inputs.seen,
+        card=merge_card(made),
+        layout=inputs.layout,
+    )

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from src.adapters.geometry import effective_rank, inner, principal_cosines
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_files import read_adapter, write_adapter
+from src.cli import main
+from src.merge.inspection import inspect_adapters
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_inner_products_need_no_dense_update():
+    one = LowRankPair(drawn(2, 5), drawn(4, 2, seed=1))
+    two = LowRankPair(drawn(3, 5, seed=2), drawn(4, 3, seed=3))
+    assert inner(one, two) == pytest.approx((one.dense() * two.dense()).sum().item())
+
+
+def test_the_effective_rank_of_a_flat_spectrum_is_its_rank():
+    assert effective_rank(torch.full((5,), 3.0)) == pytest.approx(5.0)
+    assert effective_rank(torch.tensor([1.0, 0.0])) == pytest.approx(1.0)
+    assert effective_rank(torch.zeros(3)) == 0.0
+
+
+def test_principal_angles_are_scipys():
+    import scipy.linalg
+
+    one, two = torch.linalg.qr(drawn(9, 3)).Q, torch.linalg.qr(drawn(9, 4, seed=1)).Q
+    expected = scipy.linalg.subspace_angles(one.numpy(), two.numpy())
+    torch.testing.assert_close(principal_cosines(one, two).acos().flip(0), torch.from_numpy(expected))
+
+
+def test_an_adapter_is_parallel_to_its_multiple_and_opposite_to_its_negative(adapters, tmp_path):
+    utility = read_adapter(adapters["utility"])
+    for name, factor in (("double", 2.0), ("minus", -1.0)):
+        pairs = weighted_sum([utility.pairs], [factor])
+        write_adapter(tmp_path / name, pairs, base=utility.base, manifest={}, seen=frozenset(), card="c")
+    given = [utility, read_adapter(tmp_path / "double"), read_adapter(tmp_path / "minus")]
+    summaries, comparison = inspect_adapters(given)
+    assert comparison.cosines[0].tolist() == pytest.approx([1.0, 1.0, -1.0])
+    assert comparison.columns.min() == pytest.approx(1.0)
+    assert comparison.rows.min() == pytest.approx(1.0)
+    assert summaries[1].norm == pytest.approx(2 * summaries[0].norm)
+    assert summaries[0].ranks == (3, 3)
+    assert summaries[0].modules == 14
+
+
+def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, capsys):
+    given = [str(adapters["utility"]), str(adapters["safety"])]
+    assert main(["inspect", *given]) == 0
+    assert "effective rank" in capsys.readouterr().out
+    assert main(["inspect", *given, "--output", str(tmp_path / "i")]) == 0
+    assert (tmp_path / "i" / "angles.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "i" / "inspect.json").read_text())
+    assert found["cosines"][0][1] == found["cosines"][1][0]
+    assert (tmp_path / "i" / "table.md").read_text() in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "no" / "where" / "x")]) == 2
+    assert "no such directory" in capsys.readouterr().err

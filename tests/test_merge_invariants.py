@@ -1,0 +1,216 @@
+"""What every registered method must satisfy, whatever it computes."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from src.adapters.deltas import combined
+from src.adapters.pairs import LowRankPair
+from src.adapters.peft_files import read_adapter
+from src.merge import registry  # noqa: F401 - fills the registry
+from src.merge.base import MergeMethod
+from src.merge.combination import Combination, Expert
+from src.merge.combinations.breadcrumbs import Breadcrumbs
+from src.merge.combinations.concatenate import Concatenate
+from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
+from src.merge.combinations.dare import Dare
+from src.merge.combinations.knots import Knots
+from src.merge.combinations.linear import Linear
+from src.merge.combinations.magnitude_prune import MagnitudePrune
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
+from src.merge.combinations.tsv_m import TsvM
+from src.merge.stage import merge
+from tests.merging import regauged, weight_space_fishers, write_fishers
+from tests.tiny import make_model, random_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def concrete(kind):
+    found = [c for c in kind.__subclasses__() if not inspect.isabstract(c)]
+    deeper = [d for c in kind.__subclasses__() for d in concrete(c)]
+    return list(dict.fromkeys([*found, *deeper]))
+
+
+METHODS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(MergeMethod)]
+COMBINATIONS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(Combination)]
+
+
+@pytest.fixture
+def fisher_folder(adapters, base, tmp_path):
+    return write_fishers(tmp_path / "fisher", adapters, base)
+
+
+def double(pairs):
+    return {name: LowRankPair(pair.a.double(), pair.b.double()) for name, pair in pairs.items()}
+
+
+def patches(method, utility, safety):
+    return method.patch(utility, safety, weight_space_fishers(safety, n_s=40, n_u=40)).pairs
+
+
+def close(one, two):
+    assert set(one) == set(two)
+    for name in one:
+        torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.fixture
+def updates():
+    model = make_model()
+    return double(random_pairs(model, 3, 1)), double(random_pairs(model, 2, 2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_patch_does_not_depend_on_the_factors(method, updates):
+    utility, safety = updates
+    close(patches(method, utility, safety), patches(method, regauged(utility), regauged(safety)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_modules_changes_nothing(method, updates):
+    utility, safety = updates
+    fisher = weight_space_fishers(safety, n_s=40, n_u=40)
+    turned = dict(reversed(utility.items())), dict(reversed(safety.items()))
+    close(method.patch(utility, safety, fisher).pairs, method.patch(*turned, fisher).pairs)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_the_order_of_experts_changes_nothing(combination, updates):
+    experts = [Expert("a", 0.7, updates[0]), Expert("b", 1.2, updates[1])]
+    close(combination.combine(experts).deltas, combination.combine(experts[::-1]).deltas)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_scaled_experts_give_a_scaled_result(combination, updates):
+    one = [Expert("a", 0.7, updates[0]), Expert("b", 1.2, updates[1])]
+    two = [Expert(e.key, e.weight, combined([e.deltas], [4.0])) for e in one]
+    close(combined([combination.combine(one).deltas], [4.0]), combination.combine(two).deltas)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_modules_of_one_expert_only_are_kept(combination, updates):
+    name = next(iter(updates[0]))
+    fewer = {key: pair for key, pair in updates[1].items() if key != name}
+    merged = combination.combine([Expert("a", 1.0, updates[0]), Expert("b", 1.0, fewer)]).deltas
+    assert set(merged) == set(updates[0])
+    assert merged[name].dense().norm() > 0
+
+
+IDENTITIES = [
+    TaskArithmetic(),
+    Concatenate(),
+    Linear(),
+    Ties(density=1.0),
+    Ties(density=1.0, convention="mergekit", trim="global"),
+    Dare(density=1.0),
+    MagnitudePrune(density=1.0),
+    Breadcrumbs(density=1.0, gamma=0.0),
+    TsvM(),
+    Knots(TaskArithmetic()),
+    CoreSpace(TaskArithmetic()),
+    CompressThenMerge(rank=3, inner=TaskArithmetic()),
+]
+
+
+@pytest.mark.parametrize("combination", IDENTITIES, ids=lambda c: c.name)
+def test_one_expert_of_weight_one_is_itself(combination, updates):
+    close(combination.combine([Expert("a", 1.0, updates[0])]).deltas, updates[0])
+
+
+def run(adapters, fisher_folder, output, **options):
+    paths = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(output)}
+    merge(**paths | {"fisher": str(fisher_folder)} | options)
+    return read_adapter(output).pairs
+
+
+def settled(method):
+    # Six scores span six directions only.
+    return type(method)(k=5) if type(method).__name__ == "AlignGuardPosthoc" else method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strength_zero_is_the_utility_adapter_exactly(method, adapters, fisher_folder, tmp_path):
+    found = run(adapters, fisher_folder, tmp_path / "m", method=settled(method), alpha=0.0)
+    for name, pair in read_adapter(adapters["utility"]).pairs.items():
+        assert torch.equal(found[name].dense(), pair.dense())
+
+
+@pytest.mark.filterwarnings("ignore:.*energy is kept.*")
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_written_is_what_peft_loads(method, adapters, fisher_folder, tmp_path):
+    method = settled(method)
+    # Rank 16 is full rank in every layer of the tiny model, so nothing is lost.
+    run(adapters, fisher_folder, tmp_path / "m", method=method, alpha=0.8, rank=16)
+    utility, safety = (read_adapter(adapters[name]).pairs for name in ("utility", "safety"))
+    patch = method.patch(utility, safety, weight_space_fishers(safety)).pairs
+    expected = make_model()
+    for name, delta in combined([utility, patch], [1.0, 0.8]).items():
+        expected.get_submodule(name).weight += delta.dense()
+    ids = torch.arange(12)[None]
+    logits = expected(input_ids=ids).logits
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "m")).double()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded.merge_and_unload()(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+MERGES = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from src.merge.stage import merge
+from src.merge.combinations.ties import Ties
+from src.merge.combinations.dare import Dare
+from src.merge.combinations.knots import Knots
+from src.merge.combinations.tsv_m import TsvM
+from src.merge.combinations.iso_c import IsoC
+from src.merge.combinations.core_space import CoreSpace
+for combine in (Ties(), Dare(), Knots(), TsvM(), IsoC(), CoreSpace()):
+    merge(utility=sys.argv[3:], combine=combine, rank=8, output=f"{sys.argv[2]}/{combine.name}", warn_below=0.0)
+assert torch.get_num_threads() == int(sys.argv[1])
+"""
+
+
+@pytest.mark.processes
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path):
+    from src.adapters.peft_files import write_adapter
+
+    draw = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        pairs = {
+            f"model.layers.{i}.x": LowRankPair(torch.randn(8, 600, generator=draw), torch.randn(900, 8, generator=draw))
+            for i in range(3)
+        }
+        write_adapter(tmp_path / name, pairs, base="t", manifest={}, seen=frozenset(), card="c")
+    for threads in ("1", "2"):
+        given = [threads, str(tmp_path / threads), str(tmp_path / "a"), str(tmp_path / "b")]
+        subprocess.run([sys.executable, "-c", MERGES, *given], check=True, cwd=ROOT)
+    for name in ("Ties", "Dare", "Knots", "TsvM", "IsoC", "CoreSpace"):
+        assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    scalings=st.lists(st.floats(-8, 8).filter(lambda x: abs(x) > 1e-3), min_size=4, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_are_exact_for_any_ranks_shapes_and_scalings(shape, ranks, scalings, seed):
+    draw = torch.Generator().manual_seed(seed)
+    experts, expected = [], torch.zeros(shape, dtype=torch.float64)
+    for i, rank in enumerate(ranks):
+        a = torch.randn(rank, shape[1], generator=draw, dtype=torch.float64)
+        b = torch.randn(shape[0], rank, generator=draw, dtype=torch.float64)
+        experts.append(Expert(str(i), scalings[i], {"m": LowRankPair(a, b)}))
+        expected += scalings[i] * b @ a
+    for combination in (TaskArithmetic(), CoreSpace(TaskArithmetic()), Knots(TaskArithmetic())):
+        merged = combination.combine(experts).deltas["m"]
+        torch.testing.assert_close(merged.dense(), expected, rtol=1e-6, atol=1e-6)

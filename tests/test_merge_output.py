@@ -1,0 +1,295 @@
+"""Output forms, sweeps, the dry run and combinations without a safety method, through the stage."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from src.adapters.deltas import DenseDelta
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_files import read_adapter, write_adapter
+from src.adapters.truncate import truncate
+from src.errors import InputError
+from src.merge.combinations.dare import Dare
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
+from src.merge.sst import Sst
+from src.merge.stage import merge
+from tests.merging import write_fishers
+from tests.tiny import make_base, make_model, random_pairs
+
+IDS = torch.arange(12)[None]
+
+
+def both(adapters):
+    return [str(adapters["utility"]), str(adapters["safety"])]
+
+
+def decaying(rows, columns, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(rows, rows, generator=draw)).Q
+    right = torch.linalg.qr(torch.randn(columns, rows, generator=draw)).Q
+    return left @ torch.diag(1.0 / torch.arange(1, rows + 1)) @ right.T
+
+
+@pytest.mark.parametrize("dense", [decaying(80, 120), decaying(80, 120).T, decaying(20, 30)])
+def test_truncation_keeps_as_much_as_the_best_one(dense):
+    values = torch.linalg.svdvals(dense.double())
+    total = values.square().sum().item()
+    for rank in (1, 4, 16):
+        found = truncate(DenseDelta(dense.contiguous()), rank=rank, energy=None)
+        best = values[:rank].square().sum().item()
+        assert found.pair.rank == rank
+        assert found.total == pytest.approx(total, rel=1e-6)
+        assert found.kept <= best * (1 + 1e-6)
+        assert found.kept >= best * (1 - 1e-3)
+        error = (dense.double() - found.pair.dense()).square().sum().item()
+        assert error == pytest.approx(total - found.kept, rel=1e-3, abs=1e-6 * total)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
+def test_the_smallest_rank_that_keeps_an_energy_is_taken(energy):
+    dense = decaying(20, 30).double()
+    shares = torch.linalg.svdvals(dense).square()
+    shares = (shares / shares.sum()).cumsum(0)
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    for delta in (DenseDelta(dense), LowRankPair(v, u * s)):
+        found = truncate(delta, rank=None, energy=energy)
+        assert shares[found.pair.rank - 1] >= energy - 1e-9
+        assert found.pair.rank == 1 or shares[found.pair.rank - 2] < energy
+
+
+def test_low_rank_truncation_is_the_svd_of_the_product():
+    draw = torch.Generator().manual_seed(0)
+    pair = LowRankPair(torch.randn(6, 9, generator=draw), torch.randn(7, 6, generator=draw))
+    found = truncate(pair, rank=3, energy=None)
+    u, s, v = torch.linalg.svd(pair.dense())
+    torch.testing.assert_close(found.pair.dense(), u[:, :3] @ torch.diag(s[:3]) @ v[:3])
+
+
+def test_zero_updates_truncate_to_zero():
+    for delta in (DenseDelta(torch.zeros(50, 60)), LowRankPair(torch.zeros(2, 5), torch.ones(4, 2))):
+        assert truncate(delta, rank=4, energy=None).pair.dense().abs().max() == 0
+
+
+def test_rank_limited_merges_are_pefts_svd(adapters, tmp_path):
+    merge(utility=both(adapters), utility_weights=[1.0, 0.7], rank=2, warn_below=0.0, output=str(tmp_path / "m"))
+    peft = PeftModel.from_pretrained(make_model(), str(adapters["utility"]), adapter_name="u")
+    peft.load_adapter(str(adapters["safety"]), adapter_name="s")
+    peft.add_weighted_adapter(["u", "s"], [1.0, 0.7], "both", combination_type="svd", svd_rank=2)
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        module = peft.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close(pair.dense().float(), module.get_delta_weight("both").float(), rtol=1e-4, atol=1e-6)
+    report = json.loads((tmp_path / "m" / "manifest.json").read_text())["output"]
+    assert 0.5 < report["kept_energy"] < 1
+    assert set(report["kept_energy_by_module"]) == set(read_adapter(tmp_path / "m").pairs)
+
+
+def test_full_rank_ties_is_pefts_ties_svd(adapters, tmp_path):
+    merge(utility=both(adapters), combine=Ties(0.4), rank=8, warn_below=0.0, output=str(tmp_path / "m"))
+    peft = PeftModel.from_pretrained(make_model(), str(adapters["utility"]), adapter_name="u")
+    peft.load_adapter(str(adapters["safety"]), adapter_name="s")
+    peft.add_weighted_adapter(["u", "s"], [1.0, 1.0], "both", combination_type="ties_svd", svd_rank=8, density=0.4)
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        module = peft.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close(pair.dense().float(), module.get_delta_weight("both").float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kept_energy_under_the_threshold_warns(adapters, tmp_path, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
+    merge(utility=both(adapters), combine=Ties(), rank=1, warn_below=0.9, output=str(tmp_path / "m"))
+    assert "of the merged update's energy is kept" in caplog.text
+
+
+def test_a_full_rank_merge_cannot_be_an_exact_adapter(adapters, tmp_path):
+    with pytest.raises(InputError, match="full-rank updates, which no adapter holds exactly"):
+        merge(utility=both(adapters), combine=Ties(), output=str(tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "energy": 0.5}, "exclude each other"),
+        ({"rank": 0}, "rank is 0"),
+        ({"energy": 1.5}, "energy is 1.5"),
+        ({"alpha": 2.0}, "need a method"),
+        ({"method": TaskArithmetic()}, "needs the safety adapter"),
+        ({"sweep": {"t": [1.0]}}, "no method is given"),
+        ({"sweep": {"combine.t": [1.0]}}, "has no such option"),
+        ({"sweep": {"combine.density": []}}, "expected different values"),
+        ({"full_model": True, "base": "no/where/at/all"}, "no such directory"),
+        ({"method": Sst(), "safety": "x", "combine": Ties()}, "x: no such directory"),
+    ],
+)
+def test_stages_and_forms_are_checked(adapters, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        merge(**{"utility": both(adapters), "output": str(tmp_path / "m")} | options)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("shard_size", [5.0, 8e-6])
+def test_a_full_model_is_the_base_plus_the_update(adapters, tmp_path, shard_size):
+    merge(utility=both(adapters), full_model=True, shard_size=shard_size, output=str(tmp_path / "m"))
+    files = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_size < 1)
+    expected = make_model()
+    total = weighted_sum([read_adapter(p).pairs for p in both(adapters)], [1.0, 1.0])
+    for name, pair in total.items():
+        expected.get_submodule(name).weight += pair.dense()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    torch.testing.assert_close(loaded(IDS).logits, expected(IDS).logits, rtol=1e-6, atol=1e-6)
+    assert json.loads((tmp_path / "m" / "manifest.json").read_text())["output"]["form"] == "full model"
+
+
+def test_a_full_model_of_a_full_rank_merge_equals_its_truncation_at_full_rank(adapters, tmp_path):
+    options = {"utility": both(adapters), "combine": Dare(0.6, seed=5)}
+    merge(**options, full_model=True, output=str(tmp_path / "m"))
+    merge(**options, rank=16, output=str(tmp_path / "a"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    peft = PeftModel.from_pretrained(make_model(), str(tmp_path / "a")).double()
+    torch.testing.assert_close(loaded(IDS).logits, peft(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_base_is_rounded_once_and_keeps_its_format(tmp_path):
+    model = make_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    pairs = random_pairs(model, 2, 1)
+    write_adapter(tmp_path / "a", pairs, base=str(tmp_path / "base"), manifest={}, seen=frozenset(), card="c")
+    merge(utility=str(tmp_path / "a"), full_model=True, output=str(tmp_path / "m"))
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "m"))
+    for name, pair in pairs.items():
+        expected = (before[f"{name}.weight"].float() + pair.dense().float()).to(torch.bfloat16)
+        assert torch.equal(after[f"{name}.weight"], expected)
+    assert set(before) == set(after)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_an_update_of_one_of_two_tied_weights_unties_them(base, tmp_path, module):
+    pair = LowRankPair(torch.randn(2, 16), torch.randn(258, 2) * 0.1)
+    from src.adapters.base_weights import open_base
+    from src.adapters.full_model import write_model
+
+    with open_base(str(base)) as weights:
+        write_model(tmp_path / "m", weights, {module: pair}, transposed=False, shard_bytes=10**9)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    original = make_model()
+    changed = loaded.get_submodule(module).weight - original.get_submodule(module).weight
+    torch.testing.assert_close(changed, pair.dense(), rtol=1e-6, atol=1e-6)
+    other = "lm_head" if module != "lm_head" else "model.embed_tokens"
+    assert torch.equal(loaded.get_submodule(other).weight, original.get_submodule(other).weight)
+
+
+def test_modules_that_the_base_lacks_are_named(tmp_path, base):
+    from src.adapters.base_weights import open_base
+    from src.adapters.full_model import write_model
+
+    pair = LowRankPair(torch.ones(1, 3), torch.ones(3, 1))
+    with open_base(str(base)) as weights:
+        for name, message in (("model.layers.7.x", "no weight of the module"), ("model.norm", "has the shape")):
+            with pytest.raises(InputError, match=message):
+                write_model(tmp_path / "m", weights, {name: pair}, transposed=False, shard_bytes=10**9)
+
+
+def test_a_sweep_equals_single_merges(adapters, base, tmp_path):
+    fisher = str(write_fishers(tmp_path / "fisher", adapters, base))
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "fisher": fisher}
+    merge(**given, method=Sst(), sweep={"t": [1.0, 3.0]}, alpha=[0.5, 1.0], output=str(tmp_path / "s"))
+    merge(**given, method=Sst(t=3.0), alpha=0.5, output=str(tmp_path / "m"))
+    folders = sorted(str(p.parent.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("adapter_config.json"))
+    assert folders == ["t-1/alpha-0.5", "t-1/alpha-1", "t-3/alpha-0.5", "t-3/alpha-1"]
+    swept = read_adapter(tmp_path / "s" / "t-3" / "alpha-0.5")
+    assert swept.sha256 == read_adapter(tmp_path / "m").sha256
+    assert swept.manifest["method"] == "SST soft, t = 3"
+
+
+def test_options_of_the_combination_can_be_swept(adapters, tmp_path):
+    options = {"utility": both(adapters), "rank": 16}
+    merge(**options, combine=Ties(), sweep={"combine.density": [0.3, 0.6]}, output=str(tmp_path / "s"))
+    merge(**options, combine=Ties(0.6), output=str(tmp_path / "m"))
+    assert read_adapter(tmp_path / "s" / "combine.density-0.6").sha256 == read_adapter(tmp_path / "m").sha256
+
+
+def test_a_dry_run_writes_nothing(adapters, tmp_path, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
+    caplog.set_level(logging.INFO, "src")
+    merge(utility=both(adapters), dry_run=True, output=str(tmp_path / "m"))
+    assert "nothing was written" in caplog.text
+    assert "16 x 16" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_combination_alone_needs_no_safety_adapter(adapters, tmp_path):
+    merge(utility=both(adapters), utility_weights=[1.0, 0.5], license="mit", output=str(tmp_path / "m"))
+    merged = read_adapter(tmp_path / "m")
+    assert merged.manifest["method"] == "TaskArithmetic"
+    assert merged.manifest["alpha"] is None
+    assert merged.manifest["safety"] is None
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "combined by **TaskArithmetic**" in card
+    assert "license: mit" in card
+
+
+def test_a_safety_method_works_on_any_combination(adapters, tmp_path):
+    third = shutil.copytree(adapters["safety"], tmp_path / "third")
+    given = {"utility": [str(adapters["utility"]), str(third)], "safety": str(adapters["safety"])}
+    merge(**given, combine=Ties(0.5), method=TaskArithmetic(), alpha=0.5, rank=16, output=str(tmp_path / "m"))
+    merge(utility=given["utility"], combine=Ties(0.5), rank=16, output=str(tmp_path / "u"))
+    whole, part = (read_adapter(tmp_path / n).pairs for n in ("m", "u"))
+    for name, pair in read_adapter(adapters["safety"]).pairs.items():
+        torch.testing.assert_close(whole[name].dense() - part[name].dense(), 0.5 * pair.dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_combination_as_method_treats_safety_as_one_more_expert(adapters, tmp_path):
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"])}
+    merge(**given, method=Ties(0.5), rank=16, output=str(tmp_path / "m"))
+    merge(utility=both(adapters), combine=Ties(0.5), rank=16, output=str(tmp_path / "c"))
+    one, two = (read_adapter(tmp_path / n).pairs for n in ("m", "c"))
+    for name in two:
+        torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_base_without_weights_is_named(adapters, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no model\*.safetensors"):
+        merge(utility=both(adapters), full_model=True, base=str(tmp_path / "empty"), output=str(tmp_path / "m"))
+    other = make_base(tmp_path / "base")
+    (other / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="not a readable safetensors"):
+        merge(utility=both(adapters), full_model=True, base=str(other), output=str(tmp_path / "m"))
+
+
+def test_every_stage_can_be_named_on_the_command_line(adapters, tmp_path, capsys):
+    from src.cli import main
+
+    given = ["merge", "--utility", json.dumps(both(adapters)), "--safety", str(adapters["safety"]), "--rank", "16"]
+    stages = ["--combine", "CoreSpace", "--combine.inner", "Dare", "--combine.inner.density", "0.5"]
+    method = ["--method", "Ties", "--method.density", "0.3", "--sweep.density", "[0.3,0.6]", "--alpha", "[0.5,1]"]
+    assert main([*given, *stages, *method, "--output", str(tmp_path / "m")]) == 0
+    folders = sorted(str(p.parent.relative_to(tmp_path / "m")) for p in (tmp_path / "m").rglob("adapter_config.json"))
+    assert folders == [f"density-{d}/alpha-{a}" for d in ("0.3", "0.6") for a in ("0.5", "1")]
+    manifest = read_adapter(tmp_path / "m" / folders[-1]).manifest
+    assert manifest["settings"]["density"] == 0.6
+    assert manifest["combine"]["settings"]["inner"]["settings"]["density"] == 0.5
+    capsys.readouterr()
+    wrong = [*given, "--combine", "CoreSpace", "--combine.inner", "Dare", "--combine.inner.density", "2"]
+    assert main([*wrong, "--method", "Ties", "--output", str(tmp_path / "n")]) == 2
+    assert capsys.readouterr().err.startswith("error: Dare density is 2.0; expected")
+
+
+def test_a_merged_adapter_is_one_of_several_in_peft(adapters, tmp_path):
+    merge(utility=both(adapters), output=str(tmp_path / "m"))
+    peft = PeftModel.from_pretrained(make_model(), str(tmp_path / "m"), adapter_name="merged")
+    peft.load_adapter(str(adapters["safety"]), adapter_name="s")
+    peft.add_weighted_adapter(["merged", "s"], [1.0, -1.0], "back", combination_type="cat")
+    for name, pair in read_adapter(adapters["utility"]).pairs.items():
+        found = peft.get_submodule(f"base_model.model.{name}").get_delta_weight("back")
+        torch.testing.assert_close(found.float(), pair.dense().float(), rtol=1e-4, atol=1e-6)

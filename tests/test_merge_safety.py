@@ -1,0 +1,198 @@
+"""Safety methods against their definitions on dense matrices."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from src.adapters.deltas import DenseDelta, combined
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_files import read_adapter
+from src.errors import InputError
+from src.merge.align_guard import AlignGuardPosthoc
+from src.merge.closest_safe_update import ClosestSafeUpdate
+from src.merge.masked import Masking
+from src.merge.resta import Resta
+from src.merge.safe_lora import SafeLora
+from src.merge.safe_merge import SafeMerge
+from src.merge.sst_diagonal import sst_diagonal
+from src.merge.sst_m import SstM
+from src.merge.sst_v import SstV
+from tests.merging import weight_space_fishers
+from tests.tiny import make_model, random_pairs
+
+
+@pytest.fixture
+def updates():
+    model = make_model()
+    return random_pairs(model, 3, 1), random_pairs(model, 2, 2)
+
+
+def merged(utility, patch):
+    return {name: delta.dense() for name, delta in combined([utility, patch.pairs], [1.0, 1.0]).items()}
+
+
+def projection(v, delta):
+    """C ΔW and its cosine with ΔW, by definition."""
+    moved = v @ v.T / v.norm() @ delta
+    return moved, (moved * delta).sum() / (moved.norm() * delta.norm())
+
+
+def test_safe_lora_projects_the_modules_that_drifted(updates):
+    utility, safety = updates
+    cosines = {n: projection(safety[n].dense(), utility[n].dense())[1].item() for n in utility}
+    tau = sorted(cosines.values())[len(cosines) // 2] + 1e-9
+    found = merged(utility, SafeLora(tau=tau).patch(utility, safety, None))
+    for name, pair in utility.items():
+        moved, cosine = projection(safety[name].dense(), pair.dense())
+        expected = moved if cosine <= tau else pair.dense()
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_safe_merge_mixes_the_modules_that_drifted(updates):
+    utility, safety = updates
+    cosines = [projection(safety[n].dense(), utility[n].dense())[1].item() for n in utility]
+    tau = sorted(cosines)[5]
+    patch = SafeMerge(tau=tau - 1e-12, keep=0.7).patch(utility, safety, None)
+    assert len(patch.findings["merged"]) == 5
+    found = merged(utility, patch)
+    for name, pair in utility.items():
+        mixed = 0.7 * pair.dense() + 0.3 * safety[name].dense()
+        expected = mixed if name in patch.findings["merged"] else pair.dense()
+        torch.testing.assert_close(found[name], expected)
+
+
+@pytest.fixture
+def aligned_models(base, updates, tmp_path):
+    """A directory whose weights are the base's plus the safety update."""
+    weights = load_file(base / "model.safetensors")
+    for name, pair in updates[1].items():
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + pair.dense()
+    (tmp_path / "aligned").mkdir()
+    save_file(weights, tmp_path / "aligned" / "model.safetensors")
+    return str(tmp_path / "aligned"), str(base)
+
+
+@pytest.mark.parametrize("method", [SafeLora, SafeMerge, ClosestSafeUpdate])
+def test_an_aligned_model_and_its_difference_as_an_adapter_give_the_same(method, aligned_models, updates):
+    aligned, base = aligned_models
+    utility, safety = updates
+    one = merged(utility, method(aligned=aligned, base=base).patch(utility, safety, None))
+    two = merged(utility, method().patch(utility, safety, None))
+    for name in two:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_can_hold_the_alignment(adapters, updates):
+    utility = read_adapter(adapters["utility"]).pairs
+    safety = read_adapter(adapters["safety"]).pairs
+    method = SafeLora(aligned=str(adapters["safety"]))
+    assert not method.needs_safety
+    one, two = (
+        merged(utility, method.patch(utility, {}, None)),
+        merged(utility, SafeLora().patch(utility, safety, None)),
+    )
+    for name in two:
+        torch.testing.assert_close(one[name], two[name])
+
+
+def test_missing_directions_are_named(updates):
+    utility, safety = updates
+    name = next(iter(utility))
+    with pytest.raises(InputError, match=f"has no update of {name}"):
+        SafeLora().patch(utility, {key: pair for key, pair in safety.items() if key != name}, None)
+    with pytest.raises(InputError, match="name the base model's directory"):
+        SafeLora(aligned="models/aligned").patch(utility, safety, None)
+
+
+def test_the_closest_safe_update_minimises_its_objective(updates):
+    utility, safety = updates
+    found = merged(utility, ClosestSafeUpdate(penalty=3.0, rank=2).patch(utility, safety, None))
+    for name, pair in utility.items():
+        u = torch.linalg.svd(safety[name].dense()).U[:, :2]
+        x = found[name]
+        outside = x - u @ (u.T @ x)
+        gradient = (x - pair.dense()) + 3.0 * outside
+        assert gradient.abs().max() < 1e-8
+
+
+def test_resta_adds_the_safety_vector_and_thins_the_task_vector(updates):
+    utility, safety = updates
+    plain = merged(utility, Resta(gamma=0.5).patch(utility, safety, None))
+    expected = weighted_sum([utility, safety], [1.0, 0.5])
+    name = next(iter(utility))
+    torch.testing.assert_close(plain[name], expected[name].dense())
+    thinned = merged(utility, Resta(density=0.5).patch(utility, safety, None))[name] - safety[name].dense()
+    kept = thinned.abs() > 1e-6
+    assert 0.3 < kept.double().mean() < 0.7
+    torch.testing.assert_close(thinned[kept], 2 * utility[name].dense()[kept], rtol=1e-4, atol=1e-6)
+
+
+def test_align_guard_removes_the_leading_directions_of_the_safety_fisher(updates):
+    utility, safety = updates
+    fisher = weight_space_fishers(safety)
+    patch = AlignGuardPosthoc(k=2, add_safety=False).patch(utility, safety, fisher)
+    left = fisher.basis.coordinates(combined([utility, patch.pairs], [1.0, 1.0]))
+    _, vectors = torch.linalg.eigh(fisher.safety.dense())
+    assert (vectors[:, -2:].T @ left).abs().max() < 1e-9
+    before = vectors[:, :-2].T @ fisher.basis.coordinates(utility)
+    torch.testing.assert_close(vectors[:, :-2].T @ left, before)
+    with pytest.raises(InputError, match=r"method.k is 7; expected 1 to 6"):
+        AlignGuardPosthoc(k=7).patch(utility, safety, fisher)
+
+
+@pytest.mark.parametrize("form", ["additive", "interpolating"])
+@pytest.mark.parametrize("method", [SstV, SstM])
+def test_data_free_masks_are_their_formula(method, form, updates):
+    utility, safety = updates
+    found = method(form=form, top=0.3).patch(utility, safety, None).pairs
+    soft = method(form=form, mask="soft", tau=2.0, gamma=0.5).patch(utility, safety, None).pairs
+    for name, pair in utility.items():
+        u, s = pair.dense(), safety[name].dense()
+        whole = s if form == "additive" else s - u
+        ratio = whole**2 / (u**2 + 1e-12) if method is SstV else s.abs() / (u.abs() + 1e-8)
+        count = int(0.3 * u.numel())
+        threshold = ratio.reshape(-1).sort(descending=True).values[count - 1]
+        torch.testing.assert_close(found[name].dense(), whole * (ratio >= threshold), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(soft[name].dense(), whole * torch.sigmoid((ratio - 2) / 0.5), rtol=1e-3, atol=1e-5)
+
+
+def test_the_diagonal_variant_ranks_by_the_ratio_of_fishers(updates):
+    utility, safety = updates
+    draw = torch.Generator().manual_seed(0)
+    fishers = [
+        {n: DenseDelta(torch.rand(p.shape, generator=draw, dtype=torch.float64)) for n, p in safety.items()}
+        for _ in range(2)
+    ]
+    masking = Masking("hard", 0.25, 1.0, 1.0, "additive")
+    name = next(iter(safety))
+    patch = sst_diagonal(utility, safety, *fishers, masking, epsilon=0.1, layer_weights={name: 0.5})
+    ratio = fishers[0][name].matrix / (fishers[1][name].matrix + 0.1)
+    threshold = ratio.reshape(-1).sort(descending=True).values[int(0.25 * ratio.numel()) - 1]
+    expected = 0.5 * safety[name].dense() * (ratio >= threshold)
+    torch.testing.assert_close(patch[name].dense(), expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="no diagonal Fisher"):
+        sst_diagonal(utility, safety, {}, {}, masking, epsilon=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SafeLora(tau=2.0), "method.tau is 2.0"),
+        (lambda: SafeMerge(keep=1.5), "method.keep is 1.5"),
+        (lambda: ClosestSafeUpdate(penalty=-1.0), "method.penalty is -1.0"),
+        (lambda: Resta(density=0.0), "method.density is 0.0"),
+        (lambda: SstV(epsilon=0.0), "method.epsilon is 0.0"),
+        (lambda: SstM(top=0.0), "method.top is 0.0"),
+        (lambda: AlignGuardPosthoc(k=0), "method.k is 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_zero_directions_project_to_zero():
+    pair = LowRankPair(torch.ones(1, 3), torch.ones(2, 1))
+    zero = LowRankPair(torch.zeros(1, 3), torch.zeros(2, 1))
+    patch = SafeLora().patch({"m": pair}, {"m": zero}, None)
+    assert merged({"m": pair}, patch)["m"].abs().max() == 0.0

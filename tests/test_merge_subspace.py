@@ -1,0 +1,177 @@
+"""Subspace combinations and data-aware averages against dense twins."""
+
+import pytest
+import torch
+
+from src.adapters.pairs import LowRankPair
+from src.errors import InputError
+from src.merge.combination import Expert
+from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
+from src.merge.combinations.dare import Dare
+from src.merge.combinations.fisher_average import diagonal_average, kronecker_average
+from src.merge.combinations.iso_c import IsoC
+from src.merge.combinations.knots import Knots
+from src.merge.combinations.regmean import regmean
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
+from src.merge.combinations.tsv_m import TsvM, polar
+from src.merge.led import disjoint, important, led
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def experts(count=3, rank=2, shape=(9, 7), weights=(1.0, 0.5, 2.0)):
+    return [
+        Expert(
+            f"e{i}", weights[i], {"m": LowRankPair(drawn(rank, shape[1], seed=i), drawn(shape[0], rank, seed=9 + i))}
+        )
+        for i in range(count)
+    ]
+
+
+def result(combination, given):
+    return combination.combine(given).deltas["m"].dense()
+
+
+def elementwise(combination, tensors, given):
+    from src.adapters.deltas import DenseDelta, matrix
+
+    merged = combination.combine(
+        [Expert(e.key, e.weight, {"m": DenseDelta(t)}) for e, t in zip(given, tensors, strict=True)]
+    )
+    return matrix(merged.deltas["m"])
+
+
+@pytest.mark.parametrize("inner", [Ties(0.4), Dare(0.5)])
+def test_knots_is_the_full_svd_of_updates_side_by_side(inner):
+    given = experts()
+    dense = [e.deltas["m"].dense() for e in given]
+    u, sigma, v = torch.linalg.svd(torch.cat(dense, dim=1), full_matrices=False)
+    kept = int((sigma > 1e-5).sum())
+    parts = (sigma[:kept, None] * v[:kept]).split(7, dim=1)
+    torch.testing.assert_close(result(Knots(inner), given), u[:, :kept] @ elementwise(inner, parts, given))
+
+
+def test_core_space_merges_in_the_bases_of_the_stacked_factors():
+    given = experts()
+    dense = [e.deltas["m"].dense() for e in given]
+    lefts, rights = [], []
+    for delta in dense:
+        u, sigma, v = torch.linalg.svd(delta, full_matrices=False)
+        lefts.append(u[:, :2] * sigma[:2].sqrt())
+        rights.append(v[:2].T * sigma[:2].sqrt())
+    u = torch.linalg.svd(torch.cat(lefts, dim=1), full_matrices=False).U
+    v = torch.linalg.svd(torch.cat(rights, dim=1), full_matrices=False).U
+    cores = [u.T @ delta @ v for delta in dense]
+    expected = u @ elementwise(Ties(0.4), cores, given) @ v.T
+    torch.testing.assert_close(result(CoreSpace(Ties(0.4)), given), expected)
+
+
+def test_compression_reports_the_energy_that_it_keeps():
+    combined = CompressThenMerge(rank=2, inner=TaskArithmetic()).combine(experts())
+    kept = combined.findings["modules"]["m"]["kept_energy"]
+    assert combined.deltas["m"].rank == 2
+    assert all(0 < share < 1 for share in kept)
+
+
+def test_tsv_merge_uses_the_nearest_orthonormal_bases():
+    given = experts()
+    triplets = [torch.linalg.svd(e.deltas["m"].dense(), full_matrices=False) for e in given]
+    stacked_u = torch.cat([t.U[:, :2] for t in triplets], dim=1)
+    stacked_v = torch.cat([t.Vh[:2].T for t in triplets], dim=1)
+    sigma = torch.cat([e.weight * t.S[:2] for e, t in zip(given, triplets, strict=True)])
+
+    def nearest(m):
+        p, _, q = torch.linalg.svd(m, full_matrices=False)
+        return p @ q
+
+    expected = nearest(stacked_u) @ torch.diag(sigma) @ nearest(stacked_v).T
+    torch.testing.assert_close(result(TsvM(), given), expected)
+
+
+def test_the_polar_factor_of_dependent_columns_is_a_partial_isometry():
+    columns = torch.cat([drawn(6, 2)] * 2, dim=1)
+    found = polar(columns)
+    values = torch.linalg.svdvals(found)
+    torch.testing.assert_close(values, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+
+
+def test_iso_c_has_a_flat_spectrum_of_the_same_mean_in_the_same_bases():
+    given = experts()
+    total = sum(e.weight * e.deltas["m"].dense() for e in given)
+    u, sigma, v = torch.linalg.svd(total)
+    expected = sigma[:6].mean() * u[:, :6] @ v[:6]
+    torch.testing.assert_close(result(IsoC(), given), expected)
+
+
+def test_regmean_solves_its_least_squares_problem():
+    inputs = [drawn(20, 5, seed=i) for i in range(2)]
+    updates = [drawn(4, 5, seed=5 + i) for i in range(2)]
+    found = regmean(updates, [x.T @ x for x in inputs], off_diagonal=1.0)
+    stacked = torch.cat(inputs)
+    targets = torch.cat([x @ d.T for x, d in zip(inputs, updates, strict=True)])
+    torch.testing.assert_close(found, torch.linalg.lstsq(stacked, targets).solution.T)
+    torch.testing.assert_close(regmean(updates[:1], [inputs[0].T @ inputs[0]]), updates[0])
+
+
+def test_regmean_in_the_core_space_is_regmean_where_inputs_lie_in_it():
+    basis = torch.linalg.qr(drawn(8, 3)).Q
+    inputs = [drawn(30, 3, seed=i) @ basis.T for i in range(2)]
+    updates = [drawn(4, 3, seed=5 + i) for i in range(2)]
+    small = regmean(updates, [basis.T @ x.T @ x @ basis for x in inputs], off_diagonal=1.0)
+    stacked = torch.cat(inputs)
+    targets = torch.cat([x @ (d @ basis.T).T for x, d in zip(inputs, updates, strict=True)])
+    torch.testing.assert_close(stacked @ (small @ basis.T).T, stacked @ torch.linalg.pinv(stacked) @ targets)
+
+
+def test_a_singular_gram_matrix_is_refused():
+    one = torch.ones(2, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="singular"):
+        regmean([drawn(4, 5)], [one.T @ one], off_diagonal=1.0)
+
+
+def test_fisher_averages_agree_where_factors_are_diagonal():
+    updates = [drawn(4, 3, seed=i) for i in range(3)]
+    left = [drawn(4, seed=20 + i).abs() + 0.1 for i in range(3)]
+    right = [drawn(3, seed=30 + i).abs() + 0.1 for i in range(3)]
+    whole = kronecker_average(updates, [m.diag() for m in left], [m.diag() for m in right], ridge=0.0)
+    fishers = [torch.outer(a, b) for a, b in zip(left, right, strict=True)]
+    torch.testing.assert_close(whole, diagonal_average(updates, fishers, normalise=False, floor=0.0))
+
+
+def test_the_kronecker_average_solves_the_dense_system():
+    updates = [drawn(4, 3, seed=i) for i in range(3)]
+    left = [m @ m.T for m in (drawn(4, 9, seed=20 + i) for i in range(3))]
+    right = [m @ m.T for m in (drawn(3, 9, seed=30 + i) for i in range(3))]
+    fishers = [torch.kron(a, b) for a, b in zip(left, right, strict=True)]
+    target = sum(f @ d.reshape(-1) for f, d in zip(fishers, updates, strict=True))
+    expected = torch.linalg.solve(sum(fishers), target).reshape(4, 3)
+    torch.testing.assert_close(kronecker_average(updates, left, right, ridge=0.0), expected)
+
+
+def test_the_diagonal_average_follows_the_informed_expert():
+    updates = [torch.ones(1, 2), -torch.ones(1, 2)]
+    fishers = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
+    found = diagonal_average(updates, fishers)
+    assert found[0, 0] > 0.999
+    assert found[0, 1] == 0.0
+
+
+def test_led_keeps_what_one_expert_alone_needs():
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    assert important(scores, 0.5).tolist() == [[True, True, False, False]]
+    masks = [torch.tensor([True, True, False]), torch.tensor([False, True, True])]
+    assert [m.tolist() for m in disjoint(masks)] == [[True, False, False], [False, False, True]]
+    updates = [torch.full((1, 4), 1.0), torch.full((1, 4), 10.0)]
+    other = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
+    merged = led(updates, [scores, other], [scores, other], [0.5, 0.5], [1.0, 0.5])
+    assert merged.tolist() == [[1.0, 0.0, 5.0, 0.0]]
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(InputError, match="TsvM keep is 0"):
+        TsvM(keep=0)
+    with pytest.raises(InputError, match="CompressThenMerge rank is 0"):
+        CompressThenMerge(rank=0)
