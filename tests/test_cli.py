@@ -158,8 +158,8 @@ def test_method_help_explains_its_settings():
 
 
 RANK = {"cli": 4, "functions": 4, "training": 4, "parsing": 4, "experiments": 3, "report": 3, "models": 2, "merge": 2}
-LOW = {"adapters", "fisher", "gevp", "metrics", "data"}
-PURE = {"fisher", "gevp", "metrics"}
+LOW = {"adapters", "fisher", "gevp", "metrics", "data", "judges", "sandbox"}
+PURE = {"fisher", "gevp", "metrics", "sandbox"}
 
 
 def imports():

@@ -6,9 +6,10 @@ import pytest
 
 from src.data.chat import Encoder
 from src.data.demo.build_tasks import build
-from src.data.modules import CalibrationData, EvaluationData, ExpertData, Suite
+from src.data.modules import CalibrationData, ExpertData
 from src.data.rows import Row
 from src.data.sources import RowSource, as_sources, load_rows
+from src.data.suites import EvaluationData, Suite
 from src.errors import InputError
 from src.metrics.refusal import is_refusal
 

@@ -6,10 +6,10 @@ A source maps the columns of a data set to the fields of a row. Mappings for wel
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -106,7 +106,25 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     return rows
 
 
-def _select(rows: list[Row], source: RowSource) -> list[Row]:
+R = TypeVar("R", bound=Row)
+
+
+def load_records(value: Sources | None, build: Callable[[RowSource, int, str, dict[str, Any]], R]) -> list[R]:
+    """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
+    rows: list[R] = []
+    for source in as_sources(value):
+        found = [
+            build(source, number, place, record)
+            for number, (place, record) in enumerate(_records(source))
+            if all(_column(record, key, place) == wanted for key, wanted in source.where.items())
+        ]
+        rows += _select(found, source)
+    if not rows:
+        raise InputError("no rows: name at least one source of rows")
+    return rows
+
+
+def _select(rows: list[R], source: RowSource) -> list[R]:
     if source.skip < 0 or (source.limit is not None and source.limit < 1):
         raise InputError(f"{source.path}: skip must be at least 0 and limit at least 1")
     if source.seed is not None:
