@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "merge a safety adapter into utility adapters (SST, task arithmetic)",
     "test": "evaluate the base model and adapters: refusal, over-refusal, collapse, accuracy, perplexity",
     "predict": "write the answers of the base model and adapters to prompts",
+    "judge": "judge stored answers again, or measure a judge against human labels",
     "report": "table and safety/utility plot of an evaluation",
 }
 DEFAULT_CONFIG = {
@@ -30,6 +31,7 @@ DEFAULT_CONFIG = {
     "merge": "merge.yaml",
     "test": "test.yaml",
     "predict": "test.yaml",
+    "judge": "judge.yaml",
     "report": "report.yaml",
 }
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
@@ -111,10 +113,10 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
 
 def runner(command: str) -> Callable[[list[str]], None]:
     """The function that runs a command with its arguments."""
-    if command in ("merge", "report"):
+    if command in ("merge", "judge", "report"):
         from src import functions
 
-        return functions.merge if command == "merge" else functions.report
+        return getattr(functions, command)  # type: ignore[no-any-return]
     from src import training
 
     return getattr(training, command)  # type: ignore[no-any-return]

@@ -1,6 +1,8 @@
 """The commands that need no Trainer: typed functions, parsed by jsonargparse."""
 
 from src.cli import COMMANDS
+from src.judges import causal, classifier, endpoint  # noqa: F401 - the subclasses of Judge are the registry
+from src.judges.stage import judge as judge_answers
 from src.merge import sst, task_arithmetic  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.stage import merge as merge_adapters
 from src.parsing import run_function
@@ -15,3 +17,8 @@ def merge(arguments: list[str]) -> None:
 def report(arguments: list[str]) -> None:
     """Run ``python -m src report``."""
     run_function(write_report, "report", COMMANDS["report"], arguments)
+
+
+def judge(arguments: list[str]) -> None:
+    """Run ``python -m src judge``."""
+    run_function(judge_answers, "judge", COMMANDS["judge"], arguments)
