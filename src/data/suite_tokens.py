@@ -72,8 +72,9 @@ def encode_choices(
 ) -> SuiteTokens:
     """Questions with their choices; as in lm-evaluation-harness, question and choice are tokenised as one text."""
     found = SuiteTokens([], [], encoder)
+    lead: list[int] = []
     if few.style == "letters":
-        found.letters = _letters(encoder, max(len(row.choices) for row in rows))
+        lead, found.letters = _letters(encoder, max(len(row.choices) for row in rows))
     space = "" if encoder.chat else " "
     for row in rows:
         text = few.context(row)
@@ -81,6 +82,7 @@ def encode_choices(
         context = _tokens(encoder, text)
         if found.letters:
             answers = [[found.letters[0]]]
+            context = context + lead
         else:
             wholes = [_tokens(encoder, f"{text}{space}{choice}") for choice in continuations(row, few.style)]
             answers = [whole[len(context) :] for whole in wholes]
@@ -96,13 +98,17 @@ def _tokens(encoder: Encoder, text: str) -> list[int]:
     return ids
 
 
-def _letters(encoder: Encoder, count: int) -> list[int]:
-    """Token of each letter behind ``Answer:``, or nothing where a letter is not one token of its own."""
+def _letters(encoder: Encoder, count: int) -> tuple[list[int], list[int]]:
+    """Tokens that all letters behind ``Answer:`` begin with (a space of its own), and the one token that tells each.
+
+    No letter is given where they differ in more than one token.
+    """
     text = encoder.prompt_text("Answer:") if encoder.chat else "Answer:"
     before = _tokens(encoder, text)
     wholes = [_tokens(encoder, f"{text}{'' if encoder.chat else ' '}{chr(65 + i)}") for i in range(count)]
-    single = all(whole[:-1] == before for whole in wholes)
-    return [whole[-1] for whole in wholes] if single else []
+    lead = wholes[0][len(before) : -1]
+    single = all(whole[:-1] == before + lead for whole in wholes)
+    return (lead, [whole[-1] for whole in wholes]) if single else ([], [])
 
 
 def _cut(found: SuiteTokens, suite: str, row: Row, ids: list[int], answer: int, on_long: LongRows) -> list[int]:

@@ -166,7 +166,12 @@ class Results:
                 known = {"id": row.id, "prompt_hash": row.prompt_hash, "category": row.category, "prompt": row.prompt}
                 rest = {key: value for key, value in record.items() if key != "index"}
                 lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
-            write_text(self.output / "answers" / self.models[model] / f"{suite.name}.jsonl", "".join(lines))
+            write_text(self.output / "answers" / _inside(self.models[model]) / f"{suite.name}.jsonl", "".join(lines))
+
+
+def _inside(name: str) -> str:
+    """A model's name as a path below the answers, also where it was named by an absolute path."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 MANIFEST = ("kind", "method", "alpha")
