@@ -25,7 +25,7 @@ SST := $(DEMO)/sst/alpha-1/adapter_config.json
 METRICS := $(DEMO)/test/metrics.json
 TABLE := $(DEMO)/report/table.md
 
-.PHONY: setup demo test lint bench clean help
+.PHONY: setup demo test lint bench clean help oracles oracles-lm-eval
 .DELETE_ON_ERROR:
 
 help:
@@ -89,6 +89,18 @@ lint: $(READY)
 
 test: lint
 	$(PY) -m pytest
+
+# lm-evaluation-harness in an environment of its own, on the packages of this one.
+oracles: oracles-lm-eval
+
+oracles-lm-eval: .oracles/lm-eval/.ready
+
+.oracles/lm-eval/.ready: | $(READY)
+	$(PY) -m venv .oracles/lm-eval
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.oracles/lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	.oracles/lm-eval/bin/python -m pip install --quiet --disable-pip-version-check 'lm-eval==0.4.13'
+	@touch $@
 
 bench: $(READY)
 	$(PY) -m pytest tests/benchmarks -s --override-ini addopts= --timeout 3600
