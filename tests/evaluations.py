@@ -21,6 +21,11 @@ def write_jsonl(path, rows):
     return path
 
 
+def read_rows(path):
+    """Rows of a JSONL file; only a new line ends one (str.splitlines would split at others too)."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def choice_rows(count, subjects=("tiny_things", "big_things"), start=0):
     return [
         {
@@ -90,5 +95,4 @@ def metrics(folder):
 
 
 def answers(folder, suite, model="base"):
-    lines = (folder / "answers" / model / f"{suite}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(folder / "answers" / model / f"{suite}.jsonl")

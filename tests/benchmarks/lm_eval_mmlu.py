@@ -1,4 +1,4 @@
-"""Run by the interpreter of ``.oracles/lm-eval``: MMLU by lm-evaluation-harness on local rows, as JSON on standard output.
+"""Run by the interpreter of ``.oracles/lm-eval``: MMLU by lm-evaluation-harness on local rows, as JSON on stdout.
 
 Arguments: model directory, rows, few-shot rows, shots, batch size. The task is the harness's own template; only where
 its rows come from is changed.
@@ -34,7 +34,9 @@ def task(folder, subject, rows, few):
 
 def main():
     model_dir, rows_path, few_path, shots, batch = sys.argv[1:]
-    rows, few = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in (rows_path, few_path))
+    rows, few = (
+        [json.loads(line) for line in Path(path).read_text().split("\n") if line] for path in (rows_path, few_path)
+    )
     model = HFLM(pretrained=model_dir, device="cpu", dtype="float32", batch_size=int(batch))
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     with tempfile.TemporaryDirectory() as folder:

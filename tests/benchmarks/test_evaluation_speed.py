@@ -21,7 +21,7 @@ from src.data.schedule import budget_batches
 from src.data.sources import load_rows
 from src.models.base import BaseSpec, _location, load_model, load_tokenizer
 from src.models.generation import greedy, left_padded_prompts
-from tests.evaluations import answers, flags, write_jsonl
+from tests.evaluations import answers, flags, read_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = ROOT / ".oracles" / "lm-eval" / "bin" / "python"
@@ -34,7 +34,7 @@ needs_rows = pytest.mark.skipif(not EVAL.is_dir(), reason="the research data set
 
 
 def rows_of(name):
-    return [json.loads(line) for line in (EVAL / name).read_text().splitlines()]
+    return read_rows(EVAL / name)
 
 
 def harness(rows, few, shots):
