@@ -11,7 +11,8 @@ import torch
 from src.data.choice_rows import ChoiceRow
 from src.data.rows import Row
 from src.data.suites import Suite
-from src.metrics.bootstrap import bootstrap
+from src.metrics.agreement import count_pairs, mcnemar
+from src.metrics.bootstrap import bootstrap, paired_difference
 from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
 from src.metrics.counters import AnswerPerplexity, FlagRate, share
@@ -33,6 +34,8 @@ FLAGS = {
 }
 """Flag of a row to the name of its share."""
 MEANS = ("rouge_l",)
+COMPARISON_DRAWS = 2000
+"""Bootstrap draws of a difference: there is one for every model, suite and score."""
 
 
 def graded_answer(suite: Suite, row: Row, record: Record, judgement: Judgement | None) -> Record:
@@ -100,6 +103,20 @@ def suite_summary(
         if name in records[0]:
             summary[name] = bootstrap([record[name] for record in records]).as_dict()
     return summary | _counts(records)
+
+
+def compared(records: Sequence[Record], first: Sequence[Record]) -> Record:
+    """Differences of one model to another on the same rows: paired bootstrap, and McNemar's p-value for yes/no."""
+    found: Record = {}
+    for flag, name in (FLAGS | {key: key for key in (*MEANS, "pass@1")}).items():
+        if flag not in records[0] or flag not in first[0]:
+            continue
+        ours, theirs = [one[flag] for one in records], [one[flag] for one in first]
+        numbers = [float(value) for value in ours], [float(value) for value in theirs]
+        found[name] = paired_difference(*numbers, draws=COMPARISON_DRAWS).as_dict()
+        if isinstance(ours[0], bool):
+            found[name]["mcnemar_p"] = mcnemar(count_pairs(ours, theirs))
+    return found
 
 
 def _counts(records: Sequence[Record]) -> Record:

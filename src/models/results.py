@@ -1,6 +1,7 @@
 """Results of an evaluation: gathered from all processes, graded, summed up and written."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from src.files import write_json, write_text
 from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
 from src.metrics.judging import Judgement
-from src.models.grading import graded_answer, graded_choice, graded_code, safety_summary, suite_summary
+from src.models.grading import compared, graded_answer, graded_choice, graded_code, safety_summary, suite_summary
 from src.models.partial import FOLDER, Record
 from src.provenance import versions
 from src.sandbox.run import Limits, run_program
+
+log = logging.getLogger(__name__)
 
 LIMITS = Limits()
 
@@ -130,7 +133,7 @@ class Results:
         self, base: Mapping[str, str], models: Mapping[str, Adapter | None], settings: Mapping[str, Any]
     ) -> None:
         """Count over all processes; the first writes ``metrics.json``."""
-        found = []
+        found: list[Record] = []
         for model, (name, adapter) in enumerate(models.items()):
             suites = {suite.name: self._summary(model, number) for number, suite in enumerate(self.data.suites)}
             found.append(
@@ -140,11 +143,21 @@ class Results:
                     "manifest": {} if adapter is None else {k: adapter.manifest.get(k) for k in MANIFEST},
                     "suites": suites,
                     "safety": safety_summary(suites),
+                    "against_first": self._against_first(model) if self.rank == 0 and model else {},
                 }
             )
         if self.rank == 0:
+            for one in found:
+                log.info("%s: %s", one["name"], _line(one["safety"]))
             record = {"base": base, "models": found, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
+
+    def _against_first(self, model: int) -> Record:
+        """Paired differences to the first model, suite by suite."""
+        return {
+            suite.name: compared(self.graded[model, number], self.graded[0, number])
+            for number, suite in enumerate(self.data.suites)
+        }
 
     def _summary(self, model: int, number: int) -> Record:
         suite = self.data.suites[number]
@@ -167,6 +180,12 @@ class Results:
                 rest = {key: value for key, value in record.items() if key != "index"}
                 lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
             write_text(self.output / "answers" / _inside(self.models[model]) / f"{suite.name}.jsonl", "".join(lines))
+
+
+def _line(safety: Mapping[str, Any]) -> str:
+    """Refusal, attack success, over-refusal and collapse on one line."""
+    shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
+    return ", ".join(shares) or "no suite of prompts to refuse or to answer"
 
 
 def _inside(name: str) -> str:
