@@ -9,7 +9,8 @@ from src.data.demo.build_tasks import build
 from src.data.modules import CalibrationData, ExpertData
 from src.data.rows import Row
 from src.data.sources import RowSource, as_sources, load_rows
-from src.data.suites import EvaluationData, Suite
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.metrics.refusal import is_refusal
 

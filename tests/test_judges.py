@@ -295,3 +295,47 @@ def test_every_list_is_a_judge_of_refusal():
             False,
         ]
         assert judge.settings == {"judge": "Refusal", "phrases": name}
+
+
+@pytest.mark.processes
+def test_a_judge_that_fails_in_one_process_stops_all(base, tmp_path):
+    """One question of three fails: the process that does not ask it must end as well."""
+    import subprocess
+    import sys
+
+    rows = write_jsonl(tmp_path / "a.jsonl", [{"prompt": p, "category": ""} for p in ("fine", "broken", "good")])
+    with Server("500", failures=0) as server:
+        init = {
+            "url": server.url,
+            "model": "m",
+            "wait": 0.01,
+            "retries": 0,
+            "template": "{prompt} {answer}",
+            "yes": "zz",
+        }
+        suite = {
+            "name": "a", "kind": "jailbreak", "max_new_tokens": 2, "rows": str(rows),
+            "judge": {"class_path": "src.judges.endpoint.Endpoint", "init_args": init | {"no": "no, it does not"}},
+        }  # fmt: skip
+        server.server.RequestHandlerClass.do_POST = failing_on("broken", server.server.RequestHandlerClass.do_POST)
+        given = flags(base, tmp_path, [suite], tmp_path / "out", hardware="ddp_sim.yaml", batch_size=1)
+        found = subprocess.run(
+            [sys.executable, "-m", "src", *given], capture_output=True, text=True, timeout=200, check=False
+        )
+    assert found.returncode == 2
+    assert found.stderr.count("error: judge") == 1
+
+
+def failing_on(word, original):
+    def handle(self):
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if word.encode() in body:
+            self.send_error(400)
+            return
+        import io
+
+        self.rfile = io.BytesIO(body)
+        original(self)
+
+    return handle

@@ -18,7 +18,8 @@ from src.adapters.attach import attached, check_fits
 from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter, read_adapter
 from src.data.schedule import SuiteBatch
-from src.data.suites import EvaluationData, Suite
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.models.base import BaseSpec, fingerprint, load_model
 from src.models.discovery import named_adapters

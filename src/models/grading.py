@@ -10,7 +10,7 @@ import torch
 
 from src.data.choice_rows import ChoiceRow
 from src.data.rows import Row
-from src.data.suites import Suite
+from src.data.suite import Suite
 from src.metrics.agreement import count_pairs, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference
 from src.metrics.code import pass_at_k

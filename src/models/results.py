@@ -2,14 +2,17 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import all_gather_object, is_initialized
 
 from src.adapters.peft_files import Adapter
-from src.data.suites import EvaluationData, Suite
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
+from src.errors import InputError
 from src.files import write_json, write_text
 from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
@@ -94,9 +97,20 @@ class Results:
                 found = [graded_answer(suite, row, record, verdict) for row, record, verdict in graded]
             self.graded[model, number] = found
 
-    def _shared(self, values: Sequence[Any], count: int) -> list[Any]:
-        """Values of all processes, each of which computed every so-manieth one, in order."""
-        parts = self._gathered(list(values))
+    def _shared(self, compute: Callable[[], Sequence[Any]], count: int) -> list[Any]:
+        """Values of all processes, each of which computes every so-manieth one, in order.
+
+        What stops one process stops all: the others would wait for it for ever.
+        """
+        mine: Any
+        try:
+            mine = list(compute())
+        except InputError as error:
+            mine = error
+        parts = self._gathered(mine)
+        for part in parts:
+            if isinstance(part, InputError):
+                raise part
         return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
     def _verdicts(self, suite: Suite, records: Sequence[Record], device: str) -> list[Judgement | None]:
@@ -104,7 +118,8 @@ class Results:
             return [None] * len(records)
         mine = range(self.rank, len(records), self.world_size)
         rows = self.data.rows[suite.name]
-        found = judged(
+        verdicts = partial(
+            judged,
             suite.judge,
             [rows[i].prompt for i in mine],
             [records[i]["answer"] for i in mine],
@@ -112,7 +127,7 @@ class Results:
             device=device,
             part=str(self.rank),
         )
-        return self._shared(found, len(records))
+        return self._shared(verdicts, len(records))
 
     def _outcomes(self, suite: Suite, records: Sequence[Record], allow: bool) -> list[dict[str, str]]:
         """How the program of each sample ended."""
@@ -127,7 +142,7 @@ class Results:
             row = encoded[i].row
             programs.append([program(row.prompt, records[i]["answer"], row.test, row.entry_point)])
         store = Verdicts(self.output / FOLDER, "programs", str(self.rank))
-        return self._shared(store.mapped(programs, ending), len(records))
+        return self._shared(lambda: store.mapped(programs, ending), len(records))
 
     def write_metrics(
         self, base: Mapping[str, str], models: Mapping[str, Adapter | None], settings: Mapping[str, Any]

@@ -8,8 +8,8 @@ import torch
 
 from src.data.batches import Batch
 from src.data.chat import Encoded
+from src.data.suite import Suite
 from src.data.suite_tokens import SuiteTokens
-from src.data.suites import Suite
 from src.models.choices import letter_scores
 from src.models.generation import Choose, greedy, likeliest, sampler
 from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack
