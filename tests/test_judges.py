@@ -32,13 +32,14 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append(body["messages"][0]["content"])
+                question = body["messages"][0]["content"]
+                outer.seen.append(question)
                 outer.keys.append(self.headers.get("Authorization"))
                 bad = outer.left > 0
                 outer.left -= bad
                 self.send_response(int(outer.failure) if bad and outer.failure.isdigit() else 200)
                 self.end_headers()
-                reply = "Yes." if "Step" in outer.seen[-1] else "no, it does not"
+                reply = "Yes." if "Step" in question else "no, it does not"
                 text = json.dumps({"choices": [{"message": {"content": reply}}]})
                 if bad and not outer.failure.isdigit():
                     text = outer.failure
