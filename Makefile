@@ -14,7 +14,8 @@ FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/
 FISHER := $(addprefix src/,models/fisher.py fisher/scores.py fisher/labels.py fisher/lowrank.py fisher/files.py \
 	adapters/basis.py adapters/attach.py adapters/pairs.py)
 MERGE := $(wildcard src/merge/*.py src/gevp/*.py) $(addprefix src/adapters/,basis.py pairs.py peft_files.py)
-TEST := $(wildcard src/metrics/*.py) src/models/evaluation.py src/models/generation.py
+TEST := $(wildcard src/metrics/*.py src/judges/*.py) $(addprefix src/,data/suite.py data/suites.py data/suite_tokens.py \
+	data/schedule.py models/evaluation.py models/generation.py models/steps.py models/grading.py models/results.py)
 REPORT := $(wildcard src/report/*.py)
 
 UTILITY := $(DEMO)/utility/adapter_config.json
