@@ -101,7 +101,10 @@ def suite_summary(
         summary["perplexity"] = perplexity.summary()
     for name in (*MEANS, *(f"pass@{k}" for k in suite.k)):
         if name in records[0]:
-            summary[name] = bootstrap([record[name] for record in records]).as_dict()
+            values = [record[name] for record in records]
+            # One sample a row is passed or not: resampling says nothing where all are equal, Wilson's interval does.
+            whole = name != "rouge_l" and suite.samples == 1
+            summary[name] = share(round(sum(values)), len(values)) if whole else bootstrap(values).as_dict()
     return summary | _counts(records)
 
 
