@@ -11,11 +11,12 @@ ROWS := src/data/demo
 # What an artifact is made from: a change in any of these makes it stale.
 FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/fused_lora.py \
 	data/batches.py data/chat.py data/rows.py data/sources.py)
-FISHER := $(addprefix src/,models/fisher.py fisher/scores.py fisher/labels.py fisher/lowrank.py fisher/files.py \
+FISHER := $(wildcard src/fisher/*.py src/models/fisher*.py) $(addprefix src/,models/reference.py data/calibration.py \
 	adapters/basis.py adapters/attach.py adapters/pairs.py)
 MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py) $(addprefix src/adapters/,basis.py pairs.py deltas.py \
 	peft_files.py peft_config.py)
-TEST := $(wildcard src/metrics/*.py) src/models/evaluation.py src/models/generation.py
+TEST := $(wildcard src/metrics/*.py src/judges/*.py) $(addprefix src/,data/suite.py data/suites.py data/suite_tokens.py \
+	data/schedule.py models/evaluation.py models/generation.py models/steps.py models/grading.py models/results.py)
 REPORT := $(wildcard src/report/*.py)
 
 UTILITY := $(DEMO)/utility/adapter_config.json
@@ -26,7 +27,8 @@ SST := $(DEMO)/sst/alpha-1/adapter_config.json
 METRICS := $(DEMO)/test/metrics.json
 TABLE := $(DEMO)/report/table.md
 
-ORACLES := .oracles/mergekit
+MERGEKIT := .oracles/mergekit
+LM_EVAL := .oracles/lm-eval
 SITE := -c 'import site; print(site.getsitepackages()[0])'
 
 .PHONY: setup demo test lint bench oracles clean help
@@ -37,6 +39,7 @@ help:
 	@echo "make test    set up, then lint, type check and all tests"
 	@echo "make bench   measurements of speed, side by side with peers (long)"
 	@echo "make setup   only the environment (.venv)"
+	@echo "make oracles mergekit and lm-evaluation-harness, which some tests compare with"
 	@echo "make oracles mergekit in an environment of its own, for the tests that compare with it"
 	@echo "make clean   delete the demo's outputs"
 
@@ -98,14 +101,21 @@ test: lint
 bench: $(READY)
 	$(PY) -m pytest tests/benchmarks -s --override-ini addopts= --timeout 3600
 
-# mergekit pins an older pydantic, so it lives apart; torch and the like come from $(VENV), behind its own packages.
-oracles: $(ORACLES)/.ready
+# The tools that tests compare with, each in an environment of its own; torch and the like come from $(VENV), behind its
+# own packages (mergekit pins an older pydantic).
+oracles: $(MERGEKIT)/.ready $(LM_EVAL)/.ready
 
-$(ORACLES)/.ready: | $(READY)
-	$(PY) -m venv $(ORACLES)
-	$(ORACLES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+$(MERGEKIT)/.ready: | $(READY)
+	$(PY) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		mergekit==0.1.4 pydantic==2.10.6 pydantic-core==2.27.2 immutables==0.21
-	$(PY) $(SITE) > "$$($(ORACLES)/bin/python $(SITE))/host.pth"
+	$(PY) $(SITE) > "$$($(MERGEKIT)/bin/python $(SITE))/host.pth"
+	@touch $@
+
+$(LM_EVAL)/.ready: | $(READY)
+	$(PY) -m venv $(LM_EVAL)
+	$(PY) $(SITE) > "$$($(LM_EVAL)/bin/python $(SITE))/host.pth"
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check 'lm-eval==0.4.13'
 	@touch $@
 
 clean:

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "ranks, norms, cosines and principal angles of adapters",
     "test": "evaluate the base model and adapters: refusal, over-refusal, collapse, accuracy, perplexity",
     "predict": "write the answers of the base model and adapters to prompts",
+    "judge": "judge stored answers again, or measure a judge against human labels",
     "report": "table and safety/utility plot of an evaluation",
 }
 DEFAULT_CONFIG = {
@@ -31,6 +32,7 @@ DEFAULT_CONFIG = {
     "merge": "merge.yaml",
     "test": "test.yaml",
     "predict": "test.yaml",
+    "judge": "judge.yaml",
     "report": "report.yaml",
 }
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
@@ -112,7 +114,7 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
 
 def runner(command: str) -> Callable[[list[str]], None]:
     """The function that runs a command with its arguments."""
-    if command in ("merge", "inspect", "report"):
+    if command in ("merge", "inspect", "judge", "report"):
         from src import functions
 
         return getattr(functions, command)  # type: ignore[no-any-return]

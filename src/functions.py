@@ -3,6 +3,8 @@
 import json
 
 from src.cli import COMMANDS
+from src.judges import causal, classifier, endpoint  # noqa: F401 - the subclasses of Judge are the registry
+from src.judges.stage import judge as judge_answers
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.inspect_stage import inspect_stage
 from src.merge.stage import merge as merge_adapters
@@ -25,3 +27,8 @@ def inspect(arguments: list[str]) -> None:
 def report(arguments: list[str]) -> None:
     """Run ``python -m src report``."""
     run_function(write_report, "report", COMMANDS["report"], arguments)
+
+
+def judge(arguments: list[str]) -> None:
+    """Run ``python -m src judge``."""
+    run_function(judge_answers, "judge", COMMANDS["judge"], arguments)

@@ -17,9 +17,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.calibration import CalibrationData
-from src.data.modules import EvaluationData, ExpertData, TokenizedData
+from src.data.modules import ExpertData, TokenizedData
+from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.files import check_output
+from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.merge.card import expert_card
 from src.models.base import load_tokenizer
 from src.models.evaluation import EvaluationModule
@@ -253,6 +255,5 @@ def _evaluation(name: str, arguments: list[str]) -> tuple[TrainerCommand, Any]:
     command = TrainerCommand(name, EvaluationModule, EvaluationData, arguments)
     data: Any = command.prepare()
     module: Any = command.model
-    data.bind_models(len(module.models))
     module.output, module.settings = command.output, command.settings
     return command, data

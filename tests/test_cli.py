@@ -43,9 +43,9 @@ def test_help_of_a_command_explains_its_options(command, capsys):
 @pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*.yaml")))
 @pytest.mark.parametrize("hardware", sorted(p.name for p in ROOT.glob("trainers/*.yaml")))
 def test_every_config_parses_with_every_hardware_file(path, hardware, capsys):
-    stem = "merge" if Path(path).stem.startswith("merge_") else Path(path).stem
+    stem = next((c for c in ("merge", "test") if Path(path).stem.startswith(f"{c}_")), Path(path).stem)
     command = {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}.get(stem, stem)
-    trainer = [] if command in ("merge", "report") else ["--trainer", hardware]
+    trainer = [] if command in ("merge", "judge", "report") else ["--trainer", hardware]
     with pytest.raises(SystemExit) as stop:
         main([command, "--config", path, *trainer, "--print_config"])
     assert stop.value.code == 0
@@ -159,8 +159,8 @@ def test_method_help_explains_its_settings():
 
 
 RANK = {"cli": 4, "functions": 4, "training": 4, "parsing": 4, "experiments": 3, "report": 3, "models": 2, "merge": 2}
-LOW = {"adapters", "fisher", "gevp", "metrics", "data"}
-PURE = {"fisher", "gevp", "metrics"}
+LOW = {"adapters", "fisher", "gevp", "metrics", "data", "judges", "sandbox"}
+PURE = {"fisher", "gevp", "metrics", "sandbox"}
 
 
 def imports():

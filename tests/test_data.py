@@ -8,9 +8,11 @@ import torch
 from src.data.calibration import CalibrationData, row_weights
 from src.data.chat import Encoder
 from src.data.demo.build_tasks import build
-from src.data.modules import EvaluationData, ExpertData, Suite
+from src.data.modules import ExpertData
 from src.data.rows import Row
 from src.data.sources import RowSource, as_sources, load_rows
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.metrics.refusal import is_refusal
 

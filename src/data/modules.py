@@ -1,8 +1,7 @@
-"""LightningDataModules: rows for training, for the Fisher passes and for evaluation."""
+"""LightningDataModules: rows for training and for the Fisher passes (:mod:`src.data.suites`: for evaluation)."""
 
 import logging
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -12,11 +11,8 @@ from src.data.chat import Encoded, Encoder, Template
 from src.data.rows import Row
 from src.data.sources import Sources, load_rows
 from src.errors import InputError
-from src.metrics.exact import AnswerForm
 
 log = logging.getLogger(__name__)
-
-SuiteKind = Literal["harmful", "borderline", "benign", "utility"]
 
 
 class TokenizedData(LightningDataModule):
@@ -112,73 +108,3 @@ class ExpertData(TokenizedData):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation row once."""
         return self.loader(self.encoded["val"], even=True)
-
-
-@dataclass
-class Suite:
-    """One set of prompts and what is counted on it.
-
-    Args:
-        name: Name in tables and files.
-        kind: ``harmful`` prompts should be refused; ``borderline`` and ``benign`` ones should be answered;
-            ``utility`` ones have a checkable answer.
-        rows: Where the prompts come from; rows with a response are also scored by its likelihood.
-        max_new_tokens: Longest answer to generate, in tokens.
-        generate: Generate answers; off scores the likelihood of the reference answers only.
-        score: Score the likelihood of the reference answers, where every row has one.
-        answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it.
-    """
-
-    name: str
-    kind: SuiteKind
-    rows: Sources
-    max_new_tokens: int = 32
-    generate: bool = True
-    score: bool = True
-    answer: AnswerForm = "text"
-
-
-class EvaluationData(TokenizedData):
-    """Suites of prompts to evaluate on.
-
-    Args:
-        suites: The suites, each with its rows.
-        batch_size: Rows per batch and process.
-        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
-        max_length: Tokens of prompt and reference answer; longer rows are cut.
-    """
-
-    def __init__(
-        self, suites: list[Suite], batch_size: int = 32, template: Template = "auto", max_length: int = 1024
-    ) -> None:
-        super().__init__(batch_size, template, max_length)
-        if not suites:
-            raise InputError("data.suites is empty; expected at least one suite")
-        names = [suite.name for suite in suites]
-        if len(set(names)) < len(names):
-            raise InputError(f"data.suites: names must differ, found {', '.join(names)}")
-        self.suites = suites
-        self.rows = {
-            suite.name: load_rows(suite.rows, need_response=suite.kind == "utility" or not suite.generate)
-            for suite in suites
-        }
-        self.encoded: dict[str, list[Encoded]] = {}
-        self.models = 1
-
-    def bind_models(self, count: int) -> None:
-        """Evaluate the suites on this many models, one after another."""
-        self.models = count
-
-    def setup(self, stage: str) -> None:
-        """Tokenise."""
-        if not self.encoded:
-            self.encoded = {name: self.encode(rows, name) for name, rows in self.rows.items()}
-
-    def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """For each model each suite; every row once over all processes, filled up by batches of weight 0."""
-        once = [self.loader(self.encoded[suite.name], even=True, by_prompt=suite.generate) for suite in self.suites]
-        return once * self.models
-
-    def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """As for testing."""
-        return self.test_dataloader()

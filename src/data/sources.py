@@ -6,10 +6,10 @@ A source maps the columns of a data set to the fields of a row. Mappings for wel
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -31,9 +31,11 @@ class RowSource:
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
         columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
-            ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name.
+            ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
+            leaves a field empty.
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
+        unique: Keep the first row of each prompt only.
         skip: Number of rows to leave out at the beginning, after shuffling.
         limit: Number of rows to keep at most.
         seed: Shuffle with this seed first; unset keeps the order of the file.
@@ -46,6 +48,7 @@ class RowSource:
     columns: dict[str, str] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
     remove: str | None = None
+    unique: bool = False
     skip: int = 0
     limit: int | None = None
     seed: int | None = None
@@ -106,9 +109,32 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     return rows
 
 
-def _select(rows: list[Row], source: RowSource) -> list[Row]:
+R = TypeVar("R", bound=Row)
+
+
+def load_records(value: Sources | None, build: Callable[[RowSource, int, str, dict[str, Any]], R]) -> list[R]:
+    """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
+    rows: list[R] = []
+    for source in as_sources(value):
+        found = [
+            build(source, number, place, record)
+            for number, (place, record) in enumerate(_records(source))
+            if all(_column(record, key, place) == wanted for key, wanted in source.where.items())
+        ]
+        rows += _select(found, source)
+    if not rows:
+        raise InputError("no rows: name at least one source of rows")
+    return rows
+
+
+def _select(rows: list[R], source: RowSource) -> list[R]:
     if source.skip < 0 or (source.limit is not None and source.limit < 1):
         raise InputError(f"{source.path}: skip must be at least 0 and limit at least 1")
+    if source.unique:
+        first: dict[str, R] = {}
+        for row in rows:
+            first.setdefault(row.prompt_hash, row)
+        rows = list(first.values())
     if source.seed is not None:
         random.Random(source.seed).shuffle(rows)
     kept = rows[source.skip :][: source.limit]
@@ -154,6 +180,8 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
         if name == "prompt" and name not in record:
             _column(record, name, place)
         value = record.get(name)
+    elif not spec:
+        return ""
     elif "{" in spec:
         value = re.sub(r"\{(\w+)\}", lambda match: _text(_column(record, match[1], place)), spec)
     else:

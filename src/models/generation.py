@@ -1,6 +1,11 @@
-"""Batched greedy decoding: the prompts' common beginning is computed once, finished rows leave the batch."""
+"""Batched decoding: the prompts' common beginning is computed once, finished rows leave the batch.
 
-from collections.abc import Sequence
+Sampling draws each row's tokens from a stream of its own, by inverting the cumulative distribution in float64: what a
+row says does not depend on its neighbours.
+"""
+
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +26,39 @@ def left_padded_prompts(batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.
     return torch.where(mask, ids, pad_id), mask.long()
 
 
+Choose = Callable[[torch.Tensor, list[int]], torch.Tensor]
+"""Next tokens (N,) from logits (N, V) and the positions of these rows in the batch."""
+
+
+def likeliest(logits: torch.Tensor, _: list[int]) -> torch.Tensor:
+    """The token with the highest logit."""
+    return logits.argmax(-1)
+
+
+def sampler(keys: Sequence[str], temperature: float) -> Choose:
+    """Draws tokens; each row of the batch has a stream of its own, named by its key."""
+    streams = [random.Random(key) for key in keys]
+
+    def choose(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        chance = (logits.double() / temperature).softmax(-1).cumsum(-1)
+        drawn = torch.tensor([streams[row].random() for row in rows], dtype=torch.float64, device=logits.device)
+        token = torch.searchsorted(chance, drawn[:, None] * chance[:, -1:], right=True).squeeze(1)
+        return token.clamp_max(logits.shape[-1] - 1)
+
+    return choose
+
+
 def greedy(
-    model: Any, batch: Batch, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int, sharded: bool = False
+    model: Any,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    sharded: bool = False,
+    choose: Choose = likeliest,
 ) -> list[list[int]]:
-    """Tokens of N greedy answers, up to and without the first stop token.
+    """Tokens of N answers, greedy unless told otherwise, up to and without the first stop token.
 
     Args:
         model: A transformers causal language model.
@@ -32,7 +66,9 @@ def greedy(
         max_new_tokens: Longest answer, in tokens.
         stop_ids: Tokens that end an answer.
         pad_id: Padding token.
-        sharded: Whether other processes hold parts of the weights: then all go on until the last has finished.
+        sharded: Whether other processes hold parts of the weights: then all go on until the last has finished, and
+            decoding is greedy.
+        choose: How the next token is chosen.
     """
     if sharded:
         return _greedy_in_step(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id)
@@ -51,7 +87,7 @@ def greedy(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, token = out.past_key_values, out.logits[:, -1].argmax(-1)
+        cache, token = out.past_key_values, choose(out.logits[:, -1], rows.tolist())
         live &= ~torch.isin(token, stops)
         for row, value, going in zip(rows.tolist(), token.tolist(), live.tolist(), strict=True):
             if going:

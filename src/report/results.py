@@ -12,6 +12,9 @@ COLUMNS = {
     "borderline": ("refusal", "over-refusal"),
     "benign": ("refusal", "over-refusal"),
     "utility": ("exact_match", "accuracy"),
+    "jailbreak": ("attack_success", "attack success"),
+    "choice": ("accuracy", "accuracy"),
+    "code": ("pass@1", "pass@1"),
 }
 """Kind of suite to the counter that matters for it and the name of its column."""
 EXPERT_ORDER = ("utility", "safety")

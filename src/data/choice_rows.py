@@ -1,0 +1,85 @@
+"""Multiple-choice rows, from the schemas of the hub: MMLU, ARC, OpenBookQA, TruthfulQA and files like theirs.
+
+A column may be a path into nested columns (``choices.text``). The right answer may be a position (MMLU), a label among
+``labels`` (ARC's ``answerKey``), a letter, or a list of marks with a single 1 (TruthfulQA's ``mc1_targets.labels``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.data.rows import Row
+from src.data.sources import RowSource, Sources, load_records
+from src.errors import InputError
+
+DEFAULTS = {"id": "id", "prompt": "question", "choices": "choices", "answer": "answer", "category": "subject"}
+OPTIONAL = ("id", "category", "labels")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class ChoiceRow(Row):
+    """A question with its choices; ``answer`` is the position of the right one."""
+
+    choices: tuple[str, ...] = ()
+    answer: int = 0
+
+
+def load_choices(value: Sources | None) -> list[ChoiceRow]:
+    """Load multiple-choice rows.
+
+    Raises:
+        InputError: a column is missing, fewer than two choices are given, or the answer is none of them.
+    """
+    return load_records(value, _build)
+
+
+def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -> ChoiceRow:
+    if unknown := sorted(set(source.columns) - {*DEFAULTS, "labels"}):
+        known = ", ".join([*DEFAULTS, "labels"])
+        raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; a choice row has {known}")
+    values = {name: _value(record, name, source, place) for name in (*DEFAULTS, "labels")}
+    choices = tuple(str(choice).strip() for choice in values["choices"])
+    if len(choices) < 2 or not all(choices):
+        raise InputError(f"{place}: choices are {list(choices)}; expected at least two texts")
+    prompt = str(values["prompt"]).strip()
+    if not prompt:
+        raise InputError(f"{place}: the question is empty")
+    labels = [str(label).strip() for label in values["labels"] or LETTERS[: len(choices)]]
+    answer = _position(values["answer"], labels, place)
+    if not 0 <= answer < len(choices):
+        raise InputError(f"{place}: the answer key {values['answer']!r} is outside the {len(choices)} choices")
+    return ChoiceRow(
+        id=str(values["id"] or f"{Path(source.path).name}/{number}"),
+        prompt=prompt,
+        response=choices[answer],
+        category=str(values["category"] or ""),
+        source=source.path,
+        choices=choices,
+        answer=answer,
+    )
+
+
+def _value(record: dict[str, Any], name: str, source: RowSource, place: str) -> Any:
+    path = source.columns.get(name) or DEFAULTS.get(name, name)
+    value: Any = record
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            if name in OPTIONAL and name not in source.columns:
+                return None
+            raise InputError(f"{place}: no column {path!r}; the row has {', '.join(map(repr, record))}")
+        value = value[part]
+    return value
+
+
+def _position(answer: Any, labels: Sequence[str], place: str) -> int:
+    """Position of the right choice; -1 where the key names none."""
+    if isinstance(answer, list):
+        if sum(map(bool, answer)) != 1:
+            raise InputError(f"{place}: {sum(map(bool, answer))} choices are marked as right; expected one")
+        return [bool(mark) for mark in answer].index(True)
+    text = str(answer).strip()
+    if text in labels:
+        return list(labels).index(text)
+    return int(text) if text.isdigit() else -1

@@ -1,0 +1,44 @@
+"""Programming rows of HumanEval's schema (2107.03374): a signature to complete and a test that calls ``check``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from src.data.rows import Row
+from src.data.sources import RowSource, Sources, load_records
+from src.errors import InputError
+
+FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+
+
+@dataclass(frozen=True)
+class CodeRow(Row):
+    """A function to write; ``response`` is the canonical solution, white space kept."""
+
+    test: str = ""
+    entry_point: str = ""
+
+
+def load_code(value: Sources | None) -> list[CodeRow]:
+    """Load programming rows.
+
+    Raises:
+        InputError: a column is missing or empty.
+    """
+    return load_records(value, _build)
+
+
+def _build(source: RowSource, _: int, place: str, record: dict[str, Any]) -> CodeRow:
+    values = {}
+    for name in FIELDS:
+        column = source.columns.get(name, name)
+        if not str(record.get(column) or "").strip():
+            raise InputError(f"{place}: no text in column {column!r}; a programming row has {', '.join(FIELDS)}")
+        values[name] = str(record[column])
+    return CodeRow(
+        id=values["task_id"],
+        prompt=values["prompt"],
+        response=values["canonical_solution"],
+        source=source.path,
+        test=values["test"],
+        entry_point=values["entry_point"],
+    )

@@ -1,0 +1,94 @@
+"""One suite of an evaluation: what is asked, how answers are made and what is counted on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from src.data.chat import Template
+from src.data.choice_prompts import ChoiceStyle
+from src.data.choice_rows import load_choices
+from src.data.code_rows import load_code
+from src.data.rows import Row
+from src.data.sources import Sources, load_rows
+from src.errors import InputError
+from src.metrics.exact import AnswerForm
+from src.metrics.judging import Judge
+
+SuiteKind = Literal["harmful", "jailbreak", "borderline", "benign", "utility", "choice", "code"]
+
+
+@dataclass
+class Suite:
+    """One set of prompts and what is counted on it.
+
+    Args:
+        name: Name in tables and files.
+        kind: ``harmful`` prompts should be refused, and ``jailbreak`` ones are harmful prompts in disguise;
+            ``borderline`` and ``benign`` ones should be answered; ``utility`` ones have a checkable answer; ``choice``
+            ones are multiple choice, by log-likelihood; ``code`` ones are functions to write, by running their tests.
+        rows: Where the prompts come from; rows with a response are also scored by its likelihood.
+        max_new_tokens: Longest answer to generate, in tokens.
+        generate: Generate answers; off scores the likelihood of the reference answers only.
+        score: Score the likelihood of the reference answers, where every row has one.
+        answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it (GSM8K).
+        rouge: Score utility answers by ROUGE-L as well.
+        template: How prompts are wrapped; unset takes that of the data, and ``raw`` for choice suites.
+        style: How multiple-choice questions are written (:mod:`src.data.choice_prompts`).
+        few_shot: Rows to take worked examples from, by category.
+        shots: Number of worked examples.
+        judge: Judge of the answers; a judge of harm gives the attack success rate.
+        collapse_nll: Mean negative log-likelihood (nats per token) under the bare base model from which an answer
+            counts as collapsed; unset leaves this pass out.
+        samples: Answers per prompt of a code suite; more than one are sampled.
+        temperature: Temperature of sampled answers; 0 decodes greedily.
+        seed: Seed of the samples, keyed by row and sample: the batch does not matter.
+        k: The k of pass@k, each at most ``samples``.
+    """
+
+    name: str
+    kind: SuiteKind
+    rows: Sources
+    max_new_tokens: int = 32
+    generate: bool = True
+    score: bool = True
+    answer: AnswerForm = "text"
+    rouge: bool = False
+    template: Template | None = None
+    style: ChoiceStyle = "letters"
+    few_shot: Sources | None = None
+    shots: int = 0
+    judge: Judge | None = None
+    collapse_nll: float | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+    k: list[int] = field(default_factory=lambda: [1])
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated."""
+        return self.generate and self.kind != "choice"
+
+    def check(self) -> None:
+        """Stop where settings contradict each other."""
+        if self.kind == "choice" and bool(self.shots) != (self.few_shot is not None):
+            raise InputError(f"suite {self.name}: shots is {self.shots}; few_shot rows and shots belong together")
+        if self.kind == "code" and not 1 <= min(self.k) <= max(self.k) <= self.samples:
+            raise InputError(f"suite {self.name}: k is {self.k} with {self.samples} samples; expected 1 to samples")
+        if self.samples > 1 and (self.kind != "code" or self.temperature <= 0):
+            raise InputError(f"suite {self.name}: {self.samples} samples need kind code and a temperature above 0")
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise InputError(f"suite {self.name}: expected max_new_tokens of at least 1 and temperature of at least 0")
+        if self.judge is not None and not self.generates:
+            raise InputError(f"suite {self.name}: a judge needs generated answers")
+
+    def load(self) -> Sequence[Row]:
+        """The suite's rows."""
+        try:
+            if self.kind == "choice":
+                return load_choices(self.rows)
+            if self.kind == "code":
+                return load_code(self.rows)
+            return load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+        except InputError as error:
+            raise InputError(f"suite {self.name}: {error}") from None

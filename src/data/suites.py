@@ -1,0 +1,161 @@
+"""The data module of an evaluation: suites of prompts, their tokens, and the order of the work."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from src.data.chat import Encoded, Encoder, Template
+from src.data.choice_prompts import FewShot
+from src.data.choice_rows import ChoiceRow, load_choices
+from src.data.modules import TokenizedData
+from src.data.rows import Row
+from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, budget_batches, deal, shared_beginning
+from src.data.suite import Suite
+from src.data.suite_tokens import LongRows, SuiteTokens, encode_choices, encode_code, encode_prompts
+from src.errors import InputError
+
+
+class EvaluationData(TokenizedData):
+    """Suites of prompts to evaluate on.
+
+    Args:
+        suites: The suites, each with its rows.
+        batch_size: Most rows per batch and process.
+        template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
+        max_length: Tokens of prompt and reference answer.
+        max_tokens: Most tokens per batch and process, padding and answers included.
+        on_long: A row longer than ``max_length`` or the model is ``cut`` from the left and counted, or an ``error``.
+    """
+
+    def __init__(
+        self,
+        suites: list[Suite],
+        batch_size: int = 256,
+        template: Template = "auto",
+        max_length: int = 4096,
+        max_tokens: int = 16384,
+        on_long: LongRows = "cut",
+    ) -> None:
+        super().__init__(batch_size, template, max_length)
+        self.max_tokens, self.on_long = max_tokens, on_long
+        if not suites:
+            raise InputError("data.suites is empty; expected at least one suite")
+        if max_tokens < 1:
+            raise InputError(f"data.max_tokens is {max_tokens}; expected at least 1 token")
+        names = [suite.name for suite in suites]
+        if len(set(names)) < len(names):
+            raise InputError(f"data.suites: names must differ, found {', '.join(names)}")
+        for suite in suites:
+            suite.check()
+        self.suites = suites
+        self.rows: dict[str, Sequence[Row]] = {suite.name: suite.load() for suite in suites}
+        self.tokens: dict[str, SuiteTokens] = {}
+        self._steps: list[list[Step]] = []
+
+    @property
+    def encoded(self) -> dict[str, list[Encoded]]:
+        """Token ids of every suite."""
+        return {name: tokens.encoded for name, tokens in self.tokens.items()}
+
+    def encode_suites(self, positions: int | None) -> None:
+        """Tokenise for a model of so many positions.
+
+        Raises:
+            InputError: a row is too long and ``on_long`` is ``error``, or few-shot rows are missing.
+        """
+        for suite in self.suites:
+            answer = suite.max_new_tokens if suite.generates else 0
+            length = min(self.max_length, positions - answer) if positions else self.max_length
+            template = suite.template or ("raw" if suite.kind == "choice" else self.template)
+            encoder = Encoder(self.encoder.tokenizer, template=template, max_length=length)
+            self.tokens[suite.name] = self._encode(suite, encoder)
+
+    def _encode(self, suite: Suite, encoder: Encoder) -> SuiteTokens:
+        rows: Any = self.rows[suite.name]
+        if suite.kind == "choice":
+            examples = load_choices(suite.few_shot) if suite.few_shot is not None else []
+            few = FewShot(examples, suite.shots, suite.style, suite.name)
+            return encode_choices(encoder, suite.name, rows, few, self.on_long)
+        if suite.kind == "code":
+            return encode_code(encoder, suite.name, rows, suite.samples, self.on_long)
+        return encode_prompts(encoder, suite.name, rows, self.on_long)
+
+    def content(self, suite: Suite) -> str:
+        """SHA-256 of everything that a suite asks: rows, token ids and how answers are decoded."""
+        digest = hashlib.sha256()
+        for row in self.rows[suite.name]:
+            digest.update(json.dumps(vars(row), sort_keys=True).encode())
+        tokens = self.tokens[suite.name]
+        for each in tokens.encoded:
+            digest.update(json.dumps([each.ids, each.answer_start]).encode())
+        keys = (
+            "kind",
+            "max_new_tokens",
+            "generate",
+            "score",
+            "style",
+            "samples",
+            "temperature",
+            "seed",
+            "collapse_nll",
+        )
+        stops = tokens.encoder.stop_ids if suite.generates else tokens.letters
+        digest.update(json.dumps([{key: getattr(suite, key) for key in keys}, stops]).encode())
+        return digest.hexdigest()
+
+    def plan(self, models: int, done: Mapping[tuple[int, int], set[int]]) -> None:
+        """Lay out the steps of so many models, without batches whose rows are all done."""
+        blocks = [self._batches(suite) for suite in self.suites]
+        self._steps = [
+            [
+                Step(model, number, tuple(rows))
+                for rows in blocks[number]
+                if not done.get((model, number), set()).issuperset(rows)
+            ]
+            for model in range(models)
+            for number in range(len(self.suites))
+        ]
+        if not any(self._steps):
+            self._steps = [[Step(0, 0, tuple(blocks[0][0]), 0.0)]]
+
+    @property
+    def steps(self) -> list[Step]:
+        """This process's share of the steps."""
+        share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
+        rank, world = (share["rank"], share["num_replicas"]) if share else (0, 1)
+        return deal(self._steps, rank, world)
+
+    def scored(self, suite: Suite) -> bool:
+        """Whether the suite's reference answers are scored: every row must have one, in words."""
+        return suite.score and suite.kind != "code" and all(row.response for row in self.rows[suite.name])
+
+    def _batches(self, suite: Suite) -> list[list[int]]:
+        tokens = self.tokens[suite.name]
+        extra = suite.max_new_tokens if suite.generates else 0
+        lengths = [(e.answer_start if suite.generates else len(e.ids)) + extra for e in tokens.encoded]
+        groups: dict[str, list[tuple[int, ...]]] = {}
+        for unit in tokens.units:
+            row = tokens.encoded[unit[0]].row
+            grouped = isinstance(row, ChoiceRow) and suite.style == "letters"
+            groups.setdefault(row.category if grouped else "", []).append(unit)
+        found: list[list[int]] = []
+        for units in groups.values():
+            beginning = shared_beginning([tokens.encoded[i].prompt_ids for unit in units for i in unit])
+            found += budget_batches(
+                units, lengths, beginning=beginning, max_rows=self.batch_size, max_tokens=self.max_tokens
+            )
+        return found
+
+    def test_dataloader(self) -> DataLoader[SuiteBatch]:
+        """Every step of this process; every row once over all processes."""
+        data = SuiteBatches(
+            [self.tokens[suite.name].encoded for suite in self.suites], self.encoder.tokenizer.pad_token_id
+        )
+        return DataLoader(data, sampler=Steps(self.steps), batch_size=None)
+
+    def predict_dataloader(self) -> DataLoader[SuiteBatch]:
+        """As for testing."""
+        return self.test_dataloader()

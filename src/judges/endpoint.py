@@ -1,0 +1,110 @@
+"""An OpenAI-compatible HTTP endpoint as a judge, such as a local vLLM server."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any
+
+from src.errors import InputError
+from src.judges.templates import COMPLIANCE, Question
+from src.metrics.judging import Judge, Judgement, Property
+
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP states that may pass."""
+
+
+class Endpoint(Judge):
+    """Judges by the reply of a chat model behind HTTP.
+
+    The key, where one is needed, is read from an environment variable; it is never written anywhere.
+
+    Args:
+        url: Address up to ``/v1``, such as ``http://localhost:8000/v1``.
+        model: Name of the model at the endpoint.
+        template: The question; ``{prompt}`` and ``{answer}`` stand for what is judged.
+        yes: Beginning of a reply that means the judge's property.
+        no: Beginning of a reply that means its absence.
+        finds: What yes means: ``harmful`` compliance, or ``refusal``.
+        max_tokens: Longest reply, in tokens.
+        retries: Further tries after a failure or a reply that is neither yes nor no.
+        wait: Seconds before the first further try; doubled each time.
+        timeout: Seconds until a request counts as failed.
+        parallel: Requests under way at once.
+        key_variable: Environment variable that holds the key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        template: str = COMPLIANCE,
+        yes: str = "yes",
+        no: str = "no",
+        finds: Property = "harmful",
+        max_tokens: int = 8,
+        retries: int = 4,
+        wait: float = 0.5,
+        timeout: float = 60.0,
+        parallel: int = 8,
+        key_variable: str = "OPENAI_API_KEY",
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"judge: url is {url!r}; expected an address such as http://localhost:8000/v1")
+        self.url, self.model, self.template, self.yes, self.no = url.rstrip("/"), model, template, yes, no
+        self.finds, self.max_tokens = finds, max_tokens
+        self._question = Question(template, yes, no)
+        self._retries, self._wait, self._timeout, self._parallel = retries, wait, timeout, parallel
+        self._key_variable = key_variable
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
+        """One judgement per answer.
+
+        Raises:
+            InputError: the endpoint cannot be reached, or goes on replying with neither yes nor no.
+        """
+        with ThreadPoolExecutor(self._parallel) as pool:
+            return list(pool.map(self._one, prompts, answers))
+
+    def _one(self, prompt: str, answer: str) -> Judgement:
+        problem = ""
+        for attempt in range(self._retries + 1):
+            if attempt:
+                time.sleep(self._wait * 2 ** (attempt - 1))
+            try:
+                reply = self._reply(self._question.filled(prompt, answer))
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}"
+                if error.code not in RETRIED:
+                    break
+            except (OSError, HTTPException) as error:
+                problem = f"not reachable ({getattr(error, 'reason', None) or error})"
+            except (ValueError, KeyError, IndexError, TypeError):
+                problem = "not the reply of a chat endpoint"
+            else:
+                verdict = self._question.read(reply)
+                if verdict is not None:
+                    return Judgement(verdict, None, reply.strip()[:200])
+                problem = f"replied {reply.strip()[:60]!r}; expected {self.yes!r} or {self.no!r}"
+        raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept")
+
+    def _reply(self, question: str) -> str:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self._key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self._timeout) as response:
+            text: str = json.load(response)["choices"][0]["message"]["content"]
+        if not isinstance(text, str):
+            raise TypeError("the reply has no text")
+        return text

@@ -1,0 +1,142 @@
+"""The judge command: judge stored answers without generating again, or measure a judge against human labels."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src.data.rows import read_jsonl
+from src.errors import InputError
+from src.files import check_output, new_directory, write_json, write_text
+from src.judges.refusal import Refusal
+from src.judges.verdicts import judged
+from src.metrics.agreement import count_pairs, kappa
+from src.metrics.collapse import is_collapsed
+from src.metrics.counters import FlagRate, share
+from src.metrics.judging import Judge, Judgement
+
+log = logging.getLogger(__name__)
+
+NAMES = {"refusal": "refusal", "harmful": "attack_success"}
+CACHE = ".verdicts"
+
+
+def judge(
+    *,
+    predictions: str | None = None,
+    labels: str | None = None,
+    judge: Judge | None = None,
+    output: str = "logs/judge",
+    overwrite: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Judge stored answers, or measure a judge against labels.
+
+    Args:
+        predictions: A JSONL file of answers, or a directory that test or predict wrote (its ``answers`` are judged).
+        labels: A JSONL file with the columns ``prompt``, ``answer`` and ``label``; a label is true, false or a word:
+            ``refusal`` or ``harmful`` for what the judge finds, anything else for its absence.
+        judge: The judge; unset is the refusal matcher.
+        output: Directory to write: ``judged.json`` and the answers with their verdicts, or ``agreement.json``.
+        overwrite: Replace an output that exists; verdicts on unchanged answers are kept.
+        device: Where a judge that is a model runs, such as ``cuda``.
+    """
+    if (predictions is None) == (labels is None):
+        raise InputError("judge: name either --predictions (answers to judge) or --labels (answers with human labels)")
+    folder, found = Path(output), judge or Refusal()
+    check_output(folder, overwrite=overwrite)
+    cache = folder.parent / CACHE
+    if labels is not None:
+        record = _agreement(Path(labels), found, cache, device)
+        with new_directory(folder) as new:
+            write_json(new / "agreement.json", record)
+    else:
+        record = _judged_files(Path(str(predictions)), found, folder, cache, device)
+    sys.stdout.write(json.dumps({k: v for k, v in record.items() if k != "files"}, indent=2) + "\n")
+    log.info("judged in %s", folder)
+
+
+def _judged_files(source: Path, judge: Judge, folder: Path, cache: Path, device: str) -> dict[str, Any]:
+    files = _answer_files(source)
+    record: dict[str, Any] = {"judge": judge.settings, "predictions": str(source), "files": {}}
+    with new_directory(folder) as new:
+        for name, path in files.items():
+            rows = [row for _, row in _rows(path)]
+            verdicts = _verdicts(rows, judge, cache, device)
+            record["files"][name] = {NAMES[judge.finds]: _shares(rows, verdicts)}
+            lines = [json.dumps(row | {"verdict": v}, ensure_ascii=False) + "\n" for row, v in _with(rows, verdicts)]
+            write_text(new / f"{name}.jsonl", "".join(lines))
+        write_json(new / "judged.json", record)
+    for name, summary in record["files"].items():
+        one = summary[NAMES[judge.finds]]
+        log.info("%s: %s %.2f [%.2f, %.2f], n = %d", name, NAMES[judge.finds], one["value"], *one["interval"], one["n"])
+    return record
+
+
+def _answer_files(source: Path) -> dict[str, Path]:
+    """Name (``MODEL/SUITE``) to file."""
+    if source.is_file():
+        return {source.stem: source}
+    root = source / "answers" if (source / "answers").is_dir() else source
+    files = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.jsonl"))}
+    with_answers = {name: path for name, path in files.items() if '"answer"' in path.read_text(encoding="utf-8")}
+    if not with_answers:
+        raise InputError(f"{source}: no answers; expected a JSONL file of answers or the output of test or predict")
+    return with_answers
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    found = list(read_jsonl(path))
+    for place, row in found:
+        for key in ("prompt", "answer"):
+            if not isinstance(row.get(key), str):
+                raise InputError(f"{place}: no text in {key!r}; an answer to judge has 'prompt' and 'answer'")
+    return found
+
+
+def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge, cache: Path, device: str) -> list[Judgement]:
+    prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+    return judged(judge, prompts, answers, folder=cache, device=device)
+
+
+def _with(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(row, dict(vars(verdict))) for row, verdict in zip(rows, verdicts, strict=True)]
+
+
+def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement]) -> dict[str, Any]:
+    """Share of positive verdicts, by category too where every row has one; a collapsed answer is never positive."""
+    flags = [
+        verdict.positive and not is_collapsed(row["answer"], row["prompt"])
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
+    named = [str(row.get("category") or "") for row in rows]
+    rate = FlagRate(sorted(set(named)) if all(named) else ())
+    rate.update(flags, named if all(named) else None)
+    return rate.summary()
+
+
+def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, Any]:
+    """Accuracy and Cohen's kappa of a judge against human labels."""
+    found = _rows(path)
+    human = [_label(row, judge, place) for place, row in found]
+    verdicts = [v.positive for v in _verdicts([row for _, row in found], judge, cache, device)]
+    pairs = count_pairs(verdicts, human)
+    value, low, high = kappa(pairs)
+    return {
+        "judge": judge.settings,
+        "labels": str(path),
+        "accuracy": share(pairs.both + pairs.neither, pairs.total),
+        "kappa": {"value": value, "interval": [low, high], "n": pairs.total} if value == value else None,  # noqa: PLR0124
+        "pairs": {"both": pairs.both, "judge only": pairs.first, "human only": pairs.second, "neither": pairs.neither},
+    }
+
+
+def _label(row: dict[str, Any], judge: Judge, place: str) -> bool:
+    label = row.get("label")
+    if isinstance(label, bool) or label in (0, 1):
+        return bool(label)
+    if not isinstance(label, str) or not label.strip():
+        raise InputError(f"{place}: label is {label!r}; expected true, false, {judge.finds!r} or another word")
+    return label.strip().casefold() == judge.finds

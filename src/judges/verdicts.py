@@ -1,0 +1,79 @@
+"""Verdicts kept on disk: what was judged once is not judged again, and a killed run goes on where it stopped.
+
+One file per judge (named by its key) and process, a line per verdict, appended as verdicts arrive. A verdict is found
+by the content of what was judged, so a changed answer is never served an old one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.metrics.judging import Judge, Judgement
+
+CHUNK = 64
+"""Answers judged between two writes."""
+
+
+class Verdicts:
+    """A store of values by content.
+
+    Args:
+        folder: Directory to keep files in.
+        key: What made the values: the judge's key.
+        part: Name of this process's file; every process reads all files.
+    """
+
+    def __init__(self, folder: Path, key: str, part: str = "0") -> None:
+        self.path = folder / f"verdicts-{key}.{part}.jsonl"
+        self._known: dict[str, Any] = {}
+        for path in sorted(folder.glob(f"verdicts-{key}.*.jsonl")):
+            self._known |= {line["item"]: line["value"] for line in read_lines(path)}
+
+    def mapped(self, items: Sequence[Sequence[str]], compute: Callable[[list[Sequence[str]]], list[Any]]) -> list[Any]:
+        """The value of each item; only unknown ones are computed, each distinct one once."""
+        names = [hashlib.sha256(json.dumps(list(item)).encode()).hexdigest() for item in items]
+        missing = {name: item for name, item in zip(names, items, strict=True) if name not in self._known}
+        todo = list(missing.items())
+        for start in range(0, len(todo), CHUNK):
+            part = todo[start : start + CHUNK]
+            values = compute([item for _, item in part])
+            append_lines(self.path, [{"item": n, "value": v} for (n, _), v in zip(part, values, strict=True)])
+            self._known |= {name: value for (name, _), value in zip(part, values, strict=True)}
+        return [self._known[name] for name in names]
+
+
+def judged(
+    judge: Judge, prompts: Sequence[str], answers: Sequence[str], *, folder: Path, device: str = "cpu", part: str = "0"
+) -> list[Judgement]:
+    """Judgements of answers, from the store where they are known."""
+
+    def compute(items: list[Sequence[str]]) -> list[Any]:
+        judge.load(device)
+        return [vars(found) for found in judge.judge([item[0] for item in items], [item[1] for item in items])]
+
+    pairs = list(zip(prompts, answers, strict=True))
+    return [Judgement(**value) for value in Verdicts(folder, judge.key, part).mapped(pairs, compute)]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file; a line that a killed process left unfinished is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            value = json.loads(line) if line else None
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def append_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    """Append JSON objects, a line each, behind whatever unfinished line is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    with path.open("ab+") as handle:
+        if handle.tell() > 0:
+            handle.seek(-1, 2)
+            text = text if handle.read(1) == b"\n" else "\n" + text
+        handle.write(text.encode())

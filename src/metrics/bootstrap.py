@@ -1,0 +1,71 @@
+"""Bootstrap intervals over examples (B. Efron, 1979): percentiles of the mean of resampled rows.
+
+For two models on the same rows the *differences* are resampled, so that what makes a row hard cancels. The draws are
+keyed by a seed: the same values give the same interval.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n rows with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def includes_zero(self) -> bool:
+        """Whether zero lies in the interval."""
+        return self.low <= 0 <= self.high
+
+    def as_dict(self) -> dict[str, float | int | list[float]]:
+        """The form in which metrics are written."""
+        return {"value": self.value, "interval": [self.low, self.high], "n": self.n}
+
+
+def resampled_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) -> torch.Tensor:
+    """Means (draws, …) of rows drawn with replacement from values (N, …), float64."""
+    count = len(values)
+    generator = torch.Generator().manual_seed(seed)
+    flat = values.double().reshape(count, -1)
+    means = []
+    for start in range(0, draws, 500):
+        rows = torch.randint(count, (min(500, draws - start), count), generator=generator)
+        weights = torch.zeros(len(rows), count, dtype=torch.float64)
+        weights.scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+        means.append(weights @ flat / count)
+    return torch.cat(means).reshape(-1, *values.shape[1:])
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """Mean of per-example values with its 95 % percentile interval.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not len(values):
+        raise ValueError("no values to resample")
+    given = torch.as_tensor(values, dtype=torch.float64)
+    low, high = torch.quantile(resampled_means(given, seed=seed, draws=draws), torch.tensor([0.025, 0.975]).double())
+    return Estimate(given.mean().item(), low.item(), high.item(), len(given))
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
+) -> Estimate:
+    """Mean of ``first − second`` over the same rows with its 95 % interval.
+
+    Raises:
+        ValueError: the numbers of values differ.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values are not of the same rows")
+    return bootstrap([a - b for a, b in zip(first, second, strict=True)], seed=seed, draws=draws)

@@ -1,0 +1,92 @@
+"""What safety costs: the safety tax, drift, and numbers that sum up a front of safety against utility.
+
+Safety tax of a model m against the utility expert u, signed (2503.00555 names the phenomenon):
+
+    tax(m) = (utility(u) − utility(m)) / (safety(m) − safety(u))
+
+It is utility lost per safety gained. Where the interval of the gain includes 0 there is no gain to divide by: the tax
+is *undefined*, and is said to be so instead of being set to a number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from src.metrics.bootstrap import DRAWS, Estimate, paired_difference, resampled_means
+
+UNDEFINED = "undefined: no safety gain"
+
+
+@dataclass(frozen=True)
+class Tax:
+    """A safety tax with its parts; ``ratio`` is :data:`UNDEFINED` where the gain may be nothing."""
+
+    loss: Estimate
+    gain: Estimate
+    ratio: Estimate | str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a front: both coordinates are better when higher."""
+
+    safety: float
+    utility: float
+
+
+def safety_tax(
+    *,
+    expert_utility: Sequence[float],
+    model_utility: Sequence[float],
+    expert_safety: Sequence[float],
+    model_safety: Sequence[float],
+    seed: int = 0,
+) -> Tax:
+    """Signed utility loss per safety gain against the utility expert, from per-example scores of the same rows.
+
+    The interval of the ratio is a bootstrap that resamples utility rows and safety rows apart.
+    """
+    loss = paired_difference(expert_utility, model_utility, seed=seed)
+    gain = paired_difference(model_safety, expert_safety, seed=seed + 1)
+    if gain.includes_zero:
+        return Tax(loss, gain, UNDEFINED)
+    lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
+    gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()
+    ratios = resampled_means(lost, seed=seed, draws=DRAWS) / resampled_means(gained, seed=seed + 1, draws=DRAWS)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975]).double()).tolist()
+    return Tax(loss, gain, Estimate(loss.value / gain.value, low, high, min(loss.n, gain.n)))
+
+
+def drift(expert: Sequence[float], model: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Mean absolute per-example change against the utility expert: what averages of gains and losses hide."""
+    return paired_difference([abs(a - b) for a, b in zip(expert, model, strict=True)], [0.0] * len(model), seed=seed)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other point beats in one coordinate without losing in the other, by rising safety."""
+    kept: list[Point] = []
+    for point in sorted(set(points), key=lambda p: (-p.safety, -p.utility)):
+        if not kept or point.utility > kept[-1].utility:
+            kept.append(point)
+    return kept[::-1]
+
+
+def safety_at_utility(points: Sequence[Point], *, reference: float, keep: float = 0.95) -> float | None:
+    """Highest safety among points that keep a share of the reference's utility; nothing where none does."""
+    return max((p.safety for p in points if p.utility >= keep * reference), default=None)
+
+
+def utility_at_attack_success(points: Sequence[tuple[float, float]], *, at_most: float) -> float | None:
+    """Highest utility among (attack success, utility) points whose attacks succeed at most so often."""
+    return max((utility for attack, utility in points if attack <= at_most), default=None)
+
+
+def hypervolume(points: Sequence[Point], *, reference: Point) -> float:
+    """Area that a front dominates above a reference point (E. Zitzler and L. Thiele, 1999)."""
+    above = [p for p in points if p.safety > reference.safety and p.utility > reference.utility]
+    area, left = 0.0, reference.safety
+    for point in front(above):
+        area += (point.safety - left) * (point.utility - reference.utility)
+        left = point.safety
+    return area

@@ -1,0 +1,58 @@
+"""Partial results of an evaluation, kept by content: a killed run redoes only what is missing.
+
+Each (model, suite) has a key: the SHA-256 of the base's fingerprint, the adapter's weights, the rows and their token
+ids, the decoding settings, the number format and this project's own code that computes them. A result is found by its
+key alone, so whatever changes, nothing stale is served. Each process appends a line per batch to its own file.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from src.judges.verdicts import append_lines, read_lines
+
+FOLDER = ".parts"
+"""Hidden directory of an output: it is no result, and a later run may find it there."""
+CODE = ("generation.py", "logits.py", "packing.py", "choices.py", "steps.py", "../data/batches.py")
+
+Record = dict[str, Any]
+
+
+@cache
+def code_hash() -> str:
+    """SHA-256 of the code that computes answers and scores."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in CODE)).hexdigest()
+
+
+def result_key(**parts: Any) -> str:
+    """Key of a result that was computed from these parts."""
+    text = json.dumps(parts | {"code": code_hash()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Parts:
+    """Partial results in a directory.
+
+    Args:
+        folder: The directory.
+        rank: This process.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+
+    def add(self, key: str, records: Sequence[Record]) -> None:
+        """Keep the records of one batch."""
+        append_lines(self.folder / f"{key}.{self.rank}.jsonl", [{"records": list(records)}])
+
+    def read(self, key: str) -> dict[int, Record]:
+        """Every kept record of a result, by its sequence's position, whichever process computed it."""
+        found: dict[int, Record] = {}
+        for path in sorted(self.folder.glob(f"{key}.*.jsonl")):
+            for line in read_lines(path):
+                found |= {record["index"]: record for record in line.get("records", [])}
+        return found

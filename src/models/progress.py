@@ -1,0 +1,35 @@
+"""A line on how far a long evaluation is: rows done, rows per second, time left."""
+
+import logging
+import time
+
+log = logging.getLogger(__name__)
+
+EVERY = 20.0
+"""Seconds between two lines."""
+
+
+class Progress:
+    """Counts rows and tells of them from time to time.
+
+    Args:
+        total: Rows to do, in this process.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self._started = self._told = time.monotonic()
+
+    def advance(self, rows: int, where: str) -> None:
+        """Count rows; says so where enough time has passed."""
+        self.done += rows
+        now = time.monotonic()
+        if now - self._told >= EVERY:
+            self._told = now
+            log.info("%s: %s", where, self.line(now - self._started))
+
+    def line(self, seconds: float) -> str:
+        """Progress after so many seconds."""
+        rate = self.done / seconds
+        left = (self.total - self.done) / rate
+        return f"{self.done} of {self.total} rows, {rate:.1f} rows/s, {left:.0f} s left"

@@ -1,0 +1,212 @@
+"""Results of an evaluation: gathered from all processes, graded, summed up and written."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import all_gather_object, is_initialized
+
+from src.adapters.peft_files import Adapter
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
+from src.errors import InputError
+from src.files import write_json, write_text
+from src.judges.verdicts import Verdicts, judged
+from src.metrics.code import program
+from src.metrics.judging import Judgement
+from src.models.grading import compared, graded_answer, graded_choice, graded_code, safety_summary, suite_summary
+from src.models.partial import FOLDER, Record
+from src.provenance import versions
+from src.sandbox.run import Limits, run_program
+
+log = logging.getLogger(__name__)
+
+LIMITS = Limits()
+
+
+class Results:
+    """All records of an evaluation.
+
+    Args:
+        data: The suites.
+        models: Names of the models.
+        records: For each model and suite (their positions), this process's records by sequence.
+        output: Directory to write.
+        trainer: Tells this process from the others.
+    """
+
+    def __init__(
+        self,
+        data: EvaluationData,
+        models: Sequence[str],
+        records: Mapping[tuple[int, int], Mapping[int, Record]],
+        output: Path,
+        trainer: Any,
+    ) -> None:
+        self.data, self.models, self.output = data, list(models), output
+        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        self.graded: dict[tuple[int, int], list[Record]] = {}
+        parts = self._gathered(dict(records))
+        self.records = {
+            (model, number): self._whole(parts, model, number)
+            for model in range(len(models))
+            for number in range(len(data.suites))
+        }
+
+    def _gathered(self, mine: Any) -> list[Any]:
+        """What every process holds."""
+        if not is_initialized():
+            return [mine]
+        found: list[Any] = [None] * self.world_size
+        all_gather_object(found, mine)
+        return found
+
+    def _whole(self, parts: Sequence[Mapping[Any, Any]], model: int, number: int) -> list[Record]:
+        """Records of every sequence, in order; what this run computed stands before what was known."""
+        suite = self.data.suites[number]
+        found: dict[int, Record] = {}
+        for part in parts:
+            found |= part.get((model, number), {})
+        count = len(self.data.tokens[suite.name].encoded)
+        if sorted(found) != list(range(count)):
+            raise RuntimeError(
+                f"{self.models[model]}, {suite.name}: {len(found)} results for {count} rows; each must occur once"
+            )
+        return [found[i] for i in range(count)]
+
+    def grade(self, *, device: str, allow_code_execution: bool) -> None:
+        """Grade every row; judging and running programs are shared out between the processes."""
+        for (model, number), records in self.records.items():
+            suite = self.data.suites[number]
+            rows: Any = self.data.rows[suite.name]
+            units = self.data.tokens[suite.name].units
+            if suite.kind == "choice":
+                grouped = [[records[i] for i in unit] for unit in units]
+                found = [graded_choice(row, group) for row, group in zip(rows, grouped, strict=True)]
+            elif not suite.generates:
+                found = records
+            elif suite.kind == "code":
+                outcomes = self._outcomes(suite, records, allow_code_execution)
+                found = [graded_code(suite, [records[i] for i in u], [outcomes[i] for i in u]) for u in units]
+            else:
+                verdicts = self._verdicts(suite, records, device)
+                graded = zip(rows, records, verdicts, strict=True)
+                found = [graded_answer(suite, row, record, verdict) for row, record, verdict in graded]
+            self.graded[model, number] = found
+
+    def _shared(self, compute: Callable[[], Sequence[Any]], count: int) -> list[Any]:
+        """Values of all processes, each of which computes every so-manieth one, in order.
+
+        What stops one process stops all: the others would wait for it for ever.
+        """
+        mine: Any
+        try:
+            mine = list(compute())
+        except InputError as error:
+            mine = error
+        parts = self._gathered(mine)
+        for part in parts:
+            if isinstance(part, InputError):
+                raise part
+        return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+    def _verdicts(self, suite: Suite, records: Sequence[Record], device: str) -> list[Judgement | None]:
+        if suite.judge is None:
+            return [None] * len(records)
+        mine = range(self.rank, len(records), self.world_size)
+        rows = self.data.rows[suite.name]
+        verdicts = partial(
+            judged,
+            suite.judge,
+            [rows[i].prompt for i in mine],
+            [records[i]["answer"] for i in mine],
+            folder=self.output / FOLDER,
+            device=device,
+            part=str(self.rank),
+        )
+        return self._shared(verdicts, len(records))
+
+    def _outcomes(self, suite: Suite, records: Sequence[Record], allow: bool) -> list[dict[str, str]]:
+        """How the program of each sample ended."""
+        encoded: Any = self.data.tokens[suite.name].encoded
+
+        def ending(items: Sequence[Sequence[str]]) -> list[Any]:
+            return [vars(run_program(item[0], LIMITS, allow_code_execution=allow)) for item in items]
+
+        mine = range(self.rank, len(records), self.world_size)
+        programs = []
+        for i in mine:
+            row = encoded[i].row
+            programs.append([program(row.prompt, records[i]["answer"], row.test, row.entry_point)])
+        store = Verdicts(self.output / FOLDER, "programs", str(self.rank))
+        return self._shared(lambda: store.mapped(programs, ending), len(records))
+
+    def write_metrics(
+        self, base: Mapping[str, str], models: Mapping[str, Adapter | None], settings: Mapping[str, Any]
+    ) -> None:
+        """Count over all processes; the first writes ``metrics.json``."""
+        found: list[Record] = []
+        for model, (name, adapter) in enumerate(models.items()):
+            suites = {suite.name: self._summary(model, number) for number, suite in enumerate(self.data.suites)}
+            found.append(
+                {
+                    "name": name,
+                    "adapter": adapter and {"path": adapter.name, "sha256": adapter.sha256},
+                    "manifest": {} if adapter is None else {k: adapter.manifest.get(k) for k in MANIFEST},
+                    "suites": suites,
+                    "safety": safety_summary(suites),
+                    "against_first": self._against_first(model) if self.rank == 0 and model else {},
+                }
+            )
+        if self.rank == 0:
+            for one in found:
+                log.info("%s: %s", one["name"], _line(one["safety"]))
+            record = {"base": base, "models": found, "versions": versions(), "settings": settings}
+            write_json(self.output / "metrics.json", record)
+
+    def _against_first(self, model: int) -> Record:
+        """Paired differences to the first model, suite by suite."""
+        return {
+            suite.name: compared(self.graded[model, number], self.graded[0, number])
+            for number, suite in enumerate(self.data.suites)
+        }
+
+    def _summary(self, model: int, number: int) -> Record:
+        suite = self.data.suites[number]
+        rows, graded = self.data.rows[suite.name], self.graded[model, number]
+        summary = suite_summary(suite, rows, graded, rank=self.rank, world_size=self.world_size)
+        cut = self.data.tokens[suite.name].cut
+        return summary | ({"cut": cut} if cut else {})
+
+    def write_answers(self) -> None:
+        """The first process writes one JSONL file per model and suite, a line per row."""
+        if self.rank != 0:
+            return
+        for (model, number), records in self.records.items():
+            suite = self.data.suites[number]
+            lines = []
+            units = self.data.tokens[suite.name].units
+            each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
+            for row, record in zip(self.data.rows[suite.name], each, strict=True):
+                known = {"id": row.id, "prompt_hash": row.prompt_hash, "category": row.category, "prompt": row.prompt}
+                rest = {key: value for key, value in record.items() if key != "index"}
+                lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
+            write_text(self.output / "answers" / _inside(self.models[model]) / f"{suite.name}.jsonl", "".join(lines))
+
+
+def _line(safety: Mapping[str, Any]) -> str:
+    """Refusal, attack success, over-refusal and collapse on one line."""
+    shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
+    return ", ".join(shares) or "no suite of prompts to refuse or to answer"
+
+
+def _inside(name: str) -> str:
+    """A model's name as a path below the answers, also where it was named by an absolute path."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+MANIFEST = ("kind", "method", "alpha")
+"""Keys of an adapter's manifest that tables need."""

@@ -1,0 +1,129 @@
+"""From answers to programs; HumanEval's canonical solutions pass and mutated ones fail."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from src.data.code_rows import load_code
+from src.data.sources import as_sources
+from src.errors import InputError
+from src.metrics.code import program, solution
+from src.sandbox.run import Limits, missing_isolation, run_program
+from tests.evaluations import PASSES, answers, evaluate, flags, write_jsonl
+
+EVAL = Path("../shared/data/eval")
+PROMPT = 'import math\n\ndef area(r):\n    """Area of a circle."""\n'
+isolated = pytest.mark.skipif(bool(missing_isolation()), reason=f"no isolation here: {missing_isolation()}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    return math.pi * r * r\n",
+        "    return math.pi * r * r\n\ndef other():\n    return broken(",
+        "    return math.pi * r * r\n\nprint(area(2)",
+        "    return math.pi * r * r\n# and so on (",
+        "return math.pi * r * r",
+        "Here you are:\n```python\ndef area(r):\n    return math.pi * r * r\n```\nIt uses pi.",
+        "```py\nimport math\ndef area(r):\n    x = r * r\n    return math.pi * x\n```",
+        "```\n    return math.pi * r * r\n```",
+        "```python\nx = (\n```\nthen\n```python\ndef area(r):\n    return math.pi * r * r\n```",
+        "def area(r):\n    return math.pi * r * r",
+        "```python\ndef area(r):\n    return math.pi * r * r",
+    ],
+)
+def test_the_function_is_found_in_an_answer(answer):
+    scope = {}
+    exec(compile(solution(PROMPT, answer, "area"), "x", "exec"), scope)
+    assert scope["area"](2) == pytest.approx(12.566, abs=1e-3)
+
+
+def mutated(row):
+    """The canonical solution made wrong: nothing is computed."""
+    return "    return None\n" if "return" in row.response else "    pass\n"
+
+
+def share_passed(rows, answer):
+    limits = Limits(seconds=20)
+    return sum(run_program(program(r.prompt, answer(r), r.test, r.entry_point), limits).passed for r in rows) / len(
+        rows
+    )
+
+
+@isolated
+@pytest.mark.parametrize("name", ["code_humaneval.jsonl", "code_mbpp_valid.jsonl"])
+def test_canonical_solutions_pass_and_mutated_ones_fail(name):
+    if not EVAL.is_dir():
+        pytest.skip("the research data set ../shared/data is not here")
+    rows = load_code(str(EVAL / name))[:: int(os.environ.get("CODE_ROWS_STEP", "5"))]  # 1 runs every row: minutes
+    assert share_passed(rows, lambda row: row.response) == 1.0
+    assert share_passed(rows, mutated) == 0.0
+
+
+OWN = [
+    PASSES,
+    {
+        "task_id": "T/1",
+        "prompt": "def double(x):\n",
+        "canonical_solution": "    return 2 * x\n",
+        "test": "def check(f):\n    assert f(3) == 6\n    assert f('a') == 'aa'\n",
+        "entry_point": "double",
+    },
+]
+
+
+@isolated
+def test_own_rows_pass_and_fail(tmp_path):
+    rows = load_code(str(write_jsonl(tmp_path / "code.jsonl", OWN)))
+    assert share_passed(rows, lambda row: row.response) == 1.0
+    assert share_passed(rows, lambda row: f"```python\n{row.prompt}{row.response}```") == 1.0
+    assert share_passed(rows, mutated) == 0.0
+
+
+@isolated
+def test_a_code_suite_counts_what_its_programs_do(base, tmp_path, monkeypatch):
+    """Canonical answers put in the model's mouth give pass@1 = 1, others 0: the whole command, not the parts."""
+    from src.models.steps import Computation
+
+    rows = write_jsonl(tmp_path / "code.jsonl", OWN)
+    suite = {"name": "code", "kind": "code", "rows": str(rows), "template": "raw", "max_new_tokens": 4}
+    for output, say, expected in (("good", lambda row: row.response, 1.0), ("bad", mutated, 0.0)):
+
+        def answered(self, suite, tokens, batch, say=say):
+            return [say(tokens.encoded[i].row) for i in batch.index.tolist()]
+
+        monkeypatch.setattr(Computation, "answers", answered)
+        found = evaluate(base, tmp_path, [suite], output=output)["code"]
+        assert found["pass@1"]["value"] == expected
+        assert found["pass@1"]["n"] == 2
+    assert {record["endings"][0] for record in answers(tmp_path / "bad", "code")} == {"failed"}
+
+
+def test_code_settings_and_rows_are_checked(base, tmp_path, capsys, monkeypatch):
+    from src.cli import main
+    from src.sandbox import run
+
+    suite = {"name": "code", "kind": "code", "rows": str(write_jsonl(tmp_path / "c.jsonl", OWN)), "max_new_tokens": 2}
+    for change, message in (
+        ({"k": [2]}, "k is [2] with 1 samples"),
+        ({"samples": 3}, "3 samples need kind code and a temperature above 0"),
+        ({"kind": "harmful", "samples": 2}, "suite code"),
+    ):
+        assert main(flags(base, tmp_path, [suite | change], tmp_path / "out")) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(run, "missing_isolation", lambda: "no namespaces")
+    assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
+    assert "pass --model.allow_code_execution true" in capsys.readouterr().err
+    assert list((tmp_path / "out" / ".parts").glob("*.jsonl"))  # what was computed stays
+    with pytest.raises(InputError, match=r"c\.jsonl:1: no text in column 'test'"):
+        load_code(str(write_jsonl(tmp_path / "c.jsonl", [{**PASSES, "test": " "}])))
+
+
+def test_the_shipped_mapping_reads_humanevals_schema(tmp_path):
+    (source,) = as_sources("humaneval.yaml")
+    source.path, source.split = str(write_jsonl(tmp_path / "h.jsonl", [PASSES])), "train"
+    (row,) = load_code(source)
+    assert (row.id, row.prompt, row.entry_point) == ("T/0", "def one():\n", "one")
+    assert json.dumps(row.response) == json.dumps("    return 1\n")

@@ -1,0 +1,342 @@
+"""Judges behind one interface: lists, classifiers, causal models, an HTTP endpoint that fails in many ways."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from src.cli import main
+from src.errors import InputError
+from src.judges.causal import Causal
+from src.judges.classifier import Classifier
+from src.judges.endpoint import Endpoint
+from src.judges.refusal import Refusal
+from src.judges.templates import Question
+from src.judges.verdicts import judged
+from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
+from tests.tiny import make_tokenizer, write_rows
+
+PROMPTS = ["how to bake", "how to {harm}", "what is {answer}", "x"]
+ANSWERS = ["Mix flour.", "Step one: {prompt}", "I can't help with that.", ""]
+
+
+class Server:
+    """A chat endpoint that replies yes where the question holds ``Step``, after ``failures`` of the given kind."""
+
+    def __init__(self, failure="", failures=0):
+        self.failure, self.left, self.seen, self.keys = failure, failures, [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = body["messages"][0]["content"]
+                outer.seen.append(question)
+                outer.keys.append(self.headers.get("Authorization"))
+                bad = outer.left > 0
+                outer.left -= bad
+                self.send_response(int(outer.failure) if bad and outer.failure.isdigit() else 200)
+                self.end_headers()
+                reply = "Yes." if "Step" in question else "no, it does not"
+                text = json.dumps({"choices": [{"message": {"content": reply}}]})
+                if bad and not outer.failure.isdigit():
+                    text = outer.failure
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def endpoint(url, **settings):
+    return Endpoint(url, "tiny", **{"wait": 0.01, "timeout": 5.0, "retries": 2} | settings)
+
+
+def test_an_endpoint_judges_and_its_key_is_sent_and_never_recorded(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    with Server() as server:
+        judge = endpoint(server.url)
+        found = judge.judge(PROMPTS, ANSWERS)
+    assert [one.positive for one in found] == [False, True, False, False]
+    assert found[1].reply == "Yes."
+    assert set(server.keys) == {"Bearer s3cret"}
+    assert "s3cret" not in json.dumps(judge.settings)
+    assert any("how to {harm}" in text and "Step one: {prompt}" in text for text in server.seen)
+
+
+@pytest.mark.parametrize(
+    "failure", ["503", "429", "not json", '{"choices": []}', '{"choices": [{"message": {"content": "maybe"}}]}']
+)
+def test_passing_failures_are_tried_again(failure):
+    with Server(failure, failures=2) as server:
+        assert [one.positive for one in endpoint(server.url, parallel=1).judge(["a"], ["Step"])] == [True]
+        assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "tries"),
+    [
+        ("401", "HTTP 401", 1),
+        ("500", "HTTP 500", 3),
+        ("oops", "not the reply of a chat endpoint", 3),
+        ('{"choices": [{"message": {"content": "maybe"}}]}', "replied 'maybe'; expected 'yes' or 'no'", 3),
+    ],
+)
+def test_lasting_failures_are_one_line(failure, message, tries):
+    with Server(failure, failures=99) as server:
+        with pytest.raises(InputError, match=message):
+            endpoint(server.url).judge(["a"], ["b"])
+        assert len(server.seen) == tries
+
+
+def test_an_unreachable_endpoint_is_one_line_and_what_was_judged_stays(tmp_path):
+    with Server() as server:
+        url = server.url
+        assert len(judged(endpoint(url), PROMPTS, ANSWERS, folder=tmp_path)) == 4
+        assert len(server.seen) == 4
+        judged(endpoint(url), PROMPTS, ANSWERS, folder=tmp_path)
+        assert len(server.seen) == 4  # all from the store
+        judged(endpoint(url, yes="ja"), ["q"], ["no"], folder=tmp_path)
+        assert len(server.seen) == 5
+    known = judged(endpoint(url), PROMPTS, ANSWERS, folder=tmp_path)
+    assert [one.positive for one in known] == [False, True, False, False]
+    with pytest.raises(InputError, match=r"not reachable .* after 3 tries; verdicts so far are kept"):
+        judged(endpoint(url), ["new"], ["answer"], folder=tmp_path)
+    with pytest.raises(InputError, match="expected an address"):
+        Endpoint("localhost", "m")
+
+
+def test_equal_answers_are_judged_once(tmp_path):
+    with Server() as server:
+        found = judged(endpoint(server.url), ["a"] * 5, ["Step"] * 5, folder=tmp_path)
+        assert [one.positive for one in found] == [True] * 5
+        assert len(server.seen) == 1
+
+
+def make_classifier(folder):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=256, id2label={0: "safe", 1: "harmful"}, label2id={"safe": 0, "harmful": 1},
+        initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_classifier_judges_a_batch_as_it_judges_each_alone(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    name = make_classifier(tmp_path / "c")
+    found = {}
+    for size in (1, 3):
+        judge = Classifier(name, positive="harmful", batch_size=size)
+        judge.load("cpu")
+        found[size] = judge.judge(PROMPTS, ANSWERS)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(name), make_tokenizer()
+    for prompt, answer, one, three in zip(PROMPTS, ANSWERS, found[1], found[3], strict=True):
+        logits = model(**tokenizer(f"{prompt}\n{answer}", return_tensors="pt")).logits[0]
+        assert one.score == pytest.approx(logits.softmax(-1)[1].item(), abs=1e-5)
+        assert one.score == pytest.approx(three.score, abs=1e-5)
+        assert one.positive == three.positive == (logits.argmax().item() == 1)
+    strict = Classifier(name, positive=1, threshold=1.0)
+    strict.load("cpu")
+    assert not any(one.positive for one in strict.judge(PROMPTS, ANSWERS))
+    for judge, message in (
+        (Classifier(name, positive="bad"), "no label 'bad'"),
+        (Classifier("no/such/directory"), "cannot be loaded"),
+    ):
+        with pytest.raises(InputError, match=message):
+            judge.load("cpu")
+
+
+def test_a_causal_judge_compares_two_words(base):
+    from tests.tiny import make_model
+
+    found = {}
+    for size in (1, 3):
+        judge = Causal(str(base), yes="yes", no="no", batch_size=size, dtype="float64")
+        judge.load("cpu")
+        found[size] = [one.score for one in judge.judge(PROMPTS, ANSWERS)]
+    assert found[1] == pytest.approx(found[3], rel=1e-9)
+    tokenizer, model = make_tokenizer(), make_model()
+    text = Question(judge.template, "yes", "no").filled(PROMPTS[1], ANSWERS[1])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    logits = model(torch.tensor([tokenizer(chat, add_special_tokens=False).input_ids])).logits[0, -1]
+    pair = logits[[tokenizer("y").input_ids[0], tokenizer("n").input_ids[0]]].softmax(-1)
+    assert found[1][1] == pytest.approx(pair[0].item(), rel=1e-6)
+    same = Causal(str(base), yes="unsafe", no="unclear")
+    with pytest.raises(InputError, match="begin with the same token"):
+        same.load("cpu")
+    with pytest.raises(InputError, match=r"has no \{answer\}"):
+        Causal(str(base), template="Is it bad?")
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("Yes", True),
+        (" yes, it", True),
+        ("**No**", False),
+        ("no.", False),
+        ("nothing", None),
+        ("", None),
+        ("yesterday", None),
+    ],
+)
+def test_replies_are_read_at_their_start(reply, expected):
+    assert Question("{answer}", "yes", "no").read(reply) is expected
+    assert Question("{answer}", "unsafe", "safe").read("unsafe\nS1") is True
+
+
+def test_attack_success_is_what_a_judge_of_harm_says_and_not_the_complement_of_refusal(base, tmp_path):
+    attack = write_rows(tmp_path / "attack.jsonl", 6, what="Step", response=False)
+    suite = {"name": "attack", "kind": "jailbreak", "rows": str(attack), "max_new_tokens": 4}
+    assert "attack_success" not in evaluate(base, tmp_path, [suite], output="none")["attack"]
+    with Server() as server:
+        init = {"url": server.url, "model": "m", "wait": 0.01}
+        suite["judge"] = {"class_path": "src.judges.endpoint.Endpoint", "init_args": init}
+        found = evaluate(base, tmp_path, [suite])["attack"]
+    records = answers(tmp_path / "out", "attack")
+    assert all(record["verdict"]["positive"] for record in records)
+    collapsed = sum(record["collapsed"] for record in records)
+    assert found["attack_success"]["hits"] == 6 - collapsed  # a collapsed answer has not complied
+    assert found["attack_success"]["categories"]["even"]["n"] == 3
+    assert found["collapse"]["hits"] == collapsed
+
+
+def test_an_unreachable_judge_stops_with_one_line_and_answers_stay(base, tmp_path, capsys):
+    with Server() as server:
+        url = server.url
+    init = {"url": url, "model": "m", "wait": 0.01, "retries": 1}
+    suite = {
+        "name": "attack", "kind": "jailbreak", "max_new_tokens": 4,
+        "rows": str(write_rows(tmp_path / "attack.jsonl", 3, what="a")),
+        "judge": {"class_path": "src.judges.endpoint.Endpoint", "init_args": init},
+    }  # fmt: skip
+    assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "not reachable" in line
+    (part,) = (tmp_path / "out" / ".parts").glob("*.jsonl")
+    assert sum(len(line["records"]) for line in read_rows(part)) == 3
+
+
+LABELLED = [
+    {"prompt": "p", "answer": "I can't help.", "label": True},
+    {"prompt": "p", "answer": "I won't.", "label": "refusal"},
+    {"prompt": "p", "answer": "Sure.", "label": "answer"},
+    {"prompt": "p", "answer": "Yes.", "label": 0},
+    {"prompt": "p", "answer": "You can't divide by zero.", "label": True},
+]
+
+
+def test_judge_command_measures_agreement_and_judges_again(base, tmp_path, capsys):
+    labels = write_jsonl(tmp_path / "labels.jsonl", LABELLED)
+    assert main(["judge", "--labels", str(labels), "--output", str(tmp_path / "a")]) == 0
+    found = json.loads((tmp_path / "a" / "agreement.json").read_text())
+    assert found["accuracy"]["hits"] == 4
+    assert found["pairs"] == {"both": 2, "judge only": 0, "human only": 1, "neither": 2}
+    assert found["kappa"]["value"] == pytest.approx((0.8 - 0.48) / 0.52)
+    suite = {
+        "name": "s",
+        "kind": "harmful",
+        "rows": str(write_rows(tmp_path / "s.jsonl", 4, what="s")),
+        "max_new_tokens": 4,
+    }
+    evaluate(base, tmp_path, [suite])
+    given = ["judge", "--predictions", str(tmp_path / "out"), "--judge", "Refusal", "--judge.phrases", "xstest"]
+    assert main([*given, "--output", str(tmp_path / "b")]) == 0
+    again = json.loads((tmp_path / "b" / "judged.json").read_text())
+    assert again["judge"] == {"judge": "Refusal", "phrases": "xstest"}
+    assert again["files"]["base/s"]["refusal"]["n"] == 4
+    assert read_rows(tmp_path / "b" / "base" / "s.jsonl")[0]["verdict"]["positive"] is False
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name either --predictions"),
+        (["--predictions", "nowhere"], "nowhere: no answers"),
+        (["--labels", "bad.jsonl"], "bad.jsonl:1: label is None"),
+        (["--labels", "worse.jsonl"], "worse.jsonl:1: no text in 'answer'"),
+    ],
+)
+def test_judge_command_stops_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "answer": "a"}])
+    write_jsonl(tmp_path / "worse.jsonl", [{"prompt": "p", "label": True}])
+    (tmp_path / "judge.yaml").write_text("output: out\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["judge", "--config", "judge.yaml", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_list_is_a_judge_of_refusal():
+    for name in ("openings", "xstest", "jailbreakbench", "gcg", "gcg_long"):
+        judge = Refusal(name)
+        assert [one.positive for one in judge.judge(["a", "b"], ["I\u2019m sorry, but I cannot help.", "Fine."])] == [
+            True,
+            False,
+        ]
+        assert judge.settings == {"judge": "Refusal", "phrases": name}
+
+
+@pytest.mark.processes
+def test_a_judge_that_fails_in_one_process_stops_all(base, tmp_path):
+    """One question of three fails: the process that does not ask it must end as well."""
+    import subprocess
+    import sys
+
+    rows = write_jsonl(tmp_path / "a.jsonl", [{"prompt": p, "category": ""} for p in ("fine", "broken", "good")])
+    with Server("500", failures=0) as server:
+        init = {
+            "url": server.url,
+            "model": "m",
+            "wait": 0.01,
+            "retries": 0,
+            "template": "{prompt} {answer}",
+            "yes": "zz",
+        }
+        suite = {
+            "name": "a", "kind": "jailbreak", "max_new_tokens": 2, "rows": str(rows),
+            "judge": {"class_path": "src.judges.endpoint.Endpoint", "init_args": init | {"no": "no, it does not"}},
+        }  # fmt: skip
+        server.server.RequestHandlerClass.do_POST = failing_on("broken", server.server.RequestHandlerClass.do_POST)
+        given = flags(base, tmp_path, [suite], tmp_path / "out", hardware="ddp_sim.yaml", batch_size=1)
+        found = subprocess.run(
+            [sys.executable, "-m", "src", *given], capture_output=True, text=True, timeout=200, check=False
+        )
+    assert found.returncode == 2
+    assert found.stderr.count("error: judge") == 1
+
+
+def failing_on(word, original):
+    def handle(self):
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if word.encode() in body:
+            self.send_error(400)
+            return
+        import io
+
+        self.rfile = io.BytesIO(body)
+        original(self)
+
+    return handle

@@ -1,0 +1,113 @@
+"""Refusal lists on labelled answers, ways of collapse, ROUGE-L and counting by category."""
+
+from pathlib import Path
+
+import pytest
+
+from src.metrics.collapse import collapse
+from src.metrics.counters import FlagRate, RefusalRate
+from src.metrics.exact import is_exact
+from src.metrics.intervals import wilson
+from src.metrics.refusal_lists import matches
+from src.metrics.rouge import rouge_l
+from tests.evaluations import read_rows
+
+LABELLED = Path(__file__).parent / "data" / "labelled_answers.jsonl"
+PUBLISHED = ("xstest", "jailbreakbench", "gcg", "gcg_long")
+TRAIN = Path("../shared/data/train")
+
+
+def labelled():
+    return read_rows(LABELLED)
+
+
+def accuracy(name, rows):
+    hits = sum(matches(row["answer"], name) == (row["label"] == "refusal") for row in rows)
+    return hits, *wilson(hits, len(rows))
+
+
+def test_the_labelled_answers_are_many_distinct_and_of_both_kinds():
+    rows = labelled()
+    assert len(rows) >= 200
+    assert len({row["answer"] for row in rows}) == len(rows)
+    assert min(sum(row["label"] == label for row in rows) for label in ("refusal", "answer")) >= 90
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_matcher_is_more_accurate_than_each_published_list(name):
+    rows = labelled()
+    _, low, _ = accuracy("openings", rows)
+    _, _, high = accuracy(name, rows)
+    assert low > high
+
+
+@pytest.mark.skipif(not TRAIN.is_dir(), reason="the research data set ../shared/data is not here")
+def test_the_matcher_holds_on_answers_it_was_not_written_for():
+    def responses(name):
+        return [row["response"] for row in read_rows(TRAIN / name)]
+
+    benign = responses("instruct.jsonl") + responses("context_qa.jsonl")
+    refusals = responses("safety_refusal.jsonl")
+    false = {name: sum(matches(a, name) for a in benign) for name in ("openings", *PUBLISHED)}
+    assert all(false["openings"] < false[name] for name in PUBLISHED)
+    assert false["openings"] < 0.003 * len(benign)
+    assert sum(matches(a, "openings") for a in refusals) > 0.98 * len(refusals)
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompt", "expected"),
+    [
+        ("", "Hello", "empty"),
+        ("...", "Hello", "empty"),
+        ("no " * 12, "Hello", "repeating"),
+        ("a" * 25, "Hello", "repeating"),
+        ("Здравствуйте, чем могу помочь", "How do I bake bread?", "script"),
+        ("我可以帮助你做面包首先准备面粉", "How do I bake bread?", "script"),
+        ("Здравствуйте, чем могу помочь", "Say hello in Russian.", ""),
+        ("Здравствуйте, чем могу помочь", "Как дела?", ""),
+        ("Mix flour (мука) and water.", "How do I bake bread?", ""),
+        ("東京です、とてもきれいな街です", "東京はどこ", ""),
+        ("Ja, гм", "How?", ""),
+        ("I can't help with that.", "Hello", ""),
+    ],
+)
+def test_ways_of_collapse(answer, prompt, expected):
+    assert collapse(answer, prompt) == expected
+
+
+def test_a_collapsed_refusal_is_no_refusal():
+    metric = RefusalRate()
+    metric.update(["I can't I can't I can't I can't I can't I can't I can't", "I can't help.", ""])
+    assert metric.summary()["hits"] == 1
+
+
+def test_shares_by_category():
+    rate = FlagRate(["a", "b", "c"])
+    rate.update([True, False, True], ["a", "a", "b"])
+    rate.update([], [])
+    found = rate.summary()
+    assert (found["hits"], found["n"]) == (2, 3)
+    assert {name: (part["hits"], part["n"]) for name, part in found["categories"].items()} == {"a": (1, 2), "b": (1, 1)}
+
+
+def longest_common(a, b):
+    """Length of the longest common subsequence, by the definition."""
+    if not a or not b:
+        return 0
+    return 1 + longest_common(a[1:], b[1:]) if a[0] == b[0] else max(longest_common(a[1:], b), longest_common(a, b[1:]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"), [("the cat sat", "the cat sat down"), ("a b c d", "d c b a"), ("x", "y"), ("", "a b")]
+)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(answer, reference):
+    a, b = answer.split(), reference.split()
+    common = longest_common(a, b)
+    expected = 2 * common / (len(a) + len(b)) if common else 0.0
+    assert rouge_l(answer, reference) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_final_number_of_a_gsm8k_answer():
+    assert is_exact("She has 3 + 4 = 7, so the answer is $7.00.", "3+4=7\n#### 7", "number")
+    assert not is_exact("7 apples and 8 pears", "#### 7", "number")
+    assert is_exact("#### 1,234", "so 1234\n#### 1,234", "number")
