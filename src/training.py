@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ class TrainerCommand(LightningCLI):
         """Options that belong to the command and not to the module, the data or the Trainer."""
         parser.add_argument("--output", type=str | None, default=None, help="directory to write")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an output that exists")
+        if self.command == "fisher":
+            parser.add_argument(
+                "--dry_run", type=bool, default=False, help="print sizes (rows, D, disk, memory) and load no weights"
+            )
         if self.command in ("fit", "validate"):
             parser.add_argument(
                 "--ckpt_path",
@@ -95,6 +100,8 @@ class TrainerCommand(LightningCLI):
         if self.config.output is None:
             self.config.output = str(Path("logs") / self.command / _timestamp())
         self.output = Path(self.config.output)
+        if self.config.get("dry_run"):
+            return
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
         check_output(self.output, overwrite=allowed, beside=frozenset() if self.command == "fit" else frozenset({RUN}))
@@ -231,6 +238,10 @@ def fisher(arguments: list[str]) -> None:
     data: Any = command.prepare()
     module: Any = command.model
     data.bind_passes(module.passes, module.random_passes)
+    if command.config.dry_run:
+        data.setup("predict")
+        sys.stdout.write("\n".join(module.estimate(data, command.trainer).lines()) + "\n")
+        return
     module.output, module.settings = command.output, command.settings
     command.output.mkdir(parents=True, exist_ok=True)
     command.trainer.predict(module, data, return_predictions=False)

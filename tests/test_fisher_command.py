@@ -233,3 +233,42 @@ def test_two_nodes_joined_by_torchrun(base, adapters, rows, tmp_path):
         one, two = (load_fisher(tmp_path / count / f"{name}.safetensors") for count in ("one", "two"))
         assert (one.fisher.scores - two.fisher.scores).norm() / one.fisher.scores.norm() < 1e-10
         assert one.record["rows"] == two.record["rows"]
+
+
+def test_a_dry_run_prints_sizes_and_loads_no_weights(base, adapters, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("src.models.fisher.load_model", None)
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "out", "--dry_run", "true")) == 0
+    output = capsys.readouterr().out
+    assert "F_safety 7, F_utility 22" in output
+    assert "D = 56" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_estimate_of_a_70b_model_is_its_arithmetic(tmp_path, rows, tokenizer):
+    from transformers import LlamaConfig
+
+    from src.data.calibration import CalibrationData
+    from src.models.base import BaseSpec
+    from src.models.estimate import estimate
+
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256)
+    config.save_pretrained(tmp_path / "llama-70b")
+    layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    shapes = {f"model.layers.{i}.{layer}": (16, 16) for i in range(80) for layer in layers}
+    data = CalibrationData(safety=str(rows["harmful"]), utility=[str(rows["benign"]), str(rows["val"])], batch_size=2)
+    data.bind(tokenizer)
+    data.bind_passes({"safety": "safety", "utility": "utility"}, [])
+    data.setup("predict")
+    spec = BaseSpec(name=str(tmp_path / "llama-70b"), dtype="bfloat16")
+    options = {"draws": 1, "halves": True, "shard_rows": 4, "weight_coordinates": False}
+    found = estimate(spec, shapes, data, representation="lowrank", **options)
+    assert found.dim == 560 * 256
+    assert found.shards == (7 + 9 + 5) * 4 * found.dim
+    assert found.sums == 4 * 4 * found.dim
+    assert found.weights == pytest.approx(2 * 70.55e9, rel=1e-3)
+    per_layer = 2 * 8192 * 2 + 4 * 8192 + 2 * 1024 + 3 * (8192 + 28672)
+    assert found.disk - found.shards == 2 * 8 * 16 * 80 * per_layer
+    blocks = estimate(spec, shapes, data, representation="block", **options)
+    assert blocks.sums == 2 * 8 * 560 * 256**2
+    assert estimate(spec, shapes, data, representation="lowrank", **options, shards=8).weights == found.weights // 8

@@ -157,6 +157,23 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     return model
 
 
+def model_without_weights(spec: BaseSpec) -> torch.nn.Module:
+    """The base model's modules on the meta device, from its configuration alone.
+
+    Raises:
+        InputError: nothing of that name has a configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where, extra = _location(spec)
+    try:
+        config = AutoConfig.from_pretrained(where, **extra)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=spec.attention)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base.name {spec.name}: no configuration can be loaded ({_first_line(error)})") from None
+
+
 def _bitsandbytes(bits: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"base.quantization {bits}: needs the package bitsandbytes and a CUDA device")

@@ -3,8 +3,6 @@
 F_s is taken where the refusals happen, at θ0 + ΔW_u + P; F_u at θ0 + ΔW_u. Both in one set of coordinates.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 from contextlib import AbstractContextManager
@@ -12,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import attached, check_fits
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.checks import check_base, check_compatible
 from src.adapters.pairs import Pairs
-from src.adapters.peft_files import Adapter, read_adapter
+from src.adapters.peft_files import read_adapter
 from src.data.batches import Batch
 from src.data.calibration import CalibrationData
 from src.errors import InputError
@@ -30,13 +28,14 @@ from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
 from src.fisher.shards import Shards
 from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.estimate import Estimate, estimate
 from src.models.fisher_jobs import backward_jobs
 from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
+from src.models.fisher_record import pass_key, pass_record
 from src.models.logits import answer_logits, leaf_embeddings
 from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
-from src.provenance import versions
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +136,20 @@ class FisherModule(LightningModule):
         """Passes over random tokens."""
         return [name for name in self.passes if self.labels[name] == "random_tokens"]
 
+    def estimate(self, data: CalibrationData, trainer: Trainer) -> Estimate:
+        """Sizes of the passes, without loading a weight."""
+        return estimate(
+            self.base,
+            self.core.shapes,
+            data,
+            representation=self.representation,
+            draws=self.draws,
+            halves=self.halves,
+            shard_rows=self.shard_rows,
+            weight_coordinates=self.coordinates == "weight",
+            shards=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
+        )
+
     def configure_model(self) -> None:
         """Load the base, check the adapters against it, shard where the strategy asks for it."""
         if self.model is not None:
@@ -160,7 +173,8 @@ class FisherModule(LightningModule):
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
-    def _data(self) -> CalibrationData:
+    def data(self) -> CalibrationData:
+        """The calibration rows."""
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
     def _reference(self, name: str) -> Pairs:
@@ -177,17 +191,17 @@ class FisherModule(LightningModule):
         folder = self.output / PARTS / name
         folder.mkdir(parents=True, exist_ok=True)
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        shards = Shards(folder, self._key(name))
+        shards = Shards(folder, pass_key(self, name))
         # Sharded processes must skip the same steps.
         watched = range(world) if self._sharded else [rank]
         finished = frozenset.intersection(*(frozenset(shards.numbers(other)) for other in watched))
-        steps = max(1, self.shard_rows // self._data.batch_size)
+        steps = max(1, self.shard_rows // self.data.batch_size)
         if finished:
             log.info("F_%s: %d parts of an interrupted pass are kept", name, len(finished))
         return FisherPass(
             name=name,
-            rows=sum(len(row.ids) > row.answer_start for row in self._data.encoded[name]),
-            weights=self._data.weights[name],
+            rows=sum(len(row.ids) > row.answer_start for row in self.data.encoded[name]),
+            weights=self.data.weights[name],
             make=lambda: self._make(name, folder / f"rank-{rank}"),
             shards=shards,
             rank=rank,
@@ -206,25 +220,6 @@ class FisherModule(LightningModule):
             allocate = mapped(folder)
         mean = self.relearn and name != "utility"
         return make_accumulators(self.representation, shapes, mean=mean, halves=self.halves, allocate=allocate)
-
-    def _key(self, name: str) -> str:
-        """Hash of everything that a pass's numbers depend on."""
-        parts = self._record(name)
-        rows = [(row.row.id, row.ids, row.answer_start) for row in self._data.encoded[name]]
-        more = [
-            self._data.batch_size,
-            self.trainer.world_size,
-            self.shard_rows,
-            self.representation,
-            self.coordinates,
-            self.granularity,
-            self.relearn,
-            self.halves,
-            self.base.dtype,
-            str(self.trainer.precision),
-            self._data.weights[name].tolist(),
-        ]
-        return hashlib.sha256(json.dumps([parts, rows, more]).encode()).hexdigest()
 
     def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Move to the pass's reference point at its first batch."""
@@ -252,7 +247,7 @@ class FisherModule(LightningModule):
         running.end_step(batch_idx)
 
     def _measure(self, running: FisherPass, batch: Batch) -> None:
-        ids = [self._data.rows[running.name][i].id for i in batch.index.tolist()]
+        ids = [self.data.rows[running.name][i].id for i in batch.index.tolist()]
         with self._recorder.recording(), leaf_embeddings(self.model) as leaves:
             logits = answer_logits(self.model, batch)
             jobs = backward_jobs(
@@ -285,29 +280,7 @@ class FisherModule(LightningModule):
             shutil.rmtree(self.output / PARTS)
 
     def _write(self, name: str, fisher: Fisher, mean: torch.Tensor | None) -> None:
-        record = self._record(name) | {"trace": fisher.trace(), "settings": self.settings}
+        record = pass_record(self, name) | {"trace": fisher.trace(), "settings": self.settings}
         u, v = (self.core.u, self.core.v) if self.coordinates == "core" else ({}, {})
         FisherFile(fisher, u, v, record, mean).save(self.output / f"{name}.safetensors")
         log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])
-
-    def _record(self, name: str) -> dict[str, Any]:
-        """Provenance of one pass."""
-
-        def entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-            return {"path": adapter.name, "sha256": adapter.sha256, "weight": weight}
-
-        return {
-            "pass": name,
-            "labels": self.labels[name],
-            "draws": self.draws,
-            "granularity": self.granularity,
-            "seed": self.seed,
-            "reference": self.references[name],
-            "utility": [entry(a, w) for a, w in zip(self.utility, self.weights, strict=True)],
-            "safety": entry(self.safety, 1.0),
-            "base": {"name": self.base.name, "fingerprint": self.base_fingerprint},
-            "basis_sha256": self.core.digest(),
-            "rows": [row.id for row in self._data.rows[name]],
-            "seen": sorted({row.prompt_hash for row in self._data.rows[name]}),
-            "versions": versions(),
-        }

@@ -1,0 +1,147 @@
+"""What a Fisher pass will take, from the model's configuration alone: no weight is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from src.data.calibration import CalibrationData
+from src.errors import InputError
+from src.fisher.base import Representation, Shapes
+from src.models.base import DTYPES, BaseSpec, model_without_weights
+
+QUANTISED_BYTES = {"none": None, "8bit": 1.0, "4bit": 0.5625}
+"""Bytes per weight; 4-bit blocks of 64 carry a 32-bit scale (QLoRA, 2305.14314)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes of a pass.
+
+    Attributes:
+        rows: Rows of each pass.
+        tokens: Tokens of the largest batch, padding included.
+        dim: D, the number of coordinates.
+        disk: Bytes of the Fisher files, bases included.
+        shards: Bytes of unfinished parts, on the disk until the pass ends.
+        weights: Bytes of the base model in one process.
+        activations: Bytes kept for the backward pass of the largest batch (one layer's worth is freed at a time).
+        sums: Bytes of what a process accumulates between two shards.
+    """
+
+    rows: dict[str, int]
+    tokens: int
+    dim: int
+    disk: int
+    shards: int
+    weights: int
+    activations: int
+    sums: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory in one process, the interpreter and its libraries not counted."""
+        return self.weights + self.activations + self.sums
+
+    def lines(self) -> list[str]:
+        """The estimate, for people."""
+        passes = ", ".join(f"F_{name} {count}" for name, count in self.rows.items())
+        return [
+            f"rows          {passes}",
+            f"coordinates   D = {self.dim}",
+            f"largest batch {self.tokens} tokens",
+            f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards)} of parts until the pass ends",
+            f"memory        about {_size(self.peak)} a process: weights {_size(self.weights)}, activations "
+            f"{_size(self.activations)}, sums {_size(self.sums)}",
+        ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def matrix_bytes(representation: Representation, shapes: Shapes, rows: int, *, draws: int, halves: bool) -> int:
+    """Bytes of one Fisher matrix: float32 scores, or float64 sums."""
+    sides = list(shapes.values())
+    if representation == "lowrank":
+        return 4 * rows * draws * sum(p * q for p, q in sides)
+    entries = {
+        "block": sum((p * q) ** 2 for p, q in sides),
+        "kronecker": sum(p * p + q * q for p, q in sides),
+        "diagonal": sum(p * q for p, q in sides),
+    }
+    return 8 * entries[representation] * (2 if halves else 1)
+
+
+def _activation_bytes(model: Any, tokens: int, rows: int, answers: int, width: int) -> int:
+    """Inputs and outputs of every linear layer, attention weights where they are formed, and logits."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    kept = sum(m.in_features + m.out_features for m in linear if m is not head) * tokens * width
+    config = model.config.get_text_config()
+    formed = config._attn_implementation == "eager"
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * tokens * (tokens // max(rows, 1)) * width
+    return kept + (attention if formed else 0) + 3 * 4 * answers * config.vocab_size
+
+
+def estimate(
+    base: BaseSpec,
+    shapes: Shapes,
+    data: CalibrationData,
+    *,
+    representation: Representation,
+    draws: int,
+    halves: bool,
+    shard_rows: int,
+    weight_coordinates: bool,
+    shards: int = 1,
+) -> Estimate:
+    """Sizes of the passes over some data.
+
+    Args:
+        base: The base model; only its configuration is read.
+        shapes: (p, q) of each core, by module.
+        data: Calibration rows, tokenised.
+        representation: Form of the Fisher matrices.
+        draws: Draws of labels per row.
+        halves: Whether sums are kept for two halves of the rows.
+        shard_rows: Rows between two parts on the disk.
+        weight_coordinates: Coordinates are the entries of the layers' weights, not of the cores.
+        shards: Number of processes that the weights are sharded over.
+
+    Raises:
+        InputError: an adapted layer is not in the model.
+    """
+    model: Any = model_without_weights(base)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if missing := [name for name in shapes if name not in layers]:
+        raise InputError(f"base.name {base.name}: has no linear layer {missing[0]}, which the adapters update")
+    whole = {name: (layers[name].out_features, layers[name].in_features) for name in shapes}
+    sides = whole if weight_coordinates else shapes
+    rows = {name: len(encoded) for name, encoded in data.encoded.items()}
+    width = 4 if base.dtype == "float32" else DTYPES.get(base.dtype, model.dtype).itemsize
+    per_weight = QUANTISED_BYTES[base.quantization] or width
+    batches = [sorted(encoded, key=lambda row: -len(row.ids))[: data.batch_size] for encoded in data.encoded.values()]
+    tokens, answers = (
+        max(len(batch) * len(batch[0].ids) for batch in batches),
+        max(sum(len(row.ids) - row.answer_start for row in batch) for batch in batches),
+    )
+    size = [matrix_bytes(representation, sides, n, draws=draws, halves=halves) for n in rows.values()]
+    bases = (
+        0 if weight_coordinates else 8 * sum(whole[name][0] * p + whole[name][1] * q for name, (p, q) in shapes.items())
+    )
+    open_rows = min(shard_rows, max(rows.values()))
+    return Estimate(
+        rows=rows,
+        tokens=tokens,
+        dim=sum(p * q for p, q in sides.values()),
+        disk=sum(size) + bases * len(rows),
+        shards=sum(size),
+        weights=int(sum(p.numel() for p in model.parameters()) * per_weight / shards),
+        activations=_activation_bytes(model, tokens, data.batch_size, answers, width),
+        sums=matrix_bytes(representation, sides, open_rows, draws=draws, halves=halves),
+    )

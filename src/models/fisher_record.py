@@ -1,0 +1,55 @@
+"""What a Fisher pass records about itself, and the key by which its unfinished parts are known."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from src.adapters.peft_files import Adapter
+from src.provenance import versions
+
+if TYPE_CHECKING:
+    from src.models.fisher import FisherModule
+
+
+def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
+    """Provenance of one pass."""
+
+    def entry(adapter: Adapter, weight: float) -> dict[str, Any]:
+        return {"path": adapter.name, "sha256": adapter.sha256, "weight": weight}
+
+    rows = module.data.rows[name]
+    return {
+        "pass": name,
+        "labels": module.labels[name],
+        "draws": module.draws,
+        "granularity": module.granularity,
+        "seed": module.seed,
+        "reference": module.references[name],
+        "utility": [entry(a, w) for a, w in zip(module.utility, module.weights, strict=True)],
+        "safety": entry(module.safety, 1.0),
+        "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
+        "basis_sha256": module.core.digest(),
+        "rows": [row.id for row in rows],
+        "seen": sorted({row.prompt_hash for row in rows}),
+        "versions": versions(),
+    }
+
+
+def pass_key(module: "FisherModule", name: str) -> str:
+    """SHA-256 of everything that the numbers of a pass, and the cut of its parts, depend on."""
+    rows = [(encoded.row.id, encoded.ids, encoded.answer_start) for encoded in module.data.encoded[name]]
+    settings = {
+        "batch_size": module.data.batch_size,
+        "world_size": module.trainer.world_size,
+        "shard_rows": module.shard_rows,
+        "representation": module.representation,
+        "coordinates": module.coordinates,
+        "relearn": module.relearn,
+        "halves": module.halves,
+        "dtype": module.base.dtype,
+        "quantization": module.base.quantization,
+        "precision": str(module.trainer.precision),
+        "weights": module.data.weights[name].tolist(),
+    }
+    whole = json.dumps([pass_record(module, name), rows, settings])
+    return hashlib.sha256(whole.encode()).hexdigest()
