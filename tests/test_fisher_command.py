@@ -267,7 +267,7 @@ def test_the_estimate_of_a_70b_model_is_its_arithmetic(tmp_path, rows, tokenizer
     assert found.shards == (7 + 9 + 5) * 4 * found.dim
     assert found.sums == 4 * 4 * found.dim
     assert found.weights == pytest.approx(2 * 70.55e9, rel=1e-3)
-    per_layer = 2 * 8192 * 2 + 4 * 8192 + 2 * 1024 + 3 * (8192 + 28672)
+    per_layer = 2 * (8192 + 8192) + 2 * (1024 + 8192) + 3 * (8192 + 28672)
     assert found.disk - found.shards == 2 * 8 * 16 * 80 * per_layer
     blocks = estimate(spec, shapes, data, representation="block", **options)
     assert blocks.sums == 2 * 8 * 560 * 256**2
