@@ -38,7 +38,9 @@ DEFAULT_CONFIG = {
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
 PROJECT = Path(__file__).resolve().parents[1]
 STOPPED = 2
-INTERRUPTED = "interrupted; what was finished is kept (fit goes on with --resume true, other commands start again)"
+INTERRUPTED = (
+    "interrupted; what was finished is kept (fit goes on with --resume true, fisher and test by the same command again)"
+)
 
 CHATTER = (
     ".*does not have many workers.*",

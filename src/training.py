@@ -238,10 +238,13 @@ def fisher(arguments: list[str]) -> None:
     data: Any = command.prepare()
     module: Any = command.model
     data.bind_passes(module.passes, module.random_passes)
+    data.setup("predict")
+    lines = module.estimate(data, command.trainer).lines()
     if command.config.dry_run:
-        data.setup("predict")
-        sys.stdout.write("\n".join(module.estimate(data, command.trainer).lines()) + "\n")
+        sys.stdout.write("\n".join(lines) + "\n")
         return
+    for line in lines:
+        log.info("%s", line)
     module.output, module.settings = command.output, command.settings
     command.output.mkdir(parents=True, exist_ok=True)
     command.trainer.predict(module, data, return_predictions=False)

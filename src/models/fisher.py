@@ -33,6 +33,7 @@ from src.models.fisher_jobs import backward_jobs
 from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
 from src.models.fisher_record import pass_key, pass_record
 from src.models.logits import answer_logits, leaf_embeddings
+from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
@@ -130,6 +131,7 @@ class FisherModule(LightningModule):
         self._recorder: ScoreRecorder
         self._at: AbstractContextManager[None] | None = None
         self._running: dict[str, FisherPass] = {}
+        self._progress: Progress
 
     @property
     def random_passes(self) -> list[str]:
@@ -185,6 +187,8 @@ class FisherModule(LightningModule):
     def on_predict_start(self) -> None:
         """Find what an earlier, killed pass has left, before any process writes."""
         self._running = {name: self._open(name) for name in self.passes}
+        loaders: Any = self.trainer.predict_dataloaders
+        self._progress = Progress(sum(len(rows) for loader in loaders for rows, weight in loader.sampler if weight))
         self.trainer.strategy.barrier("fisher shards")
 
     def _open(self, name: str) -> FisherPass:
@@ -245,6 +249,7 @@ class FisherModule(LightningModule):
             with torch.enable_grad():
                 self._measure(running, batch)
         running.end_step(batch_idx)
+        self._progress.advance(len(batch.index) if batch.weight else 0, f"F_{running.name}")
 
     def _measure(self, running: FisherPass, batch: Batch) -> None:
         ids = [self.data.rows[running.name][i].id for i in batch.index.tolist()]
