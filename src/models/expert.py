@@ -148,7 +148,7 @@ class ExpertModule(LightningModule):
         if not self.pack or isinstance(self.trainer.strategy, ModelParallelStrategy):
             return False
         if self._can_pack is None and batch.common_prefix:
-            self._can_pack = can_pack(self.model, batch, narrow=self._narrow)
+            self._can_pack = can_pack(self.model, next(batch.split(2)), narrow=self._narrow)
         return bool(self._can_pack)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:

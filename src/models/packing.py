@@ -26,15 +26,19 @@ class PackedLayout:
     Attributes:
         start: P, tokens of the common prefix.
         index: (N·L,) position behind the prefix of each row's tokens; padding points at 0.
-        kept: (N·L,) bool: which of them are tokens.
+        tokens: (S − P,) which of the N·L are tokens.
         rows: N.
+        head_mask: (P, P) bool: true where a token of the prefix would look ahead.
+        rest_mask: (L, P + L) bool: the same for a row's tokens, which see the whole prefix.
         narrow: Whether attention's products are in bfloat16.
     """
 
     start: int
     index: torch.Tensor
-    kept: torch.Tensor
+    tokens: torch.Tensor
     rows: int
+    head_mask: torch.Tensor
+    rest_mask: torch.Tensor
     narrow: bool = False
 
 
@@ -59,7 +63,15 @@ def pack(batch: Batch, *, narrow: bool = False) -> tuple[dict[str, Any], torch.T
         "position_ids": position[None],
         # A mask of four dimensions is taken as it is: no other is built, and the packed attention needs none.
         "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
-        "packed": PackedLayout(start, index, flat, len(batch.ids), narrow),
+        "packed": PackedLayout(
+            start=start,
+            index=index,
+            tokens=flat.nonzero().squeeze(1),
+            rows=len(batch.ids),
+            head_mask=_ahead(start, device),
+            rest_mask=torch.nn.functional.pad(_ahead(len(steps), device), (start, 0)),
+            narrow=narrow,
+        ),
     }
     # The prefix ends before the token that predicts a first answer token, so each predictor precedes its answer here.
     return given, torch.nn.functional.pad(answers[1:], (0, 1))[None]
@@ -107,7 +119,8 @@ def attend(
     q, k, v = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
     heads, start, rows = len(q), packed.start, packed.rows
     q_head, k_head, v_head = q[:, :start], k[:, :start], v[:, :start]
-    head = _masked(q_head @ k_head.transpose(1, 2) * scaling, start).softmax(-1) @ v_head
+    head_scores = (q_head @ k_head.transpose(1, 2) * scaling).masked_fill(packed.head_mask, float("-inf"))
+    head = head_scores.softmax(-1) @ v_head
 
     def by_row(x: torch.Tensor) -> torch.Tensor:
         return x[:, start:].index_select(1, packed.index).view(heads * rows, -1, x.shape[-1])
@@ -116,16 +129,14 @@ def attend(
     length = q_rest.shape[1]
     to_head = q_rest.view(heads, rows * length, -1) @ k_head.transpose(1, 2)
     to_rest = q_rest @ k_rest.transpose(1, 2)
-    scores = torch.cat([to_head.view(heads * rows, length, start), _masked(to_rest, length)], dim=-1)
-    weights = (scores * scaling).softmax(-1)
+    scores = torch.cat([to_head.view(heads * rows, length, start), to_rest], dim=-1)
+    weights = (scores * scaling).masked_fill_(packed.rest_mask, float("-inf")).softmax(-1)
     rest = (weights[..., :start].reshape(heads, rows * length, start) @ v_head).view_as(q_rest)
     rest = torch.baddbmm(rest, weights[..., start:], v_rest)
-    tokens = packed.kept.nonzero().squeeze(1)
-    out = torch.cat([head, rest.view(heads, rows * length, -1).index_select(1, tokens)], dim=1)
+    out = torch.cat([head, rest.view(heads, rows * length, -1).index_select(1, packed.tokens)], dim=1)
     return out.transpose(0, 1)[None].to(dtype).contiguous(), None
 
 
-def _masked(scores: torch.Tensor, length: int) -> torch.Tensor:
-    """Scores (…, L, L) with −∞ where a token would look ahead."""
-    ahead = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(ahead, float("-inf"))
+def _ahead(length: int, device: torch.device) -> torch.Tensor:
+    """(L, L) bool: true where a token would look ahead."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
