@@ -82,7 +82,10 @@ def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):
     config.write_text("output: x\nmodel:\n  bace:\n    name: x\ndata:\n  train: a.jsonl\n  val: b.jsonl\n")
     assert "bace" in fails(["fit", "--config", str(config)], capsys)
     config.write_text("data:\n  train: a.jsonl\n  val:\n    - {path: b.jsonl, sead: 1}\n")
-    assert fails(["fit", "--config", str(config)], capsys) == "error: Parser key \"data.val\": Option 'sead' is not accepted"
+    assert (
+        fails(["fit", "--config", str(config)], capsys)
+        == "error: Parser key \"data.val\": Option 'sead' is not accepted"
+    )
     assert fails(["merge", "--method", "Sst", "--method.gamma", "1"], capsys).endswith("Option 'gamma' is not accepted")
     config.write_text("a: [")
     fails(["fit", "--config", str(config)], capsys)
