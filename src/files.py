@@ -50,6 +50,10 @@ def _written(write: Callable[[Path], object], temporary: Path, path: Path) -> No
     """Call the writer; safetensors reports the system's errors in a class of its own."""
     try:
         write(temporary)
+    except OSError as error:
+        # A write that fails does not say where.
+        error.filename = error.filename or str(path)
+        raise
     except SafetensorError as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:
