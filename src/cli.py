@@ -51,8 +51,8 @@ OF_THE_MACHINE = (
 )
 """System errors that a user's disk or paths cause."""
 INTERRUPTED = (
-    "interrupted; what was finished is kept: the same command goes on from there (fisher, test; fit with --resume true) "
-    "or starts again (the others)"
+    "interrupted; what was finished is kept: the same command goes on from there (fisher, test, fit with --resume true) or "
+    "starts again (the others)"
 )
 
 CHATTER = (
