@@ -51,7 +51,7 @@ OF_THE_MACHINE = (
 )
 """System errors that a user's disk or paths cause."""
 INTERRUPTED = (
-    "interrupted; what was finished is kept: the same command goes on from there (fisher, test, fit with --resume true) or "
+    "interrupted; what was finished is kept: the same command goes on from there (fisher, test, fit --resume true) or "
     "starts again (the others)"
 )
 
