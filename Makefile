@@ -9,14 +9,14 @@ DEMO := logs/demo
 ROWS := src/data/demo
 
 # What an artifact is made from: a change in any of these makes it stale.
-FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/fused_lora.py \
-	data/batches.py data/chat.py data/rows.py data/sources.py)
+FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/packing.py models/fused_lora.py models/speed.py \
+	data/batches.py data/chat.py data/modules.py data/rows.py data/sources.py adapters/peft_files.py)
 FISHER := $(wildcard src/fisher/*.py src/models/fisher*.py) $(addprefix src/,models/reference.py data/calibration.py \
-	adapters/basis.py adapters/attach.py adapters/pairs.py)
-MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py) $(addprefix src/adapters/,basis.py pairs.py deltas.py \
-	peft_files.py peft_config.py)
-TEST := $(wildcard src/metrics/*.py src/judges/*.py) $(addprefix src/,data/suite.py data/suites.py data/suite_tokens.py \
-	data/schedule.py models/evaluation.py models/generation.py models/steps.py models/grading.py models/results.py)
+	adapters/basis.py adapters/attach.py adapters/checks.py adapters/pairs.py)
+MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py) $(filter-out src/adapters/attach.py,$(wildcard src/adapters/*.py))
+TEST := $(wildcard src/metrics/*.py src/judges/*.py src/sandbox/*.py) $(addprefix src/,adapters/attach.py data/code_rows.py \
+	data/choice_prompts.py data/choice_rows.py data/schedule.py data/suite.py data/suites.py data/suite_tokens.py models/choices.py \
+	models/discovery.py models/evaluation.py models/generation.py models/grading.py models/partial.py models/results.py models/steps.py)
 REPORT := $(wildcard src/report/*.py)
 
 UTILITY := $(DEMO)/utility/adapter_config.json
@@ -39,8 +39,7 @@ help:
 	@echo "make test    set up, then lint, type check and all tests"
 	@echo "make bench   measurements of speed, side by side with peers (long)"
 	@echo "make setup   only the environment (.venv)"
-	@echo "make oracles mergekit and lm-evaluation-harness, which some tests compare with"
-	@echo "make oracles mergekit in an environment of its own, for the tests that compare with it"
+	@echo "make oracles mergekit and lm-evaluation-harness in environments of their own, for the tests that compare with them"
 	@echo "make clean   delete the demo's outputs"
 
 setup: $(READY)

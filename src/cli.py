@@ -38,8 +38,21 @@ DEFAULT_CONFIG = {
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
 PROJECT = Path(__file__).resolve().parents[1]
 STOPPED = 2
+OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
+"""System errors that a user's disk or paths cause."""
 INTERRUPTED = (
-    "interrupted; what was finished is kept (fit goes on with --resume true, fisher and test by the same command again)"
+    "interrupted; what was finished is kept: the same command goes on from there (fisher, test, fit --resume true) or "
+    "starts again (the others)"
 )
 
 CHATTER = (
@@ -154,10 +167,19 @@ def _run(command: str, arguments: list[str]) -> str | None:
             raise
         return INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in OF_THE_MACHINE:
             raise
         return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
+    except _misconfigured() as error:
+        return f"trainer: {error}"
     return None
+
+
+def _misconfigured() -> type[Exception]:
+    """What Lightning raises for hardware and settings that do not go together here; asked for once something failed."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return MisconfigurationException
 
 
 def _stop(message: str) -> int:

@@ -7,12 +7,15 @@ target as it was.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from src.errors import InputError
 
@@ -24,19 +27,39 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` and rename the result to ``path`` once it is on the disk."""
+    """Call ``write(temporary)`` and rename the result to ``path`` once it is on the disk.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
-        write(temporary)
+        _written(write, temporary, path)
         temporary.chmod(0o644)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _written(write: Callable[[Path], object], temporary: Path, path: Path) -> None:
+    """Call the writer; safetensors reports the system's errors in a class of its own."""
+    try:
+        write(temporary)
+    except OSError as error:
+        # A write that fails does not say where.
+        error.filename = error.filename or str(path)
+        raise
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Parsers whose errors are one line, and typed functions as commands."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -9,16 +10,27 @@ from lightning.pytorch.cli import LightningArgumentParser
 from src.errors import InputError
 
 
+def _reason(message: str) -> str:
+    """The option that is wrong, where a message goes through every type that a key could have had."""
+    key, _, tried = message.partition(":\n")
+    found = re.search(r"Option '[^']+' is not accepted|Parser key \"[^\"]+\": Expected [^\n]+", tried)
+    return message if found is None else f"{key}: {found[0]}"
+
+
 class OneLineErrors(ArgumentParser):
     """An argument parser that raises :class:`InputError` where the original prints its usage and exits."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one line."""
-        raise InputError(" ".join(message.split()))
+        raise InputError(" ".join(_reason(message).split()))
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with one-line errors."""
+    """LightningCLI's parser with one-line errors, where the name of a file stands for itself."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add a class's options; Lightning would have the file that a string names read in place of the string."""
+        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
 
 def run_function(function: Callable[..., None], name: str, summary: str, arguments: list[str]) -> None:

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors import SafetensorError
 
 from src.cli import COMMANDS, main, resolve_names
 from src.errors import InputError
@@ -79,6 +81,12 @@ def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text("output: x\nmodel:\n  bace:\n    name: x\ndata:\n  train: a.jsonl\n  val: b.jsonl\n")
     assert "bace" in fails(["fit", "--config", str(config)], capsys)
+    config.write_text("data:\n  train: a.jsonl\n  val:\n    - {path: b.jsonl, sead: 1}\n")
+    assert (
+        fails(["fit", "--config", str(config)], capsys)
+        == "error: Parser key \"data.val\": Option 'sead' is not accepted"
+    )
+    assert fails(["merge", "--method", "Sst", "--method.gamma", "1"], capsys).endswith("Option 'gamma' is not accepted")
     config.write_text("a: [")
     fails(["fit", "--config", str(config)], capsys)
     fails(["fit", "--config", "expert.yaml", "--model.lora.rank", "high"], capsys)
@@ -103,6 +111,29 @@ def test_bad_rows_stop_before_anything_is_written(base, rows, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_of_every_form_are_named_by_a_flag(base, rows, tmp_path, capsys):
+    """A file of another form than JSONL is read as rows, and not as the value of the flag."""
+    data = tmp_path / "rows.csv"
+    data.write_text("question,response\na,b\n")
+    given = fit_arguments(base, {"task": data, "val": rows["val"]}, tmp_path / "out")
+    assert f"{data}[train] row 0: no column 'prompt'" in fails(given, capsys)
+    text = f'[{{"path": "{data}", "colour": "red"}}]'
+    assert "unknown key 'colour'" in fails(fit_arguments(base, {"task": text, "val": rows["val"]}, "x"), capsys)
+    assert "a directory" in fails(fit_arguments(base, {"task": _folder(tmp_path), "val": rows["val"]}, "x"), capsys)
+
+
+def _folder(tmp_path):
+    (tmp_path / "d.jsonl").mkdir()
+    return tmp_path / "d.jsonl"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_hardware_that_is_not_here_is_one_line(base, rows, tmp_path, capsys):
+    given = [*fit_arguments(base, rows, tmp_path / "out"), "--trainer", "gpu.yaml"]
+    assert "trainer: No supported gpu backend found" in fails(given, capsys)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -110,6 +141,7 @@ def test_bad_rows_stop_before_anything_is_written(base, rows, tmp_path, capsys):
         (["--model.warmup", "1.5"], "model.warmup is 1.5"),
         (["--model.lora.targets", "nonsense"], "lora.targets nonsense"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
+        (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate"),
     ],
 )
 def test_fit_settings_out_of_range_are_one_line(base, rows, tmp_path, capsys, flags, message):
@@ -134,7 +166,7 @@ def interrupted(*_, **__):
 
 
 def full_disk(*_, **__):
-    raise OSError(28, "No space left on device")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,22 @@ def test_columns_map_to_fields(tmp_path):
     assert [(r.prompt, r.response, r.category) for r in rows] == [("Add\n\n1 2", "3", "y"), ("Say hi", "hi", "")]
 
 
+def test_sources_are_written_out_on_the_command_line():
+    one, two = as_sources('[a.jsonl, {"path": "b.csv", "limit": 3}]')
+    assert (one, two) == (RowSource("a.jsonl"), RowSource("b.csv", limit=3))
+    assert as_sources('{"path": "b.csv", "limit": 3}') == [two]
+    with pytest.raises(InputError, match="unknown key 'colour'"):
+        as_sources('[{"path": "b.csv", "colour": "red"}]')
+    with pytest.raises(InputError, match="nor YAML"):
+        as_sources("[a.jsonl")
+
+
+def test_a_broken_table_says_what_is_broken(tmp_path):
+    path = write(tmp_path / "rows.json", '{"prompt": ')
+    with pytest.raises(InputError, match=r"rows.json: .*\(.*JSON"):
+        load_rows(path, need_response=True)
+
+
 @pytest.mark.parametrize(
     ("mapping", "record", "expected"),
     [

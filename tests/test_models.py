@@ -181,6 +181,14 @@ def test_a_missing_base_is_one_error(name, monkeypatch):
         load_model(BaseSpec(name=name))
 
 
+def test_a_broken_gguf_file_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("SST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty.gguf").touch()
+    with pytest.raises(InputError, match=r"empty\.gguf: not a readable GGUF model"):
+        load_model(BaseSpec(name=str(tmp_path / "empty.gguf")))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name.startswith("empty")]
+
+
 def test_a_mode_less_accurate_than_asked_is_not_chosen(model):
     narrow = make_model(dtype=torch.float32)
     assert choose_matmul("auto", narrow, max_error=-1.0, rows=8) == "highest"

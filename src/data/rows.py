@@ -36,6 +36,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a JSONL file of rows") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a directory; expected a JSONL file of rows") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not any(line.strip() for line in lines):

@@ -70,10 +70,24 @@ def find_file(name: str, *folders: str) -> Path | None:
 
 def as_sources(value: Sources | None) -> list[RowSource]:
     """Normalise what a flag or YAML key gave into a list of sources; a YAML name becomes its mapping."""
-    if isinstance(value, str) and value.startswith("["):
-        value = yaml.safe_load(value)
     items = value if isinstance(value, list) else [] if value is None else [value]
-    return [item if isinstance(item, RowSource) else _named_source(item) for item in items]
+    found: list[RowSource] = []
+    for item in items:
+        if isinstance(item, str) and item.startswith(("[", "{")):
+            found += _written_out(item)
+        else:
+            found.append(item if isinstance(item, RowSource) else _named_source(item))
+    return found
+
+
+def _written_out(text: str) -> list[RowSource]:
+    """Sources that are written as a YAML list or mapping on the command line."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{text}: neither the name of a source of rows nor YAML") from None
+    items = value if isinstance(value, list) else [value]
+    return [_mapped_source(item, text) if isinstance(item, dict) else _named_source(str(item)) for item in items]
 
 
 def _named_source(name: str) -> RowSource:
@@ -82,12 +96,18 @@ def _named_source(name: str) -> RowSource:
     path = find_file(name, "configs", "configs/data")
     if path is None:
         raise InputError(f"{name}: no such file here or under configs/data; expected the YAML of a row source")
-    mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return _mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
+
+
+def _mapped_source(mapping: Any, place: str) -> RowSource:
     known = {f.name for f in fields(RowSource)}
     if not isinstance(mapping, dict) or "path" not in mapping:
-        raise InputError(f"{path}: expected a mapping with the key 'path'")
-    if unknown := sorted(set(mapping) - known):
-        raise InputError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+        raise InputError(f"{place}: expected a mapping with the key 'path'")
+    if unknown := sorted(set(mapping) - known, key=str):
+        raise InputError(f"{place}: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
     return RowSource(**mapping)
 
 
@@ -227,7 +247,8 @@ def _load_table(source: RowSource, path: Path) -> Any:
         name = str(path) if path.is_dir() else source.path
         return datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = " ".join(str(error).split())[:200]
+        # What went wrong while a file was read is behind a sentence that says nothing.
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(
             f"{source.path}: neither a readable file nor a data set that can be fetched now ({reason})"
         ) from None

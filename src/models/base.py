@@ -90,10 +90,13 @@ def _dequantised(path: Path) -> Path:
     with FileLock(f"{target}.lock"):
         if not target.exists():
             log.info("dequantising %s (once; kept in %s)", path.name, target)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    path.parent, gguf_file=path.name, dtype=torch.float32
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            except (OSError, ValueError) as error:
+                raise InputError(f"base.name {path}: not a readable GGUF model ({_first_line(error)})") from None
             # The weights are plain float32 now; the record of their old form would forbid saving them.
             del model.config.quantization_config, model.hf_quantizer
             model.is_quantized = False

@@ -168,7 +168,10 @@ class ExpertModule(LightningModule):
         from transformers import get_scheduler
 
         parameters: Sequence[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = self.optimizer_of(parameters)
+        try:
+            optimizer = self.optimizer_of(parameters)
+        except ValueError as error:
+            raise InputError(f"model.optimizer: {error}") from None
         steps = int(self.trainer.estimated_stepping_batches)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=int(self.warmup * steps), num_training_steps=steps)
