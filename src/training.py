@@ -25,6 +25,7 @@ from src.files import check_output
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.merge.card import expert_card
 from src.models.base import load_tokenizer
+from src.models.checkpoints import AtomicCheckpoints, check_checkpoint
 from src.models.evaluation import EvaluationModule
 from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
@@ -104,9 +105,10 @@ class TrainerCommand(LightningCLI):
             return
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
-        check_output(self.output, overwrite=allowed, beside=frozenset() if self.command == "fit" else frozenset({RUN}))
-        if is_first_process():
-            self._clear_run()
+        kept = self.command == "fit" and any((self.output / RUN / "checkpoints").glob("*"))
+        check_output(self.output, overwrite=allowed, beside=frozenset() if kept else frozenset({RUN}))
+        if self.config.get("ckpt_path"):
+            check_checkpoint(self.config.ckpt_path)
         self.config.trainer.default_root_dir = str(self.output)
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
@@ -146,6 +148,8 @@ class TrainerCommand(LightningCLI):
         if config.trainer.logger in (None, True):
             kwargs["logger"] = CSVLogger(str(self.output), name=RUN, version="")
         trainer = super().instantiate_trainer(**kwargs)
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            trainer.strategy.checkpoint_io = AtomicCheckpoints()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.output / RUN / "checkpoints")
@@ -158,10 +162,13 @@ class TrainerCommand(LightningCLI):
         return plain
 
     def prepare(self) -> Any:
-        """Give the data the model's tokenizer."""
+        """Give the data the model's tokenizer, and make room for the run's files."""
         data: Any = self.datamodule
         if isinstance(data, TokenizedData):
             data.bind(load_tokenizer(self.model.base))  # type: ignore[arg-type]
+        # Only now that all input has been read: an earlier run is not lost to a mistyped name.
+        if is_first_process() and not self.config.get("dry_run"):
+            self._clear_run()
         return data
 
 

@@ -235,6 +235,21 @@ def test_two_nodes_joined_by_torchrun(base, adapters, rows, tmp_path):
         assert one.record["rows"] == two.record["rows"]
 
 
+def test_a_full_disk_is_one_line_and_keeps_the_parts(base, adapters, rows, tmp_path, capsys, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "out")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "No space left" in errors[0]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    monkeypatch.undo()
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "out")) == 0
+    assert "1 parts of an interrupted pass are kept" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_sizes_and_loads_no_weights(base, adapters, rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("src.models.fisher.load_model", None)
     assert main(fisher_flags(base, adapters, rows, tmp_path / "out", "--dry_run", "true")) == 0

@@ -11,7 +11,9 @@ from peft import PeftModel
 
 from src.adapters.peft_files import read_adapter
 from src.cli import main
+from src.errors import InputError
 from src.fisher.files import load_fisher
+from src.models.checkpoints import AtomicCheckpoints
 from tests.commands import base_flags, fisher_flags, fit_flags, run_processes
 from tests.oracles import autograd_scores
 from tests.tiny import make_base, make_model
@@ -87,6 +89,47 @@ def test_a_finished_or_different_run_is_not_resumed(expert, base, rows, tmp_path
     (folder / "adapter_config.json").unlink()
     assert main(fit_flags(base, rows, folder, "--resume", "true", "--model.seed", "9")) == 0
     assert "starting over" in capsys.readouterr().err
+
+
+def test_a_mistyped_file_does_not_cost_the_run_before(expert, base, rows, tmp_path, capsys):
+    folder = shutil.copytree(expert, tmp_path / "expert")
+    wrong = ["--overwrite", "true", "--data.train", str(tmp_path / "nope.jsonl")]
+    assert main(fit_flags(base, rows, folder, *wrong)) == 2
+    assert "nope.jsonl: no such file" in capsys.readouterr().err
+    assert (folder / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(base, rows, tmp_path, capsys):
+    folder = tmp_path / "expert"
+    assert main(fit_flags(base, rows, folder, "--model.lora.targets", "[no_such_layer]")) == 2
+    assert "lora.targets" in capsys.readouterr().err
+    assert main(fit_flags(base, rows, folder)) == 0
+
+
+@pytest.mark.parametrize("content", [None, b"not a checkpoint"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line(base, rows, tmp_path, capsys, content):
+    path = tmp_path / "last.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(fit_flags(base, rows, tmp_path / "out", "--ckpt_path", str(path))) == 2
+    assert capsys.readouterr().err.count("--ckpt_path") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"state_dict": {"a": torch.ones(2)}}, path)
+    before = path.read_bytes()
+
+    def fail(value, target):
+        target.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(InputError, match=r"last\.ckpt: the checkpoint cannot be written"):
+        AtomicCheckpoints().save_checkpoint({"state_dict": {}}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_interrupt_in_training_is_one_line_and_keeps_checkpoints(base, rows, tmp_path, capsys):

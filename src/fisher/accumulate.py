@@ -7,6 +7,7 @@ Legend of shapes: N examples of a backward pass, T tokens, p and q sides of a co
 """
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +29,25 @@ def zeros(_: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
+def mapped_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros in a mapped file.
+
+    Raises:
+        OSError: the disk has no room for it; a mapped file without its blocks would end the process at a write.
+    """
+    size = torch.Size(shape).numel()
+    with path.open("wb") as handle:
+        os.posix_fallocate(handle.fileno(), 0, max(1, size * dtype.itemsize))
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+
 def mapped(folder: Path) -> Allocate:
     """Sums in files of a folder, mapped: for weight coordinates, where all modules together outgrow the memory."""
 
     def allocate(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         path = folder / f"{name}.sum"
         path.unlink(missing_ok=True)
-        size = torch.Size(shape).numel()
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float64).view(shape)
+        return mapped_tensor(path, shape, torch.float64)
 
     return allocate
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from src.files import write_atomically
+from src.fisher.accumulate import mapped_tensor
 from src.fisher.lowrank import LowRankFisher, score_order
 
 log = logging.getLogger(__name__)
@@ -110,10 +111,9 @@ def join_scores(shards: Shards, rows: int) -> LowRankFisher:
     order, groups = score_order(keys, count)
     places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
     first = found[0][2]
-    size = torch.Size((len(keys), first.shape[1]))
     path = shards.folder / "scores.joined"
     path.unlink(missing_ok=True)
-    scores = torch.from_file(str(path), shared=True, size=size.numel(), dtype=first.dtype).view(size)
+    scores = mapped_tensor(path, (len(keys), first.shape[1]), first.dtype)
     for (_, _, part), place in zip(found, places.split([len(own) for own, _, _ in found]), strict=True):
         scores[place] = part
     return LowRankFisher(scores, count, groups)
