@@ -7,6 +7,8 @@ from peft import PeftModel
 from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import read_adapter
 from src.errors import InputError
+from src.gevp.pencil import make_pencil
+from src.gevp.solve import solve
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.merge.stage import merge
@@ -44,7 +46,7 @@ def test_energies_are_reported_on_held_out_rows():
     method = Sst(rho_s=0.0, t=1.0)
     findings = method.patch({}, safety, fisher).findings
     whole = fisher.basis.coordinates(safety)
-    system = method._solve(fisher.safety, fisher.utility)
+    system = solve(make_pencil(fisher.safety, fisher.utility, rho=0.1, rho_s=0.0))
     fitted = fisher.utility.energy(system.apply(whole, method._phi(system))) / fisher.utility.energy(whole)
     assert set(findings["held_out"]) == {"safety_energy_kept", "utility_tax_kept"}
     assert findings["held_out"]["utility_tax_kept"] != pytest.approx(fitted, rel=0.05)

@@ -11,6 +11,7 @@ from typing import Any
 
 from src.files import write_atomically
 
+PLOT = "pencil.png"
 LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
