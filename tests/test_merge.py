@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -150,6 +151,14 @@ def test_equal_inputs_give_equal_bytes(adapters, fisher_folder, tmp_path):
     for name in ("a", "b"):
         run(adapters, tmp_path / name, method=Sst(), alpha=0.8, fisher=str(fisher_folder))
     assert read_adapter(tmp_path / "a").sha256 == read_adapter(tmp_path / "b").sha256
+
+
+def test_fisher_files_of_other_weights_warn(adapters, fisher_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
+    run(adapters, tmp_path / "m", method=Sst(), fisher=str(fisher_folder))
+    assert not caplog.records
+    run(adapters, tmp_path / "n", method=Sst(), fisher=str(fisher_folder), utility_weights=[0.5])
+    assert "measured at utility weights [1.0], not [0.5]" in caplog.text
 
 
 @pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), [], [1.0, 1.0]])

@@ -35,7 +35,9 @@ class Pass:
         """What the manifest says of it."""
         record = self.file.record
         kept = {key: record.get(key) for key in ("pass", "representation", "coordinates", "labels", "reference")}
-        return {"path": str(self.path), "weight": self.weight, **kept, "examples": self.file.fisher.count}
+        at = [entry["weight"] for entry in record["utility"]]
+        found = {"path": str(self.path), "weight": self.weight, "utility_weights": at}
+        return found | kept | {"examples": self.file.fisher.count}
 
     def mean_scores(self) -> torch.Tensor:
         """(D,) mean scores.

@@ -1,5 +1,6 @@
 """What a merge works on: adapters and Fisher files, read and checked to belong together."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod
 from src.merge.combination import Combination, Expert
 from src.merge.fishers import NONE, Calibration, read_pair, read_statistics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,4 +132,7 @@ def read_inputs(
     adapters = [*experts, *([patcher] if patcher else [])]
     check_compatible(adapters)
     found = calibrated.read(experts, patcher)
+    for entry in found.files:
+        if found.pair is not None and entry["utility_weights"] != given:
+            log.warning("%s: measured at utility weights %s, not %s", entry["path"], entry["utility_weights"], given)
     return Inputs(experts, given, patcher, found, found.seen.union(*(adapter.seen for adapter in adapters)))
