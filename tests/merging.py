@@ -2,10 +2,12 @@
 
 import torch
 
-from src.adapters.basis import core_basis
+from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter
+from src.fisher.diagonal import DiagonalFisher
 from src.fisher.files import FisherFile
+from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair
 
@@ -24,6 +26,30 @@ def weight_space_fishers(pairs, n_s=6, n_u=9, seed=0):
     return FisherPair(scores[0], scores[1], core)
 
 
+def weight_fisher(shapes, kind, seed):
+    """A Fisher matrix in weight coordinates of a few examples with random gradients."""
+    draw = torch.Generator().manual_seed(seed)
+    sums = [{}, {}, {}]
+    for name, (o, i) in shapes.items():
+        deltas, inputs = (torch.randn(40, side, generator=draw, dtype=torch.float64) for side in (o, i))
+        if kind == "diagonal":
+            sums[0][name] = (deltas.square().T @ inputs.square()).reshape(1, -1)
+        else:
+            sums[0][name], sums[1][name] = (deltas.T @ deltas)[None], (inputs.T @ inputs)[None]
+            sums[2][name] = torch.tensor([40.0]).double()
+    counts = torch.tensor([40.0]).double()
+    return DiagonalFisher(shapes, counts, sums[0]) if kind == "diagonal" else KroneckerFisher(shapes, counts, *sums)
+
+
+def matching_fishers(method, utility, safety):
+    """Fisher matrices in the coordinates and of a representation that a method takes."""
+    if method.coordinates == "core":
+        return weight_space_fishers(safety, n_s=40, n_u=40)
+    shapes = {name: {**utility, **safety}[name].shape for name in sorted({**utility, **safety})}
+    kind = method.representations[-1]
+    return FisherPair(weight_fisher(shapes, kind, 1), weight_fisher(shapes, kind, 2), CoreBasis({}, {}))
+
+
 def regauged(pairs):
     draw = torch.Generator().manual_seed(5)
     turned = {}
@@ -33,10 +59,13 @@ def regauged(pairs):
     return turned
 
 
-def write_fishers(folder, adapters, base):
+def write_fishers(folder, adapters, base, *, method=None, **rows):
     """Fisher files of the session's adapters with random scores in the right coordinates."""
     safety, utility = read_adapter(adapters["safety"]), read_adapter(adapters["utility"])
-    pair = weight_space_fishers(safety.pairs)
+    if method is None:
+        pair = weight_space_fishers(safety.pairs, **rows)
+    else:
+        pair = matching_fishers(method, utility.pairs, safety.pairs)
     for name, fisher in (("safety", pair.safety), ("utility", pair.utility)):
         record = {
             "pass": name,

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.fisher.lowrank import LowRankFisher, concatenate
+from src.fisher.base import weighted_mean
+from src.fisher.lowrank import LowRankFisher
 from src.gevp.filters import soft, topk
 from src.gevp.lowrank import solve_lowrank, whitened_eigh
 from tests.oracles import dense_eigh, dense_filtered, dense_pencil
@@ -147,5 +148,5 @@ def test_fisher_algebra_equals_dense():
 
 def test_concatenation_is_the_weighted_mean():
     one, two, _ = fishers(3, 5, 6)
-    mean = concatenate([one, two], [1.0, 3.0])
+    mean = weighted_mean([one, two], [1.0, 3.0])
     torch.testing.assert_close(mean.dense(), (one.dense() + 3 * two.dense()) / 4)

@@ -16,8 +16,8 @@ from src.gevp.pencil import make_pencil
 from src.gevp.relearn import RelearnProblem, relearn
 from src.gevp.solve import solve
 from src.merge.base import FisherPair
+from src.merge.pencil_plot import module_grid, plot_pencil
 from src.merge.sst import PatchedFisher, Sst
-from src.report.pencil import module_grid, plot_pencil
 from tests.oracles import dense_relearned
 from tests.test_fisher_files import ACCUMULATORS, SHAPES, random_fisher
 from tests.tiny import make_model, random_pairs

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from peft import PeftModel
 from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import read_adapter
 from src.errors import InputError
+from src.gevp.pencil import make_pencil
+from src.gevp.solve import solve
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.merge.stage import merge
@@ -44,7 +47,7 @@ def test_energies_are_reported_on_held_out_rows():
     method = Sst(rho_s=0.0, t=1.0)
     findings = method.patch({}, safety, fisher).findings
     whole = fisher.basis.coordinates(safety)
-    system = method._solve(fisher.safety, fisher.utility)
+    system = solve(make_pencil(fisher.safety, fisher.utility, rho=0.1, rho_s=0.0))
     fitted = fisher.utility.energy(system.apply(whole, method._phi(system))) / fisher.utility.energy(whole)
     assert set(findings["held_out"]) == {"safety_energy_kept", "utility_tax_kept"}
     assert findings["held_out"]["utility_tax_kept"] != pytest.approx(fitted, rel=0.05)
@@ -148,6 +151,14 @@ def test_equal_inputs_give_equal_bytes(adapters, fisher_folder, tmp_path):
     for name in ("a", "b"):
         run(adapters, tmp_path / name, method=Sst(), alpha=0.8, fisher=str(fisher_folder))
     assert read_adapter(tmp_path / "a").sha256 == read_adapter(tmp_path / "b").sha256
+
+
+def test_fisher_files_of_other_weights_warn(adapters, fisher_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
+    run(adapters, tmp_path / "m", method=Sst(), fisher=str(fisher_folder))
+    assert not caplog.records
+    run(adapters, tmp_path / "n", method=Sst(), fisher=str(fisher_folder), utility_weights=[0.5])
+    assert "measured at utility weights [1.0], not [0.5]" in caplog.text
 
 
 @pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), [], [1.0, 1.0]])

@@ -1,6 +1,7 @@
 """What every registered method must satisfy, whatever it computes."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM
 from src.merge.stage import merge
-from tests.merging import regauged, weight_space_fishers, write_fishers
+from tests.merging import matching_fishers, regauged, weight_fisher, write_fishers
 from tests.tiny import make_model, random_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,17 +45,19 @@ METHODS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(MergeMethod)
 COMBINATIONS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(Combination)]
 
 
-@pytest.fixture
-def fisher_folder(adapters, base, tmp_path):
-    return write_fishers(tmp_path / "fisher", adapters, base)
-
-
 def double(pairs):
     return {name: LowRankPair(pair.a.double(), pair.b.double()) for name, pair in pairs.items()}
 
 
 def patches(method, utility, safety):
-    return method.patch(utility, safety, weight_space_fishers(safety, n_s=40, n_u=40)).pairs
+    return method.patch(utility, safety, matching_fishers(method, utility, safety)).pairs
+
+
+def expert(combination, key, weight, pairs, shapes=None):
+    """An expert with statistics of its own, where the combination needs them."""
+    found = shapes or {name: pair.shape for name, pair in pairs.items()}
+    fisher = weight_fisher(found, combination.representations[-1], ord(key)) if combination.needs_fisher else None
+    return Expert(key, weight, pairs, fisher)
 
 
 def close(one, two):
@@ -78,21 +81,21 @@ def test_the_patch_does_not_depend_on_the_factors(method, updates):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_of_modules_changes_nothing(method, updates):
     utility, safety = updates
-    fisher = weight_space_fishers(safety, n_s=40, n_u=40)
+    fisher = matching_fishers(method, utility, safety)
     turned = dict(reversed(utility.items())), dict(reversed(safety.items()))
     close(method.patch(utility, safety, fisher).pairs, method.patch(*turned, fisher).pairs)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_the_order_of_experts_changes_nothing(combination, updates):
-    experts = [Expert("a", 0.7, updates[0]), Expert("b", 1.2, updates[1])]
+    experts = [expert(combination, "a", 0.7, updates[0]), expert(combination, "b", 1.2, updates[1])]
     close(combination.combine(experts).deltas, combination.combine(experts[::-1]).deltas)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_scaled_experts_give_a_scaled_result(combination, updates):
-    one = [Expert("a", 0.7, updates[0]), Expert("b", 1.2, updates[1])]
-    two = [Expert(e.key, e.weight, combined([e.deltas], [4.0])) for e in one]
+    one = [expert(combination, "a", 0.7, updates[0]), expert(combination, "b", 1.2, updates[1])]
+    two = [Expert(e.key, e.weight, combined([e.deltas], [4.0]), e.fisher) for e in one]
     close(combined([combination.combine(one).deltas], [4.0]), combination.combine(two).deltas)
 
 
@@ -100,7 +103,9 @@ def test_scaled_experts_give_a_scaled_result(combination, updates):
 def test_modules_of_one_expert_only_are_kept(combination, updates):
     name = next(iter(updates[0]))
     fewer = {key: pair for key, pair in updates[1].items() if key != name}
-    merged = combination.combine([Expert("a", 1.0, updates[0]), Expert("b", 1.0, fewer)]).deltas
+    shapes = {key: pair.shape for key, pair in updates[0].items()}
+    given = [expert(combination, "a", 1.0, updates[0]), expert(combination, "b", 1.0, fewer, shapes)]
+    merged = combination.combine(given).deltas
     assert set(merged) == set(updates[0])
     assert merged[name].dense().norm() > 0
 
@@ -126,32 +131,27 @@ def test_one_expert_of_weight_one_is_itself(combination, updates):
     close(combination.combine([Expert("a", 1.0, updates[0])]).deltas, updates[0])
 
 
-def run(adapters, fisher_folder, output, **options):
+def run(adapters, base, output, **options):
+    fisher_folder = write_fishers(output.parent / "fisher", adapters, base, method=options["method"])
     paths = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(output)}
     merge(**paths | {"fisher": str(fisher_folder)} | options)
     return read_adapter(output).pairs
 
 
-def settled(method):
-    # Six scores span six directions only.
-    return type(method)(k=5) if type(method).__name__ == "AlignGuardPosthoc" else method
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_strength_zero_is_the_utility_adapter_exactly(method, adapters, fisher_folder, tmp_path):
-    found = run(adapters, fisher_folder, tmp_path / "m", method=settled(method), alpha=0.0)
+def test_strength_zero_is_the_utility_adapter_exactly(method, adapters, base, tmp_path):
+    found = run(adapters, base, tmp_path / "m", method=method, alpha=0.0)
     for name, pair in read_adapter(adapters["utility"]).pairs.items():
         assert torch.equal(found[name].dense(), pair.dense())
 
 
 @pytest.mark.filterwarnings("ignore:.*energy is kept.*")
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_written_is_what_peft_loads(method, adapters, fisher_folder, tmp_path):
-    method = settled(method)
+def test_what_is_written_is_what_peft_loads(method, adapters, base, tmp_path):
     # Rank 16 is full rank in every layer of the tiny model, so nothing is lost.
-    run(adapters, fisher_folder, tmp_path / "m", method=method, alpha=0.8, rank=16)
+    run(adapters, base, tmp_path / "m", method=method, alpha=0.8, rank=16)
     utility, safety = (read_adapter(adapters[name]).pairs for name in ("utility", "safety"))
-    patch = method.patch(utility, safety, weight_space_fishers(safety)).pairs
+    patch = method.patch(utility, safety, matching_fishers(method, utility, safety)).pairs
     expected = make_model()
     for name, delta in combined([utility, patch], [1.0, 0.8]).items():
         expected.get_submodule(name).weight += delta.dense()
@@ -193,6 +193,40 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path):
         given = [threads, str(tmp_path / threads), str(tmp_path / "a"), str(tmp_path / "b")]
         subprocess.run([sys.executable, "-c", MERGES, *given], check=True, cwd=ROOT)
     for name in ("Ties", "Dare", "Knots", "TsvM", "IsoC", "CoreSpace"):
+        assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
+
+
+SST = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from src.merge.stage import merge
+from src.merge.sst import Sst
+given = {"utility": sys.argv[3], "safety": sys.argv[4], "fisher": sys.argv[5]}
+merge(**given, method=Sst(), alpha=[0.5, 1.0], output=f"{sys.argv[2]}/soft")
+energy = Sst(filter="energy", share=0.5, rho_s=0.0)
+merge(**given, method=energy, rank=3, warn_below=0.0, output=f"{sys.argv[2]}/energy")
+"""
+
+
+@pytest.mark.processes
+def test_the_bytes_of_sst_do_not_depend_on_the_number_of_threads(tmp_path):
+    from src.adapters.peft_files import write_adapter
+
+    draw = torch.Generator().manual_seed(0)
+    for name in ("utility", "safety"):
+        # Large enough that a threaded product would be split.
+        pairs = {
+            f"model.layers.{i}.x": LowRankPair(torch.randn(8, 600, generator=draw), torch.randn(900, 8, generator=draw))
+            for i in range(8)
+        }
+        write_adapter(tmp_path / name, pairs, base="t", manifest={}, seen=frozenset(), card="c")
+    adapters = {name: tmp_path / name for name in ("utility", "safety")}
+    fisher = write_fishers(tmp_path / "fisher", adapters, "t", n_s=60, n_u=80)
+    for threads in ("1", "2"):
+        given = [threads, str(tmp_path / threads), *(str(adapters[n]) for n in ("utility", "safety")), str(fisher)]
+        clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        subprocess.run([sys.executable, "-c", SST, *given], check=True, cwd=ROOT, env=clean)
+    for name in ("soft/alpha-0.5", "soft/alpha-1", "energy"):
         assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
 
 

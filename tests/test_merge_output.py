@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.adapters.deltas import DenseDelta
@@ -265,6 +266,56 @@ def test_a_base_without_weights_is_named(adapters, tmp_path):
     (other / "model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="not a readable safetensors"):
         merge(utility=both(adapters), full_model=True, base=str(other), output=str(tmp_path / "m"))
+
+
+def test_a_gguf_base_is_read_from_its_dequantised_weights(adapters, base, tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    asked = []
+
+    def dequantised(path):
+        asked.append(path.name)
+        return base
+
+    monkeypatch.setattr("src.models.base._dequantised", dequantised)
+    given = {"utility": both(adapters), "full_model": True}
+    merge(**given, base=str(tmp_path / "tiny.gguf"), output=str(tmp_path / "m"))
+    merge(**given, output=str(tmp_path / "n"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "n"))
+    assert set(asked) == {"tiny.gguf"}
+    assert all(torch.equal(one[key], two[key]) for key in two)
+    with pytest.raises(InputError, match=r"none.gguf: no such file"):
+        merge(**given, base=str(tmp_path / "none.gguf"), output=str(tmp_path / "o"))
+
+
+def own_memory():
+    """Bytes of this process that are no mapped files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_full_model_is_written_in_the_memory_of_its_largest_weight(tmp_path):
+    from src.adapters.base_weights import open_base
+    from src.adapters.deltas import LazyDelta
+    from src.adapters.full_model import write_model
+
+    side, count = 1024, 16
+    size, seen = side * side * 4, []
+    (tmp_path / "base").mkdir()
+    names = [f"model.layers.{i}.x" for i in range(count)]
+    save_file({f"{n}.weight": torch.zeros(side, side) for n in names}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+
+    def evaluate(rows):
+        seen.append(own_memory())
+        return torch.ones(side, side)[rows]
+
+    deltas = {name: LazyDelta((side, side), evaluate) for name in names}
+    before = own_memory()
+    with open_base(str(tmp_path / "base")) as weights:
+        write_model(tmp_path / "m", weights, deltas, transposed=False, shard_bytes=3 * size)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 6
+    assert max(seen) - before < 6 * size < count * size
 
 
 def test_every_stage_can_be_named_on_the_command_line(adapters, tmp_path, capsys):

@@ -1,4 +1,9 @@
-"""PEFT's adapter configuration: what of it pairs can express, the scaling it implies, and one for written pairs."""
+"""PEFT's adapter configuration: what of it pairs can express, the scaling it implies, and one for written pairs.
+
+A merge works on updates of weights, ``y = (W + ΔW) x``. ``lora_bias`` trains a bias of B, which adds a constant
+to a layer's output, whatever its input: no ΔW does that, and most layers have no bias that could take it up. So such an
+adapter is refused, naming it, rather than merged without its bias.
+"""
 
 import re
 from collections.abc import Mapping

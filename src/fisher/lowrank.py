@@ -5,25 +5,14 @@ Legend of shapes: n examples, D coordinates, P vectors.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed
 
 from src.fisher.accumulate import Accumulator
-from src.fisher.base import Fisher, Shapes, weighted_mean
+from src.fisher.base import Fisher, Shapes
+from src.fisher.columns import column_blocks
 from src.fisher.scores import core_score
-
-COLUMNS = 8192
-"""Greatest width of the column blocks in which scores are widened to float64."""
-WIDE_ENTRIES = 2**24
-"""Entries of a widened block (128 MiB): bounds the memory of every product, however many rows there are."""
-
-
-def column_blocks(rows: int, dim: int) -> Iterator[slice]:
-    """Slices of the coordinates whose blocks of so many rows are small enough to be widened."""
-    width = max(64, min(COLUMNS, WIDE_ENTRIES // max(1, rows)))
-    for start in range(0, dim, width):
-        yield slice(start, min(start + width, dim))
 
 
 @dataclass(frozen=True)
@@ -45,9 +34,9 @@ class LowRankFisher(Fisher):
     def __post_init__(self) -> None:
         rows = self.scores.shape[0] if self.scores.ndim == 2 else 0
         if rows == 0 or self.count < 1 or rows % self.count:
+            found = f"{tuple(self.scores.shape)} for {self.count} examples"
             raise ValueError(
-                f"a Fisher matrix needs (rows, D) scores of at least one example, as many rows for each, not "
-                f"{tuple(self.scores.shape)} for {self.count} examples"
+                f"a Fisher matrix needs (rows, D) scores of at least one example, as many each; not {found}"
             )
 
     @property
@@ -124,19 +113,17 @@ class LowRankFisher(Fisher):
         Raises:
             ValueError: the data sets have different numbers of draws.
         """
-        if len(draws := {fisher.scores.shape[0] // fisher.count for fisher in fishers}) > 1:
+        if len(draws := {len(fisher.scores) // fisher.count for fisher in fishers}) > 1:
             raise ValueError(f"Fisher matrices of {sorted(draws)} draws per example have no mean; take as many in each")
         total = sum(fisher.count for fisher in fishers)
         factors = [(share * total / f.count) ** 0.5 for share, f in zip(shares, fishers, strict=True)]
         scores = torch.cat([f.scores * factor for factor, f in zip(factors, fishers, strict=True)])
-        if all(fisher.groups is None for fisher in fishers):
-            return cls(scores, total)
         groups, used = [], 0
         for fisher in fishers:
             own = torch.arange(fisher.count) if fisher.groups is None else fisher.groups
             groups.append(own + used)
             used += int(own.max()) + 1
-        return cls(scores, total, torch.cat(groups))
+        return cls(scores, total, torch.cat(groups) if any(f.groups is not None for f in fishers) else None)
 
     def _times(self, vectors: torch.Tensor) -> torch.Tensor:
         """(rows, P) products of the scores with vectors (P, D)."""
@@ -144,11 +131,6 @@ class LowRankFisher(Fisher):
         for columns, block in self._blocks():
             total.addmm_(block, vectors[:, columns].double().T)
         return total
-
-
-def concatenate(fishers: list[LowRankFisher], weights: list[float]) -> LowRankFisher:
-    """The weighted mean ``Σ w_i F_i / Σ w_i`` of Fisher matrices of several data sets, as one."""
-    return weighted_mean(fishers, weights)
 
 
 def score_order(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -193,16 +175,14 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Scores and their keys."""
-        if not self._scores:
-            return {"counts": self.counts}
-        return {"counts": self.counts, "scores": torch.cat(self._scores), "keys": torch.cat(self._keys)}
+        parts = {"scores": torch.cat(self._scores), "keys": torch.cat(self._keys)} if self._scores else {}
+        return {"counts": self.counts} | parts
 
     def reduce(self, device: torch.device | None = None) -> None:
         """Bring the scores of all processes together on each of them."""
         super().reduce(device)
         if torch.distributed.is_initialized():
-            gathered: list[tuple[list[torch.Tensor], list[torch.Tensor]] | None]
-            gathered = [None] * torch.distributed.get_world_size()
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, (self._scores, self._keys))
             self._scores = [part for own in gathered if own for part in own[0]]
             self._keys = [part for own in gathered if own for part in own[1]]
@@ -217,5 +197,4 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
             raise ValueError("a Fisher matrix needs at least one example")
         keys, count = torch.cat(self._keys), round(self.counts.sum().item())
         order, groups = score_order(keys, count)
-        scores = torch.cat(self._scores)[order]
-        return LowRankFisher(scores, count, groups)
+        return LowRankFisher(torch.cat(self._scores)[order], count, groups)

@@ -15,6 +15,7 @@ from src.adapters.deltas import Delta, LazyDelta, row_blocks, squared_norm
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, read_adapter
 from src.errors import InputError
+from src.models.base import weights_folder
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def alignment(
     elif base is None:
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")
     else:
-        with open_base(aligned) as one, open_base(base) as two:
+        with open_base(weights_folder(aligned)) as one, open_base(weights_folder(base)) as two:
             yield {name: _difference(name, one, two, delta.shape) for name, delta in modules.items()}
 
 

@@ -3,21 +3,41 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+import torch
 
 from src.adapters.basis import CoreBasis
 from src.adapters.deltas import Delta
 from src.adapters.pairs import LowRankPair
-from src.fisher.base import Fisher
+from src.fisher.base import Fisher, Representation
+
+Coordinates = Literal["core", "weight"]
+ALL: tuple[Representation, ...] = ("lowrank", "block", "kronecker", "diagonal")
 
 
 @dataclass(frozen=True)
 class FisherPair:
-    """F_s and F_u in one core space."""
+    """F_s and F_u in one set of coordinates; in weight coordinates the basis is empty."""
 
     safety: Fisher
     utility: Fisher
     basis: CoreBasis
+
+
+@dataclass(frozen=True)
+class PatchedFisher(FisherPair):
+    """Both Fisher matrices, and what re-learned coefficients need beside them, all at θ0 + ΔW_u + P.
+
+    Attributes:
+        benign: F_u⁺, the utility Fisher matrix at the patched point.
+        safety_mean: (D,) mean score of refusals with the data's labels.
+        benign_mean: (D,) mean score of benign answers with the data's labels.
+    """
+
+    benign: Fisher
+    safety_mean: torch.Tensor
+    benign_mean: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,10 @@ class MergeMethod(ABC):
     """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
 
     needs_fisher = False
+    coordinates: ClassVar[Coordinates] = "core"
+    """Coordinates of its Fisher files."""
+    representations: ClassVar[tuple[Representation, ...]] = ALL
+    """Representations of Fisher matrices that it can work with."""
     takes_full_rank = False
     """Whether ΔW_u may be full rank, such as a TIES merge of several experts."""
 
@@ -44,6 +68,11 @@ class MergeMethod(ABC):
     def needs_safety(self) -> bool:
         """Whether the method works on the safety adapter."""
         return True
+
+    @property
+    def relearns(self) -> bool:
+        """Whether it needs mean scores and the benign pass at the patched point too (:class:`PatchedFisher`)."""
+        return False
 
     @abstractmethod
     def patch(

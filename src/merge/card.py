@@ -19,8 +19,14 @@ def _front(base: str, tags: list[str], *, full_model: bool = False, licence: str
     return f"---\n{yaml.safe_dump(meta, sort_keys=True)}---\n"
 
 
-def merge_card(manifest: dict[str, Any]) -> str:
-    """The card of a merged adapter, from its manifest."""
+def merge_card(manifest: dict[str, Any], evaluation: str | None = None) -> str:
+    """The card of a merged adapter.
+
+    Args:
+        manifest: Its manifest.
+        evaluation: A table of measurements, in Markdown, where there are some.
+    """
+    measured = "" if evaluation is None else f"\n## Evaluation\n\n{evaluation}\n"
     rows = [
         f"| utility, weight {entry['weight']:g} | `{entry['path']}` | `{entry['sha256']}` |"
         for entry in manifest["utility"]
@@ -45,7 +51,7 @@ def merge_card(manifest: dict[str, Any]) -> str:
 * All provenance: `manifest.json`
 
 * Licence: {manifest["license"] or "not stated by its maker"}
-
+{measured}
 The licences of the base model, the adapters and their data apply to the result too.
 """
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from src.adapters.deltas import Delta, Deltas, combined
 from src.errors import InputError
+from src.fisher.base import Fisher
 from src.merge.base import FisherPair, MergeMethod, Patch
 
 
@@ -22,11 +23,13 @@ class Expert:
         key: Name that does not depend on the expert's position; random masks are drawn from it.
         weight: Its weight, as given by the user.
         deltas: Its update per module; a module that it lacks has the update zero.
+        fisher: Its own Fisher matrix in weight coordinates, for combinations that need one.
     """
 
     key: str
     weight: float
     deltas: Mapping[str, Delta]
+    fisher: Fisher | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Combination(MergeMethod):
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """What the safety adapter changes when it is one more expert, of weight 1."""
-        merged = self.combine([Expert("utility", 1.0, utility), Expert("safety", 1.0, safety)])
+        f_u, f_s = (None, None) if fisher is None else (fisher.utility, fisher.safety)
+        merged = self.combine([Expert("utility", 1.0, utility, f_u), Expert("safety", 1.0, safety, f_s)])
         return Patch(combined([merged.deltas, utility], [1.0, -1.0]), merged.findings)
 
 

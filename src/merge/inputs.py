@@ -3,17 +3,15 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from src.adapters.base_weights import BaseWeights
-from src.adapters.basis import CoreBasis
-from src.adapters.checks import check_base, check_compatible
+from src.adapters.checks import check_compatible
 from src.adapters.peft_config import Layout
 from src.adapters.peft_files import Adapter, read_adapter
 from src.errors import InputError
-from src.fisher.files import load_fisher
-from src.merge.base import FisherPair
-from src.merge.combination import Expert
+from src.merge.base import FisherPair, MergeMethod
+from src.merge.combination import Combination, Expert
+from src.merge.fishers import NONE, Calibration, read_pair, read_statistics
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +24,20 @@ class Inputs:
         experts: Utility adapters, in the user's order.
         weights: One per expert.
         safety: The safety adapter, where there is one.
-        fisher: Both Fisher matrices, where the method needs them.
+        calibration: Fisher matrices, where the method or the combination needs them.
         seen: Hashes of the prompts that any of them was trained or calibrated on.
     """
 
     experts: list[Adapter]
     weights: list[float]
     safety: Adapter | None
-    fisher: FisherPair | None
+    calibration: Calibration
     seen: frozenset[str]
+
+    @property
+    def fisher(self) -> FisherPair | None:
+        """Both Fisher matrices, where the method needs them."""
+        return self.calibration.pair
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -51,16 +54,60 @@ class Inputs:
 
     def as_experts(self) -> list[Expert]:
         """What a combination works on; the weights' hash names an expert, whatever its position or path."""
-        return [Expert(e.sha256, w, e.updates) for e, w in zip(self.experts, self.weights, strict=True)]
+        statistics = self.calibration.statistics or (None,) * len(self.experts)
+        each = zip(self.experts, self.weights, statistics, strict=True)
+        return [Expert(e.sha256, w, e.updates, fisher) for e, w, fisher in each]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Which Fisher files a merge reads.
+
+    Attributes:
+        folders: Directories, as the user named them.
+        weights: Weight of each in F_u, if given.
+        method: The safety method, if any.
+        combine: The combination.
+    """
+
+    folders: Sequence[str]
+    weights: Sequence[float] | None
+    method: MergeMethod | None
+    combine: Combination
+
+    def read(self, experts: Sequence[Adapter], safety: Adapter | None) -> Calibration:
+        """Read what the stages need; nothing where they need nothing.
+
+        Raises:
+            InputError: files are missing, or do not belong to these adapters, or both stages need some.
+        """
+        method = self.method if self.method is not None and self.method.needs_fisher else None
+        if self.combine.needs_fisher and method is not None:
+            raise InputError(
+                f"{type(self.combine).__name__} and {type(method).__name__} both need Fisher files; write the "
+                "combination as an adapter first, measure at it, and merge that"
+            )
+        needy = self.combine if self.combine.needs_fisher else method
+        if needy is None:
+            return NONE
+        if not self.folders:
+            raise InputError(
+                f"{type(needy).__name__} needs Fisher files: pass --fisher DIRECTORY (made by `python -m src fisher`)"
+            )
+        if needy is self.combine:
+            if self.weights is not None:
+                raise InputError("fisher_weights weigh utility Fishers of a safety method; use utility_weights")
+            return read_statistics(self.folders, experts, needy)
+        if safety is None:
+            raise InputError("this method needs the safety adapter that its Fisher files were measured for: --safety")
+        return read_pair(self.folders, self.weights, experts, safety, needy)
 
 
 def read_inputs(
     utility: Sequence[str],
     weights: list[float] | None,
     safety: str | None,
-    fisher: str | None,
-    *,
-    needs_fisher: bool,
+    calibrated: Calibrated,
     base: BaseWeights | None = None,
 ) -> Inputs:
     """Read and check everything that a merge needs.
@@ -69,8 +116,7 @@ def read_inputs(
         utility: Utility adapters.
         weights: Their weights; unset means 1 for each.
         safety: The safety adapter, if any.
-        fisher: Directory of the Fisher files, if any.
-        needs_fisher: Whether the method needs them.
+        calibrated: The Fisher files.
         base: The base's weights, for adapters whose updates are not low-rank.
 
     Raises:
@@ -85,38 +131,8 @@ def read_inputs(
     patcher = read_adapter(safety, base) if safety is not None else None
     adapters = [*experts, *([patcher] if patcher else [])]
     check_compatible(adapters)
-    pair, seen = None, set[str]()
-    if needs_fisher:
-        if patcher is None:
-            raise InputError("this method needs the safety adapter that its Fisher files were measured for: --safety")
-        pair, seen = _fisher_pair(fisher, experts, patcher)
-    return Inputs(experts, given, patcher, pair, frozenset(seen).union(*(adapter.seen for adapter in adapters)))
-
-
-def _fisher_pair(folder: str | None, experts: list[Adapter], safety: Adapter) -> tuple[FisherPair, set[str]]:
-    """Both Fisher matrices, checked to belong to these adapters."""
-    if folder is None:
-        raise InputError(
-            "this method needs both Fisher files: pass --fisher DIRECTORY (made by `python -m src fisher`)"
-        )
-    files = {name: load_fisher(Path(folder) / f"{name}.safetensors") for name in ("safety", "utility")}
-    hashes = [expert.sha256 for expert in experts]
-    for name, file in files.items():
-        path = Path(folder) / f"{name}.safetensors"
-        if file.record["pass"] != name:
-            raise InputError(f"{path}: holds the {file.record['pass']} pass; expected the {name} pass")
-        check_base(safety, file.record["base"]["name"], file.record["base"]["fingerprint"], what=f"the base of {path}")
-        if file.record["safety"]["sha256"] != safety.sha256:
-            raise InputError(
-                f"{path}: measured for the safety adapter {file.record['safety']['path']}, not {safety.name}"
-            )
-        if [entry["sha256"] for entry in file.record["utility"]] != hashes:
-            names = ", ".join(entry["path"] for entry in file.record["utility"])
-            raise InputError(
-                f"{path}: measured at the utility adapters {names}; those of this merge have other weights"
-            )
-    one, two = files["safety"], files["utility"]
-    if one.record["basis_sha256"] != two.record["basis_sha256"]:
-        raise InputError(f"{folder}: the two Fisher files use different coordinates; measure both in one run")
-    seen = {prompt for file in files.values() for prompt in file.record["seen"]}
-    return FisherPair(one.fisher, two.fisher, CoreBasis(one.u, one.v)), seen
+    found = calibrated.read(experts, patcher)
+    for entry in found.files:
+        if found.pair is not None and entry["utility_weights"] != given:
+            log.warning("%s: measured at utility weights %s, not %s", entry["path"], entry["utility_weights"], given)
+    return Inputs(experts, given, patcher, found, found.seen.union(*(adapter.seen for adapter in adapters)))

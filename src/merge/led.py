@@ -3,7 +3,9 @@
     score = |W| ⊙ Σ_x |∇L(x)|,   e_i = top-r of base score and of expert score,   m_i = e_i minus the others' union
     θ0 + Σ λ_i m_i ⊙ ΔW_i
 
-Scores need the gradient of every weight on calibration rows (128 in the paper); the caller brings them.
+Scores need the summed magnitude of every weight's gradient on calibration rows (128 in the paper). No Fisher file
+holds it: a diagonal is E[g²], and its root is no E|g|; a pass of its own would be needed, at the base and at each
+expert. So this is no method of the command line; the caller brings the scores.
 """
 
 from collections.abc import Sequence

@@ -25,6 +25,7 @@ def manifest(point: Variant, inputs: Inputs, total: Combined, patch: Patch, alph
             for expert, weight in zip(inputs.experts, inputs.weights, strict=True)
         ],
         "safety": {"path": safety.name, "sha256": safety.sha256} if safety else None,
+        "fisher": list(inputs.calibration.files),
         "base": {"name": first.base, "fingerprint": first.fingerprint},
         "findings": findings,
         "versions": versions(),

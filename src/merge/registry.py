@@ -1,16 +1,18 @@
 """Every method, imported: ``--method`` and ``--combine`` choose from the subclasses of ``MergeMethod``."""
 
-from src.merge import align_guard, closest_safe_update, resta, safe_lora, safe_merge, sst, sst_m, sst_v
+from src.merge import align_guard, closest_safe_update, resta, safe_lora, safe_merge, sst, sst_diagonal, sst_m, sst_v
 from src.merge.combinations import (
     breadcrumbs,
     concatenate,
     core_space,
     dare,
     della,
+    fisher_average,
     iso_c,
     knots,
     linear,
     magnitude_prune,
+    regmean,
     task_arithmetic,
     ties,
     tsv_m,
@@ -24,14 +26,17 @@ __all__ = [
     "core_space",
     "dare",
     "della",
+    "fisher_average",
     "iso_c",
     "knots",
     "linear",
     "magnitude_prune",
+    "regmean",
     "resta",
     "safe_lora",
     "safe_merge",
     "sst",
+    "sst_diagonal",
     "sst_m",
     "sst_v",
     "task_arithmetic",

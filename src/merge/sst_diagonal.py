@@ -1,4 +1,4 @@
-"""The published diagonal SST-Merge in weight coordinates, as a pure function of two diagonal Fisher matrices.
+"""The published diagonal SST-Merge in weight coordinates, of two diagonal Fisher matrices.
 
 r_i = f_s,i / (f_u,i + ε),   patch = α_layer · w(r) ⊙ P
 """
@@ -8,7 +8,81 @@ from collections.abc import Mapping
 import torch
 
 from src.adapters.deltas import Delta, Deltas, combined
-from src.merge.masked import Masking, masked_patch, whole_patch
+from src.errors import InputError
+from src.fisher.diagonal import DiagonalFisher
+from src.merge.base import FisherPair, MergeMethod, Patch
+from src.merge.masked import Form, Mask, Masking, masked_patch, whole_patch
+from src.merge.weight_fishers import diagonal_rows
+
+
+class SstDiagonal(MergeMethod):
+    """The published SST-Merge: keep the patch where ``r = f_s / (f_u + ε)`` is large, weight by weight. Full rank.
+
+    Needs Fisher files of ``--model.coordinates weight --model.representation diagonal``. With ``--model.labels
+    random_tokens`` they need no data.
+
+    Args:
+        mask: ``hard`` keeps the elements with the largest ratios; ``soft`` weighs by 1 / (1 + exp(−(r − tau)/gamma)).
+        top: Share of elements that ``hard`` keeps per module, above 0 to 1 (the paper's 20 %).
+        tau: Ratio at which ``soft`` gives one half.
+        gamma: Width of ``soft``, above 0.
+        form: ``additive`` masks ΔW_s, ``interpolating`` masks ΔW_s − ΔW_u.
+        rho: Ridge on F_u, relative to its mean: ε = rho · tr(F_u)/D. Above 0.
+        layer_weights: Factor of the patch of modules by name; others have 1.
+    """
+
+    needs_fisher = True
+    coordinates = "weight"
+    representations = ("diagonal",)
+    takes_full_rank = True
+
+    def __init__(
+        self,
+        mask: Mask = "hard",
+        top: float = 0.2,
+        tau: float = 1.0,
+        gamma: float = 0.1,
+        form: Form = "additive",
+        rho: float = 1e-6,
+        layer_weights: dict[str, float] | None = None,
+    ) -> None:
+        if not 0 < rho < float("inf"):
+            raise InputError(f"method.rho is {rho}; expected a number above 0")
+        self._masking = Masking(mask, top, tau, gamma, form)
+        self.mask, self.top, self.tau, self.gamma, self.form = mask, top, tau, gamma, form
+        self.rho, self.layer_weights = rho, layer_weights
+
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
+        """The masked patch.
+
+        Raises:
+            InputError: the Fisher files are missing, of another form, zero, or lack a module.
+        """
+        if fisher is None:
+            raise InputError("method SstDiagonal needs both Fisher files: pass --fisher")
+        one, two = fisher.safety, fisher.utility
+        if not isinstance(one, DiagonalFisher) or not isinstance(two, DiagonalFisher):
+            raise InputError("method SstDiagonal needs diagonal Fisher files in weight coordinates")
+        epsilon = self.rho * two.trace() / two.dim
+        if not epsilon > 0:
+            raise InputError("method SstDiagonal: the utility Fisher matrix is zero")
+        unknown = [name for name in self.layer_weights or {} if name not in one.shapes]
+        if unknown:
+            raise InputError(f"method.layer_weights: no module {unknown[0]} in the Fisher files")
+        diagonals = [{name: diagonal_rows(f, name) for name in f.shapes} for f in (one, two)]
+        try:
+            made = sst_diagonal(
+                utility,
+                safety,
+                diagonals[0],
+                diagonals[1],
+                self._masking,
+                epsilon=epsilon,
+                layer_weights=self.layer_weights,
+            )
+        except ValueError as error:
+            raise InputError(f"method SstDiagonal: {error}; measure with --model.basis union") from None
+        return Patch(made, {"epsilon": epsilon})
 
 
 def sst_diagonal(

@@ -2,7 +2,9 @@
 
 θ0 + ΔW_u + α · patch,   ΔW_u = combine(experts),   patch = method(ΔW_u, ΔW_s)
 
-Low-rank results are written as the exact concatenation of factors (rank r_u + rank of the patch).
+Low-rank results are written as the exact concatenation of factors (rank r_u + rank of the patch). Where the method
+solved a pencil, ``pencil.png`` shows it: one beside the merged adapter, or, as strength changes nothing in it, one
+beside the directories of a list of strengths.
 """
 
 import logging
@@ -20,12 +22,15 @@ from src.merge.base import MergeMethod, Patch
 from src.merge.combination import Combination, Combined
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.dry_run import describe
+from src.merge.evaluation import Evaluation
 from src.merge.forms import Form
-from src.merge.inputs import Inputs, read_inputs
+from src.merge.inputs import Calibrated, Inputs, read_inputs
 from src.merge.parallel import one_thread_each
+from src.merge.pencil_plot import PLOT, plot_pencil
 from src.merge.record import manifest
 from src.merge.sweep import Variant, strengths, variants
 from src.merge.write import Target, write
+from src.models.base import weights_folder
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,8 @@ def merge(
     safety: str | None = None,
     alpha: list[float] | float = 1.0,
     utility_weights: list[float] | None = None,
-    fisher: str | None = None,
+    fisher: list[str] | str | None = None,
+    fisher_weights: list[float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
     full_model: bool = False,
@@ -48,6 +54,7 @@ def merge(
     warn_below: float = 0.95,
     sweep: dict[str, list[float]] | None = None,
     license: str | None = None,
+    evaluation: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -64,40 +71,52 @@ def merge(
         alpha: Strength of the patch, at least 0; a list writes one merged adapter per strength. 0 gives the utility
             adapter alone.
         utility_weights: Weight of each utility adapter; unset means 1 for each.
-        fisher: Directory with ``safety.safetensors`` and ``utility.safetensors``, as written by the fisher command.
+        fisher: Directory with ``safety.safetensors`` and ``utility.safetensors`` (and ``benign.safetensors`` for
+            re-learned coefficients), as written by the fisher command. Several in one set of coordinates: F_u is the
+            mean over all, F_s is that of the first. A combination that needs Fisher files takes one directory per
+            utility adapter.
+        fisher_weights: Weight of each directory in F_u; unset means 1 for each.
         rank: Largest rank of the written adapter, per module; unset writes factors as they are, exactly.
         energy: Share of each module's squared norm that the written adapter keeps, above 0 to 1, in place of ``rank``.
         full_model: Write whole weights, base and update, instead of an adapter.
-        base: Directory or hub id with the base model's safetensors files, for ``full_model`` (unset means the base
-            that the adapters name) and to convert DoRA and fully trained modules.
+        base: Directory or hub id with the base model's safetensors files, or a GGUF file, for ``full_model`` (unset
+            means the base that the adapters name) and to convert DoRA and fully trained modules.
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
         warn_below: Kept energy, 0 to 1, under which ``rank`` and ``energy`` warn.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
         license: The result's licence as the hub names it, such as ``apache-2.0``, for the model card.
+        evaluation: ``metrics.json`` of an evaluation of these very adapters, merged before: a table of it goes into
+            the model card.
         dry_run: Print shapes, ranks, memory and sizes; write nothing.
         overwrite: Replace an output that exists.
     """
+    flags = {key: value for key, value in locals().items() if key not in ("combine", "method")}
     form = Form(rank, energy, full_model, warn_below)
-    values = strengths(alpha)
-    points = variants(method, combine or TaskArithmetic(), sweep)
+    values, combination = strengths(alpha), combine or TaskArithmetic()
+    points = variants(method, combination, sweep)
     _check_stages(method, safety, alpha)
     check_output(Path(output), overwrite=overwrite)
-    needs_fisher = method is not None and method.needs_fisher
-    paths = [utility] if isinstance(utility, str) else utility
+    measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
+    calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
-        weights = stack.enter_context(open_base(base)) if base is not None else None
-        inputs = read_inputs(paths, utility_weights, safety, fisher, needs_fisher=needs_fisher, base=weights)
+        weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
+        inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights)
         count = len(points) * len(values)
         workers = stack.enter_context(one_thread_each())
         if dry_run:
             log.info("%s", describe(inputs, points[0], form, values[-1], count))
             return
         place = base or inputs.experts[0].base
-        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), license)
+        extra = {"flags": flags, "license": license}
+        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured)
         folder = stack.enter_context(new_directory(Path(output)))
         for point, total, patch in derived(points, inputs):
             _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
     log.info("%s: %d merged %s(s) in %s", _title(points[0]), count, "model" if full_model else "adapter", output)
+
+
+def _listed(given: list[str] | str | None) -> list[str]:
+    return [given] if isinstance(given, str) else given or []
 
 
 def _check_stages(method: MergeMethod | None, safety: str | None, alpha: list[float] | float) -> None:
@@ -120,6 +139,8 @@ def _write_point(
         target.form.check(merged, _title(point))
         record = manifest(point, inputs, total, patch, alpha)
         write(folder / f"alpha-{alpha:g}" if target.by_alpha else folder, merged, inputs, record, target)
+    if "kept_by_module" in patch.findings:
+        plot_pencil(patch.findings, folder / PLOT)
 
 
 def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant, Combined, Patch]]:

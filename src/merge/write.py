@@ -8,10 +8,13 @@ from typing import Any
 from src.adapters.base_weights import open_base
 from src.adapters.deltas import Delta
 from src.adapters.full_model import write_model
-from src.adapters.peft_files import write_adapter, write_provenance
+from src.adapters.peft_files import CARD, WEIGHTS, write_adapter, write_provenance
+from src.files import sha256_file, write_text
 from src.merge.card import merge_card
+from src.merge.evaluation import Evaluation
 from src.merge.forms import Form
 from src.merge.inputs import Inputs
+from src.models.base import weights_folder
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Target:
         shard_bytes: Largest file of a full model.
         workers: Threads to use.
         by_alpha: Whether each strength has a directory of its own.
-        licence: The result's licence, for its card.
+        record: What the manifest holds beside what made the update: the flags and the licence.
+        evaluation: Measurements for the card.
     """
 
     form: Form
@@ -32,7 +36,8 @@ class Target:
     shard_bytes: int
     workers: int
     by_alpha: bool
-    licence: str | None
+    record: dict[str, Any]
+    evaluation: Evaluation | None
 
 
 def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
@@ -46,13 +51,13 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
         target: The form.
     """
     if target.form.full_model:
-        with open_base(target.base) as base:
+        with open_base(weights_folder(target.base)) as base:
             write_model(folder, base, deltas, transposed=inputs.layout.transposed, shard_bytes=target.shard_bytes)
-        made = record | {"output": {"form": target.form.label}, "license": target.licence}
+        made = record | {"output": {"form": target.form.label}} | target.record
         write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
         return
     pairs, report = target.form.adapter(deltas, target.workers)
-    made = record | {"output": report, "license": target.licence}
+    made = record | {"output": report} | target.record
     write_adapter(
         folder,
         pairs,
@@ -62,3 +67,6 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
         card=merge_card(made),
         layout=inputs.layout,
     )
+    if target.evaluation is not None:
+        table = target.evaluation.table(sha256_file(folder / WEIGHTS))
+        write_text(folder / CARD, merge_card(made, table) + "\n")

@@ -114,6 +114,12 @@ def _location(spec: BaseSpec) -> tuple[str, dict[str, Any]]:
     return spec.name, {**extra, "revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
 
 
+def weights_folder(name: str) -> str:
+    """Where a base's safetensors files lie: the cache of a GGUF file's dequantised weights; else the name itself."""
+    gguf = _gguf_path(BaseSpec(name))
+    return name if gguf is None else str(_dequantised(gguf))
+
+
 def _quiet() -> None:
     """No progress bar for reading local files."""
     import transformers

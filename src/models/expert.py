@@ -20,6 +20,7 @@ from src.errors import InputError
 from src.models.base import BaseSpec, fingerprint, load_model
 from src.models.fused_lora import fuse
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
+from src.models.regularisers import Regulariser
 from src.models.sharding import shard
 from src.models.speed import TrainingMode, choose_matmul
 
@@ -63,6 +64,7 @@ class ExpertModule(LightningModule):
         warmup: Share of all steps over which the learning rate rises from 0.
         pack: Compute the tokens that all rows of a batch begin with once (the chat template's system prompt); the same
             loss and gradients from fewer tokens. Falls back by itself where a model cannot.
+        regularizer: Term added to the loss in training, such as ``AlignGuard``; unset adds none.
         seed: Seed of the adapter's initial weights.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures. ``bfloat16`` multiplies by
             bfloat16 copies of the frozen weights, and within attention; residuals, norms, the adapter and the logits
@@ -80,6 +82,7 @@ class ExpertModule(LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup: float = 0.05,
         pack: bool = True,
+        regularizer: Regulariser | None = None,
         seed: int = 0,
         matmul: TrainingMode = "auto",
         max_matmul_error: float = 5e-3,
@@ -89,6 +92,7 @@ class ExpertModule(LightningModule):
             raise InputError(f"model.warmup is {warmup}; expected a share in [0, 1)")
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
         self.schedule, self.warmup, self.pack, self.seed = schedule, warmup, pack, seed
+        self.regularizer = regularizer
         self._can_pack: bool | None = None
         self._narrow = False
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
@@ -124,6 +128,10 @@ class ExpertModule(LightningModule):
         self.model.train()
         trainable, total = self.model.get_nb_trainable_parameters()
         log.info("training %.2f M of %.1f M parameters (LoRA rank %d)", trainable / 1e6, total / 1e6, self.lora.rank)
+        if self.regularizer is not None:
+            if sharded:
+                raise InputError("model.regularizer reads whole weights; a sharding strategy has none")
+            self.regularizer.bind(self.model, self.base_fingerprint)
         if sharded:
             shard(self.model, self.device_mesh)
 
@@ -152,9 +160,13 @@ class ExpertModule(LightningModule):
         return bool(self._can_pack)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Mean loss of the batch's answer tokens, in nats."""
+        """Mean loss of the batch's answer tokens, in nats, and what the regulariser adds."""
         loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.index))
+        if self.regularizer is not None:
+            penalty = self.regularizer.penalty()
+            self.log("penalty", penalty, batch_size=len(batch.index))
+            loss = loss + penalty
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
 

@@ -5,7 +5,7 @@
 
 with λ_i ← λ_i / ‖F_i‖₂ where normalised. The base's weights cancel, so updates are averaged directly. The Kronecker
 system has no closed form for more than two experts; it is symmetric positive definite and solved by conjugate
-gradients. Pure functions: the statistics come from the caller.
+gradients. ‖F_i‖₂ is the norm of the whole diagonal of expert i.
 
 Legend of shapes: O output features, I input features.
 """
@@ -14,9 +14,97 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from src.adapters.deltas import Delta, Deltas, LazyDelta
+from src.errors import InputError
+from src.fisher.diagonal import DiagonalFisher
+from src.fisher.kronecker import KroneckerFisher
+from src.merge.combination import Combination, Combined, Expert, common_shape, module_names
+from src.merge.weight_fishers import Latest, diagonal_norm, diagonal_rows, fishers_of, module_fisher
+
 FLOOR = 1e-6
 MOST_STEPS = 1000
 TOLERANCE = 1e-12
+
+
+class FisherAverage(Combination):
+    """Fisher-weighted average (2111.09832): every weight from the experts whose data care about it. Full rank.
+
+    Needs ``--fisher [DIR, …]``, one per utility adapter, each measured with that adapter alone (``--model.utility``) in
+    weight coordinates: ``--model.coordinates weight --model.representation diagonal`` (the paper's) or ``kronecker``.
+    As a method, the safety adapter is one more expert, weighed by F_s of one directory; for the paper's F_s measure it
+    at the safety expert itself, ``--model.reference_safety {safety: 1.0}``.
+
+    Args:
+        normalise: Divide each weight by the norm of its expert's Fisher matrix (``diagonal`` only).
+        floor: ``diagonal``: smallest Fisher information of a weight, after normalising; ``kronecker``: ridge of each
+            factor, relative to its mean eigenvalue. Above 0: what no data has seen is averaged.
+    """
+
+    needs_fisher = True
+    coordinates = "weight"
+    representations = ("diagonal", "kronecker")
+
+    def __init__(self, normalise: bool = True, floor: float = FLOOR) -> None:
+        if not 0 < floor < float("inf"):
+            raise InputError(f"FisherAverage floor is {floor}; expected a number above 0")
+        self.normalise, self.floor = normalise, floor
+
+    def combine(self, experts: Sequence[Expert]) -> Combined:
+        """The weighted average, evaluated module by module."""
+        fishers = fishers_of(experts, self.name)
+        weights = [expert.weight for expert in experts]
+        if min(weights) <= 0:
+            raise InputError(f"utility_weights are {weights}; FisherAverage expects numbers above 0")
+        norms = [diagonal_norm(f) if self.normalise and isinstance(f, DiagonalFisher) else 1.0 for f in fishers]
+        latest = Latest()
+        deltas: Deltas = {}
+        for name in module_names(experts):
+            shape = common_shape(name, experts)
+            zero = LazyDelta(shape, lambda rows, shape=shape: torch.zeros(shape[0], shape[1])[rows])  # type: ignore[misc]
+            updates = [expert.deltas.get(name, zero) for expert in experts]
+            own = [module_fisher(f, name, shape, e.key[:12]) for f, e in zip(fishers, experts, strict=True)]
+            diagonal = [f for f in own if isinstance(f, DiagonalFisher)]
+            factored = [f for f in own if isinstance(f, KroneckerFisher)]
+            if len(diagonal) == len(own):
+                deltas[name] = self._diagonal(name, shape, updates, diagonal, weights, norms)
+            elif len(factored) == len(own):
+                deltas[name] = self._kronecker(name, shape, updates, factored, weights, latest)
+            else:
+                raise InputError("FisherAverage: experts' Fisher files of different representations; measure all alike")
+        return Combined(deltas)
+
+    def _diagonal(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        updates: Sequence[Delta],
+        fishers: Sequence[DiagonalFisher],
+        weights: Sequence[float],
+        norms: Sequence[float],
+    ) -> LazyDelta:
+        diagonals = [diagonal_rows(fisher, name) for fisher in fishers]
+
+        def evaluate(rows: slice) -> torch.Tensor:
+            scaled = [d.block(rows) / (n or 1.0) for d, n in zip(diagonals, norms, strict=True)]
+            blocks = [update.block(rows) for update in updates]
+            return diagonal_average(blocks, scaled, weights, normalise=False, floor=self.floor)
+
+        return LazyDelta(shape, evaluate)
+
+    def _kronecker(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        updates: Sequence[Delta],
+        fishers: Sequence[KroneckerFisher],
+        weights: Sequence[float],
+        latest: Latest,
+    ) -> LazyDelta:
+        def compute() -> torch.Tensor:
+            left, right = zip(*(fisher.factors(name) for fisher in fishers), strict=True)
+            return kronecker_average([d.dense() for d in updates], left, right, weights, ridge=self.floor)
+
+        return LazyDelta(shape, lambda rows: latest.rows(name, compute, rows))
 
 
 def diagonal_average(

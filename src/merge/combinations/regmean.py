@@ -2,15 +2,135 @@
 
     ΔWᵀ = (Σ w_i G_i)⁻¹ Σ w_i G_i ΔW_iᵀ,   G_i = X_iᵀX_i with off-diagonals times a
 
-Stated for weights, it holds for updates alike, as the base's weights cancel. In coordinates of a core space (G_i to
-Vᵀ G_i V) it is the least-squares routing of 2606.10617. Pure functions: the statistics come from the caller.
+Stated for weights, it holds for updates alike, as the base's weights cancel. With ΔW_i = B_i A_i the result is
+``Σ B_i (w_i A_i G_i (Σ w_j G_j)⁻¹)``: low-rank in, low-rank out, exactly. In the space V of all experts' inputs
+(A_i to A_i V, G_i to Vᵀ G_i V) it is the least-squares routing of 2606.10617.
 
-Legend of shapes: O output features, I input features.
+Legend of shapes: O output features, I input features, R rank.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+
+from src.adapters.deltas import Deltas, LazyDelta
+from src.adapters.geometry import orthonormal, spaces
+from src.adapters.pairs import LowRankPair
+from src.errors import InputError
+from src.fisher.kronecker import KroneckerFisher
+from src.merge.combination import Combination, Combined, Expert, common_shape, module_names, share
+from src.merge.weight_fishers import Latest, fishers_of, module_fisher
+
+
+class RegMean(Combination):
+    """RegMean (2212.09849): the update whose outputs are closest to each expert's on that expert's own inputs.
+
+    Low-rank for low-rank experts, exactly (rank Σ r_i). Needs ``--fisher [DIR, …]``, one per utility adapter, each
+    measured with that adapter alone (``--model.utility``) by ``--model.coordinates weight --model.representation
+    kronecker``: the input factor of such a file is XᵀX per token, over the tokens that the answers' loss depends on
+    (the paper takes all tokens). As a method, the safety adapter is one more expert, with the inputs of F_s.
+
+    Args:
+        off_diagonal: Factor of off-diagonal elements of XᵀX, 0 to 1 (the paper's .9).
+        space: ``weight`` takes inputs as they are; ``core`` takes them within the span of the experts' own inputs.
+    """
+
+    needs_fisher = True
+    coordinates = "weight"
+    representations = ("kronecker",)
+
+    def __init__(self, off_diagonal: float = 0.9, space: Literal["weight", "core"] = "weight") -> None:
+        self.off_diagonal, self.space = share(off_diagonal, "RegMean off_diagonal", zero=True), space
+
+    def combine(self, experts: Sequence[Expert]) -> Combined:
+        """The least-squares update of every module.
+
+        Raises:
+            InputError: a Fisher matrix is missing, or a summed Gram matrix is singular.
+        """
+        fishers = fishers_of(experts, self.name)
+        if min(expert.weight for expert in experts) <= 0:
+            raise InputError("RegMean expects utility_weights above 0")
+        latest = Latest()
+        deltas: Deltas = {}
+        for name in module_names(experts):
+            shape = common_shape(name, experts)
+            grams = []
+            for fisher, expert in zip(fishers, experts, strict=True):
+                own = module_fisher(fisher, name, shape, expert.key[:12])
+                if not isinstance(own, KroneckerFisher):
+                    raise InputError(f"RegMean needs Fisher files of the representation kronecker, not {own}")
+                grams.append(own.factors(name)[1])
+            try:
+                deltas[name] = self._merged(name, shape, experts, grams, latest)
+            except ValueError as error:
+                raise InputError(f"RegMean: {name}: {error}") from None
+        return Combined(deltas)
+
+    def _merged(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        experts: Sequence[Expert],
+        grams: Sequence[torch.Tensor],
+        latest: Latest,
+    ) -> LowRankPair | LazyDelta:
+        weights = [expert.weight for expert in experts]
+        pairs = [expert.deltas.get(name, _nothing(shape)) for expert in experts]
+        low = [pair for pair in pairs if isinstance(pair, LowRankPair)]
+        if len(low) == len(pairs):
+            v = _input_space(low) if self.space == "core" else None
+            return regmean_pairs(low, grams, weights, off_diagonal=self.off_diagonal, v=v)
+        if self.space == "core":
+            raise ValueError("the core space is that of low-rank updates, and one is full-rank")
+
+        def compute() -> torch.Tensor:
+            return regmean([d.dense() for d in pairs], grams, weights, off_diagonal=self.off_diagonal)
+
+        return LazyDelta(shape, lambda rows: latest.rows(name, compute, rows))
+
+
+def _input_space(pairs: Sequence[LowRankPair]) -> torch.Tensor:
+    """(I, q) basis of all input spaces; from balanced factors, so that it does not depend on how an update is factored.
+
+    What is off the diagonal depends on the basis.
+    """
+    balanced = [(sigma.sqrt(), v) for pair in pairs if pair.rank for _, sigma, v in (spaces(pair),)]
+    return orthonormal([v * root for root, v in balanced])[0]
+
+
+def _nothing(shape: tuple[int, int]) -> LowRankPair:
+    """The update of an expert without this module: its inputs count, its update is zero."""
+    return LowRankPair(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0))
+
+
+def regmean_pairs(
+    pairs: Sequence[LowRankPair],
+    grams: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    off_diagonal: float,
+    v: torch.Tensor | None = None,
+) -> LowRankPair:
+    """The merged update of low-rank ones, as factors of rank Σ R_i in float64.
+
+    Args:
+        pairs: ΔW_i.
+        grams: XᵀX of each expert's inputs, (I, I), on one scale (per token).
+        weights: One per expert.
+        off_diagonal: Factor of off-diagonal elements, 0 to 1.
+        v: (I, q) orthonormal basis of the space in which inputs are taken; unset means all of it.
+
+    Raises:
+        ValueError: the summed Gram matrix is singular.
+    """
+    inside = list(grams) if v is None else [v.T @ gram.double() @ v for gram in grams]
+    scaled = [w * shrunk(g.double(), off_diagonal) for w, g in zip(weights, inside, strict=True)]
+    rows = [pair.a.double() if v is None else pair.a.double() @ v for pair in pairs]
+    moved = torch.cat([a @ gram for a, gram in zip(rows, scaled, strict=True)])
+    a = torch.cholesky_solve(moved.T, _factor(scaled)).T
+    return LowRankPair((a if v is None else a @ v.T).contiguous(), torch.cat([p.b.double() for p in pairs], dim=1))
 
 
 def shrunk(gram: torch.Tensor, off_diagonal: float) -> torch.Tensor:
@@ -39,7 +159,12 @@ def regmean(
     given = weights or [1.0] * len(updates)
     scaled = [w * shrunk(g.double(), off_diagonal) for w, g in zip(given, grams, strict=True)]
     right = torch.stack([g @ d.double().T for g, d in zip(scaled, updates, strict=True)]).sum(0)
-    factor, failed = torch.linalg.cholesky_ex(torch.stack(scaled).sum(0))
+    return torch.cholesky_solve(right, _factor(scaled)).T
+
+
+def _factor(scaled: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Cholesky factor of the sum."""
+    factor, failed = torch.linalg.cholesky_ex(torch.stack(list(scaled)).sum(0))
     if failed:
         raise ValueError("the summed Gram matrix is singular; more tokens or a smaller off_diagonal make it regular")
-    return torch.cholesky_solve(right, factor).T
+    return factor

@@ -11,6 +11,11 @@ from typing import Any
 
 from src.files import write_atomically
 
+PLOT = "pencil.png"
+ROUNDING = 1e-12
+"""Eigenvalues under this share of the largest are not drawn."""
+MOST_LABELS = 16
+"""Most layers that are named."""
 LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
@@ -39,12 +44,16 @@ def plot_pencil(findings: Mapping[str, Any], path: Path) -> None:
 
 def _spectrum(axis: Any, findings: Mapping[str, Any]) -> None:
     data = findings["spectrum"]
-    points = [(rank, value) for rank, value in zip(data["rank"], data["value"], strict=True) if value > 0]
-    axis.plot(*zip(*points, strict=True), color="#0072B2", marker=".", linestyle="-")
+    # What is smaller than this is rounding: on a logarithmic axis it would squeeze everything else.
+    least = ROUNDING * max(data["value"])
+    points = [(rank, value) for rank, value in zip(data["rank"], data["value"], strict=True) if value > least]
+    axis.plot(*zip(*points, strict=True), color="#0072B2", marker=".", markersize=3, linestyle="-")
+    if len(points) < len(data["rank"]):
+        axis.plot([], [], " ", label="λ = 0 beyond")
     axis.set(yscale="log", xlabel="rank", ylabel="λ, safety energy per utility energy", title="Spectrum of the pencil")
     if findings.get("complement_eigenvalue"):
         axis.axhline(findings["complement_eigenvalue"], color="#D55E00", linestyle="--", label="unseen directions")
-    if findings.get("directions_kept"):
+    if (findings.get("directions_kept") or findings["dim"]) < findings["dim"]:
         axis.axvline(findings["directions_kept"], color="#009E73", linestyle=":", label="kept to the left")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False)
@@ -88,10 +97,10 @@ def _modules(axis: Any, findings: Mapping[str, Any]) -> None:
     layers, modules, grid = module_grid(findings["kept_by_module"])
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
     axis.figure.colorbar(image, ax=axis, label="norm kept")
-    step = max(1, len(layers) // 16)
+    step = max(1, -(-len(layers) // MOST_LABELS))
     axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axis.set_xticks(range(len(modules)), modules, rotation=45, ha="right", fontsize=8)
-    axis.set(ylabel="layer", title="Where the patch was kept")
+    axis.set(ylabel="layer", title="Share of the patch kept, by module")
 
 
 PANELS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {

@@ -1,0 +1,74 @@
+"""The evaluation of a merged adapter as a table for its card.
+
+An evaluation is made after a merge. The same inputs give the same bytes, so merging again with ``--evaluation
+metrics.json`` finds the adapter in it by the hash of its weights; numbers of another adapter never get into a card.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.errors import InputError
+from src.files import read_json
+from src.merge.forms import Form
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the test command measured.
+
+    Attributes:
+        path: ``metrics.json``.
+        models: Its models.
+    """
+
+    path: Path
+    models: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, form: Form) -> "Evaluation":
+        """Read the file.
+
+        Raises:
+            InputError: it is missing or is not one that the test command wrote, or a full model is to be written.
+        """
+        if form.full_model:
+            raise InputError("evaluation is of adapters; a full model has no hash to be found by")
+        record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
+        if not isinstance(record, dict) or not record.get("models"):
+            raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
+        return cls(path, record["models"])
+
+    def table(self, sha256: str) -> str:
+        """Suites and measures of one adapter beside those of the base model, in Markdown.
+
+        Args:
+            sha256: Hash of the adapter's weights.
+
+        Raises:
+            InputError: the evaluation does not cover the adapter.
+        """
+        found = [model for model in self.models if (model["adapter"] or {}).get("sha256") == sha256]
+        if not found:
+            raise InputError(
+                f"{self.path}: no model with the weights {sha256[:12]}…, which this merge writes; evaluate the merged "
+                "adapter first, then merge again with --evaluation"
+            )
+        base = next((model for model in self.models if not model["adapter"]), None)
+        before = dict(_measures(base)) if base is not None else {}
+        lines = ["| suite | measure | this adapter | base model |", "|---|---|---|---|"]
+        for (suite, name), value in _measures(found[0]):
+            lines.append(f"| {suite} | {name} | {value} | {before.get((suite, name), '')} |")
+        return "\n".join([*lines, "", "Values with 95 % intervals, and the number of rows that they are of."])
+
+
+def _measures(model: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """(suite, measure) and its value in words."""
+    for suite, numbers in model["suites"].items():
+        for name, found in numbers.items():
+            if isinstance(found, dict) and {"value", "interval", "n"} <= set(found):
+                low, high = found["interval"]
+                yield (suite, name), f"{found['value']:.3f} [{low:.3f}, {high:.3f}], n = {found['n']}"
+            elif name == "perplexity":
+                yield (suite, name), f"{found['value']:.3f}"

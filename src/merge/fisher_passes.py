@@ -1,0 +1,123 @@
+"""One Fisher file of a merge, read and checked: its pass, its form, its adapters, its coordinates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.adapters.checks import check_base
+from src.adapters.peft_files import Adapter
+from src.errors import InputError
+from src.fisher.files import FisherFile, load_fisher
+from src.merge.base import MergeMethod
+
+RELEARN = "re-learned coefficients need a run with `--model.relearn true`"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One Fisher file.
+
+    Attributes:
+        path: Where it lies.
+        file: What it holds.
+        weight: Its weight in a mean.
+    """
+
+    path: Path
+    file: FisherFile
+    weight: float = 1.0
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        record = self.file.record
+        kept = {key: record.get(key) for key in ("pass", "representation", "coordinates", "labels", "reference")}
+        at = [entry["weight"] for entry in record["utility"]]
+        found = {"path": str(self.path), "weight": self.weight, "utility_weights": at}
+        return found | kept | {"examples": self.file.fisher.count}
+
+    def mean_scores(self) -> torch.Tensor:
+        """(D,) mean scores.
+
+        Raises:
+            InputError: the file holds none.
+        """
+        if self.file.mean is None:
+            raise InputError(f"{self.path}: holds no mean scores; {RELEARN}")
+        return self.file.mean
+
+    def check_base(self, adapter: Adapter) -> None:
+        """Check that it was measured on the adapter's base."""
+        base = self.file.record["base"]
+        check_base(adapter, base["name"], base["fingerprint"], what=f"the base of {self.path}")
+
+    def check_adapters(self, experts: Sequence[Adapter], safety: Adapter) -> None:
+        """Check that it was measured for these adapters.
+
+        Raises:
+            InputError: it was not.
+        """
+        record = self.file.record
+        self.check_base(safety)
+        if record["safety"]["sha256"] != safety.sha256:
+            raise InputError(
+                f"{self.path}: measured for the safety adapter {record['safety']['path']}, not {safety.name}"
+            )
+        if [entry["sha256"] for entry in record["utility"]] != [expert.sha256 for expert in experts]:
+            names = ", ".join(entry["path"] for entry in record["utility"])
+            raise InputError(
+                f"{self.path}: measured at the utility adapters {names}; those of this merge have other weights"
+            )
+
+    def check_expert(self, expert: Adapter) -> None:
+        """Check that it was measured at one expert alone.
+
+        Raises:
+            InputError: it was not.
+        """
+        record = self.file.record
+        self.check_base(expert)
+        measured = [(entry["sha256"], entry["weight"]) for entry in record["utility"]]
+        if measured != [(expert.sha256, 1.0)] or record["reference"] != "utility":
+            raise InputError(
+                f"{self.path}: not measured at {expert.name} alone; expected a run of `python -m src fisher` with "
+                f"--model.utility {expert.name} and --model.reference_utility utility"
+            )
+
+    def check_coordinates(self, first: "Pass") -> None:
+        """Check that its coordinates are those of another one.
+
+        Raises:
+            InputError: they are not.
+        """
+        same = self.file.record["basis_sha256"] == first.file.record["basis_sha256"]
+        if not same or self.file.shapes != first.file.shapes:
+            raise InputError(
+                f"{self.path}: in other coordinates than {first.path}; measure both with the same adapters and the "
+                "same --model.basis"
+            )
+
+
+def read_pass(folder: str, name: str, method: MergeMethod, weight: float = 1.0) -> Pass:
+    """Read one pass of a directory.
+
+    Raises:
+        InputError: the file is missing or of another pass, or the method cannot work with its form.
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    if name == "benign" and not path.is_file():
+        raise InputError(f"{path}: no such file; {RELEARN}")
+    file = load_fisher(path)
+    if file.record["pass"] != name:
+        raise InputError(f"{path}: holds the {file.record['pass']} pass; expected the {name} pass")
+    coordinates, found = file.record.get("coordinates", "core"), file.fisher.representation
+    if coordinates != method.coordinates or found not in method.representations:
+        raise InputError(
+            f"{path}: {found} in {coordinates} coordinates; {type(method).__name__} needs "
+            f"{' or '.join(method.representations)} in {method.coordinates} coordinates: `python -m src fisher "
+            f"--model.coordinates {method.coordinates} --model.representation {method.representations[0]}`"
+        )
+    return Pass(path, file, weight)

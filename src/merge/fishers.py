@@ -1,0 +1,135 @@
+"""The Fisher files that a merge works on, read and checked to belong to its adapters.
+
+A safety method takes F_s of one directory and F_u of one or of several,
+
+    F_u = Σ_k w_k F_u,k / Σ_k w_k
+
+all measured at the same reference points in the same coordinates: several benign sets, or the sets of several utility
+experts, each at the common reference. A combination that weighs experts by their own statistics takes one directory
+per expert, each with the ``utility`` pass of that expert alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from src.adapters.basis import CoreBasis
+from src.adapters.peft_files import Adapter
+from src.errors import InputError
+from src.fisher.base import Fisher, weighted_mean
+from src.merge.base import FisherPair, MergeMethod, PatchedFisher
+from src.merge.fisher_passes import Pass, read_pass
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the Fisher files of a merge hold.
+
+    Attributes:
+        pair: Both Fisher matrices, for a method that needs them.
+        statistics: The Fisher matrix of each expert, for a combination that needs them; else empty.
+        seen: Hashes of the prompts that they were measured on.
+        files: What the manifest says of each file: path, weight, pass, form, labels, reference point, examples.
+    """
+
+    pair: FisherPair | None = None
+    statistics: tuple[Fisher, ...] = ()
+    seen: frozenset[str] = frozenset()
+    files: tuple[dict[str, Any], ...] = ()
+
+
+NONE = Calibration()
+
+
+def read_pair(
+    folders: Sequence[str],
+    weights: Sequence[float] | None,
+    experts: Sequence[Adapter],
+    safety: Adapter,
+    method: MergeMethod,
+) -> Calibration:
+    """Both Fisher matrices of a safety method.
+
+    Args:
+        folders: Directories as written by the fisher command. F_s, and the mean scores of refusals, come from the
+            first; F_u, and for re-learned coefficients the benign pass, are weighted means over all.
+        weights: Weight of each directory in F_u, at least 0; unset means 1 for each.
+        experts: Utility adapters of the merge.
+        safety: Its safety adapter.
+        method: The method, which names the coordinates and representations that it can work with.
+
+    Raises:
+        InputError: a file is missing, of another pass, of other adapters or coordinates, or of a form that the method
+            cannot work with.
+    """
+    shares = checked_weights(folders, weights)
+    first = read_pass(folders[0], "safety", method)
+    utilities = [read_pass(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
+    benign = [
+        read_pass(folder, "benign", method, share)
+        for folder, share in zip(folders, shares, strict=True)
+        if method.relearns
+    ]
+    passes = [first, *utilities, *benign]
+    for one in passes:
+        one.check_adapters(experts, safety)
+        one.check_coordinates(first)
+    basis, f_u = CoreBasis(first.file.u, first.file.v), _mean(utilities)
+    pair = FisherPair(first.file.fisher, f_u, basis)
+    if method.relearns:
+        means = [first.mean_scores(), *(one.mean_scores() for one in benign)]
+        g_u = torch.tensor(shares, dtype=torch.float64) @ torch.stack(means[1:]) / sum(shares)
+        pair = PatchedFisher(pair.safety, f_u, basis, benign=_mean(benign), safety_mean=means[0], benign_mean=g_u)
+    return _calibration(passes, pair=pair)
+
+
+def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: MergeMethod) -> Calibration:
+    """The Fisher matrix of each expert, from the ``utility`` pass of one directory per expert.
+
+    Args:
+        folders: One directory per expert, in the experts' order.
+        experts: The experts.
+        method: The combination.
+
+    Raises:
+        InputError: there are not as many directories as experts, or a file is not of its expert alone.
+    """
+    if len(folders) != len(experts):
+        raise InputError(
+            f"fisher: {len(folders)} directories for {len(experts)} utility adapters; {type(method).__name__} needs "
+            "one for each, in their order"
+        )
+    passes = [read_pass(folder, "utility", method) for folder in folders]
+    for one, expert in zip(passes, experts, strict=True):
+        one.check_expert(expert)
+        if one.file.fisher.representation != passes[0].file.fisher.representation:
+            raise InputError(f"{one.path}: another representation than {passes[0].path}; measure all experts alike")
+    return _calibration(passes, statistics=tuple(one.file.fisher for one in passes))
+
+
+def checked_weights(folders: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+    """Weight of each directory in F_u.
+
+    Raises:
+        InputError: there are not as many as directories, or one is negative, or all are zero.
+    """
+    given = list(weights or [1.0] * len(folders))
+    if len(given) != len(folders):
+        raise InputError(f"fisher_weights: {len(given)} weights for {len(folders)} directories")
+    if min(given) < 0 or not 0 < sum(given) < float("inf"):
+        raise InputError(f"fisher_weights is {given}; expected numbers of at least 0 with a positive sum")
+    return given
+
+
+def _calibration(passes: Sequence[Pass], **parts: Any) -> Calibration:
+    seen = frozenset(prompt for one in passes for prompt in one.file.record["seen"])
+    return Calibration(**parts, seen=seen, files=tuple(one.entry for one in passes))
+
+
+def _mean(passes: Sequence[Pass]) -> Fisher:
+    try:
+        return weighted_mean([one.file.fisher for one in passes], [one.weight for one in passes])
+    except ValueError as error:
+        raise InputError(f"{passes[-1].path}: {error}") from None

@@ -1,0 +1,55 @@
+"""The settings of SST-Merge that exclude or need each other."""
+
+from typing import Literal
+
+from src.errors import InputError
+
+FilterName = Literal["soft", "topk", "energy", "threshold"]
+Control = Literal["none", "random", "safety_only", "utility_only", "swapped"]
+Coefficients = Literal["filter", "relearn"]
+
+
+def check_numbers(rho: float, rho_s: float, t: float, trust: float) -> None:
+    """Check the ridges and rates.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    if not 0 < rho < float("inf"):
+        raise InputError(f"method.rho is {rho}; expected a number above 0")
+    for key, value in (("rho_s", rho_s), ("t", t), ("trust", trust)):
+        if not 0 <= value < float("inf"):
+            raise InputError(f"method.{key} is {value}; expected a number of at least 0")
+
+
+def check_filter(filter: FilterName, k: int | None, share: float | None) -> None:
+    """Check that each filter has its own setting and no other's.
+
+    Raises:
+        InputError: it has not.
+    """
+    if (k is None) == (filter == "topk"):
+        raise InputError(f"method.filter is {filter!r} and method.k is {k}; topk needs k, {filter} takes none")
+    if (share is None) == (filter == "energy"):
+        raise InputError(
+            f"method.filter is {filter!r} and method.share is {share}; energy needs share, others take none"
+        )
+    if k is not None and k < 1:
+        raise InputError(f"method.k is {k}; expected at least 1")
+    if share is not None and not 0 < share <= 1:
+        raise InputError(f"method.share is {share}; expected a number above 0 and at most 1")
+
+
+def check_together(filter: FilterName, control: Control, coefficients: Coefficients, rho_s: float) -> None:
+    """Check that filter, control and coefficients go together.
+
+    Raises:
+        InputError: they do not.
+    """
+    if control == "random" and filter == "soft":
+        raise InputError("method.control is 'random' with filter 'soft'; expected topk, energy or threshold")
+    if coefficients == "relearn" and (filter != "soft" or control != "none" or rho_s == 0):
+        raise InputError(
+            f"method.coefficients is 'relearn' with filter {filter!r}, control {control!r} and rho_s {rho_s}; "
+            "expected filter soft, control none and rho_s above 0: nothing is filtered"
+        )

@@ -1,0 +1,218 @@
+"""Fisher files of every form through the command line: measured, then merged."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.adapters.basis import CoreBasis
+from src.adapters.peft_files import read_adapter
+from src.cli import main
+from src.fisher.base import weighted_mean
+from src.fisher.files import load_fisher
+from src.merge.base import FisherPair, PatchedFisher
+from src.merge.sst import Sst
+from src.merge.stage import merge
+from tests.commands import fisher_flags
+from tests.merging import write_fishers
+
+REPRESENTATIONS = ["lowrank", "block", "kronecker", "diagonal"]
+CONTROLS = ["random", "safety_only", "utility_only", "swapped"]
+
+
+@pytest.fixture(scope="module")
+def measured(base, adapters, rows, tmp_path_factory):
+    """Directories of Fisher files by name, each measured once."""
+    root, made = tmp_path_factory.mktemp("measured"), {}
+
+    def measure(name, *flags):
+        if name not in made:
+            made[name] = root / name
+            assert main(fisher_flags(base, adapters, rows, made[name], *flags)) == 0
+        return made[name]
+
+    return measure
+
+
+def run(adapters, fisher, output, *flags):
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(fisher)]
+    return main(["merge", *given, "--alpha", "1.0", "--output", str(output), *flags])
+
+
+def expected(method, adapters, *folders, weights=(1.0,)):
+    """The method on the files' matrices, without the stage."""
+    utility, safety = (read_adapter(adapters[name]).pairs for name in ("utility", "safety"))
+    files = [{p.stem: load_fisher(p) for p in folder.glob("*.safetensors")} for folder in folders]
+    one, mean = files[0]["safety"], weighted_mean([f["utility"].fisher for f in files], list(weights))
+    pair = FisherPair(one.fisher, mean, CoreBasis(one.u, one.v))
+    if method.relearns:
+        benign = files[0]["benign"]
+        extra = {"benign": benign.fisher, "safety_mean": one.mean, "benign_mean": benign.mean}
+        pair = PatchedFisher(pair.safety, pair.utility, pair.basis, **extra)
+    patch = method.patch(utility, safety, pair).pairs
+    return {name: utility[name].dense() + patch[name].dense() for name in utility}
+
+
+def assert_equal(folder, deltas):
+    for name, pair in read_adapter(folder).pairs.items():
+        torch.testing.assert_close(pair.dense(), deltas[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", REPRESENTATIONS)
+def test_every_representation_is_merged_from_its_files(adapters, measured, tmp_path, kind):
+    fisher = measured(kind, "--model.representation", kind)
+    sst = ["--method", "Sst", "--method.t", "3", "--alpha", "[0.5,1.0]"]
+    assert run(adapters, fisher, tmp_path / "m", *sst) == 0
+    assert_equal(tmp_path / "m" / "alpha-1", expected(Sst(t=3.0), adapters, fisher))
+    manifest = read_adapter(tmp_path / "m" / "alpha-0.5").manifest
+    assert manifest["findings"]["representation"] == kind
+    assert [entry["pass"] for entry in manifest["fisher"]] == ["safety", "utility"]
+    # Strength changes nothing in it: one picture for both.
+    assert [p.parent for p in (tmp_path / "m").rglob("pencil.png")] == [tmp_path / "m"]
+    for control in CONTROLS:
+        options = {"filter": "threshold", "t": 1.0, "rho_s": 0.5, "control": control}
+        flags = [text for key, value in options.items() for text in (f"--method.{key}", str(value))]
+        assert run(adapters, fisher, tmp_path / control, "--method", "Sst", *flags) == 0
+        assert_equal(tmp_path / control, expected(Sst(**options), adapters, fisher))
+        assert (tmp_path / control / "pencil.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "diagonal"])
+def test_coefficients_are_relearned_from_files(adapters, measured, tmp_path, kind):
+    fisher = measured(f"{kind}-relearn", "--model.representation", kind, "--model.relearn", "true")
+    assert run(adapters, fisher, tmp_path / "m", "--method", "Sst", "--method.coefficients", "relearn") == 0
+    assert_equal(tmp_path / "m", expected(Sst(coefficients="relearn"), adapters, fisher))
+    findings = read_adapter(tmp_path / "m").manifest["findings"]
+    assert findings["objective_after"] < findings["objective_before"]
+
+
+def test_missing_relearn_files_name_the_flag(adapters, measured, tmp_path, capsys):
+    relearn = ["--method", "Sst", "--method.coefficients", "relearn"]
+    assert run(adapters, measured("lowrank"), tmp_path / "m", *relearn) == 2
+    assert "--model.relearn true" in capsys.readouterr().err
+    whole = measured("lowrank-relearn", "--model.relearn", "true")
+    part = shutil.copytree(whole, tmp_path / "part")
+    shutil.copy(measured("lowrank") / "safety.safetensors", part)
+    assert run(adapters, part, tmp_path / "m", *relearn) == 2
+    assert "holds no mean scores" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_interpolating_form_filters_the_difference(adapters, measured, tmp_path, capsys):
+    form = ["--method", "Sst", "--method.form", "interpolating", "--method.t", "0"]
+    fisher = measured("union", "--model.basis", "union")
+    assert run(adapters, fisher, tmp_path / "m", *form) == 0
+    # t = 0 keeps the whole patch: at strength 1 only the safety adapter is left.
+    safety = read_adapter(adapters["safety"]).pairs
+    assert_equal(tmp_path / "m", {name: pair.dense() for name, pair in safety.items()})
+    assert run(adapters, measured("lowrank"), tmp_path / "n", *form) == 2
+    assert "--model.basis union" in capsys.readouterr().err
+
+
+def test_several_utility_fishers_are_their_weighted_mean(adapters, measured, rows, tmp_path, capsys):
+    one = measured("lowrank")
+    two = measured("other", "--data.utility", str(rows["task"]), "--model.seed", "7")
+    folders, weights = f"[{one},{two}]", ["--fisher_weights", "[3,1]"]
+    assert run(adapters, folders, tmp_path / "m", "--method", "Sst", *weights) == 0
+    assert_equal(tmp_path / "m", expected(Sst(), adapters, one, two, weights=(3.0, 1.0)))
+    assert read_adapter(tmp_path / "m").manifest["fisher"][2]["weight"] == 1.0
+    assert run(adapters, folders, tmp_path / "n", "--method", "Sst", "--fisher_weights", "[1,2,3]") == 2
+    assert "3 weights for 2 directories" in capsys.readouterr().err
+    union = measured("union", "--model.basis", "union")
+    assert run(adapters, f"[{one},{union}]", tmp_path / "n", "--method", "Sst") == 2
+    assert "in other coordinates than" in capsys.readouterr().err
+    block = measured("block", "--model.representation", "block")
+    assert run(adapters, f"[{one},{block}]", tmp_path / "n", "--method", "Sst") == 2
+    assert "have no mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "Sst"], "needs lowrank or block or kronecker or diagonal in core coordinates"),
+        (["--method", "Sst", "--fisher_weights", "[-1]"], "fisher_weights is [-1"),
+        (["--method", "AlignGuardPosthoc"], "needs lowrank in core coordinates"),
+    ],
+)
+def test_files_of_a_form_that_a_method_cannot_use_are_refused(adapters, measured, tmp_path, capsys, flags, message):
+    fisher = measured("weight", "--model.representation", "diagonal", "--model.coordinates", "weight")
+    assert run(adapters, fisher, tmp_path / "m", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def counted(monkeypatch):
+    """Every call of the solver."""
+    from src.gevp.solve import solve
+
+    calls = []
+
+    def counting(pencil):
+        calls.append(pencil.dim)
+        return solve(pencil)
+
+    monkeypatch.setattr("src.merge.sst_solved.solve", counting)
+    monkeypatch.setattr("src.gevp.heldout.solve", counting)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "sweep"),
+    [
+        (Sst(), {"t": [0.1 * i for i in range(1, 26)]}),
+        (Sst(filter="topk", k=1, rho_s=0.0), {"k": list(range(1, 7))}),
+        (Sst(filter="energy", share=0.5, rho_s=0.0), {"share": [0.3, 0.6]}),
+        (Sst(filter="threshold", rho_s=0.5), {"t": [0.5, 1.0]}),
+    ],
+)
+def test_a_path_costs_one_solve_of_all_rows(adapters, base, tmp_path, monkeypatch, method, sweep):
+    calls = counted(monkeypatch)
+    monkeypatch.setattr("src.merge.stage.plot_pencil", lambda *_: None)
+    fisher = str(write_fishers(tmp_path / "fisher", adapters, base))
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "fisher": fisher}
+    merge(**given, method=method, sweep=sweep, alpha=[0.5, 1.0], output=str(tmp_path / "m"))
+    assert len(list((tmp_path / "m").rglob("adapter_config.json"))) == 2 * len(next(iter(sweep.values())))
+    # One of all rows, and one of each half, for the shares that are reported on held-out rows.
+    assert len(calls) == 3
+
+
+def test_other_ridges_are_solved_anew(adapters, base, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    monkeypatch.setattr("src.merge.stage.plot_pencil", lambda *_: None)
+    fisher = str(write_fishers(tmp_path / "fisher", adapters, base))
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "fisher": fisher}
+    merge(**given, method=Sst(), sweep={"rho": [0.1, 0.2], "t": [1.0, 2.0]}, output=str(tmp_path / "m"))
+    assert len(calls) == 6
+
+
+def test_a_manifest_holds_the_flags_and_a_card_its_evaluation(adapters, base, tmp_path, capsys):
+    fisher = write_fishers(tmp_path / "fisher", adapters, base)
+    sst = ["--method", "Sst", "--alpha", "0.5", "--license", "mit"]
+    assert run(adapters, fisher, tmp_path / "m", *sst) == 0
+    merged = read_adapter(tmp_path / "m")
+    assert merged.manifest["flags"]["fisher"] == str(fisher)
+    assert merged.manifest["flags"]["alpha"] == 0.5
+    assert merged.manifest["license"] == "mit"
+
+    def model(sha, value):
+        suites = {"harmful": {"kind": "harmful", "refusal": {"value": value, "interval": [0.1, 0.9], "n": 7}}}
+        return {"name": "x", "adapter": sha and {"path": "x", "sha256": sha}, "suites": suites}
+
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"models": [model(None, 0.25), model(merged.sha256, 0.75)]}))
+    again = [*sst, "--overwrite", "true", "--evaluation", str(metrics)]
+    assert run(adapters, fisher, tmp_path / "m", *again) == 0
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "| harmful | refusal | 0.750 [0.100, 0.900], n = 7 | 0.250 [0.100, 0.900], n = 7 |" in card
+    assert read_adapter(tmp_path / "m").sha256 == merged.sha256
+    metrics.write_text(json.dumps({"models": [model("0" * 64, 0.75)]}))
+    assert run(adapters, fisher, tmp_path / "m", *again) == 2
+    assert "no model with the weights" in capsys.readouterr().err
+    assert read_adapter(tmp_path / "m").sha256 == merged.sha256
+
+
+def test_every_tensor_of_a_merge_from_files_is_finite(adapters, measured, tmp_path):
+    assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst") == 0
+    tensors = load_file(tmp_path / "m" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() and tensor.dtype == torch.float32 for tensor in tensors.values())

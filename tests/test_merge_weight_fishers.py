@@ -1,0 +1,206 @@
+"""Methods that work on Fisher files in weight coordinates, through the command line and against dense twins."""
+
+import json
+
+import pytest
+import torch
+
+from src.adapters.deltas import DenseDelta
+from src.adapters.peft_files import read_adapter
+from src.cli import main
+from src.errors import InputError
+from src.fisher.files import load_fisher
+from src.merge.combination import Expert
+from src.merge.combinations.fisher_average import FisherAverage, kronecker_average
+from src.merge.combinations.regmean import RegMean, regmean
+from src.merge.sst_diagonal import SstDiagonal
+from tests.commands import fisher_flags
+from tests.merging import regauged
+
+FORMS = {kind: ["--model.coordinates", "weight", "--model.representation", kind] for kind in ("diagonal", "kronecker")}
+
+
+@pytest.fixture(scope="module")
+def statistics(base, adapters, rows, tmp_path_factory):
+    """Two directories per representation: what each of the two adapters has measured alone."""
+    root = tmp_path_factory.mktemp("statistics")
+    found = {}
+    for kind, flags in FORMS.items():
+        for name in ("utility", "safety"):
+            folder = root / f"{kind}-{name}"
+            alone = ["--model.utility", str(adapters[name]), "--model.basis", "union"]
+            data = ["--data.utility", str(rows["benign" if name == "utility" else "harmful"])]
+            assert main(fisher_flags(base, adapters, rows, folder, *flags, *alone, *data)) == 0
+            found.setdefault(kind, []).append(folder)
+    return found
+
+
+def combine(adapters, folders, output, *flags):
+    experts = json.dumps([str(adapters["utility"]), str(adapters["safety"])])
+    fishers = json.dumps([str(folder) for folder in folders])
+    given = ["--utility", experts, "--fisher", fishers, "--utility_weights", "[1.0,0.5]", "--output", str(output)]
+    config = output.with_suffix(".yaml")
+    config.write_text("{}\n")
+    return main(["merge", "--config", str(config), *given, *flags])
+
+
+def updates(adapters):
+    return [read_adapter(adapters[name]).pairs for name in ("utility", "safety")]
+
+
+def files(folders, kind="utility"):
+    return [load_fisher(folder / f"{kind}.safetensors").fisher for folder in folders]
+
+
+def test_the_published_diagonal_method_runs_on_files(base, adapters, rows, tmp_path):
+    folder = tmp_path / "f"
+    assert main(fisher_flags(base, adapters, rows, folder, *FORMS["diagonal"])) == 0
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(folder)]
+    method = ["--method", "SstDiagonal", "--method.top", "0.3", "--method.rho", "0.01", "--rank", "16"]
+    assert main(["merge", *given, *method, "--alpha", "0.5", "--output", str(tmp_path / "m")]) == 0
+    utility, safety = updates(adapters)
+    f_s, f_u = (load_fisher(folder / f"{name}.safetensors").fisher for name in ("safety", "utility"))
+    epsilon = 0.01 * f_u.diagonal().mean()
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        ratio = f_s.module_diagonal(name) / (f_u.module_diagonal(name) + epsilon)
+        kept = ratio >= ratio.sort(descending=True).values[int(0.3 * len(ratio)) - 1]
+        patch = safety[name].dense() * kept.view(pair.shape)
+        torch.testing.assert_close(pair.dense(), utility[name].dense() + 0.5 * patch, rtol=1e-3, atol=1e-5)
+
+
+def test_settings_and_missing_modules_of_the_diagonal_method_are_named(adapters):
+    with pytest.raises(InputError, match=r"method.rho is 0.0"):
+        SstDiagonal(rho=0.0)
+    with pytest.raises(InputError, match="pass --fisher"):
+        SstDiagonal().patch({}, {}, None)
+
+
+def test_the_diagonal_average_follows_each_experts_own_information(adapters, statistics, tmp_path):
+    assert combine(adapters, statistics["diagonal"], tmp_path / "m", "--combine", "FisherAverage", "--rank", "16") == 0
+    fishers = files(statistics["diagonal"])
+    norms = [fisher.diagonal().norm() for fisher in fishers]
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        weights = [
+            w * (f.module_diagonal(name) / n).clamp(min=1e-6).view(pair.shape)
+            for f, n, w in zip(fishers, norms, [1.0, 0.5], strict=True)
+        ]
+        total = sum(w * own[name].dense() for w, own in zip(weights, updates(adapters), strict=True))
+        torch.testing.assert_close(pair.dense(), total / sum(weights), rtol=1e-3, atol=1e-5)
+
+
+def test_the_kronecker_average_is_that_of_the_files_factors(adapters, statistics, tmp_path):
+    flags = ["--combine", "FisherAverage", "--combine.floor", "0.001", "--rank", "16"]
+    assert combine(adapters, statistics["kronecker"], tmp_path / "m", *flags) == 0
+    fishers = files(statistics["kronecker"])
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        left, right = zip(*(fisher.factors(name) for fisher in fishers), strict=True)
+        dense = [own[name].dense() for own in updates(adapters)]
+        expected = kronecker_average(dense, left, right, [1.0, 0.5], ridge=1e-3)
+        torch.testing.assert_close(pair.dense(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_regmean_of_files_stays_low_rank_and_solves_the_whole_problem(adapters, statistics, tmp_path):
+    assert combine(adapters, statistics["kronecker"], tmp_path / "m", "--combine", "RegMean") == 0
+    fishers = files(statistics["kronecker"])
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        assert pair.rank == 3 + 2
+        grams = [fisher.factors(name)[1] for fisher in fishers]
+        expected = regmean([own[name].dense() for own in updates(adapters)], grams, [1.0, 0.5])
+        torch.testing.assert_close(pair.dense(), expected, rtol=1e-4, atol=1e-6)
+
+
+def experts_of(adapters, folders, turn=lambda pairs: pairs):
+    fishers = files(folders)
+    return [Expert(str(i), 1.0, turn(p), f) for i, (p, f) in enumerate(zip(updates(adapters), fishers, strict=True))]
+
+
+def test_regmean_in_the_core_space_takes_inputs_within_the_experts_span(adapters, statistics):
+    folders = statistics["kronecker"]
+    found = RegMean(off_diagonal=1.0, space="core").combine(experts_of(adapters, folders)).deltas
+    one, two = updates(adapters)
+    grams = [fisher.factors for fisher in files(folders)]
+    for name in list(one)[:3]:
+        v = torch.linalg.svd(torch.cat([one[name].a, two[name].a]).double(), full_matrices=False).Vh.T
+        inside = [v.T @ gram(name)[1] @ v for gram in grams]
+        cores = [pairs[name].dense() @ v for pairs in (one, two)]
+        expected = sum(c @ g for c, g in zip(cores, inside, strict=True)) @ torch.linalg.inv(sum(inside)) @ v.T
+        torch.testing.assert_close(found[name].dense(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("combination", [RegMean(), RegMean(space="core"), FisherAverage(floor=1e-3)])
+def test_data_aware_combinations_depend_on_updates_and_not_on_factors_or_order(adapters, statistics, combination):
+    folders = statistics["kronecker"]
+    plain, turned = experts_of(adapters, folders), experts_of(adapters, folders, regauged)
+    one, two, three = (combination.combine(given).deltas for given in (plain, turned, plain[::-1]))
+    for name in one:
+        torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one[name].dense(), three[name].dense(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("combination", [RegMean(), FisherAverage()])
+def test_one_expert_is_itself(adapters, statistics, combination):
+    expert = experts_of(adapters, statistics["kronecker"])[0]
+    for name, delta in combination.combine([expert]).deltas.items():
+        torch.testing.assert_close(delta.dense(), expert.deltas[name].dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_full_rank_expert_is_merged_as_its_matrix(adapters, statistics):
+    low = experts_of(adapters, statistics["kronecker"])
+    dense = [
+        Expert(e.key, e.weight, {n: DenseDelta(p.dense()) for n, p in e.deltas.items()}, e.fisher) for e in low[:1]
+    ]
+    one, two = (RegMean().combine([*first, low[1]]).deltas for first in (low[:1], dense))
+    for name in one:
+        torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_safety_adapter_is_one_more_expert_of_a_data_aware_combination(base, adapters, rows, tmp_path):
+    folder = tmp_path / "f"
+    own = ["--model.reference_safety", "{safety: 1.0}"]
+    assert main(fisher_flags(base, adapters, rows, folder, *FORMS["kronecker"], *own)) == 0
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(folder)]
+    method = ["--method", "RegMean", "--alpha", "1.0", "--output", str(tmp_path / "m")]
+    assert main(["merge", *given, *method]) == 0
+    grams = {name: load_fisher(folder / f"{name}.safetensors").fisher for name in ("utility", "safety")}
+    for name, pair in read_adapter(tmp_path / "m").pairs.items():
+        both = [grams[which].factors(name)[1] for which in ("utility", "safety")]
+        expected = regmean([own[name].dense() for own in updates(adapters)], both)
+        torch.testing.assert_close(pair.dense(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("choose", "flags", "message"),
+    [
+        (lambda both: both["diagonal"], ["--combine", "RegMean"], "needs kronecker in weight coordinates"),
+        (lambda both: both["kronecker"][:1], ["--combine", "RegMean"], "1 directories for 2 utility adapters"),
+        (lambda both: both["kronecker"][::-1], ["--combine", "RegMean"], "not measured at"),
+        (lambda both: [both["kronecker"][0], both["diagonal"][1]], ["--combine", "FisherAverage"], "representation"),
+        (lambda both: both["kronecker"], ["--combine", "RegMean", "--fisher_weights", "[1,1]"], "use utility_weights"),
+        (lambda _: [], ["--combine", "RegMean"], "pass --fisher"),
+    ],
+)
+def test_statistics_are_checked_to_belong_to_their_experts(
+    adapters, statistics, tmp_path, capsys, choose, flags, message
+):
+    assert combine(adapters, choose(statistics), tmp_path / "m", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_both_stages_cannot_read_fisher_files_at_once(adapters, statistics, tmp_path, capsys):
+    flags = ["--combine", "RegMean", "--method", "Sst", "--safety", str(adapters["safety"])]
+    assert combine(adapters, statistics["kronecker"], tmp_path / "m", *flags) == 2
+    assert "both need Fisher files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RegMean(off_diagonal=1.5), "off_diagonal is 1.5"),
+        (lambda: FisherAverage(floor=0.0), "floor is 0.0"),
+        (lambda: RegMean().combine([Expert("a", 1.0, {})]), "Fisher file of every expert"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
