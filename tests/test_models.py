@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from src.adapters.attach import attached, check_fits
 from src.adapters.pairs import LowRankPair
@@ -12,6 +13,7 @@ from src.errors import InputError
 from src.models.base import BaseSpec, fingerprint, load_model, load_tokenizer
 from src.models.fused_lora import fuse
 from src.models.generation import greedy, left_padded_prompts
+from src.models.kv_cache import ReservedLayer, reserve
 from src.models.logits import answer_logits, answer_loss, answer_nll, answer_rows, answer_targets, can_pack
 from src.models.speed import _best, choose_matmul
 from tests.tiny import make_model, random_pairs
@@ -145,6 +147,32 @@ def test_greedy_of_a_batch_equals_single_rows_when_rows_end_apart(model, batch):
         alone = [greedy(model, b, max_new_tokens=15, stop_ids=stops, pad_id=256)[0] for b in batch.split(1)]
     assert len({len(answer) for answer in together}) > 1
     assert together == alone
+
+
+def test_a_reserved_layer_holds_what_a_growing_one_holds():
+    growing, draw = DynamicLayer(), torch.Generator().manual_seed(0)
+    growing.update(*torch.randn(2, 3, 2, 5, 4, generator=draw))
+    reserved = ReservedLayer(growing, 2)
+    room = reserved.keys.data_ptr()
+    for kept in (torch.tensor([0, 1, 2]), torch.tensor([2, 0])):
+        growing.batch_select_indices(kept)
+        reserved.batch_select_indices(kept)
+        new = torch.randn(2, len(kept), 2, 1, 4, generator=draw)
+        for found, expected in zip(reserved.update(*new), growing.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        assert reserved.get_seq_length() == growing.get_seq_length()
+    assert reserved.keys.data_ptr() != room
+    with pytest.raises(RuntimeError, match="exceeds"):
+        reserved.update(*new)
+
+
+def test_layers_that_forget_keep_their_own_cache():
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=3)]
+    for layer in cache.layers:
+        layer.update(*torch.randn(2, 1, 1, 5, 4, generator=torch.Generator().manual_seed(0)))
+    reserve(cache, 4)
+    assert [type(layer) for layer in cache.layers] == [ReservedLayer, DynamicSlidingWindowLayer]
 
 
 def test_attached_equals_merged_weights_and_leaves_no_trace(model, batch):
