@@ -15,6 +15,7 @@ from src.models.fused_lora import fuse
 from src.models.generation import greedy, left_padded_prompts
 from src.models.kv_cache import ReservedLayer, reserve
 from src.models.logits import answer_logits, answer_loss, answer_nll, answer_rows, answer_targets, can_pack
+from src.models.products import fast_products
 from src.models.speed import _best, choose_matmul
 from tests.tiny import make_model, random_pairs
 
@@ -173,6 +174,33 @@ def test_layers_that_forget_keep_their_own_cache():
         layer.update(*torch.randn(2, 1, 1, 5, 4, generator=torch.Generator().manual_seed(0)))
     reserve(cache, 4)
     assert [type(layer) for layer in cache.layers] == [ReservedLayer, DynamicSlidingWindowLayer]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fast_products_are_the_layers_own_with_updates_added(bias):
+    layer = torch.nn.Linear(6, 5, bias=bias)
+    x, pair = (
+        torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0)),
+        LowRankPair(torch.ones(2, 6), torch.ones(5, 2)),
+    )
+    model = torch.nn.Sequential(layer)
+    with attached(model, {"0": pair}):
+        expected = model(x)
+        with fast_products(model, "medium"):
+            found = model(x)
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert "forward" in vars(layer)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert found.is_contiguous()
+        assert "forward" not in vars(layer)
+
+
+def test_fast_products_leave_other_formats_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4))
+    with fast_products(model, "medium"):
+        assert ["forward" in vars(layer) for layer in model] == [False, True]
+    with fast_products(model, "highest"):
+        assert not any("forward" in vars(layer) for layer in model)
 
 
 def test_attached_equals_merged_weights_and_leaves_no_trace(model, batch):

@@ -1,6 +1,5 @@
 """Results of an evaluation: gathered from all processes, graded, summed up and written."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,10 +12,11 @@ from src.adapters.peft_files import Adapter
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
-from src.files import write_json, write_text
+from src.files import write_json
 from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
 from src.metrics.judging import Judgement
+from src.models.answer_files import answer_file, write_answers
 from src.models.grading import compared, graded_answer, graded_choice, graded_code, safety_summary, suite_summary
 from src.models.partial import FOLDER, Record
 from src.provenance import versions
@@ -187,25 +187,16 @@ class Results:
             return
         for (model, number), records in self.records.items():
             suite = self.data.suites[number]
-            lines = []
             units = self.data.tokens[suite.name].units
             each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
-            for row, record in zip(self.data.rows[suite.name], each, strict=True):
-                known = {"id": row.id, "prompt_hash": row.prompt_hash, "category": row.category, "prompt": row.prompt}
-                rest = {key: value for key, value in record.items() if key != "index"}
-                lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
-            write_text(self.output / "answers" / _inside(self.models[model]) / f"{suite.name}.jsonl", "".join(lines))
+            path = answer_file(self.output, self.models[model], suite.name)
+            write_answers(path, self.data.rows[suite.name], each)
 
 
 def _line(safety: Mapping[str, Any]) -> str:
     """Refusal, attack success, over-refusal and collapse on one line."""
     shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
     return ", ".join(shares) or "no suite of prompts to refuse or to answer"
-
-
-def _inside(name: str) -> str:
-    """A model's name as a path below the answers, also where it was named by an absolute path."""
-    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 MANIFEST = ("kind", "method", "alpha")

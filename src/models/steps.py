@@ -14,6 +14,7 @@ from src.models.choices import letter_scores
 from src.models.generation import Choose, greedy, likeliest, sampler
 from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack
 from src.models.partial import Record
+from src.models.products import fast_products
 
 
 @dataclass
@@ -33,20 +34,21 @@ class Computation:
 
     def answers(self, suite: Suite, tokens: SuiteTokens, batch: Batch) -> list[str]:
         """Generated answers, as text. Code keeps its white space where it continues a prompt."""
-        torch.set_float32_matmul_precision(self.modes["decode"])
         choose: Choose = likeliest
         if suite.temperature > 0:
             choose = sampler([_stream(suite, tokens, i) for i in batch.index.tolist()], suite.temperature)
         encoder = tokens.encoder
-        found = greedy(
-            self.model,
-            batch,
-            max_new_tokens=suite.max_new_tokens,
-            stop_ids=encoder.stop_ids,
-            pad_id=encoder.tokenizer.pad_token_id,
-            sharded=self.sharded,
-            choose=choose,
-        )
+        # A sharded layer gathers its weights around its own forward pass, which must stay.
+        with fast_products(self.model, "highest" if self.sharded else self.modes["decode"]):
+            found = greedy(
+                self.model,
+                batch,
+                max_new_tokens=suite.max_new_tokens,
+                stop_ids=encoder.stop_ids,
+                pad_id=encoder.tokenizer.pad_token_id,
+                sharded=self.sharded,
+                choose=choose,
+            )
         if suite.kind == "code" and not encoder.chat:
             return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
         return [encoder.decode(ids) for ids in found]

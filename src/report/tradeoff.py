@@ -16,6 +16,7 @@ from src.errors import InputError
 from src.files import read_json
 from src.metrics.bootstrap import Estimate
 from src.metrics.tradeoff import Point, drift, hypervolume, safety_at_utility, safety_tax, utility_at_attack_success
+from src.models.answer_files import answer_file
 from src.report.results import ModelResult
 
 FLAGS = {"safety": ("refused",), "utility": ("exact", "correct", "pass@1"), "attack": ("attacked",)}
@@ -106,12 +107,11 @@ def tradeoff(
 def _scores(folder: Path, model: str, suites: dict[str, Any]) -> Scores:
     """Per-row scores of a model, rows of all suites of a side one after another."""
     found: Scores = {side: [] for side in FLAGS}
-    inside = "/".join(part for part in model.split("/") if part not in ("", ".", ".."))
     for name, suite in suites.items():
         sides = [side for side, kinds in KINDS.items() if suite["kind"] in kinds]
         if not sides:
             continue
-        rows = [record for _, record in read_jsonl(folder / "answers" / inside / f"{name}.jsonl")]
+        rows = [record for _, record in read_jsonl(answer_file(folder, model, name))]
         for side in sides:
             flag = next((flag for flag in FLAGS[side] if flag in rows[0]), None)
             found[side] += [float(row[flag]) for row in rows] if flag else []

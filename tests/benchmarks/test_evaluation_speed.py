@@ -21,6 +21,8 @@ from src.data.schedule import budget_batches
 from src.data.sources import load_rows
 from src.models.base import BaseSpec, _location, load_model, load_tokenizer
 from src.models.generation import greedy, left_padded_prompts
+from src.models.products import fast_products
+from src.models.speed import choose_matmul
 from tests.evaluations import answers, flags, read_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,19 +120,23 @@ def test_generation_equals_transformers_generate():
         [(i / len(given), 0, rows) for i, rows in enumerate(given)]
         + [(i / len(batches), 1, rows) for i, rows in enumerate(batches)]
     )
+    # As the evaluation chooses it; the peer runs as torch comes.
+    mode = choose_matmul("auto", model, max_error=1e-5, rows=64)
+    torch.set_float32_matmul_precision("highest")
     with torch.inference_mode():
         for _, which, indices in turns:
             batch = whole[(indices, 1.0)]
             started = time.process_time()
             if which:
-                found = greedy(model, batch, max_new_tokens=64, stop_ids=stops, pad_id=pad)
+                with fast_products(model, mode):
+                    found = greedy(model, batch, max_new_tokens=64, stop_ids=stops, pad_id=pad)
                 ours |= dict(zip(indices, found, strict=True))
             else:
                 theirs |= dict(zip(indices, generated(model, batch, stops, pad), strict=True))
             seconds[which] += time.process_time() - started
     different = [i for i, text in theirs.items() if text != ours[i]]
     sys.stdout.write(
-        f"\ngeneration of 64 tokens, {len(encoded)} prompts, CPU time: generate (batches of {size}) "
+        f"\ngeneration of 64 tokens, {len(encoded)} prompts, mode {mode}, CPU time: generate (batches of {size}) "
         f"{seconds[0]:.1f} s, here {seconds[1]:.1f} s ({seconds[0] / seconds[1]:.2f} x); "
         f"{len(different)} texts differ\n"
     )
