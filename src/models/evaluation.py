@@ -27,8 +27,8 @@ from src.models.progress import Progress
 from src.models.refusals import check_sampling, check_unseen
 from src.models.results import Results
 from src.models.sharding import shard
-from src.models.speed import MatmulMode, choose_matmul
-from src.models.steps import Computation
+from src.models.speed import MatmulMode
+from src.models.steps import Computation, choose_modes
 from src.models.swap import Swap
 from src.provenance import versions
 
@@ -105,13 +105,7 @@ class EvaluationModule(LightningModule):
         if self.model is not None:
             return
         self.model = load_model(self.base)
-        # A mode that rounds to bfloat16 converts every weight anew at every decoding step: three times slower in a real
-        # loop, although the products alone look faster.
-        accepted = {"score": (self.max_matmul_error, 512), "decode": (min(self.max_matmul_error, 1e-5), 64)}
-        modes = {
-            use: choose_matmul(self.matmul, self.model, max_error=error, rows=rows)
-            for use, (error, rows) in accepted.items()
-        }
+        modes = choose_modes(self.matmul, self.model, self.max_matmul_error)
         self.base_fingerprint = fingerprint(self.model)
         for adapter in self.models.values():
             if adapter is not None:

@@ -17,7 +17,15 @@ from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
 from src.metrics.judging import Judgement
 from src.models.answer_files import answer_file, write_answers
-from src.models.grading import compared, graded_answer, graded_choice, graded_code, safety_summary, suite_summary
+from src.models.grading import (
+    compared,
+    graded_answer,
+    graded_choice,
+    graded_code,
+    safety_line,
+    safety_summary,
+    suite_summary,
+)
 from src.models.partial import FOLDER, Record
 from src.provenance import versions
 from src.sandbox.run import Limits, run_program
@@ -163,7 +171,7 @@ class Results:
             )
         if self.rank == 0:
             for one in found:
-                log.info("%s: %s", one["name"], _line(one["safety"]))
+                log.info("%s: %s", one["name"], safety_line(one["safety"]))
             record = {"base": base, "models": found, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
 
@@ -191,12 +199,6 @@ class Results:
             each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
             path = answer_file(self.output, self.models[model], suite.name)
             write_answers(path, self.data.rows[suite.name], each)
-
-
-def _line(safety: Mapping[str, Any]) -> str:
-    """Refusal, attack success, over-refusal and collapse on one line."""
-    shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
-    return ", ".join(shares) or "no suite of prompts to refuse or to answer"
 
 
 MANIFEST = ("kind", "method", "alpha")
