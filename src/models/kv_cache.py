@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 
-class ReservedLayer(DynamicLayer):
+class ReservedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values (N, H, T, E) of one layer, the first columns of memory for T + ``more`` tokens.
 
     Args:

@@ -15,26 +15,25 @@ import torch
 def fast_products(model: torch.nn.Module, mode: str) -> Iterator[None]:
     """The model with its float32 linear layers on CPU multiplied in a mode, for the length of a ``with`` block."""
     torch.set_float32_matmul_precision("highest")
-    layers = [] if mode == "highest" else [module for module in model.modules() if _is_eligible(module)]
+    layers = [] if mode == "highest" else _eligible(model)
     for layer in layers:
-        layer.forward = _Product(layer, mode)
+        layer.forward = _Product(layer, mode)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del layer.forward  # type: ignore[method-assign]
 
 
-def _is_eligible(module: torch.nn.Module) -> bool:
-    if type(module) is not torch.nn.Linear:
-        return False
-    return module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
+def _eligible(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    found = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    return [layer for layer in found if layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"]
 
 
 class _Product:
     """``x Wᵀ + b`` of one layer."""
 
-    def __init__(self, layer: torch.nn.Module, mode: str) -> None:
+    def __init__(self, layer: torch.nn.Linear, mode: str) -> None:
         self.layer, self.mode = layer, mode
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

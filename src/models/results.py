@@ -163,7 +163,9 @@ class Results:
                 {
                     "name": name,
                     "adapter": adapter and {"path": adapter.name, "sha256": adapter.sha256},
-                    "manifest": {} if adapter is None else {k: adapter.manifest.get(k) for k in MANIFEST},
+                    "manifest": {}
+                    if adapter is None
+                    else {k: adapter.manifest.get(k) for k in ("kind", "method", "alpha")},
                     "suites": suites,
                     "safety": safety_summary(suites),
                     "against_first": self._against_first(model) if self.rank == 0 and model else {},
@@ -199,7 +201,3 @@ class Results:
             each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
             path = answer_file(self.output, self.models[model], suite.name)
             write_answers(path, self.data.rows[suite.name], each)
-
-
-MANIFEST = ("kind", "method", "alpha")
-"""Keys of an adapter's manifest that tables need."""
