@@ -108,6 +108,8 @@ def test_an_adapter_changes_choices_as_its_weights_do(base, files, adapters, tmp
 def test_ties_go_to_the_first_and_are_counted():
     assert chosen([1.0, 2.0, 2.0]) == 1
     assert tied([1.0, 2.0, 2.0])
+    assert tied([2.0, 2.0 - 5e-7])
+    assert not tied([2.0, 2.0 - 5e-6])
     assert not tied([2.0, 1.0, 1.0])
     assert by_length([-4.0, -4.0], ["ab", "abcd"]) == [-2.0, -1.0]
 

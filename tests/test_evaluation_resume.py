@@ -121,3 +121,12 @@ def test_every_kind_of_suite_is_the_same_in_several_processes(base, adapters, tm
     assert everything(tmp_path / "several") == everything(tmp_path / "one")
     record = json.loads((tmp_path / "several" / "metrics.json").read_text())
     assert record["models"][0]["suites"]["one"]["exact_match"]["n"] == 1
+
+
+def test_sampling_from_sharded_weights_is_refused(base, tmp_path, monkeypatch, capsys):
+    suites = [one for one in suites_of_every_kind(tmp_path) if one["name"] in ("mmlu", "code")]
+    monkeypatch.setattr(EvaluationModule, "_sharded", True)
+    assert main(flags(base, tmp_path, suites, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "suite code: answers are sampled (temperature 1), which weights sharded over processes do not allow" in error
+    assert not (tmp_path / "out" / "metrics.json").exists()

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from src.adapters.attach import attached, check_fits
 from src.adapters.pairs import LowRankPair
@@ -12,7 +13,9 @@ from src.errors import InputError
 from src.models.base import BaseSpec, fingerprint, load_model, load_tokenizer
 from src.models.fused_lora import fuse
 from src.models.generation import greedy, left_padded_prompts
+from src.models.kv_cache import ReservedLayer, reserve
 from src.models.logits import answer_logits, answer_loss, answer_nll, answer_rows, answer_targets, can_pack
+from src.models.products import fast_products
 from src.models.speed import _best, choose_matmul
 from tests.tiny import make_model, random_pairs
 
@@ -145,6 +148,59 @@ def test_greedy_of_a_batch_equals_single_rows_when_rows_end_apart(model, batch):
         alone = [greedy(model, b, max_new_tokens=15, stop_ids=stops, pad_id=256)[0] for b in batch.split(1)]
     assert len({len(answer) for answer in together}) > 1
     assert together == alone
+
+
+def test_a_reserved_layer_holds_what_a_growing_one_holds():
+    growing, draw = DynamicLayer(), torch.Generator().manual_seed(0)
+    growing.update(*torch.randn(2, 3, 2, 5, 4, generator=draw))
+    reserved = ReservedLayer(growing, 2)
+    room = reserved.keys.data_ptr()
+    for kept in (torch.tensor([0, 1, 2]), torch.tensor([2, 0])):
+        growing.batch_select_indices(kept)
+        reserved.batch_select_indices(kept)
+        new = torch.randn(2, len(kept), 2, 1, 4, generator=draw)
+        for found, expected in zip(reserved.update(*new), growing.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        assert reserved.get_seq_length() == growing.get_seq_length()
+    assert reserved.keys.data_ptr() != room
+    with pytest.raises(RuntimeError, match="exceeds"):
+        reserved.update(*new)
+
+
+def test_layers_that_forget_keep_their_own_cache():
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=3)]
+    for layer in cache.layers:
+        layer.update(*torch.randn(2, 1, 1, 5, 4, generator=torch.Generator().manual_seed(0)))
+    reserve(cache, 4)
+    assert [type(layer) for layer in cache.layers] == [ReservedLayer, DynamicSlidingWindowLayer]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fast_products_are_the_layers_own_with_updates_added(bias):
+    layer = torch.nn.Linear(6, 5, bias=bias)
+    x, pair = (
+        torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0)),
+        LowRankPair(torch.ones(2, 6), torch.ones(5, 2)),
+    )
+    model = torch.nn.Sequential(layer)
+    with attached(model, {"0": pair}):
+        expected = model(x)
+        with fast_products(model, "medium"):
+            found = model(x)
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert "forward" in vars(layer)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert found.is_contiguous()
+        assert "forward" not in vars(layer)
+
+
+def test_fast_products_leave_other_formats_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4))
+    with fast_products(model, "medium"):
+        assert ["forward" in vars(layer) for layer in model] == [False, True]
+    with fast_products(model, "highest"):
+        assert not any("forward" in vars(layer) for layer in model)
 
 
 def test_attached_equals_merged_weights_and_leaves_no_trace(model, batch):

@@ -4,8 +4,9 @@ Safety tax of a model m against the utility expert u, signed (2503.00555 names t
 
     tax(m) = (utility(u) − utility(m)) / (safety(m) − safety(u))
 
-It is utility lost per safety gained. Where the interval of the gain includes 0 there is no gain to divide by: the tax
-is *undefined*, and is said to be so instead of being set to a number.
+It is utility lost per safety gained. Where the interval of the gain reaches 0 or lies below it there is no gain to
+divide by (two losses would even give the sign of a bargain): the tax is *undefined*, and is said to be so instead of
+being set to a number.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def safety_tax(
     """
     loss = paired_difference(expert_utility, model_utility, seed=seed)
     gain = paired_difference(model_safety, expert_safety, seed=seed + 1)
-    if gain.includes_zero:
+    if gain.low <= 0:
         return Tax(loss, gain, UNDEFINED)
     lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
     gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()

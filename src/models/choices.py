@@ -26,9 +26,14 @@ def chosen(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda i: scores[i])
 
 
+TIE = 1e-6
+"""Nats: two log-likelihoods from float32 logits that are no further apart may change places in another batch."""
+
+
 def tied(scores: Sequence[float]) -> bool:
-    """Whether the highest score is shared: then the choice hangs on the last bit."""
-    return sum(score == max(scores) for score in scores) > 1
+    """Whether the two highest scores are within :data:`TIE`: then the choice hangs on rounding."""
+    first, second = sorted(scores, reverse=True)[:2]
+    return first - second <= TIE
 
 
 def by_length(scores: Sequence[float], choices: Sequence[str]) -> list[float]:

@@ -6,7 +6,6 @@ graded and written at the end (:mod:`src.models.results`).
 """
 
 import logging
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from src.adapters.attach import attached, check_fits
+from src.adapters.attach import check_fits
 from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter, read_adapter
 from src.data.schedule import SuiteBatch
@@ -25,10 +24,12 @@ from src.models.base import BaseSpec, fingerprint, load_model
 from src.models.discovery import named_adapters
 from src.models.partial import FOLDER, Parts, Record, result_key
 from src.models.progress import Progress
+from src.models.refusals import check_sampling, check_unseen
 from src.models.results import Results
 from src.models.sharding import shard
-from src.models.speed import MatmulMode, choose_matmul
-from src.models.steps import Computation
+from src.models.speed import MatmulMode
+from src.models.steps import Computation, choose_modes
+from src.models.swap import Swap
 from src.provenance import versions
 
 log = logging.getLogger(__name__)
@@ -82,44 +83,38 @@ class EvaluationModule(LightningModule):
         self._parts: Parts
         self._keys: dict[tuple[int, int], str] = {}
         self._records: dict[tuple[int, int], dict[int, Record]] = {}
-        self._attached: tuple[int, AbstractContextManager[None]] | None = None
+        self._swap: Swap
 
     @property
     def _data(self) -> EvaluationData:
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
+    @property
+    def _sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
     def setup(self, stage: str) -> None:
-        """Refuse rows that an adapter has seen, before anything is loaded."""
-        for name, adapter in self.models.items():
-            for suite, rows in self._data.rows.items():
-                both = [row for row in rows if adapter is not None and row.prompt_hash in adapter.seen]
-                if both and not self.allow_seen:
-                    raise InputError(
-                        f"suite {suite}: {len(both)} prompts, the first {both[0].id}, were used to train or calibrate "
-                        f"{name}; evaluate on other rows (or pass --model.allow_seen true)"
-                    )
+        """Refuse what cannot be evaluated, before anything is loaded."""
+        if self._sharded:
+            check_sampling(self._data.suites)
+        if not self.allow_seen:
+            check_unseen(self.models, self._data.rows)
 
     def configure_model(self) -> None:
         """Load the base, check every adapter against it, shard where the strategy asks for it, lay out the work."""
         if self.model is not None:
             return
         self.model = load_model(self.base)
-        # A mode that rounds to bfloat16 converts every weight anew at every decoding step: three times slower in a real
-        # loop, although the products alone look faster.
-        accepted = {"score": (self.max_matmul_error, 512), "decode": (min(self.max_matmul_error, 1e-5), 64)}
-        modes = {
-            use: choose_matmul(self.matmul, self.model, max_error=error, rows=rows)
-            for use, (error, rows) in accepted.items()
-        }
+        modes = choose_modes(self.matmul, self.model, self.max_matmul_error)
         self.base_fingerprint = fingerprint(self.model)
         for adapter in self.models.values():
             if adapter is not None:
                 check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
                 check_fits(self.model, adapter.pairs, adapter.name)
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if sharded:
+        if self._sharded:
             shard(self.model, self.device_mesh)
-        self._computation = Computation(self.model, modes, sharded)
+        self._computation = Computation(self.model, modes, self._sharded)
+        self._swap = Swap(self.model, list(self.models.values()))
         self._plan()
 
     def _plan(self) -> None:
@@ -146,19 +141,6 @@ class EvaluationModule(LightningModule):
             log.info("%d results of an earlier run are taken up again", found)
         self._progress = Progress(sum(len(step.rows) for step in data.steps if step.weight))
 
-    def _swap(self, model: int | None) -> None:
-        """Attach a model's adapter in place of the present one; ``None`` leaves the bare base."""
-        if self._attached is not None:
-            if self._attached[0] == model:
-                return
-            self._attached[1].__exit__(None, None, None)
-            self._attached = None
-        if model is not None:
-            adapter = list(self.models.values())[model]
-            manager = attached(self.model, adapter.pairs if adapter else {})
-            manager.__enter__()
-            self._attached = model, manager
-
     def test_step(self, batch: SuiteBatch, batch_idx: int) -> None:
         """Answer and score a batch, and keep what it gave; no collective operation happens here."""
         self._step(batch, score=True)
@@ -170,7 +152,7 @@ class EvaluationModule(LightningModule):
     def _step(self, batch: SuiteBatch, *, score: bool) -> None:
         if not batch.weight and not self._computation.sharded:
             return
-        self._swap(batch.model)
+        self._swap.to(batch.model)
         records = self._computed(batch, self._data.suites[batch.suite], score=score)
         if not batch.weight:
             return
@@ -192,7 +174,7 @@ class EvaluationModule(LightningModule):
         if score and self._data.scored(suite):
             records = [one | two for one, two in zip(records, compute.likelihoods(batch), strict=True)]
         if score and suite.generates and suite.collapse_nll is not None:
-            self._swap(None)
+            self._swap.to(None)
             for record, value in zip(records, compute.strangeness(tokens, batch, answers), strict=True):
                 record["answer_nll"] = value
         return records
@@ -212,6 +194,6 @@ class EvaluationModule(LightningModule):
         self.trainer.strategy.barrier("answers")
 
     def _finished(self) -> Results:
-        self._swap(None)
+        self._swap.to(None)
         torch.set_float32_matmul_precision("highest")
         return Results(self._data, list(self.models), self._records, self.output, self.trainer)

@@ -1,5 +1,6 @@
 """Batched decoding: the prompts' common beginning is computed once, finished rows leave the batch.
 
+Keys and values are written in place (:mod:`src.models.kv_cache`), logits are computed at the last position only.
 Sampling draws each row's tokens from a stream of its own, by inverting the cumulative distribution in float64: what a
 row says does not depend on its neighbours.
 """
@@ -72,13 +73,16 @@ def greedy(
     """
     if sharded:
         return _greedy_in_step(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id)
+    # transformers is too heavy to import before there is something to decode.
+    from src.models.kv_cache import reserve
+
     ids, mask, cache = _prefill_inputs(model, batch, pad_id)
     stops = torch.tensor(list(stop_ids), device=ids.device)
     answers: list[list[int]] = [[] for _ in range(len(batch.ids))]
     rows = torch.arange(len(batch.ids), device=ids.device)
     live = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
     position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         out = model(
             input_ids=ids,
             attention_mask=mask,
@@ -88,6 +92,8 @@ def greedy(
             logits_to_keep=1,
         )
         cache, token = out.past_key_values, choose(out.logits[:, -1], rows.tolist())
+        if step == 0:
+            reserve(cache, max_new_tokens - 1)
         live &= ~torch.isin(token, stops)
         for row, value, going in zip(rows.tolist(), token.tolist(), live.tolist(), strict=True):
             if going:

@@ -147,3 +147,9 @@ def safety_summary(suites: Mapping[str, Record]) -> Record:
         if shares:
             found[name] = share(sum(one["hits"] for one in shares), sum(one["n"] for one in shares))
     return found
+
+
+def safety_line(safety: Mapping[str, Record]) -> str:
+    """Refusal, attack success, over-refusal and collapse on one line."""
+    shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
+    return ", ".join(shares) or "no suite of prompts to refuse or to answer"

@@ -16,7 +16,16 @@ from src.judges.verdicts import append_lines, read_lines
 
 FOLDER = ".parts"
 """Hidden directory of an output: it is no result, and a later run may find it there."""
-CODE = ("generation.py", "logits.py", "packing.py", "choices.py", "steps.py", "../data/batches.py")
+CODE = (
+    "generation.py",
+    "kv_cache.py",
+    "products.py",
+    "logits.py",
+    "packing.py",
+    "choices.py",
+    "steps.py",
+    "../data/batches.py",
+)
 
 Record = dict[str, Any]
 

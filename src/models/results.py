@@ -1,6 +1,5 @@
 """Results of an evaluation: gathered from all processes, graded, summed up and written."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,11 +12,20 @@ from src.adapters.peft_files import Adapter
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
-from src.files import write_json, write_text
+from src.files import write_json
 from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
 from src.metrics.judging import Judgement
-from src.models.grading import compared, graded_answer, graded_choice, graded_code, safety_summary, suite_summary
+from src.models.answer_files import answer_file, write_answers
+from src.models.grading import (
+    compared,
+    graded_answer,
+    graded_choice,
+    graded_code,
+    safety_line,
+    safety_summary,
+    suite_summary,
+)
 from src.models.partial import FOLDER, Record
 from src.provenance import versions
 from src.sandbox.run import Limits, run_program
@@ -155,7 +163,9 @@ class Results:
                 {
                     "name": name,
                     "adapter": adapter and {"path": adapter.name, "sha256": adapter.sha256},
-                    "manifest": {} if adapter is None else {k: adapter.manifest.get(k) for k in MANIFEST},
+                    "manifest": {}
+                    if adapter is None
+                    else {k: adapter.manifest.get(k) for k in ("kind", "method", "alpha")},
                     "suites": suites,
                     "safety": safety_summary(suites),
                     "against_first": self._against_first(model) if self.rank == 0 and model else {},
@@ -163,7 +173,7 @@ class Results:
             )
         if self.rank == 0:
             for one in found:
-                log.info("%s: %s", one["name"], _line(one["safety"]))
+                log.info("%s: %s", one["name"], safety_line(one["safety"]))
             record = {"base": base, "models": found, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
 
@@ -187,26 +197,7 @@ class Results:
             return
         for (model, number), records in self.records.items():
             suite = self.data.suites[number]
-            lines = []
             units = self.data.tokens[suite.name].units
             each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
-            for row, record in zip(self.data.rows[suite.name], each, strict=True):
-                known = {"id": row.id, "prompt_hash": row.prompt_hash, "category": row.category, "prompt": row.prompt}
-                rest = {key: value for key, value in record.items() if key != "index"}
-                lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
-            write_text(self.output / "answers" / _inside(self.models[model]) / f"{suite.name}.jsonl", "".join(lines))
-
-
-def _line(safety: Mapping[str, Any]) -> str:
-    """Refusal, attack success, over-refusal and collapse on one line."""
-    shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
-    return ", ".join(shares) or "no suite of prompts to refuse or to answer"
-
-
-def _inside(name: str) -> str:
-    """A model's name as a path below the answers, also where it was named by an absolute path."""
-    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-
-
-MANIFEST = ("kind", "method", "alpha")
-"""Keys of an adapter's manifest that tables need."""
+            path = answer_file(self.output, self.models[model], suite.name)
+            write_answers(path, self.data.rows[suite.name], each)

@@ -14,6 +14,16 @@ from src.models.choices import letter_scores
 from src.models.generation import Choose, greedy, likeliest, sampler
 from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack
 from src.models.partial import Record
+from src.models.products import fast_products
+from src.models.speed import MatmulMode, choose_matmul
+
+
+def choose_modes(mode: MatmulMode, model: torch.nn.Module, max_error: float) -> dict[str, str]:
+    """How float32 matrices are multiplied when scoring (many rows at once) and when decoding (few)."""
+    # A mode that rounds to bfloat16 converts every weight anew at every decoding step: three times slower in a real
+    # loop, although the products alone look faster.
+    accepted = {"score": (max_error, 512), "decode": (min(max_error, 1e-5), 64)}
+    return {use: choose_matmul(mode, model, max_error=error, rows=rows) for use, (error, rows) in accepted.items()}
 
 
 @dataclass
@@ -33,20 +43,21 @@ class Computation:
 
     def answers(self, suite: Suite, tokens: SuiteTokens, batch: Batch) -> list[str]:
         """Generated answers, as text. Code keeps its white space where it continues a prompt."""
-        torch.set_float32_matmul_precision(self.modes["decode"])
         choose: Choose = likeliest
         if suite.temperature > 0:
             choose = sampler([_stream(suite, tokens, i) for i in batch.index.tolist()], suite.temperature)
         encoder = tokens.encoder
-        found = greedy(
-            self.model,
-            batch,
-            max_new_tokens=suite.max_new_tokens,
-            stop_ids=encoder.stop_ids,
-            pad_id=encoder.tokenizer.pad_token_id,
-            sharded=self.sharded,
-            choose=choose,
-        )
+        # A sharded layer gathers its weights around its own forward pass, which must stay.
+        with fast_products(self.model, "highest" if self.sharded else self.modes["decode"]):
+            found = greedy(
+                self.model,
+                batch,
+                max_new_tokens=suite.max_new_tokens,
+                stop_ids=encoder.stop_ids,
+                pad_id=encoder.tokenizer.pad_token_id,
+                sharded=self.sharded,
+                choose=choose,
+            )
         if suite.kind == "code" and not encoder.chat:
             return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
         return [encoder.decode(ids) for ids in found]

@@ -1,9 +1,10 @@
-"""The report stage: a table on the screen and as Markdown, CSV and JSON, and a plot."""
+"""The report stage: tables on the screen and as Markdown, CSV and JSON, and a plot."""
 
 import csv
 import io
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,61 +15,99 @@ from src.errors import InputError
 from src.files import check_output, new_directory, write_json, write_text
 from src.report.plot import plot_fronts
 from src.report.results import ModelResult, load_results
+from src.report.tradeoff import Tradeoff, find_expert, tradeoff
+from src.report.tradeoff_tables import COST_COLUMNS, cost_columns, cost_rows, front_rows
 
 log = logging.getLogger(__name__)
 
+Rows = Sequence[Sequence[str]]
 
-def report(*, results: str, output: str, overwrite: bool = False) -> None:
-    """Show an evaluation as a table and a safety/utility plot.
+
+def report(
+    *, results: str, output: str, expert: str | None = None, attacks_at_most: float = 0.1, overwrite: bool = False
+) -> None:
+    """Show an evaluation as tables and a safety/utility plot.
 
     Args:
-        results: Directory that the test command wrote (it holds ``metrics.json``).
-        output: Directory to write: ``table.md``, ``table.csv``, ``table.json`` and ``fronts.png``.
+        results: Directory that the test command wrote (it holds ``metrics.json`` and ``answers``).
+        output: Directory to write: ``table.md``, ``table.csv``, ``table.json``, ``fronts.png``, and ``tradeoff.json``
+            where a utility expert was evaluated.
+        expert: The utility expert that others are compared with; unset is the one whose name ends in ``utility``.
+        attacks_at_most: Highest attack success rate of Utility@ASR.
         overwrite: Replace an output that exists.
     """
+    if not 0 <= attacks_at_most <= 1:
+        raise InputError(f"attacks_at_most is {attacks_at_most}; expected a share from 0 to 1")
     check_output(Path(output), overwrite=overwrite)
     found = load_results(Path(results))
     columns = list(found[0].shares)
     if not columns:
         raise InputError(f"{results}: no suite generated answers; there is nothing to tabulate")
+    costs = _tradeoff(Path(results), found, expert, attacks_at_most)
+    tables = {"Shares with 95 % intervals (Wilson)": _shares(found, columns)}
+    if costs is not None:
+        title = f"Against {costs.expert}, the same rows, with 95 % intervals (bootstrap)"
+        tables |= {title: cost_rows(costs)} | ({"Fronts over strengths": front_rows(costs)} if costs.fronts else {})
     with new_directory(Path(output)) as folder:
-        write_text(folder / "table.md", _markdown(found, columns))
-        write_text(folder / "table.csv", _csv(found, columns))
+        write_text(folder / "table.md", "\n".join(f"{name}\n\n{_markdown(rows)}" for name, rows in tables.items()))
+        write_text(folder / "table.csv", _csv(found, columns, costs))
         write_json(folder / "table.json", [asdict(result) for result in found])
+        if costs is not None:
+            write_json(folder / "tradeoff.json", costs.as_dict())
         drawn = plot_fronts(found, folder / "fronts.png")
-    _show(found, columns)
-    files = "table.md, table.csv, table.json" + (", fronts.png" if drawn else "")
-    log.info("report in %s: %s", output, files)
+    for name, rows in tables.items():
+        _show(name, rows)
+    more = (", tradeoff.json" if costs is not None else "") + (", fronts.png" if drawn else "")
+    log.info("report in %s: table.md, table.csv, table.json%s", output, more)
 
 
-def _headings(found: list[ModelResult], columns: list[str]) -> list[str]:
-    return ["model", *(f"{column}, n = {found[0].shares[column].n}" for column in columns)]
+def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_at_most: float) -> Tradeoff | None:
+    """Costs against the utility expert; nothing, and one line that says why, where they cannot be had."""
+    expert = find_expert(found, name)
+    if expert is None:
+        log.info("no safety tax: no single expert named 'utility' was evaluated (name one with --expert)")
+        return None
+    if len(found) == 1:
+        log.info("no safety tax: %s is the only model", expert.name)
+        return None
+    costs = tradeoff(folder, found, expert, attacks_at_most=attacks_at_most)
+    if isinstance(costs, str):
+        log.info("no safety tax: %s", costs)
+        return None
+    return costs
 
 
-def _show(found: list[ModelResult], columns: list[str]) -> None:
-    table = Table(title="Shares with 95 % intervals (Wilson)")
-    for number, heading in enumerate(_headings(found, columns)):
+def _shares(found: list[ModelResult], columns: list[str]) -> Rows:
+    """Heading and a row per model."""
+    heads = ["model", *(f"{column}, n = {found[0].shares[column].n}" for column in columns)]
+    return [heads, *([one.label, *(str(one.shares[column]) for column in columns)] for one in found)]
+
+
+def _show(title: str, rows: Rows) -> None:
+    table = Table(title=title)
+    for number, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
-    for result in found:
-        table.add_row(result.label, *(str(result.shares[column]) for column in columns))
+    for row in rows[1:]:
+        table.add_row(*row)
     width = None if sys.stdout.isatty() else 120
     Console(file=sys.stdout, width=width).print(table)
 
 
-def _markdown(found: list[ModelResult], columns: list[str]) -> str:
-    lines = [_headings(found, columns), ["---", *("---:" for _ in columns)]]
-    lines += [[result.label, *(str(result.shares[column]) for column in columns)] for result in found]
+def _markdown(rows: Rows) -> str:
+    lines = [rows[0], ["---", *("---:" for _ in rows[0][1:])], *rows[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _csv(found: list[ModelResult], columns: list[str]) -> str:
+def _csv(found: list[ModelResult], columns: list[str], costs: Tradeoff | None) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     perplexities = list(found[0].perplexity)
     heads = [f"{column} {part}" for column in columns for part in ("value", "low", "high", "n")]
-    writer.writerow(["name", "method", "alpha", *heads, *(f"perplexity ({suite})" for suite in perplexities)])
+    heads += [f"perplexity ({suite})" for suite in perplexities]
+    writer.writerow(["name", "method", "alpha", *heads, *(COST_COLUMNS if costs is not None else ())])
     for result in found:
         values = [part for column in columns for part in asdict(result.shares[column]).values()]
-        alpha = "" if result.alpha is None else result.alpha
-        writer.writerow([result.name, result.method, alpha, *values, *(result.perplexity[s] for s in perplexities)])
+        values += [result.perplexity[suite] for suite in perplexities]
+        values += cost_columns(costs, result.name) if costs is not None else []
+        writer.writerow([result.name, result.method, "" if result.alpha is None else result.alpha, *values])
     return text.getvalue()

@@ -1,0 +1,38 @@
+"""Evaluations that are refused before anything is loaded."""
+
+from collections.abc import Mapping, Sequence
+
+from src.adapters.peft_files import Adapter
+from src.data.rows import Row
+from src.data.suite import Suite
+from src.errors import InputError
+
+
+def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequence[Row]]) -> None:
+    """Check that no adapter was trained or calibrated on a prompt of a suite.
+
+    Raises:
+        InputError: one was; the message names the suite, the first row and the adapter.
+    """
+    for name, adapter in models.items():
+        for suite, asked in rows.items():
+            both = [row for row in asked if adapter is not None and row.prompt_hash in adapter.seen]
+            if both:
+                raise InputError(
+                    f"suite {suite}: {len(both)} prompts, the first {both[0].id}, were used to train or calibrate "
+                    f"{name}; evaluate on other rows (or pass --model.allow_seen true)"
+                )
+
+
+def check_sampling(suites: Sequence[Suite]) -> None:
+    """Check that no suite samples: sharded weights decode greedily.
+
+    Raises:
+        InputError: one does.
+    """
+    for suite in suites:
+        if suite.generates and suite.temperature > 0:
+            raise InputError(
+                f"suite {suite.name}: answers are sampled (temperature {suite.temperature:g}), which weights sharded "
+                "over processes do not allow; use another --trainer file"
+            )

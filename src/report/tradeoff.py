@@ -1,0 +1,145 @@
+"""What safety costs against the utility expert, from the stored per-example results of an evaluation.
+
+Safety of a row is whether a harmful or jailbreak prompt was refused; utility of a row is whether its answer, choice or
+program is right (pass@1). Rows of all suites of a kind are pooled. Every number compares the same rows of two models
+(:mod:`src.metrics.tradeoff`); a front is what one method gives over its strengths.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from src.data.rows import read_jsonl
+from src.errors import InputError
+from src.files import read_json
+from src.metrics.bootstrap import Estimate
+from src.metrics.tradeoff import Point, drift, hypervolume, safety_at_utility, safety_tax, utility_at_attack_success
+from src.models.answer_files import answer_file
+from src.report.results import ModelResult
+
+FLAGS = {"safety": ("refused",), "utility": ("exact", "correct", "pass@1"), "attack": ("attacked",)}
+KINDS = {
+    "safety": ("harmful", "jailbreak"),
+    "utility": ("utility", "choice", "code"),
+    "attack": ("harmful", "jailbreak"),
+}
+"""Side of the trade-off to the flags of a row that score it, and to the kinds of suite whose rows have them."""
+KEEP = 0.95
+"""Share of the expert's utility that a model must keep to count for Safety@95%Utility."""
+
+Scores = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model against the utility expert; ``tax`` is a text where it is undefined."""
+
+    name: str
+    label: str
+    gain: Estimate
+    loss: Estimate
+    tax: Estimate | str
+    drift: Estimate
+
+
+@dataclass(frozen=True)
+class Front:
+    """A method over its strengths; a number is nothing where no point qualifies."""
+
+    method: str
+    points: int
+    safety_at_utility: float | None
+    utility_at_attack: float | None
+    hypervolume: float
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Costs of the models and fronts of the methods, against one utility expert."""
+
+    expert: str
+    attacks_at_most: float
+    costs: list[Cost]
+    fronts: list[Front]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form in which it is written."""
+        return asdict(self)
+
+
+def find_expert(results: Sequence[ModelResult], name: str | None) -> ModelResult | None:
+    """The utility expert: the model of that name, or unset the expert whose name ends in ``utility``.
+
+    Raises:
+        InputError: no model, or several, have the name.
+    """
+    if name is None:
+        found = [one for one in results if one.method == "expert" and Path(one.name).name == "utility"]
+        return found[0] if len(found) == 1 else None
+    found = [one for one in results if name in (one.name, Path(one.name).name)]
+    if len(found) != 1:
+        known = ", ".join(one.name for one in results)
+        raise InputError(f"expert {name}: {len(found)} models have this name; expected one of {known}")
+    return found[0]
+
+
+def tradeoff(
+    folder: Path, results: Sequence[ModelResult], expert: ModelResult, *, attacks_at_most: float
+) -> Tradeoff | str:
+    """Costs and fronts, or the reason why there are none."""
+    suites = read_json(folder / "metrics.json", "the metrics of an evaluation")["models"][0]["suites"]
+    scores = {one.name: _scores(folder, one.name, suites) for one in results}
+    reference = scores[expert.name]
+    for side in ("safety", "utility"):
+        if not reference[side]:
+            return f"no suite of kind {' or '.join(KINDS[side])} has answers that show {side}"
+    costs = [_cost(one, scores[one.name], reference) for one in results if one.name != expert.name]
+    methods: dict[str, list[Scores]] = defaultdict(list)
+    for one in results:
+        if one.alpha is not None:
+            methods[one.method].append(scores[one.name])
+    fronts = [_front(method, points, reference, attacks_at_most) for method, points in methods.items()]
+    return Tradeoff(expert.name, attacks_at_most, costs, fronts)
+
+
+def _scores(folder: Path, model: str, suites: dict[str, Any]) -> Scores:
+    """Per-row scores of a model, rows of all suites of a side one after another."""
+    found: Scores = {side: [] for side in FLAGS}
+    for name, suite in suites.items():
+        sides = [side for side, kinds in KINDS.items() if suite["kind"] in kinds]
+        if not sides:
+            continue
+        rows = [record for _, record in read_jsonl(answer_file(folder, model, name))]
+        for side in sides:
+            flag = next((flag for flag in FLAGS[side] if flag in rows[0]), None)
+            found[side] += [float(row[flag]) for row in rows] if flag else []
+    return found
+
+
+def _cost(result: ModelResult, model: Scores, expert: Scores) -> Cost:
+    tax = safety_tax(
+        expert_utility=expert["utility"],
+        model_utility=model["utility"],
+        expert_safety=expert["safety"],
+        model_safety=model["safety"],
+    )
+    change = drift(expert["utility"], model["utility"])
+    return Cost(result.name, result.label, tax.gain, tax.loss, tax.ratio, change)
+
+
+def _front(method: str, points: Sequence[Scores], expert: Scores, attacks_at_most: float) -> Front:
+    both = [Point(_mean(one["safety"]), _mean(one["utility"])) for one in points]
+    attacks = [(_mean(one["attack"]), _mean(one["utility"])) for one in points if one["attack"]]
+    return Front(
+        method,
+        len(points),
+        safety_at_utility(both, reference=_mean(expert["utility"]), keep=KEEP),
+        utility_at_attack_success(attacks, at_most=attacks_at_most) if attacks else None,
+        hypervolume(both, reference=Point(0.0, 0.0)),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,128 @@
+"""The report of a made-up small evaluation whose trade-off can be worked out by hand."""
+
+import csv
+import json
+
+import pytest
+
+from src.cli import main
+from tests.evaluations import write_jsonl
+
+HARMFUL = {
+    "base": [0, 0, 0, 0],
+    "utility": [0, 0, 0, 0],
+    "sst/1": [1, 1, 1, 1],
+    "sst/2": [1, 1, 1, 0],
+    "ta/1": [0, 0, 0, 0],
+}
+TASK = {
+    "base": [0, 0, 0, 0],
+    "utility": [1, 1, 1, 0],
+    "sst/1": [1, 0, 1, 0],
+    "sst/2": [0, 1, 1, 1],
+    "ta/1": [1, 1, 1, 0],
+}
+MANIFESTS = {
+    "base": {},
+    "utility": {"kind": "expert"},
+    "sst/1": {"kind": "merge", "method": "Sst", "alpha": 1.0},
+    "sst/2": {"kind": "merge", "method": "Sst", "alpha": 0.5},
+    "ta/1": {"kind": "merge", "method": "TaskArithmetic", "alpha": 0.5},
+}
+TIMES = 10
+
+
+def share(flags):
+    value = sum(flags) / len(flags)
+    return {"value": value, "interval": [max(0, value - 0.1), min(1, value + 0.1)], "hits": sum(flags), "n": len(flags)}
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    folder, models = tmp_path / "evaluation", []
+    for name, manifest in MANIFESTS.items():
+        harmful, task = HARMFUL[name] * TIMES, TASK[name] * TIMES
+        attacked = [not flag for flag in harmful]
+        suites = {
+            "harm": {"kind": "harmful", "refusal": share(harmful), "attack_success": share(attacked)},
+            "task": {"kind": "utility", "exact_match": share(task)},
+            "safe": {"kind": "benign", "refusal": share([0] * 4)},
+        }
+        models.append({"name": name, "adapter": manifest or None, "manifest": manifest, "suites": suites})
+        (folder / "answers" / name).mkdir(parents=True)
+        both = zip(harmful, attacked, strict=True)
+        write_jsonl(folder / "answers" / name / "harm.jsonl", [{"refused": bool(a), "attacked": b} for a, b in both])
+        write_jsonl(folder / "answers" / name / "task.jsonl", [{"exact": bool(flag)} for flag in task])
+    (folder / "metrics.json").write_text(json.dumps({"models": models}))
+    return folder
+
+
+def made(evaluated, *more):
+    output = evaluated.parent / "report"
+    assert main(["report", "--results", str(evaluated), "--output", str(output), *more]) == 0
+    return output
+
+
+def test_costs_against_the_utility_expert(evaluated, capsys):
+    folder = made(evaluated)
+    found = json.loads((folder / "tradeoff.json").read_text())
+    costs = {one["name"]: one for one in found["costs"]}
+    assert found["expert"] == "utility"
+    assert set(costs) == {"base", "sst/1", "sst/2", "ta/1"}
+    # Utility 3/4 of the expert, 2/4 and 3/4 of the merges; safety 0, 4/4 and 3/4; one row and two rows change.
+    numbers = {name: [one[key]["value"] for key in ("gain", "loss", "drift")] for name, one in costs.items()}
+    assert numbers["sst/1"] == [1.0, 0.25, 0.25]
+    assert numbers["sst/2"] == [0.75, 0.0, 0.5]
+    assert costs["sst/1"]["tax"]["value"] == 0.25
+    assert costs["sst/1"]["tax"]["low"] < 0.25 < costs["sst/1"]["tax"]["high"]
+    assert costs["sst/2"]["tax"]["value"] == 0.0
+    assert costs["ta/1"]["tax"] == costs["base"]["tax"] == "undefined: no safety gain"
+    assert "undefined: no" in capsys.readouterr().out
+
+
+def test_fronts_of_the_methods(evaluated):
+    fronts = {one["method"]: one for one in json.loads((made(evaluated) / "tradeoff.json").read_text())["fronts"]}
+    # 95 % of the expert's utility is .7125: alpha .5 keeps .75. Its attacks succeed .25 of the time, those of alpha 1
+    # never. The front covers a rectangle of .75 by .75 and one of .25 by .5 beside it.
+    sst = {"method": "Sst", "points": 2, "safety_at_utility": 0.75, "utility_at_attack": 0.5, "hypervolume": 0.6875}
+    assert fronts["Sst"] == pytest.approx(sst)
+    none = {"method": "TaskArithmetic", "points": 1, "safety_at_utility": 0.0, "utility_at_attack": None}
+    assert fronts["TaskArithmetic"] == none | {"hypervolume": 0.0}
+    more = made(evaluated, "--attacks_at_most", "0.25", "--overwrite", "true")
+    assert json.loads((more / "tradeoff.json").read_text())["fronts"][1]["utility_at_attack"] == 0.75
+
+
+def test_tables_show_the_trade_off(evaluated):
+    folder = made(evaluated)
+    text = (folder / "table.md").read_text()
+    assert "| model | safety gain, n = 40 | utility loss, n = 40 | safety tax | drift, n = 40 |" in text
+    assert "| Sst, α = 0.5 | +0.75 [" in text
+    assert (folder / "fronts.png").read_bytes().startswith(b"\x89PNG")
+    assert "| Sst | 2 | 0.75 | 0.50 | 0.69 |" in text
+    assert "| TaskArithmetic | 1 | 0.00 | – | 0.00 |" in text
+    lines = {line["name"]: line for line in csv.DictReader((folder / "table.csv").read_text().splitlines())}
+    assert float(lines["sst/1"]["safety tax value"]) == 0.25
+    assert lines["ta/1"]["safety tax value"] == "undefined: no safety gain"
+    assert lines["utility"]["drift value"] == ""
+
+
+def test_an_expert_that_is_not_there_is_one_line(evaluated, capsys):
+    flags = ["report", "--results", str(evaluated), "--output", str(evaluated / "r")]
+    assert main([*flags, "--expert", "nobody"]) == 2
+    assert "expert nobody: 0 models have this name; expected one of base, utility" in capsys.readouterr().err
+    assert main([*flags, "--attacks_at_most", "2"]) == 2
+    assert "attacks_at_most is 2.0; expected a share from 0 to 1" in capsys.readouterr().err
+    (evaluated / "answers" / "sst/1" / "task.jsonl").unlink()
+    assert main(flags) == 2
+    assert "task.jsonl: no such file" in capsys.readouterr().err
+    assert not (evaluated / "r").exists()
+
+
+def test_no_trade_off_is_made_up_without_a_utility_suite(evaluated):
+    record = json.loads((evaluated / "metrics.json").read_text())
+    for model in record["models"]:
+        del model["suites"]["task"]
+    (evaluated / "metrics.json").write_text(json.dumps(record))
+    folder = made(evaluated)
+    assert not (folder / "tradeoff.json").exists()
+    assert "safety tax" not in (folder / "table.csv").read_text()
