@@ -91,7 +91,9 @@ def claims_table(found: Sequence[Claim], title: str) -> Document:
 
 def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:
     """Names that the first method beats on a measure, is beaten by, and shows no difference to."""
-    beaten, beaten_by, equal = [], [], []
+    beaten: list[str] = []
+    beaten_by: list[str] = []
+    equal: list[str] = []
     for claim in found:
         if claim.measure == measure:
             place = equal if claim.winner is None else beaten if claim.winner == claim.first else beaten_by

@@ -1,7 +1,7 @@
 """What settings mean, apart from where files lie: rows by the hash of their file, a local base by that of its files."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -110,7 +110,22 @@ def count_rows(value: Any) -> int | None:
     return total
 
 
-def reseeded(value: Any, seed: int) -> list[dict[str, Any]]:
-    """Sources whose shuffled draws are another draw for each seed; sources in the order of their file stay."""
-    found = sources(value)
-    return [plain_source(s if s.seed is None else replace(s, seed=s.seed + seed)) for s in found]
+def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any]]:
+    """Sources, of which those that are a draw from a file of their own are another draw for each seed.
+
+    A draw has a seed and a limit. A file that experts are trained on is divided by seed, skip and limit: there another
+    shuffle would mix the parts.
+
+    Args:
+        value: The sources.
+        seed: The study's seed.
+        taken: Files that experts are trained on.
+    """
+    return [
+        plain_source(replace(s, seed=(s.seed or 0) + seed) if _is_draw(s) and s.path not in taken else s)
+        for s in sources(value)
+    ]
+
+
+def _is_draw(source: RowSource) -> bool:
+    return source.seed is not None and source.limit is not None and source.skip == 0

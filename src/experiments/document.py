@@ -42,7 +42,7 @@ def measure_cells(scores: Mapping[Measure, Scores], model: str) -> dict[str, Any
 
 def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str]) -> dict[str, int]:
     """Measure to the position of the best model, where its difference to *every* other one excludes zero."""
-    found = {}
+    found: dict[str, int] = {}
     for measure, one in scores.items():
         sign = 1.0 if MEASURES[measure][1] else -1.0
         best = max(models, key=lambda model: sign * one.estimate(model).value)

@@ -6,7 +6,7 @@ from typing import Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell, digest
-from src.experiments.content import count_rows, plain_source, reseeded, sources
+from src.experiments.content import count_rows, plain_source, redrawn, sources
 from src.experiments.settings import (
     ExpertSpec,
     MethodSpec,
@@ -97,11 +97,16 @@ class Grid:
         fixed = {"model": {"base": plain_base(self.recipe.base), "seed": seed}, "data": rows}
         settings = layered(layered(lower, fixed), over)
         for side in rows:
-            settings["data"][side] = reseeded(settings["data"][side], seed)
+            settings["data"][side] = redrawn(settings["data"][side], seed, self._trained_on())
         counts = [count_rows(settings["data"][side]) for side in rows]
         units = None if None in counts else float(sum(count or 0 for count in counts))
         needs = {"utility": tuple(utility), "safety": (safety,)}
         return Cell("fisher", f"Fisher, seed {seed}", settings, needs, units=units)
+
+    def _trained_on(self) -> set[str]:
+        """Files that experts are trained on."""
+        specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
+        return {source.path for spec in specs for rows in (spec.train, spec.val) for source in sources(rows)}
 
     def merges(self, spec: MethodSpec, utility: Sequence[Cell], safety: Cell, seed: int) -> list[tuple[float, Cell]]:
         """Merges over a method's whole path: strength and cell."""
@@ -181,12 +186,16 @@ def title(name: str, value: float, spec: MethodSpec) -> str:
 
 
 def _drawn(rows: Any, limit: int | None, seed: int) -> list[dict[str, Any]]:
-    """So many rows of sources, drawn anew for each seed and shared out between the sources in order."""
+    """So many rows of sources, shared out between them; whole files are shuffled by the seed, parts of files stay."""
     found = sources(rows)
     if limit is None:
         return [plain_source(source) for source in found]
     share = [limit // len(found) + (i < limit % len(found)) for i in range(len(found))]
-    drawn = [replace(s, seed=(s.seed or 0) + seed, limit=n) for s, n in zip(found, share, strict=True) if n]
+    drawn = [
+        replace(s, seed=seed if s.seed is None else s.seed, limit=n if s.limit is None else min(n, s.limit))
+        for s, n in zip(found, share, strict=True)
+        if n
+    ]
     return [plain_source(source) for source in drawn]
 
 

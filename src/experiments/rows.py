@@ -38,7 +38,7 @@ def compact(path: Path) -> dict[str, Any]:
 
 
 def examples(path: Path) -> list[dict[str, str]]:
-    """The same few rows for every model, those with the smallest hashes, with their answers cut to a readable length."""
+    """The same few rows for every model, those with the smallest hashes, their texts cut to a readable length."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     chosen = sorted(rows, key=lambda row: row["prompt_hash"])[:EXAMPLES]
     return [_example(row) for row in chosen if "answer" in row]

@@ -107,7 +107,8 @@ class FisherSpec:
 
     Args:
         safety: Harmful prompts with refusals.
-        utility: Benign prompts with answers. A source with a ``seed`` draws other rows for every seed of the study.
+        utility: Benign prompts with answers. A source with ``seed`` and ``limit``, from a file that no expert is
+            trained on, draws other rows for every seed of the study.
         config: YAML of ``fisher`` that everything else comes from.
         settings: Settings over those of ``config``, nested like it.
     """
@@ -171,7 +172,8 @@ def _plain_object(value: Any) -> dict[str, Any]:
     kind = type(value)
     found = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        if name != "self" and getattr(value, name) != parameter.default:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
+        if named and getattr(value, name) != parameter.default:
             found[name] = plain(getattr(value, name))
     spec = {"class_path": f"{kind.__module__}.{kind.__name__}"}
     return spec | ({"init_args": found} if found else {})

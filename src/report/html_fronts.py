@@ -1,6 +1,7 @@
 """Fronts as inline SVG: points with 95 % intervals along each method's path, values on hover and on focus.
 
-Colours repeat after eight methods and marks after six, so that no two of 24 look alike, in print and to the colour-blind.
+Colours repeat after eight methods and marks after six, so that no two of 24 look alike, in print and to the
+colour-blind.
 """
 
 from collections.abc import Mapping, Sequence
