@@ -128,6 +128,22 @@ def test_two_processes_share_a_grid_and_compute_each_cell_once(tmp_path):
     assert len(list((tmp_path / "results").glob("*.json"))) == 6
 
 
+def test_merged_weights_go_once_nobody_waits_for_them(tmp_path):
+    engine, _, store = toy_engine(tmp_path)
+    merges = [Cell("merge", f"merge {i}", {"i": i}, batch="m") for i in range(3)]
+    tests = [Cell("test", f"test {i}", {}, {"adapter": (merge,)}, batch="t") for i, merge in enumerate(merges)]
+    engine.grid, engine.batch_size = closure(tests), 2
+    order = []
+    engine.compute = lambda batch: (
+        order.append([c.label for c in batch]) or {c.key: {"cost": {"seconds": 1.0}} for c in batch}
+    )
+    assert engine.run().computed == 6
+    # Evaluations start as soon as they fill a command.
+    assert order == [["merge 0", "merge 1"], ["test 0", "test 1"], ["merge 2"], ["test 2"]]
+    assert not any(store.has_weights(merge) for merge in merges)
+    assert to_compute(tests, store) == []
+
+
 def test_a_living_claim_is_respected_and_a_dead_or_reused_number_is_not(tmp_path):
     one, two = Claims(tmp_path), Claims(tmp_path)
     assert one.take("k")

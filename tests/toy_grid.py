@@ -12,7 +12,7 @@ from src.experiments.store import Store
 
 def toy_grid(count=4):
     """Two roots, and ``count`` cells that need both."""
-    roots = tuple(Cell("merge", f"root {i}", {"toy": i}) for i in range(2))
+    roots = tuple(Cell("fisher", f"root {i}", {"toy": i}) for i in range(2))
     return [Cell("inspect", f"leaf {i}", {"leaf": i}, {"adapters": roots}, units=1.0) for i in range(count)]
 
 
@@ -28,7 +28,7 @@ class ToyWork:
             time.sleep(self.seconds)
             if cell.label in self.bad:
                 raise CellError(f"{cell.label} is bad")
-            if cell.stage == "merge":
+            if cell.stage == "fisher":
                 (self.store.weights(cell)).mkdir(parents=True, exist_ok=True)
             self._note("end", cell)
         cost = {"seconds": 0.5, "peak_mb": 1.0, "cells_in_run": len(batch), "processor": "toy"}

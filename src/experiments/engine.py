@@ -6,6 +6,7 @@ joins late, goes on where all of them together stand.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[[Sequence[Cell]], Mapping[str, Record]]
 """Computes cells of one batch: key to result. Weights are in place when it returns."""
+ORDER = ("fit", "fisher", "merge", "inspect", "test")
+"""Stages in the order in which ready cells are taken: evaluations wait for others to share one load of the base."""
 POLL = 2.0
 """Seconds between looks at what other processes have finished."""
 
@@ -76,7 +79,7 @@ class Engine:
         try:
             while todo := self._possible(to_compute(self.grid, self.store)):
                 ready = [cell for cell in todo if self._is_ready(cell)]
-                batch = self._take(ready)
+                batch = self._take(self._in_order(ready))
                 if batch:
                     self._work(batch)
                 else:
@@ -99,6 +102,12 @@ class Engine:
 
     def _is_ready(self, cell: Cell) -> bool:
         return all(self.store.has_result(parent) and self.store.has_weights(parent) for parent in cell.parents)
+
+    def _in_order(self, ready: Sequence[Cell]) -> list[Cell]:
+        """By stage; but evaluations first once they fill a command, for then merged weights can go from the disk."""
+        waiting = Counter(cell.batch for cell in ready if cell.stage == "test")
+        full = {batch for batch, count in waiting.items() if count >= self.batch_size}
+        return sorted(ready, key=lambda cell: -1 if cell.batch in full else ORDER.index(cell.stage))
 
     def _take(self, ready: Sequence[Cell]) -> list[Cell]:
         """Claim the first cell that is free, and others of its batch."""
@@ -139,6 +148,15 @@ class Engine:
         for cell in batch:
             self.store.finish(cell, records[cell.key])
             self.outcome.computed += 1
+        self._drop_merges(batch)
+
+    def _drop_merges(self, batch: Sequence[Cell]) -> None:
+        """Remove merged weights that no cell of the grid waits for: they are large, and made again in seconds."""
+        waiting = {parent.key for cell in self.grid if not self.store.has_result(cell) for parent in cell.parents}
+        for cell in batch:
+            for parent in cell.parents:
+                if parent.stage == "merge" and parent.key not in waiting:
+                    self.store.drop_weights(parent)
 
     def _show_progress(self) -> None:
         todo = to_compute(self.grid, self.store)

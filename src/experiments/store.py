@@ -78,6 +78,11 @@ class Store:
         write_text(self._result(cell), "{\n" + ",\n".join(lines) + "\n}\n")
         self._failure(cell).unlink(missing_ok=True)
 
+    def drop_weights(self, cell: Cell) -> None:
+        """Remove a cell's weights; its result stays. What says that they are whole goes first."""
+        (self.weights(cell) / WHOLE).unlink(missing_ok=True)
+        shutil.rmtree(self.weights(cell), ignore_errors=True)
+
     def fail(self, cell: Cell, message: str) -> None:
         """Keep why a cell failed."""
         write_json(self._failure(cell), {"key": cell.key, "label": cell.label, "message": message})
