@@ -54,7 +54,7 @@ def test_every_cell_is_computed_once_and_what_it_needs_first(tmp_path):
 
 
 def test_a_result_without_weights_is_enough_unless_a_new_cell_needs_them(tmp_path):
-    engine, work, store = toy_engine(tmp_path)
+    engine, _, store = toy_engine(tmp_path)
     engine.run()
     for cell in toy_grid()[0].parents:
         (store.weights(cell) / "cell.json").unlink()
@@ -85,7 +85,7 @@ def test_cells_that_need_a_failed_one_are_counted_as_blocked(tmp_path):
 
 
 def test_a_batch_that_fails_is_tried_cell_by_cell(tmp_path):
-    engine, work, store = toy_engine(tmp_path, bad=("b",))
+    engine, work, _ = toy_engine(tmp_path, bad=("b",))
     engine.grid = [Cell("inspect", label, {"label": label}, batch="one") for label in "abc"]
     outcome = engine.run()
     assert outcome.computed == 2

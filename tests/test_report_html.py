@@ -144,6 +144,8 @@ def test_a_report_is_written_from_the_json_alone(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(document()))
     write_report(tmp_path)
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == page(document())
+    assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "tables.csv").read_text(encoding="utf-8") == tables_csv(document()["tables"])
     with pytest.raises(InputError, match="expected a study"):
         write_report(tmp_path / "nowhere")
 

@@ -70,7 +70,7 @@ def digest(content: Any) -> str:
 
 def _series(number: str) -> str:
     """``2.13`` of ``2.13.1+cpu``: a patch release does not make a study start again."""
-    return ".".join(number.split("+")[0].split(".")[:2])
+    return ".".join(number.split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def closure(cells: Iterable[Cell]) -> list[Cell]:

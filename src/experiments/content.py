@@ -55,8 +55,7 @@ def sources(value: Any) -> list[RowSource]:
             known = {f.name for f in fields(RowSource)}
             if unknown := sorted(set(item) - known):
                 raise InputError(f"rows: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
-            item = RowSource(**item)
-        found += as_sources(item)
+        found += as_sources(RowSource(**item) if isinstance(item, Mapping) else item)
     return found
 
 

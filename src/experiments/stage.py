@@ -75,7 +75,7 @@ def experiment(
     document = {"title": title or name} | described(study, plan, store, outcome, asked)
     write_json(folder / "study.json", document)
     write_report(folder)
-    log.info("report in %s: index.html, tables.csv, study.json", folder)
+    log.info("report in %s: index.html, fronts.png, tables.csv, study.json", folder)
     if outcome.failed:
         raise InputError(failures(outcome, plan.cells))
 

@@ -1,7 +1,7 @@
 """A folder of tasks for many experts: ``NAME.train.jsonl``, ``NAME.test.jsonl`` and, if there is one, ``index.json``.
 
-The index is a list of ``{task, metric}``, in the order in which experts are added; metrics are ``exact`` and ``rougeL``.
-Without it tasks are taken by name and compared exactly.
+The index is a list of ``{task, metric}``, in the order in which experts are added; metrics are ``exact`` and
+``rougeL``. Without it tasks are taken by name and compared exactly.
 """
 
 from dataclasses import dataclass

@@ -14,14 +14,15 @@ from typing import Any
 from src.files import read_json, write_text
 from src.report.html_examples import example_section
 from src.report.html_fronts import front_figure
+from src.report.html_png import draw_fronts
 from src.report.html_style import SCRIPT, STYLE
 from src.report.html_tables import table_section
 
-SOURCE, PAGE, CSV = "study.json", "index.html", "tables.csv"
+SOURCE, PAGE, CSV, PNG = "study.json", "index.html", "tables.csv", "fronts.png"
 
 
 def write_report(folder: Path) -> None:
-    """Write the page and the CSV beside a study's JSON.
+    """Write the page, the CSV and the picture beside a study's JSON.
 
     Args:
         folder: Folder that holds ``study.json``, as the experiment command wrote it.
@@ -32,6 +33,7 @@ def write_report(folder: Path) -> None:
     document = read_json(folder / SOURCE, "a study (made by `python -m src experiment`)")
     write_text(folder / CSV, tables_csv(document["tables"]))
     write_text(folder / PAGE, page(document))
+    draw_fronts(document["fronts"], folder / PNG)
 
 
 def page(document: Mapping[str, Any]) -> str:
