@@ -15,7 +15,7 @@ from src.experiments import claims as claims_module
 from src.experiments import engine as engine_module
 from src.experiments.cell import Cell, closure
 from src.experiments.claims import Claims, process_start
-from src.experiments.command import run_command
+from src.experiments.command import alone, run_command
 from src.experiments.content import count_rows, redrawn, sources
 from src.experiments.engine import CellError, to_compute
 from src.experiments.plan import hours, listing, time_left
@@ -240,6 +240,14 @@ def test_a_command_is_measured_and_its_error_is_the_reason(tmp_path):
     assert "usage: python -m src" in (tmp_path / "log.txt").read_text()
     with pytest.raises(CellError, match="unknown command 'fitt'"):
         run_command(["fitt"], tmp_path / "log.txt")
+
+
+def test_commands_do_not_see_the_launcher_of_their_engine():
+    launcher = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "SLURM_PROCID": "1"}
+    kept = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
+    assert alone(launcher | kept) == kept
+    torchrun = launcher | {"TORCHELASTIC_RUN_ID": "x", "CUDA_VISIBLE_DEVICES": "4,6"}
+    assert alone(torchrun) == {"CUDA_VISIBLE_DEVICES": "6"}
 
 
 @pytest.mark.processes

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from src.experiments.launch import PARENT
 
 PROJECT = Path(__file__).resolve().parents[2]
 MODULE = "src.experiments.launch"
+LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "PL_")
+"""Beginnings of the variables by which launchers tell processes apart."""
 TAIL = 600
 """Characters of an error that is no one-line input error."""
 
@@ -63,7 +65,7 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_importable(environment),
+            env=_importable(alone(environment)),
         )
         try:
             _, status, usage = os.wait4(child.pid, 0)
@@ -76,6 +78,19 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
     if child.returncode != 0:
         raise CellError(_reason(log_file, child.returncode))
     return Cost(time.monotonic() - started, _peak(usage), processor())
+
+
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what torchrun or SLURM said to the engine.
+
+    Under a launcher every process is an engine of its own; its commands are not processes of one training.
+    """
+    kept = {key: value for key, value in environment.items() if not key.startswith(LAUNCHER)}
+    if "TORCHELASTIC_RUN_ID" in environment:
+        # torchrun shows every GPU to every process; each engine keeps to its own.
+        rank, visible = environment["LOCAL_RANK"], environment.get("CUDA_VISIBLE_DEVICES")
+        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+    return kept
 
 
 def _importable(environment: dict[str, str]) -> dict[str, str]:

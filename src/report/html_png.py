@@ -39,8 +39,9 @@ def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
     values = {key: [point[key]["value"] for point in points] for key in ("x", "y")}
     errors = {
         f"{key}err": [
-            [point[key]["value"] - point[key]["low"] for point in points],
-            [point[key]["high"] - point[key]["value"] for point in points],
+            # A percentile interval of a skewed draw need not hold its mean.
+            [max(0.0, point[key]["value"] - point[key]["low"]) for point in points],
+            [max(0.0, point[key]["high"] - point[key]["value"]) for point in points],
         ]
         for key in ("x", "y")
     }
