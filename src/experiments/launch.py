@@ -6,10 +6,9 @@ the same folder. Linux sends the death signal of ``prctl(2)``; elsewhere the com
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
-
-from src.cli import main
 
 SET_PARENT_DEATH_SIGNAL = 1
 PARENT = "SST_ENGINE_PID"
@@ -29,4 +28,5 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    sys.exit(main())
+    # This module stays __main__: Lightning starts its other processes by that name, and they end in the same way.
+    runpy.run_module("src", run_name="__main__")
