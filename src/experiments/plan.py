@@ -29,7 +29,7 @@ def hours(seconds: float | None) -> str:
     if seconds is None:
         return "an unknown time (a stage has no finished cell to measure)"
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(minutes, 1)} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(minutes, 1) if seconds else 0} min"
 
 
 def listing(grid: Sequence[Cell], todo: Sequence[Cell], store: Store) -> str:
