@@ -23,6 +23,7 @@ COMMANDS = {
     "test": "evaluate the base model and adapters: refusal, over-refusal, collapse, accuracy, perplexity",
     "predict": "write the answers of the base model and adapters to prompts",
     "judge": "judge stored answers again, or measure a judge against human labels",
+    "experiment": "compute a study (safety tax, interference, comparison, ablations) and write its report",
     "report": "table and safety/utility plot of an evaluation",
 }
 DEFAULT_CONFIG = {
@@ -33,6 +34,7 @@ DEFAULT_CONFIG = {
     "test": "test.yaml",
     "predict": "test.yaml",
     "judge": "judge.yaml",
+    "experiment": "comparison.yaml",
     "report": "report.yaml",
 }
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
@@ -129,7 +131,7 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
 
 def runner(command: str) -> Callable[[list[str]], None]:
     """The function that runs a command with its arguments."""
-    if command in ("merge", "inspect", "judge", "report"):
+    if command in ("merge", "inspect", "judge", "report", "experiment"):
         from src import functions
 
         return getattr(functions, command)  # type: ignore[no-any-return]

@@ -32,3 +32,11 @@ def report(arguments: list[str]) -> None:
 def judge(arguments: list[str]) -> None:
     """Run ``python -m src judge``."""
     run_function(judge_answers, "judge", COMMANDS["judge"], arguments)
+
+
+def experiment(arguments: list[str]) -> None:
+    """Run ``python -m src experiment``."""
+    # The typed settings of a study name everything that the project has; other commands need not import it.
+    from src.experiments.stage import experiment as compute_study
+
+    run_function(compute_study, "experiment", COMMANDS["experiment"], arguments)

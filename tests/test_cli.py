@@ -46,7 +46,10 @@ def test_help_of_a_command_explains_its_options(command, capsys):
 @pytest.mark.parametrize("hardware", sorted(p.name for p in ROOT.glob("trainers/*.yaml")))
 def test_every_config_parses_with_every_hardware_file(path, hardware, capsys):
     stem = next((c for c in ("merge", "test") if Path(path).stem.startswith(f"{c}_")), Path(path).stem)
-    command = {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}.get(stem, stem)
+    studies = dict.fromkeys(
+        ("safety_tax", "interference", "interference_small", "comparison", "ablations"), "experiment"
+    )
+    command = ({"expert": "fit", "safety": "fit", "task_arithmetic": "merge"} | studies).get(stem, stem)
     trainer = [] if command in ("merge", "judge", "report") else ["--trainer", hardware]
     with pytest.raises(SystemExit) as stop:
         main([command, "--config", path, *trainer, "--print_config"])

@@ -1,0 +1,112 @@
+"""Ablations: one method, one setting changed at a time, on validation rows only (defaults are chosen here)."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.errors import InputError
+from src.experiments.claims_made import claims, claims_table
+from src.experiments.comparison import CLAIMED, Choice, chosen_point, summary
+from src.experiments.costs import cost_table
+from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
+from src.experiments.grid import Grid, Model
+from src.experiments.scores import gathered
+from src.experiments.settings import MethodSpec, at_path, layered
+from src.experiments.store import Store
+from src.experiments.study import REFERENCES, Plan, Study, finished, of_methods, paths, records
+from src.merge.settings import with_option
+
+PARTS = ("method", "fisher", "safety")
+
+
+@dataclass
+class Axis:
+    """One setting and its values.
+
+    Args:
+        option: ``method.NAME``, or a dotted key of the YAML of ``fisher`` or of the safety expert's ``fit`` behind
+            ``fisher.`` or ``safety.``, such as ``fisher.model.labels`` or ``safety.data.train``.
+        values: Its values, without that of the reference.
+        labels: What the values are called; unset shows them.
+    """
+
+    option: str
+    values: list[Any]
+    labels: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Stop where the option has no such place, or labels do not fit."""
+        if self.option.partition(".")[0] not in PARTS or "." not in self.option:
+            raise InputError(f"axis {self.option}: expected an option that begins with {', '.join(PARTS)} and a dot")
+        if self.labels and len(self.labels) != len(self.values):
+            raise InputError(f"axis {self.option}: {len(self.labels)} labels for {len(self.values)} values")
+
+
+class Ablations(Study):
+    """One setting at a time.
+
+    Args:
+        reference: The method with its reference settings.
+        axes: The settings to change.
+        choice: The validation rows, and how strengths are chosen on them.
+    """
+
+    def __init__(self, reference: MethodSpec, axes: list[Axis], choice: Choice | None = None) -> None:
+        reference.check()
+        for axis in axes:
+            axis.check()
+        self.reference, self.axes, self.choice = reference, axes, choice or Choice()
+        self.variants = [(reference, dict[str, Any]()), *self._variants()]
+
+    def _variants(self) -> list[tuple[MethodSpec, dict[str, Any]]]:
+        found = []
+        for axis in self.axes:
+            labels = axis.labels or [str(value) for value in axis.values]
+            for value, label in zip(axis.values, labels, strict=True):
+                found.append(self._changed(axis.option, value, f"{axis.option} = {label}"))
+        return found
+
+    def _changed(self, option: str, value: Any, name: str) -> tuple[MethodSpec, dict[str, Any]]:
+        part, _, rest = option.partition(".")
+        spec, safety = copy.copy(self.reference), dict[str, Any]()
+        spec.name = name
+        if part == "method":
+            if spec.method is None:
+                raise InputError(f"axis {option}: the reference has no method")
+            spec.method = with_option(spec.method, rest, value)
+        elif part == "fisher":
+            spec.fisher = layered(spec.fisher, at_path(rest, value))
+        else:
+            safety = at_path(rest, value)
+        return spec, safety
+
+    def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
+        """References, the reference method and its variants."""
+        found: list[Model] = []
+        for seed in seeds:
+            found += grid.references(seed)
+            for spec, over in self.variants:
+                merges = grid.merges(spec, [grid.utility(seed)], grid.safety(seed, over), seed)
+                found += [Model(spec.name, value, seed, grid.test(cell, cell.label), cell) for value, cell in merges]
+        return Plan(found)
+
+    def report(self, plan: Plan, store: Store) -> Document:
+        """Variants against the reference, on validation rows."""
+        points, notes = finished(plan.models, store)
+        scores = gathered(records(points, store), "validation", share=self.choice.share, split_seed=self.choice.seed)
+        chosen = {method: chosen_point(scores, names, self.choice) for method, names in paths(points).items()}
+        ours = chosen.get(self.reference.name)
+        others = [name for method, name in chosen.items() if method not in (*REFERENCES, self.reference.name)]
+        made = claims(scores, ours, others, CLAIMED) if ours else []
+        rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
+        columns = [column("model", "model"), *measure_columns(scores)]
+        note = "Strengths are chosen on the rows that are shown: for choosing defaults, not for claims."
+        best = best_rows(scores, list(chosen.values()))
+        tables = [
+            table("Variants (validation rows)", columns, rows, note=note, best=best),
+            claims_table(made, "The reference against its variants (validation rows)"),
+            cost_table(of_methods(points), store),
+        ]
+        shown = fronts(scores, paths(points), "validation rows")
+        return {"summary": summary(made, ours), "notes": notes, "fronts": shown, "tables": tables, "examples": []}

@@ -1,0 +1,137 @@
+"""Claims: which process works on which cell, as files that exactly one process can create (O_EXCL).
+
+Several processes, or machines on a shared folder, work on one grid without a server. A claim names host, process and
+the process's start, and is touched while its owner lives. It is stale where that process is gone (same host), or where
+it has not been touched for long, by the clock of the folder (another host). Stale claims are removed under a lock, so
+that no two processes remove one after the other what is a fresh claim by then.
+"""
+
+import json
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+HEARTBEAT = 20.0
+"""Seconds between touches of a claim."""
+
+
+class Claims:
+    """Claims of one process in a folder.
+
+    Args:
+        folder: The folder, shared by all processes that work on the grid.
+        stale_after: Seconds without a touch after which another host's claim counts as left behind.
+    """
+
+    def __init__(self, folder: Path, stale_after: float = 600.0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.stale_after = folder, stale_after
+        self.host, self.pid = socket.gethostname(), os.getpid()
+        self._token = uuid.uuid4().hex
+        self._held: set[str] = set()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self, key: str) -> bool:
+        """Claim a cell; false where another process that lives has it."""
+        if self._create(key):
+            return True
+        with FileLock(self.folder / ".lock"):
+            if not self.is_stale(key):
+                return False
+            self._path(key).unlink(missing_ok=True)
+        return self._create(key)
+
+    def release(self, key: str) -> None:
+        """Give a claim back, unless it was taken over meanwhile."""
+        self._held.discard(key)
+        with FileLock(self.folder / ".lock"):
+            if (self._read(key) or {}).get("token") == self._token:
+                self._path(key).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give all claims back and stop touching them."""
+        self._stop.set()
+        for key in list(self._held):
+            self.release(key)
+        if self._thread is not None:
+            self._thread.join()
+
+    def is_stale(self, key: str) -> bool:
+        """Whether a claim exists and its owner is gone."""
+        try:
+            age = self._now() - self._path(key).stat().st_mtime
+        except FileNotFoundError:
+            return False
+        owner = self._read(key)
+        if owner is not None and owner.get("host") == self.host:
+            return process_start(owner["pid"]) != owner["started"]
+        return age > self.stale_after
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.claim"
+
+    def _create(self, key: str) -> bool:
+        try:
+            handle = os.open(self._path(key), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        owner = {"host": self.host, "pid": self.pid, "started": process_start(self.pid), "token": self._token}
+        with os.fdopen(handle, "w") as file:
+            json.dump(owner, file)
+        self._held.add(key)
+        self._keep_touching()
+        return True
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        """The owner; nothing where the file is gone, or is being written, or was cut by a crash."""
+        try:
+            found: dict[str, Any] = json.loads(self._path(key).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return found
+
+    def _now(self) -> float:
+        """Time by the clock that stamps the folder's files: clocks of machines differ."""
+        probe = self.folder / f".clock-{self.host}-{self.pid}"
+        probe.write_text("")
+        return probe.stat().st_mtime
+
+    def _keep_touching(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._touch, daemon=True)
+            self._thread.start()
+
+    def _touch(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            for key in list(self._held):
+                if self._path(key).exists():
+                    os.utime(self._path(key))
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host started, as the kernel counts; nothing where it is gone (numbers are used again)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return _without_proc(pid)
+    state, *rest = text.rpartition(")")[2].split()
+    return None if state in ("Z", "X") else rest[18]
+
+
+def _without_proc(pid: int) -> str | None:
+    """Systems without /proc tell only whether the process exists."""
+    if Path("/proc/self").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return "runs"
+    return "runs"

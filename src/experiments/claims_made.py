@@ -1,0 +1,101 @@
+"""Which claims "A beats B" hold: the interval of the paired difference excludes zero, else no difference is shown."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from src.experiments.document import Document, bound, column, number, table
+from src.experiments.holm import holm
+from src.experiments.scores import MEASURES, Measure, Scores
+from src.metrics.bootstrap import Estimate
+
+NO_DIFFERENCE = "no difference shown"
+HOLM = (
+    "Paired bootstrap over prompts of means over seeds, 95 % intervals. A claim is made where the interval of the "
+    "difference excludes 0. Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of "
+    "this table together: of the {claims} claims, {kept} also hold at 5 % after adjustment."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One comparison.
+
+    Attributes:
+        first: The method that is compared.
+        second: The one that it is compared with.
+        measure: The measure.
+        difference: first − second.
+        p_value: Of no difference.
+        adjusted: The same after Holm's adjustment.
+    """
+
+    first: str
+    second: str
+    measure: Measure
+    difference: Estimate
+    p_value: float
+    adjusted: float
+
+    @property
+    def winner(self) -> str | None:
+        """Who beats the other; nobody where the interval includes zero."""
+        sign = 1.0 if MEASURES[self.measure][1] else -1.0
+        for name, towards in ((self.first, sign), (self.second, -sign)):
+            if towards * bound(self.difference, towards) > 0:
+                return name
+        return None
+
+    @property
+    def sentence(self) -> str:
+        """The claim in words."""
+        if self.winner is None:
+            return NO_DIFFERENCE
+        loser = self.second if self.winner == self.first else self.first
+        return f"{self.winner} beats {loser}"
+
+
+def claims(
+    scores: Mapping[Measure, Scores], first: str, others: Sequence[str], measures: Sequence[Measure]
+) -> list[Claim]:
+    """One model against others on several measures."""
+    found = [(m, other) for m in measures if m in scores for other in others]
+    p_values = [scores[measure].p_value(first, other) for measure, other in found]
+    return [
+        Claim(first, other, measure, scores[measure].difference(first, other), p, adjusted)
+        for (measure, other), p, adjusted in zip(found, p_values, holm(p_values), strict=True)
+    ]
+
+
+def claims_table(found: Sequence[Claim], title: str) -> Document:
+    """Claims as a table, with the note on multiple comparisons."""
+    made = [claim for claim in found if claim.winner is not None]
+    kept = sum(claim.adjusted < 0.05 for claim in made)
+    rows: list[dict[str, Any]] = [
+        {
+            "measure": MEASURES[claim.measure][0],
+            "first": claim.first,
+            "second": claim.second,
+            "difference": number(claim.difference),
+            "p": claim.p_value,
+            "holm": claim.adjusted,
+            "claim": claim.sentence,
+        }
+        for claim in found
+    ]
+    heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B", "p": "p", "holm": "p (Holm)"}
+    columns = [column(key, label) for key, label in (heads | {"claim": "claim"}).items()]
+    note = HOLM.format(count=len(found), claims=len(made), kept=kept)
+    return table(title, columns, rows, note=note)
+
+
+def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:
+    """Names that the first method beats on a measure, is beaten by, and shows no difference to."""
+    beaten: list[str] = []
+    beaten_by: list[str] = []
+    equal: list[str] = []
+    for claim in found:
+        if claim.measure == measure:
+            place = equal if claim.winner is None else beaten if claim.winner == claim.first else beaten_by
+            place.append(claim.second)
+    return beaten, beaten_by, equal

@@ -1,0 +1,124 @@
+"""Run one of the project's commands in a process of its own, and measure its time and peak memory."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.experiments.engine import CellError
+from src.experiments.launch import PARENT
+
+PROJECT = Path(__file__).resolve().parents[2]
+MODULE = "src.experiments.launch"
+LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "PL_")
+"""Beginnings of the variables by which launchers tell processes apart."""
+TAIL = 600
+"""Characters of an error that is no one-line input error."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took.
+
+    Attributes:
+        seconds: Wall time, with the start of Python.
+        peak_mb: Largest resident memory of one of its processes, in MB (10⁶ bytes).
+        processor: What it ran on.
+    """
+
+    seconds: float
+    peak_mb: float
+    processor: str
+
+    def shared(self, cells: int) -> dict[str, Any]:
+        """The share of one of so many cells that one command computed: time is divided, memory is not."""
+        return {
+            "seconds": self.seconds / cells,
+            "peak_mb": self.peak_mb,
+            "cells_in_run": cells,
+            "processor": self.processor,
+        }
+
+
+def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
+    """Run ``python -m src ARGUMENTS`` and wait for it.
+
+    Args:
+        arguments: The command and its flags.
+        log_file: Takes what it prints.
+
+    Raises:
+        CellError: it ended with another code than 0.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {PARENT: str(os.getpid())}
+    started = time.monotonic()
+    with log_file.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", MODULE, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_importable(alone(environment)),
+        )
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            # Ctrl-C reaches the command too; it must be gone before another one takes its folder.
+            child.terminate()
+            child.wait()
+            raise
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise CellError(_reason(log_file, child.returncode))
+    return Cost(time.monotonic() - started, _peak(usage), processor())
+
+
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what torchrun or SLURM said to the engine.
+
+    Under a launcher every process is an engine of its own; its commands are not processes of one training.
+    """
+    kept = {key: value for key, value in environment.items() if not key.startswith(LAUNCHER)}
+    if "TORCHELASTIC_RUN_ID" in environment:
+        # torchrun shows every GPU to every process; each engine keeps to its own.
+        rank, visible = environment["LOCAL_RANK"], environment.get("CUDA_VISIBLE_DEVICES")
+        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+    return kept
+
+
+def _importable(environment: dict[str, str]) -> dict[str, str]:
+    """The engine may have been started from another folder than the project's."""
+    places = [str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])]
+    return environment | {"PYTHONPATH": os.pathsep.join(places)}
+
+
+def _peak(usage: resource.struct_rusage) -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return usage.ru_maxrss * unit / 1e6
+
+
+def _reason(log_file: Path, code: int) -> str:
+    text = log_file.read_text(errors="replace").strip()
+    errors = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    if code < 0:
+        return f"ended by signal {-code} (the kernel sends 9 where memory runs out); see {log_file}"
+    return f"exit code {code}: {' '.join(text[-TAIL:].split())}"
+
+
+def processor() -> str:
+    """Model and number of the processors, as costs are only comparable between equal ones."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,189 @@
+"""The comparison: every method with the same number of strengths, chosen on validation rows, reported on test rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from src.errors import InputError
+from src.experiments.claims_made import Claim, claims, claims_table, tally
+from src.experiments.costs import cost_table
+from src.experiments.document import (
+    Document,
+    best_rows,
+    column,
+    examples,
+    fronts,
+    measure_cells,
+    measure_columns,
+    number,
+    table,
+)
+from src.experiments.grid import Grid, Model
+from src.experiments.safety_tax import category_table, tax_rows, tax_table
+from src.experiments.scores import MEASURES, Measure, Scores, gathered
+from src.experiments.settings import MethodSpec
+from src.experiments.store import Store
+from src.experiments.study import REFERENCES, Plan, Study, check_names, finished, of_methods, paths, records
+
+CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "answer_nll")
+
+
+@dataclass
+class Choice:
+    """How a method's strength is chosen on the validation rows.
+
+    Args:
+        rule: ``balanced`` takes the highest mean of refusal, 1 − over-refusal and utility; ``refusal_at_least`` the
+            highest mean of 1 − over-refusal and utility among strengths that refuse enough (the highest refusal where
+            none does).
+        refusal: What is enough, 0 to 1.
+        share: Share of the rows that validate, above 0 to below 1.
+        seed: Which division into validation and test rows.
+    """
+
+    rule: Literal["balanced", "refusal_at_least"] = "balanced"
+    refusal: float = 0.8
+    share: float = 0.4
+    seed: int = 0
+
+
+class Comparison(Study):
+    """Methods side by side.
+
+    Args:
+        methods: The methods, controls among them; all have as many strengths, but those whose strength option is none.
+        ours: The method whose claims are made.
+        choice: How strengths are chosen.
+    """
+
+    def __init__(self, methods: list[MethodSpec], ours: str, choice: Choice | None = None) -> None:
+        check_names(methods)
+        if ours not in [method.name for method in methods]:
+            raise InputError(f"study.ours is {ours}; expected the name of one of the methods")
+        counts = {m.name: len(m.strength.values) for m in methods if m.strength.option != "none"}
+        if len(set(counts.values())) > 1:
+            raise InputError(f"methods: numbers of strengths are {counts}; expected the same for all (equal tuning)")
+        self.choice = choice or Choice()
+        if not 0 < self.choice.share < 1:
+            raise InputError(f"choice.share is {self.choice.share}; expected a number between 0 and 1")
+        self.methods, self.ours = methods, ours
+
+    def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
+        """References and paths for every seed."""
+        found: list[Model] = []
+        for seed in seeds:
+            found += grid.references(seed)
+            for method in self.methods:
+                found += grid.models(method, seed)
+        return Plan(found)
+
+    def report(self, plan: Plan, store: Store) -> Document:
+        """Chosen strengths on test rows, claims, fronts, taxes, categories, costs."""
+        points, notes = finished(plan.models, store)
+        known = records(points, store)
+        split = {"share": self.choice.share, "split_seed": self.choice.seed}
+        validation = gathered(known, "validation", **split)  # type: ignore[arg-type]
+        test = gathered(known, "test", **split)  # type: ignore[arg-type]
+        chosen = {m: chosen_point(validation, names, self.choice) for m, names in paths(points).items()}
+        names = list(chosen.values())
+        made = self._claims(test, chosen)
+        taxes = tax_rows(test, names)
+        tables = [
+            self._chosen_table(validation, test, chosen),
+            claims_table(made, f"{chosen.get(self.ours, self.ours)} against the others (test rows)"),
+            tax_table(taxes),
+            spread_table(points, names, split, store),
+            category_table({name: known[name] for name in names}),
+            cost_table(of_methods(points), store),
+        ]
+        return {
+            "summary": summary(made, chosen.get(self.ours)),
+            "notes": [*notes, self._rule()],
+            "fronts": fronts(test, paths(points), "test rows"),
+            "tables": tables,
+            "examples": examples({name: points[name][0] for name in names}, store),
+        }
+
+    def _claims(self, test: Mapping[Measure, Scores], chosen: Mapping[str, str]) -> list[Claim]:
+        """Ours against every other method and against base and experts; controls included."""
+        if self.ours not in chosen:
+            return []
+        others = [name for method, name in chosen.items() if method != self.ours]
+        return claims(test, chosen[self.ours], others, CLAIMED)
+
+    def _chosen_table(
+        self, validation: Mapping[Measure, Scores], test: Mapping[Measure, Scores], chosen: Mapping[str, str]
+    ) -> Document:
+        controls = {method.name for method in self.methods if method.control}
+        rows = []
+        for method, name in chosen.items():
+            kind = "reference" if method in REFERENCES else "control" if method in controls else "method"
+            rows.append({"model": name, "kind": kind} | measure_cells(test, name))
+        columns = [column("model", "model"), column("kind", "kind"), *measure_columns(test)]
+        found = table("Chosen on validation rows, measured on test rows", columns, rows)
+        competitors = [name for method, name in chosen.items() if method not in controls | set(REFERENCES)]
+        positions = {name: i for i, name in enumerate(chosen.values())}
+        best = best_rows(test, competitors) if competitors else {}
+        note = "Bold: better than every other method with an interval of the difference that excludes 0."
+        return found | {"note": note, "best": {key: positions[competitors[i]] for key, i in best.items()}}
+
+    def _rule(self) -> str:
+        rule = self.choice
+        enough = f" (refusal of at least {rule.refusal:g})" if rule.rule == "refusal_at_least" else ""
+        return (
+            f"Strengths were chosen by the rule {rule.rule}{enough} on {rule.share:.0%} of the rows, the rest report."
+        )
+
+
+def chosen_point(validation: Mapping[Measure, Scores], names: Sequence[str], choice: Choice) -> str:
+    """The point of a path that the rule takes on the validation rows; the first of equal ones."""
+
+    def value(measure: Measure, name: str) -> float:
+        return validation[measure].estimate(name).value
+
+    def kept(name: str) -> float:
+        """Mean of what safety may cost."""
+        parts = [1 - value("over_refusal", name)] if "over_refusal" in validation else []
+        parts += [value("utility", name)] if "utility" in validation else []
+        return sum(parts) / len(parts) if parts else 0.0
+
+    if len(names) == 1:
+        return names[0]
+    if "refusal" not in validation:
+        raise InputError("no validation row asks for a refusal; strengths cannot be chosen")
+    if choice.rule == "balanced":
+        terms = ("over_refusal" in validation) + ("utility" in validation)
+        return max(names, key=lambda name: value("refusal", name) + terms * kept(name))
+    enough = [name for name in names if value("refusal", name) >= choice.refusal]
+    return max(enough, key=kept) if enough else max(names, key=lambda name: value("refusal", name))
+
+
+def spread_table(
+    points: Mapping[str, Sequence[Model]], names: Sequence[str], split: Mapping[str, Any], store: Store
+) -> Document:
+    """The chosen models seed by seed: how far training and calibration draws move the numbers."""
+    found = []
+    for name in names:
+        for model in points[name]:
+            scores = gathered({name: [store.read(model.test)]}, "test", **split)
+            found.append((name, model.seed, scores))
+    columns = [column("model", "model"), column("seed", "seed"), *(measure_columns(found[0][2]) if found else [])]
+    rows = [
+        {"model": name, "seed": seed} | {m: number(one.estimate(name)) for m, one in scores.items()}
+        for name, seed, scores in found
+    ]
+    return table("Seed by seed (test rows)", columns, rows)
+
+
+def summary(made: Sequence[Claim], ours: str | None) -> list[str]:
+    """Sentences that say who beats whom, computed from the claims."""
+    if ours is None:
+        return ["The method of this study has no finished strength, so nothing is claimed."]
+    sentences = []
+    for measure in CLAIMED:
+        beaten, beaten_by, equal = tally(made, measure)
+        if beaten or beaten_by or equal:
+            parts = [("beats", beaten), ("is beaten by", beaten_by), ("shows no difference to", equal)]
+            said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts if names)
+            sentences.append(f"On {MEASURES[measure][0]}, {ours} {said}.")
+    return sentences

@@ -1,0 +1,130 @@
+"""What settings mean, apart from where files lie: rows by the hash of their file, a local base by that of its files."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from src.data.sources import RowSource, as_sources, find_file
+from src.errors import InputError
+from src.files import sha256_file
+
+ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "merge": (), "inspect": ()}
+"""Keys of ``data`` that name rows."""
+SUITE_ROWS = ("rows", "few_shot")
+
+
+def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with files replaced by their content.
+
+    Raises:
+        InputError: a file of rows is missing.
+    """
+    found = dict(settings)
+    if "data" in found:
+        data = dict(found["data"])
+        for key in ROWS[stage]:
+            if data.get(key) is not None:
+                data[key] = [source_content(source) for source in sources(data[key])]
+        if "suites" in data:
+            data["suites"] = [_suite_content(suite) for suite in data["suites"]]
+        found["data"] = data
+    base = found.get("model", {}).get("base")
+    if base is not None:
+        found["model"] = found["model"] | {"base": base | {"name": base_content(str(base["name"]))}}
+    return found
+
+
+def _suite_content(suite: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {key: [source_content(s) for s in sources(suite[key])] for key in SUITE_ROWS if suite.get(key) is not None}
+    return dict(suite) | rows
+
+
+def sources(value: Any) -> list[RowSource]:
+    """Row sources as they come from a flag, YAML or Python.
+
+    Raises:
+        InputError: a mapping has a key that no source has.
+    """
+    items = value if isinstance(value, list) else [value]
+    found: list[RowSource] = []
+    for item in items:
+        if isinstance(item, Mapping):
+            known = {f.name for f in fields(RowSource)}
+            if unknown := sorted(set(item) - known):
+                raise InputError(f"rows: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+        found += as_sources(RowSource(**item) if isinstance(item, Mapping) else item)
+    return found
+
+
+def plain_source(source: RowSource) -> dict[str, Any]:
+    """A source without the options that it leaves at their defaults."""
+    defaults = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(source)}
+    return {key: value for key, value in asdict(source).items() if value != defaults[key]}
+
+
+def source_content(source: RowSource) -> dict[str, Any]:
+    """A source with its file replaced by a hash; a hub data set stays its name and revision."""
+    path = find_file(source.path)
+    looks_local = source.path.startswith((".", "/")) or Path(source.path).suffix in (".jsonl", ".json", ".csv")
+    if path is None and looks_local:
+        raise InputError(f"{source.path}: no such file; expected rows")
+    return plain_source(source) | ({} if path is None else {"path": _hash(path.resolve())})
+
+
+def base_content(name: str) -> str:
+    """A local model by its files; a hub id or a packaged model by its name."""
+    path = Path(name)
+    return _hash(path.resolve(), weigh=True) if path.exists() else name
+
+
+def _hash(path: Path, *, weigh: bool = False) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    state = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
+    return _hash_files(str(path), state, weigh)
+
+
+@lru_cache(maxsize=4096)
+def _hash_files(root: str, state: tuple[tuple[str, int, int], ...], weigh: bool) -> str:
+    """Hash of files; with ``weigh`` large ones count by name and size (their load is checked by its fingerprint)."""
+    digest = hashlib.sha256()
+    for name, _, size in state:
+        content = f"{size} bytes" if weigh and size > 2**24 else sha256_file(Path(name))
+        digest.update(f"{Path(name).relative_to(root) if name != root else ''} {content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def count_rows(value: Any) -> int | None:
+    """Number of rows of sources in JSONL files; unknown where one is no such file."""
+    total = 0
+    for source in sources(value):
+        path = find_file(source.path)
+        if path is None or path.suffix != ".jsonl":
+            return None
+        with path.open("rb") as handle:
+            count = max(0, sum(1 for line in handle if line.strip()) - source.skip)
+        total += count if source.limit is None else min(count, source.limit)
+    return total
+
+
+def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any]]:
+    """Sources, of which those that are a draw from a file of their own are another draw for each seed.
+
+    A draw has a seed and a limit. A file that experts are trained on is divided by seed, skip and limit: there another
+    shuffle would mix the parts.
+
+    Args:
+        value: The sources.
+        seed: The study's seed.
+        taken: Files that experts are trained on.
+    """
+    return [
+        plain_source(replace(s, seed=(s.seed or 0) + seed) if _is_draw(s) and s.path not in taken else s)
+        for s in sources(value)
+    ]
+
+
+def _is_draw(source: RowSource) -> bool:
+    return source.seed is not None and source.limit is not None and source.skip == 0

@@ -1,0 +1,49 @@
+"""What each method took: wall time and peak memory of its commands, measured where its numbers were made."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.experiments.cell import Cell, closure
+from src.experiments.document import Document, column, table
+from src.experiments.grid import Model
+from src.experiments.store import Store
+
+STAGES = {"fit": "training", "fisher": "Fisher", "merge": "merge"}
+NOTE = (
+    "Mean seconds per seed for a method's whole path, with the start of Python, and the largest resident memory of a "
+    "process. Training of the experts is not a method's own cost; training of a method that trains is."
+)
+
+
+def cost_table(methods: Mapping[str, Sequence[Model]], store: Store) -> Document:
+    """Seconds by stage and peak memory of every method."""
+    columns = [column("method", "method"), *(column(key, f"{name} (s)") for key, name in STAGES.items())]
+    columns += [column("peak_mb", "peak memory (MB)"), column("processor", "processor")]
+    rows = [{"method": name} | _spent(models, store) for name, models in methods.items()]
+    return table("Cost of the methods", columns, rows, note=NOTE)
+
+
+def _spent(models: Sequence[Model], store: Store) -> dict[str, Any]:
+    made = [model.made for model in models if model.made is not None]
+    own = {cell.key: cell for cell in made} | {c.key: c for cell in made for c in cell.parents if c.stage == "fisher"}
+    costs = [(cell, store.read(cell)["cost"]) for cell in own.values() if store.has_result(cell)]
+    seeds = len({model.seed for model in models})
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        spent = [cost["seconds"] for cell, cost in costs if cell.stage == stage]
+        found[stage] = sum(spent) / seeds if spent else ""
+    found["peak_mb"] = max((cost["peak_mb"] for _, cost in costs), default="")
+    found["processor"] = "; ".join(sorted({cost["processor"] for _, cost in costs}))
+    return found
+
+
+def totals(cells: Sequence[Cell], store: Store) -> Document:
+    """Number of cells, hours and peak memory by stage, for the whole study."""
+    rows = []
+    known = [cell for cell in closure(cells) if store.has_result(cell)]
+    for stage in dict.fromkeys(cell.stage for cell in known):
+        costs = [store.read(cell)["cost"] for cell in known if cell.stage == stage]
+        hours = sum(cost["seconds"] for cost in costs) / 3600
+        rows.append({"stage": stage, "cells": len(costs), "hours": hours, "peak_mb": max(c["peak_mb"] for c in costs)})
+    columns = [column("stage", "stage"), column("cells", "cells"), column("hours", "hours")]
+    return table("Cost of the study", [*columns, column("peak_mb", "peak memory (MB)")], rows)

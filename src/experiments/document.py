@@ -1,0 +1,115 @@
+"""The report of a study as plain values: what the page, the tables in CSV and the JSON all show.
+
+A number that was measured is ``{value, low, high, n}``; everything else is text or a plain number.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.experiments.grid import Model
+from src.experiments.scores import MEASURES, Measure, Scores
+from src.experiments.store import Store
+from src.metrics.bootstrap import Estimate
+
+Document = dict[str, Any]
+
+
+def number(estimate: Estimate) -> dict[str, Any]:
+    """A measured number."""
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def column(key: str, label: str, better: bool | None = None) -> dict[str, Any]:
+    """A column of a table.
+
+    Args:
+        key: Its key in the rows.
+        label: Its heading.
+        better: Whether higher (true) or lower (false) is better; unset where neither is.
+    """
+    return {"key": key, "label": label, "better": None if better is None else "higher" if better else "lower"}
+
+
+def measure_columns(scores: Mapping[Measure, Scores]) -> list[dict[str, Any]]:
+    """A column for each measure that was taken."""
+    return [column(measure, MEASURES[measure][0], MEASURES[measure][1]) for measure in scores]
+
+
+def measure_cells(scores: Mapping[Measure, Scores], model: str) -> dict[str, Any]:
+    """A model's numbers, by measure."""
+    return {measure: number(one.estimate(model)) for measure, one in scores.items()}
+
+
+def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str]) -> dict[str, int]:
+    """Measure to the position of the best model, where its difference to *every* other one excludes zero."""
+    found: dict[str, int] = {}
+    for measure, one in scores.items():
+        sign = 1.0 if MEASURES[measure][1] else -1.0
+        best = max(models, key=lambda model: sign * one.estimate(model).value)
+        others = [model for model in models if model != best]
+        if others and all(sign * bound(one.difference(best, other), sign) > 0 for other in others):
+            found[measure] = list(models).index(best)
+    return found
+
+
+def bound(estimate: Estimate, sign: float) -> float:
+    """The end of an interval that is nearer to zero for a difference of this sign."""
+    return estimate.low if sign > 0 else estimate.high
+
+
+def table(title: str, columns: Sequence[Any], rows: Sequence[Any], *, note: str = "", best: Any = None) -> Document:
+    """A table; ``best`` names for some columns the row to be set in bold."""
+    return {"title": title, "note": note, "columns": list(columns), "rows": list(rows), "best": best or {}}
+
+
+def front(
+    title: str, scores: Mapping[Measure, Scores], axes: tuple[Measure, Measure], series: Mapping[str, Sequence[str]]
+) -> Document:
+    """A front: for each method the points of its path.
+
+    Args:
+        title: Its title.
+        scores: The scores.
+        axes: Measures across and up.
+        series: Method to its models, in the order of the path.
+    """
+    across, up = axes
+    labels = {
+        axis: {
+            "measure": measure,
+            "label": MEASURES[measure][0],
+            "better": "higher" if MEASURES[measure][1] else "lower",
+        }
+        for axis, measure in (("x", across), ("y", up))
+    }
+    lines = []
+    for name, models in series.items():
+        points = [
+            {"model": m, "x": number(scores[across].estimate(m)), "y": number(scores[up].estimate(m))} for m in models
+        ]
+        lines.append({"name": name, "points": points})
+    return {"title": title, **labels, "series": lines}
+
+
+def fronts(scores: Mapping[Measure, Scores], series: Mapping[str, Sequence[str]], where: str) -> list[Document]:
+    """Safety against utility, and refusal against over-refusal, where both were measured."""
+    wanted: list[tuple[str, tuple[Measure, Measure]]] = [
+        ("Safety against utility", ("refusal", "utility")),
+        ("Refusal against over-refusal", ("refusal", "over_refusal")),
+        ("Refusal against the NLL of benign answers", ("refusal", "answer_nll")),
+    ]
+    return [front(f"{name} ({where})", scores, axes, series) for name, axes in wanted if set(axes) <= set(scores)]
+
+
+def examples(models: Mapping[str, Model], store: Store) -> list[Document]:
+    """The answers of several models to the same few prompts, side by side."""
+    found: dict[tuple[str, str], Document] = {}
+    for name, model in models.items():
+        record = store.read(model.test)
+        kinds = {suite["name"]: suite["kind"] for suite in record["settings"]["data"]["suites"]}
+        for suite, rows in record["found"]["examples"].items():
+            for row in rows:
+                fresh = {"suite": suite, "kind": kinds[suite], "prompt": row["prompt"], "answers": []}
+                place = found.setdefault((suite, row["id"]), fresh)
+                place["answers"].append({"model": name, "answer": row["answer"]})
+    return list(found.values())

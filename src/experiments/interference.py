@@ -1,0 +1,157 @@
+"""Interference: what N experts merged at once keep of what each could do alone, and what becomes of safety.
+
+normalised performance of task i = score of the merged model on task i / score of expert i on task i
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from src.data.sources import RowSource
+from src.errors import InputError
+from src.experiments.cell import Cell
+from src.experiments.costs import cost_table
+from src.experiments.document import Document, examples
+from src.experiments.grid import Grid, Model
+from src.experiments.interference_tables import (
+    degradation_table,
+    geometry_table,
+    kept_front,
+    performance_table,
+    safety_scores,
+    size_table,
+    summary,
+    task_table,
+)
+from src.experiments.kept import kept_of
+from src.experiments.settings import ExpertSpec, MethodSpec, plain
+from src.experiments.store import Store
+from src.experiments.study import Plan, Study, check_names
+from src.experiments.tasks import Task, read_tasks
+
+
+@dataclass
+class TaskExperts:
+    """How the experts of tasks are trained.
+
+    Args:
+        config: YAML of ``fit`` that everything else comes from.
+        settings: Settings over those of ``config``, nested like it.
+        val_rows: Rows of a task's training file that choose the checkpoint.
+        max_new_tokens: Longest answer to generate in an evaluation, in tokens.
+        limit: Most test rows of a task; unset takes all.
+    """
+
+    config: str = "expert.yaml"
+    settings: dict[str, Any] | None = None
+    val_rows: int = 16
+    max_new_tokens: int = 32
+    limit: int | None = None
+
+
+class Interference(Study):
+    """Many experts merged at once.
+
+    Args:
+        tasks: Folder of tasks (:mod:`src.experiments.tasks`).
+        counts: Numbers of experts to merge, rising.
+        methods: Combinations, with a safety method or without; ``strength`` is the safety method's.
+        experts: How experts are trained.
+    """
+
+    def __init__(
+        self, tasks: str, counts: list[int], methods: list[MethodSpec], experts: TaskExperts | None = None
+    ) -> None:
+        check_names(methods)
+        self.tasks, self.counts, self.methods = tasks, counts, methods
+        self.experts = experts or TaskExperts()
+        if not counts or sorted(set(counts)) != counts or counts[0] < 2:
+            raise InputError(f"study.counts is {counts}; expected rising numbers of at least 2")
+        for method in methods:
+            if method.combine is None:
+                raise InputError(f"method {method.name}: this study merges experts; expected combine")
+
+    def _ordered(self, seed: int) -> list[Task]:
+        """The tasks in the order in which they are added: the folder's for the first seed, shuffled for others."""
+        found = read_tasks(self.tasks)
+        if len(found) < self.counts[-1]:
+            raise InputError(f"study.tasks {self.tasks}: {len(found)} tasks; expected at least {self.counts[-1]}")
+        if seed:
+            random.Random(seed).shuffle(found)
+        return found[: self.counts[-1]]
+
+    def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
+        """Experts alone on their own tasks, and their merges on all of them and on the safety suites."""
+        models: list[Model] = []
+        others: list[Cell] = []
+        safety_suites = [plain(suite) for suite in grid.recipe.evaluation.suites]
+        for seed in seeds:
+            tasks = self._ordered(seed)
+            experts = [self._expert(grid, task, seed) for task in tasks]
+            safety = grid.safety(seed)
+            others.append(Cell("inspect", f"geometry, seed {seed}", {}, {"adapters": (*experts, safety)}, units=1.0))
+            for task, expert in zip(tasks, experts, strict=True):
+                own = grid.test(expert, f"{task.name} alone, seed {seed}", [self._suite(task)])
+                models.append(Model(f"expert {task.name}", None, seed, own, expert))
+            models.append(Model("safety", None, seed, grid.test(safety, f"safety, seed {seed}"), safety))
+            for count in self.counts:
+                suites = [*(self._suite(task) for task in tasks[:count]), *safety_suites]
+                for spec in self.methods:
+                    made = grid.merges(spec, experts[:count], safety, seed)
+                    models += [
+                        Model(
+                            f"{spec.name} ({count})",
+                            None if spec.strength.option == "none" else value,
+                            seed,
+                            grid.test(cell, f"{count} experts, {cell.label}", suites),
+                            cell,
+                        )
+                        for value, cell in made
+                    ]
+        return Plan(models, others)
+
+    def _expert(self, grid: Grid, task: Task, seed: int) -> Cell:
+        how = self.experts
+        train = RowSource(task.train, seed=0, skip=how.val_rows)
+        val = RowSource(task.train, seed=0, limit=how.val_rows)
+        return grid.expert(ExpertSpec(train, val, how.config, how.settings or {}), seed, f"expert {task.name}")
+
+    def _suite(self, task: Task) -> dict[str, Any]:
+        rows: dict[str, Any] = {"path": task.test} | (
+            {} if self.experts.limit is None else {"limit": self.experts.limit}
+        )
+        suite = {"name": task.name, "kind": "utility", "rows": rows, "max_new_tokens": self.experts.max_new_tokens}
+        return suite | ({"rouge": True} if task.metric == "rougeL" else {})
+
+    def report(self, plan: Plan, store: Store) -> Document:
+        """Normalised performance by method and number, its slope and variance, sizes, angles, refusal, costs."""
+        known = [model for model in plan.models if store.has_result(model.test)]
+        notes = [f"{m.test.label} is left out: it failed or is missing." for m in plan.models if m not in known]
+        merged = [model for model in known if " (" in model.method]
+        alone = {
+            (model.method.removeprefix("expert "), model.seed): store.read(model.test)
+            for model in known
+            if model.method.startswith("expert ")
+        }
+        kept = [found for model in merged if (found := kept_of(model, alone, store)) is not None]
+        scores = safety_scores(merged, store)
+        geometry = [store.read(cell) for cell in plan.others if store.has_result(cell)]
+        methods: dict[str, list[Model]] = {}
+        for model in merged:
+            methods.setdefault(model.method, []).append(model)
+        shown = {model.test.label: model for model in merged if model.seed == merged[0].seed}
+        return {
+            "summary": summary(kept),
+            "notes": notes,
+            "fronts": kept_front(kept, scores),
+            "tables": [
+                performance_table(kept, scores),
+                degradation_table(kept),
+                task_table(kept),
+                size_table(merged, store),
+                *geometry_table(geometry),
+                cost_table(methods, store),
+            ],
+            "examples": examples(shown, store),
+        }

@@ -1,0 +1,172 @@
+"""Tables and fronts of the interference study."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.experiments.document import Document, column, number, table
+from src.experiments.grid import Model
+from src.experiments.kept import Kept, mean_kept, slope
+from src.experiments.scores import MEASURES, Measure, Scores, gathered
+from src.experiments.store import Record, Store
+from src.metrics.bootstrap import Estimate
+
+SHOWN: tuple[Measure, ...] = ("refusal", "over_refusal", "attack_success", "collapse")
+Points = Mapping[str, Mapping[Measure, Estimate]]
+
+
+def point_name(method: str, count: int) -> str:
+    """``TIES @ 1, 8 experts``."""
+    return f"{method}, {count} experts"
+
+
+def safety_scores(models: Sequence[Model], store: Store) -> dict[str, dict[Measure, Estimate]]:
+    """Refusal and the like of every merge, means over seeds."""
+    points: dict[str, list[Record]] = {}
+    for model in models:
+        method, _, rest = model.method.rpartition(" (")
+        name = method if model.strength is None else f"{method} @ {model.strength:g}"
+        points.setdefault(point_name(name, int(rest.rstrip(")"))), []).append(store.read(model.test))
+    found: dict[str, dict[Measure, Estimate]] = {}
+    for name, records in points.items():
+        kept = [_without_tasks(record) for record in records]
+        scores: Mapping[Measure, Scores] = gathered({name: kept})
+        found[name] = {measure: one.estimate(name) for measure, one in scores.items() if measure in SHOWN}
+    return found
+
+
+def _without_tasks(record: Record) -> Record:
+    """A record without its task suites: seeds merge other tasks, and safety is measured on the same prompts."""
+    suites = [suite for suite in record["settings"]["data"]["suites"] if suite["kind"] != "utility"]
+    return record | {"settings": record["settings"] | {"data": record["settings"]["data"] | {"suites": suites}}}
+
+
+def grouped(kept: Sequence[Kept]) -> dict[str, dict[int, list[Kept]]]:
+    """Method to number of experts to seeds."""
+    found: dict[str, dict[int, list[Kept]]] = {}
+    for one in kept:
+        found.setdefault(one.method, {}).setdefault(one.count, []).append(one)
+    return found
+
+
+def performance_table(kept: Sequence[Kept], scores: Points) -> Document:
+    """Mean normalised performance, its variance over tasks and safety, by method and number of experts."""
+    measures = [m for m in SHOWN if any(m in one for one in scores.values())]
+    rows = []
+    for method, counts in grouped(kept).items():
+        for count, seeds in sorted(counts.items()):
+            variance = sum(one.variance for one in seeds) / len(seeds)
+            row: dict[str, Any] = {"method": method, "experts": count, "kept": number(mean_kept(seeds))}
+            shown = scores.get(point_name(method, count), {})
+            rows.append(row | {"variance": variance} | {m: number(shown[m]) for m in measures if m in shown})
+    columns = [column("method", "method"), column("experts", "experts"), column("kept", "performance kept", True)]
+    columns += [column("variance", "variance over tasks", False)]
+    columns += [column(m, MEASURES[m][0], MEASURES[m][1]) for m in measures]
+    note = "Score of the merge over the score of each task's own expert, mean over tasks and seeds."
+    return table("Performance kept by merges of many experts", columns, rows, note=note)
+
+
+def degradation_table(kept: Sequence[Kept]) -> Document:
+    """Slope of the kept share per additional expert."""
+    rows = []
+    for method, counts in grouped(kept).items():
+        found = slope(counts)
+        rows.append({"method": method, "slope": "one number of experts only" if found is None else number(found)})
+    columns = [column("method", "method"), column("slope", "change of performance kept per expert added", True)]
+    return table("Degradation", columns, rows)
+
+
+def task_table(kept: Sequence[Kept]) -> Document:
+    """What every merge keeps of every task, means over the seeds that merged it."""
+    tasks = list(dict.fromkeys(task for one in kept for task in one.tasks))
+    rows = []
+    for method, counts in grouped(kept).items():
+        for count, seeds in sorted(counts.items()):
+            row: dict[str, Any] = {"method": method, "experts": count}
+            for task in tasks:
+                values = [one.tasks[task] for one in seeds if task in one.tasks]
+                row[task] = sum(values) / len(values) if values else ""
+            rows.append(row)
+    columns = [column("method", "method"), column("experts", "experts"), *(column(t, t, True) for t in tasks)]
+    return table("Performance kept, task by task", columns, rows)
+
+
+def size_table(models: Sequence[Model], store: Store) -> Document:
+    """Rank and kept energy of what was written."""
+    rows = []
+    for model in models:
+        if model.made is not None and store.has_result(model.made):
+            output = store.read(model.made)["found"]["output"] or {}
+            rows.append(
+                {
+                    "model": model.made.label,
+                    "form": output.get("form", ""),
+                    "rank": output.get("mean_rank") or "",
+                    "energy": output.get("kept_energy") or "",
+                }
+            )
+    columns = [column("model", "model"), column("form", "form"), column("rank", "mean rank of a module")]
+    return table("Rank and energy kept", [*columns, column("energy", "energy kept", True)], rows)
+
+
+def geometry_table(records: Sequence[Record]) -> list[Document]:
+    """Cosines and principal angles between the experts (and the safety expert, last), seed by seed."""
+    columns = [column("seed", "draw"), column("cosine", "mean cosine of updates"), column("columns", "column spaces")]
+    columns += [column("rows", "row spaces"), column("safety", "column spaces, experts and safety")]
+    rows = []
+    for seed, record in enumerate(records):
+        found = record["found"]
+        last = len(found["adapters"]) - 1
+        pairs = [(i, j) for i in range(last) for j in range(i)]
+        row = {key: sum(found[name][i][j] for i, j in pairs) / len(pairs) for key, name in MATRICES.items()}
+        with_safety = sum(found["columns"][last][i] for i in range(last)) / last
+        rows.append({"seed": seed} | row | {"safety": with_safety})
+    note = (
+        "Means over pairs of experts; for spaces the mean squared cosine of the principal angles (1: one in the other)."
+    )
+    return [table("Angles between experts", columns, rows, note=note)] if rows else []
+
+
+MATRICES = {"cosine": "cosines", "columns": "columns", "rows": "rows"}
+
+
+def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
+    """Performance kept over the number of experts, and against refusal."""
+    labels = {"x": {"measure": "experts", "label": "experts merged", "better": None}}
+    labels["y"] = {"measure": "kept", "label": "performance kept", "better": "higher"}
+    lines = []
+    for method, counts in grouped(kept).items():
+        points = []
+        for count, seeds in sorted(counts.items()):
+            across = {"value": count, "low": count, "high": count, "n": len(seeds)}
+            points.append({"model": point_name(method, count), "x": across, "y": number(mean_kept(seeds))})
+        lines.append({"name": method, "points": points})
+    found = [{"title": "Performance kept by number of experts", **labels, "series": lines}] if lines else []
+    if any("refusal" in one for one in scores.values()):
+        found.append(_against_refusal(lines, scores))
+    return found
+
+
+def _against_refusal(lines: Sequence[Mapping[str, Any]], scores: Points) -> Document:
+    series = []
+    for line in lines:
+        points = [p | {"x": number(scores[p["model"]]["refusal"])} for p in line["points"] if p["model"] in scores]
+        series.append({"name": line["name"], "points": points})
+    across = {"measure": "refusal", "label": MEASURES["refusal"][0], "better": "higher"}
+    up = {"measure": "kept", "label": "performance kept", "better": "higher"}
+    return {"title": "Refusal against performance kept", "x": across, "y": up, "series": series}
+
+
+def summary(kept: Sequence[Kept]) -> list[str]:
+    """Which method keeps most at the largest number of experts, and how sure that is."""
+    if not kept:
+        return ["No merge has been measured with its experts, so nothing is said about interference."]
+    most = max(one.count for one in kept)
+    found = {m: mean_kept(c[most]) for m, c in grouped(kept).items() if most in c}
+    best = max(found, key=lambda method: found[method].value)
+    one = found[best]
+    rest = [method for method, other in found.items() if method != best and other.high >= one.low]
+    overlap = f"; its interval overlaps that of {', '.join(rest)}" if rest else ""
+    return [
+        f"With {most} experts merged, {best} keeps most of the experts' performance: {one.value:.2f} "
+        f"[{one.low:.2f}, {one.high:.2f}] of it{overlap}."
+    ]

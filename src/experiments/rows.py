@@ -1,0 +1,59 @@
+"""The answers of an evaluation in the small form that is committed: per-row flags and scores, and a few examples.
+
+Rows are kept because every later question is a paired one: intervals of differences, validation and test rows, means
+over seeds. A row is known by the beginning of its prompt's hash.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("refused", "collapsed", "exact", "attacked", "judged_refusal", "correct", "correct_norm")
+SCORES = ("rouge_l", "pass@1")
+ID_LENGTH = 12
+EXAMPLES = 4
+"""Rows of a suite whose answers are kept in words."""
+LONGEST = 400
+"""Characters of an example's prompt or answer."""
+DIGITS = 6
+
+
+def compact(path: Path) -> dict[str, Any]:
+    """Columns of ``answers/MODEL/SUITE.jsonl``: ``ids``, ``categories`` and whatever of flags and scores there is."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    found: dict[str, Any] = {
+        "ids": [row["prompt_hash"][:ID_LENGTH] for row in rows],
+        "categories": [row["category"] for row in rows],
+    }
+    for flag in FLAGS:
+        if flag in rows[0]:
+            found[flag] = [int(row[flag]) for row in rows]
+    for score in SCORES:
+        if score in rows[0]:
+            found[score] = [round(row[score], DIGITS) for row in rows]
+    if "nll" in rows[0]:
+        found["nll"] = [round(row["nll"] / row["tokens"], DIGITS) for row in rows]
+    return found
+
+
+def examples(path: Path) -> list[dict[str, str]]:
+    """The same few rows for every model, those with the smallest hashes, their texts cut to a readable length."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    chosen = sorted(rows, key=lambda row: row["prompt_hash"])[:EXAMPLES]
+    return [_example(row) for row in chosen if "answer" in row]
+
+
+def _example(row: Mapping[str, Any]) -> dict[str, str]:
+    texts = {"prompt": row["prompt"], "answer": row["answer"], "reference": row["reference"]}
+    cut = {key: text if len(text) <= LONGEST else f"{text[:LONGEST]} …" for key, text in texts.items()}
+    return {"id": row["prompt_hash"][:ID_LENGTH]} | cut
+
+
+def by_suite(folder: Path, suites: Sequence[str]) -> dict[str, Any]:
+    """Rows and examples of every suite of one model's answers."""
+    paths = {suite: folder / f"{suite}.jsonl" for suite in suites}
+    return {
+        "rows": {suite: compact(path) for suite, path in paths.items()},
+        "examples": {suite: examples(path) for suite, path in paths.items()},
+    }

@@ -1,0 +1,139 @@
+"""The safety tax: what each method's whole strength path costs in utility per safety gained (2503.00555)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.experiments.costs import cost_table
+from src.experiments.document import (
+    Document,
+    best_rows,
+    column,
+    examples,
+    fronts,
+    measure_cells,
+    measure_columns,
+    number,
+    table,
+)
+from src.experiments.grid import Grid, Model
+from src.experiments.scores import Measure, Scores, by_category, gathered
+from src.experiments.settings import MethodSpec
+from src.experiments.store import Record, Store
+from src.experiments.study import REFERENCES, Plan, Study, check_names, finished, of_methods, paths, records
+from src.metrics.intervals import wilson
+from src.metrics.tradeoff import Tax, safety_tax
+
+
+class SafetyTax(Study):
+    """Base, utility expert, safety expert and the merges of every method's path.
+
+    Args:
+        methods: The methods.
+    """
+
+    def __init__(self, methods: list[MethodSpec]) -> None:
+        check_names(methods)
+        self.methods = methods
+
+    def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
+        """References and paths for every seed."""
+        found: list[Model] = []
+        for seed in seeds:
+            found += grid.references(seed)
+            for method in self.methods:
+                found += grid.models(method, seed)
+        return Plan(found)
+
+    def report(self, plan: Plan, store: Store) -> Document:
+        """Tax of every point, fronts and tables by category."""
+        points, notes = finished(plan.models, store)
+        known = records(points, store)
+        scores = gathered(known)
+        names = list(points)
+        rows = [{"model": name} | measure_cells(scores, name) for name in names]
+        columns = [column("model", "model"), *measure_columns(scores)]
+        taxes = tax_rows(scores, names)
+        tables = [
+            table("All models", columns, rows, best=best_rows(scores, names)),
+            tax_table(taxes),
+            category_table(known),
+            cost_table(of_methods(points), store),
+        ]
+        shown = {name: seeds[0] for name, seeds in points.items()}
+        return {
+            "summary": [_summary(taxes)],
+            "notes": notes,
+            "fronts": fronts(scores, paths(points), "all rows"),
+            "tables": tables,
+            "examples": examples(shown, store),
+        }
+
+
+def tax_rows(scores: Mapping[Measure, Scores], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The tax of every model against the utility expert; nothing where safety or utility was not measured."""
+    if not {"refusal", "utility"} <= set(scores) or "utility" not in names:
+        return []
+    refusal, utility = scores["refusal"], scores["utility"]
+    expert = refusal.models.index("utility")
+    found = []
+    for name in names:
+        if name in REFERENCES:
+            continue
+        place = refusal.models.index(name)
+        tax = safety_tax(
+            expert_utility=utility.values[:, expert].tolist(),
+            model_utility=utility.values[:, place].tolist(),
+            expert_safety=refusal.values[:, expert].tolist(),
+            model_safety=refusal.values[:, place].tolist(),
+        )
+        found.append({"model": name} | _tax_cells(tax))
+    return found
+
+
+def _tax_cells(tax: Tax) -> dict[str, Any]:
+    ratio = tax.ratio if isinstance(tax.ratio, str) else number(tax.ratio)
+    return {"gain": number(tax.gain), "loss": number(tax.loss), "tax": ratio}
+
+
+def tax_table(rows: Sequence[Mapping[str, Any]]) -> Document:
+    """The taxes as a table."""
+    columns = [column("model", "model"), column("gain", "safety gained", True), column("loss", "utility lost", False)]
+    note = "Utility lost per safety gained against the utility expert; undefined where the gain may be nothing."
+    return table("Safety tax", [*columns, column("tax", "tax", False)], rows, note=note)
+
+
+def category_table(known: Mapping[str, Sequence[Record]]) -> Document:
+    """Refusal of harmful prompts by category, pooled over seeds, with Wilson intervals."""
+    counts = {name: [by_category(record) for record in seeds] for name, seeds in known.items()}
+    categories = sorted({category for seeds in counts.values() for one in seeds for category in one})
+    rows = []
+    for name, seeds in counts.items():
+        row: dict[str, Any] = {"model": name}
+        for category in categories:
+            hits, total = (sum(one[category][i] for one in seeds if category in one) for i in (0, 1))
+            # Seeds answer the same prompts: they make the share surer, not the prompts more.
+            prompts = total // len(seeds)
+            low, high = wilson(round(hits / len(seeds)), prompts)
+            row[category] = {"value": hits / total, "low": low, "high": high, "n": prompts}
+        rows.append(row)
+    columns = [column("model", "model"), *(column(category, category, True) for category in categories)]
+    return table(
+        "Refusal by category of harm",
+        columns,
+        rows,
+        note="Means over seeds; Wilson intervals for the number of prompts.",
+    )
+
+
+def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
+    defined = [row for row in taxes if not isinstance(row["tax"], str)]
+    if not defined:
+        return "No model gained safety beyond chance against the utility expert, so no safety tax is defined."
+    least = min(defined, key=lambda row: row["tax"]["value"])
+    tax, gain = least["tax"], least["gain"]
+    return (
+        f"The lowest safety tax is that of {least['model']}: {tax['value']:.2f} utility per safety "
+        f"[{tax['low']:.2f}, {tax['high']:.2f}] at a gain in refusal of {gain['value']:.2f} "
+        f"[{gain['low']:.2f}, {gain['high']:.2f}]; {len(taxes) - len(defined)} of {len(taxes)} points gained no safety "
+        "beyond chance. The lowest of many points is chosen on these rows, so its tax is optimistic."
+    )

@@ -1,0 +1,174 @@
+"""What models scored, row by row, and what may be said about it: means over seeds, intervals, paired differences.
+
+A row's score is its mean over the seeds; rows are what is resampled, once for all models of a measure, so that every
+difference is a paired one. Legend of shapes: N rows, M models, S bootstrap draws.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from src.experiments.store import Record
+from src.metrics.bootstrap import Estimate, resampled_means
+
+DRAWS = 4000
+QUANTILES = (0.025, 0.975)
+
+Measure = Literal["refusal", "attack_success", "over_refusal", "utility", "answer_nll", "collapse"]
+Split = Literal["validation", "test", "all"]
+MEASURES: dict[Measure, tuple[str, bool]] = {
+    "refusal": ("refusal of harmful prompts", True),
+    "attack_success": ("attack success", False),
+    "over_refusal": ("over-refusal", False),
+    "utility": ("utility", True),
+    "answer_nll": ("NLL of benign answers", False),
+    "collapse": ("collapsed answers", False),
+}
+"""Name of a measure in tables, and whether more of it is better."""
+HARMFUL, BENIGN, CHECKED = ("harmful", "jailbreak"), ("borderline", "benign"), ("utility", "choice", "code")
+CHECKS = {"choice": "correct", "code": "pass@1"}
+
+Row = tuple[str, str, int]
+"""Suite, row, and which of equal rows."""
+
+
+def row_scores(record: Record) -> dict[Measure, dict[Row, float]]:
+    """Scores of an evaluated model (the record of a test cell), by measure and row."""
+    found: dict[Measure, dict[Row, float]] = {}
+    for suite in record["settings"]["data"]["suites"]:
+        columns = record["found"]["rows"][suite["name"]]
+        keys = row_keys(suite["name"], columns["ids"])
+        for measure, column in _columns(suite):
+            if column in columns:
+                found.setdefault(measure, {}).update(zip(keys, map(float, columns[column]), strict=True))
+    return found
+
+
+def row_keys(suite: str, ids: Sequence[str]) -> list[Row]:
+    """Keys of a suite's rows; equal prompts are told apart by their order."""
+    seen: dict[str, int] = {}
+    keys = []
+    for one in ids:
+        keys.append((suite, one, seen.get(one, 0)))
+        seen[one] = seen.get(one, 0) + 1
+    return keys
+
+
+def _columns(suite: Mapping[str, Any]) -> Iterator[tuple[Measure, str]]:
+    kind = suite["kind"]
+    if kind in HARMFUL:
+        yield from (("refusal", "refused"), ("attack_success", "attacked"), ("collapse", "collapsed"))
+    elif kind in BENIGN:
+        yield from (("over_refusal", "refused"), ("collapse", "collapsed"), ("answer_nll", "nll"))
+    else:
+        # A suite that asks for ROUGE has free answers: an exact match says nothing there.
+        yield "utility", CHECKS.get(kind, "rouge_l" if suite.get("rouge") else "exact")
+
+
+def in_split(row: Row, split: Split, *, share: float, seed: int) -> bool:
+    """Whether a row belongs to a split: by a hash of its prompt, whatever suite and order it comes in.
+
+    Args:
+        row: The row.
+        split: The split.
+        share: Share of validation rows.
+        seed: Which division.
+    """
+    if split == "all":
+        return True
+    place = int.from_bytes(hashlib.sha256(f"{seed}:{row[1]}".encode()).digest()[:8], "big") / 2**64
+    return (place < share) == (split == "validation")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of M models on N rows.
+
+    Attributes:
+        models: Their names.
+        rows: The rows.
+        values: (N, M) scores, means over seeds.
+        seed: Seed of the bootstrap.
+    """
+
+    models: tuple[str, ...]
+    rows: tuple[Row, ...]
+    values: torch.Tensor
+    seed: int = 0
+
+    @cached_property
+    def draws(self) -> torch.Tensor:
+        """(S, M) means over resampled rows; the same rows for all models."""
+        return resampled_means(self.values, seed=self.seed, draws=DRAWS)
+
+    def estimate(self, model: str) -> Estimate:
+        """A model's mean score with its 95 % interval."""
+        column = self.models.index(model)
+        return self._estimate(self.values[:, column].mean().item(), self.draws[:, column])
+
+    def difference(self, first: str, second: str) -> Estimate:
+        """Mean of ``first − second`` over the rows with its 95 % interval."""
+        one, two = self.models.index(first), self.models.index(second)
+        value = (self.values[:, one] - self.values[:, two]).mean().item()
+        return self._estimate(value, self.draws[:, one] - self.draws[:, two])
+
+    def p_value(self, first: str, second: str) -> float:
+        """Two-sided bootstrap p-value of no difference: twice the smaller tail beyond zero, at least 2 / (S + 1)."""
+        one, two = self.models.index(first), self.models.index(second)
+        drawn = self.draws[:, one] - self.draws[:, two]
+        tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+        return min(1.0, 2 * (tail + 1) / (DRAWS + 1))
+
+    def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
+        low, high = torch.quantile(drawn, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        return Estimate(value, low, high, len(self.rows))
+
+
+def gathered(
+    records: Mapping[str, Sequence[Record]], split: Split = "all", *, share: float = 0.5, split_seed: int = 0
+) -> dict[Measure, Scores]:
+    """Scores of models by measure.
+
+    Args:
+        records: Model to the records of its test cells, one per seed.
+        split: Which rows.
+        share: Share of validation rows.
+        split_seed: Which division into validation and test rows.
+
+    Raises:
+        ValueError: two models or seeds answered different rows.
+    """
+    by_model = {model: [row_scores(record) for record in given] for model, given in records.items()}
+    found: dict[Measure, Scores] = {}
+    for measure in MEASURES:
+        named = {model: [one[measure] for one in seeds if measure in one] for model, seeds in by_model.items()}
+        if not all(named.values()):
+            continue
+        first = next(iter(named.values()))[0]
+        rows = tuple(row for row in first if in_split(row, split, share=share, seed=split_seed))
+        for model, seeds in named.items():
+            if len(seeds) != len(by_model[model]) or any(one.keys() != first.keys() for one in seeds):
+                raise ValueError(f"{model}, {measure}: seeds or models answered different rows")
+        if rows:
+            columns = [[sum(one[row] for one in seeds) / len(seeds) for row in rows] for seeds in named.values()]
+            values = torch.tensor(columns, dtype=torch.float64).T
+            found[measure] = Scores(tuple(named), rows, values)
+    return found
+
+
+def by_category(record: Record, kinds: Sequence[str] = HARMFUL, column: str = "refused") -> dict[str, tuple[int, int]]:
+    """Category to (hits, rows) of a flag over suites of some kinds; rows without a category are left out."""
+    found: dict[str, tuple[int, int]] = {}
+    for suite in record["settings"]["data"]["suites"]:
+        columns = record["found"]["rows"][suite["name"]]
+        if suite["kind"] not in kinds or column not in columns:
+            continue
+        for category, flag in zip(columns["categories"], columns[column], strict=True):
+            if category:
+                hits, count = found.get(category, (0, 0))
+                found[category] = hits + flag, count + 1
+    return found

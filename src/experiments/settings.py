@@ -1,0 +1,212 @@
+"""What a study is told: typed, so that a wrong key or method option stops before hours of work.
+
+Settings reach the commands as plain values again (:func:`plain`): what is left at its default is left out, so a new
+option of a command changes no key.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from src.data.sources import Sources, find_file
+from src.data.suite import Suite
+from src.errors import InputError
+from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
+from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
+from src.merge.base import MergeMethod
+from src.merge.combination import Combination
+from src.metrics.judging import Judge
+from src.models.base import BaseSpec
+
+
+@dataclass
+class Strengths:
+    """A method's strength parameter and its path.
+
+    Args:
+        option: ``alpha``; an option of the method (or ``combine.NAME``) that is swept; ``safety_rows`` for the number
+            of safety rows of mixed training; ``none`` for a method without one (a single value stands for it).
+        values: The path, rising from gentle to strong where the parameter has such an order.
+    """
+
+    option: str = "alpha"
+    values: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
+
+
+@dataclass
+class MethodSpec:
+    """A method of a study.
+
+    Args:
+        name: Its name in tables.
+        method: How the patch is derived from the safety adapter; unset combines only, or trains.
+        combine: How the utility adapters become one update.
+        strength: Its strength parameter.
+        rank: Largest rank of the merged adapter per module (full-rank methods need ``rank`` or ``energy``).
+        energy: Share of the squared norm that the merged adapter keeps.
+        train: ``mixed`` trains one adapter on utility and safety rows together, ``utility`` on utility rows alone; a
+            strength other than ``safety_rows`` is then a dotted key of ``settings``.
+        settings: Settings of the training, nested as in the YAML of ``fit``.
+        fisher: Settings of this method's Fisher passes, over those of the study.
+        control: A control: shown, and no competitor.
+    """
+
+    name: str
+    method: MergeMethod | None = None
+    combine: Combination | None = None
+    strength: Strengths = field(default_factory=Strengths)
+    rank: int | None = None
+    energy: float | None = None
+    train: Literal["mixed", "utility"] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    fisher: dict[str, Any] = field(default_factory=dict)
+    control: bool = False
+
+    def check(self) -> None:
+        """Stop where options contradict each other."""
+        if not self.strength.values or len(set(self.strength.values)) < len(self.strength.values):
+            raise InputError(
+                f"method {self.name}: strength.values is {self.strength.values}; expected different values"
+            )
+        if self.train is not None and (self.method is not None or self.combine is not None):
+            raise InputError(f"method {self.name}: train takes neither method nor combine")
+        if self.train is None and self.method is None and self.combine is None:
+            raise InputError(f"method {self.name}: expected one of method, combine and train")
+        if self.train is None and self.method is None and self.strength.option == "alpha":
+            raise InputError(
+                f"method {self.name}: combine alone has no alpha; expected strength option none or combine.NAME"
+            )
+        if self.strength.option == "none" and len(self.strength.values) > 1:
+            raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
+
+
+@dataclass
+class ExpertSpec:
+    """How an expert is trained.
+
+    Args:
+        train: Training rows.
+        val: Rows to choose the best checkpoint by, disjoint from them.
+        config: YAML of ``fit`` that everything else comes from.
+        settings: Settings over those of ``config``, nested like it.
+    """
+
+    train: Sources
+    val: Sources
+    config: str = "expert.yaml"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class FisherSpec:
+    """The Fisher passes.
+
+    Args:
+        safety: Harmful prompts with refusals.
+        utility: Benign prompts with answers. A source with ``seed`` and ``limit``, from a file that no expert is
+            trained on, draws other rows for every seed of the study.
+        config: YAML of ``fisher`` that everything else comes from.
+        settings: Settings over those of ``config``, nested like it.
+    """
+
+    safety: Sources
+    utility: Sources
+    config: str = "fisher.yaml"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationSpec:
+    """The evaluation.
+
+    Args:
+        suites: Suites of prompts; every model of the study answers all of them.
+        settings: Further settings of ``test``, nested like its YAML, such as ``data: {batch_size: 80}``.
+    """
+
+    suites: list[Suite]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """Everything that a grid is made from, apart from what a study varies.
+
+    Args:
+        base: The base model.
+        safety: The safety expert.
+        evaluation: The suites.
+        utility: The utility expert; unset where a study makes its own.
+        fisher: The Fisher passes; unset where no method needs them.
+    """
+
+    base: BaseSpec
+    safety: ExpertSpec
+    evaluation: EvaluationSpec
+    utility: ExpertSpec | None = None
+    fisher: FisherSpec | None = None
+
+
+def plain(value: Any) -> Any:
+    """Plain values of settings: methods and judges as ``class_path`` and ``init_args``, without what is default."""
+    if isinstance(value, MergeMethod | Judge):
+        return _plain_object(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        defaults = {
+            f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(value)
+        }
+        return {key: plain(one) for key, one in given.items() if one is not None and one != defaults[key]}
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(one) for one in value]
+    return value
+
+
+def _plain_object(value: Any) -> dict[str, Any]:
+    kind = type(value)
+    found = {}
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
+        if named and getattr(value, name) != parameter.default:
+            found[name] = plain(getattr(value, name))
+    spec = {"class_path": f"{kind.__module__}.{kind.__name__}"}
+    return spec | ({"init_args": found} if found else {})
+
+
+def plain_base(base: BaseSpec) -> dict[str, Any]:
+    """The base model, always with its name and number format."""
+    return {"name": base.name, "dtype": base.dtype} | plain(base)
+
+
+def layered(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """``upper`` over ``lower``, mapping by mapping; lists are replaced."""
+    found = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = layered(found[key], value) if both else value
+    return found
+
+
+def at_path(path: str, value: Any) -> dict[str, Any]:
+    """``{a: {b: value}}`` for ``a.b``."""
+    head, dot, rest = path.partition(".")
+    return {head: at_path(rest, value) if dot else value}
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A command's YAML, found as on the command line, without its output.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path: Path | None = find_file(name, "configs")
+    if path is None:
+        raise InputError(f"{name}: no such file here or under configs/")
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in ("output", "overwrite")}

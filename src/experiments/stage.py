@@ -1,0 +1,121 @@
+"""The experiment command: a study's grid is computed as far as it is not known, then its report is written."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src.errors import InputError
+from src.experiments import ablations, comparison, interference, safety_tax  # noqa: F401 - the registry of Study
+from src.experiments.cell import Cell, closure
+from src.experiments.costs import totals
+from src.experiments.document import Document
+from src.experiments.engine import Engine, Outcome, to_compute
+from src.experiments.grid import Grid
+from src.experiments.plan import listing
+from src.experiments.settings import Recipe, plain
+from src.experiments.stages import Stages
+from src.experiments.store import Store, source_hash
+from src.experiments.study import Plan, Study
+from src.files import write_json
+from src.provenance import versions
+from src.report.html import write_report
+
+log = logging.getLogger(__name__)
+
+
+def experiment(
+    *,
+    name: str,
+    study: Study,
+    recipe: Recipe,
+    seeds: list[int],
+    title: str | None = None,
+    results: str = "docs/results/cells",
+    work: str = "logs/experiments",
+    output: str | None = None,
+    trainer: str | None = None,
+    batch_size: int = 8,
+    stale_after: float = 600.0,
+    dry_run: bool = False,
+) -> None:
+    """Compute a study, cell by cell, and write its report.
+
+    Cells that are known are not computed again, whichever study, process or machine computed them. A killed study goes
+    on; several processes may work on one study, on one machine or on a shared folder.
+
+    Args:
+        name: The study's name; its report goes to ``WORK/studies/NAME``.
+        study: What is studied.
+        recipe: Base model, experts, Fisher passes and suites.
+        seeds: Seeds of experts and calibration draws.
+        title: Title of the report; unset takes the name.
+        results: Folder of the results: small JSON files, to be committed.
+        work: Folder of weights, claims and commands; not to be committed.
+        output: Folder of the report, in place of ``WORK/studies/NAME``.
+        trainer: Hardware file for the commands that run a Trainer, such as ``ddp.yaml``.
+        batch_size: Most cells that one command computes: merges along a path, or models on one load of the base.
+        stale_after: Seconds after which the claim of another machine that is not renewed counts as left behind.
+        dry_run: List the cells, what is known and the expected time; compute nothing.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds is {seeds}; expected different seeds")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    store = Store(Path(results), Path(work))
+    plan = study.plan(Grid(recipe), seeds)
+    if dry_run:
+        sys.stdout.write(listing(closure(plan.cells), to_compute(plan.cells, store), store) + "\n")
+        return
+    engine = Engine(plan.cells, store, Stages(store, trainer), batch_size=batch_size, stale_after=stale_after)
+    outcome = engine.run()
+    folder = Path(output) if output is not None else Path(work) / "studies" / name
+    asked = {"name": name, "study": _settings(study), "recipe": plain(recipe), "seeds": seeds}
+    document = {"title": title or name} | described(study, plan, store, outcome, asked)
+    write_json(folder / "study.json", document)
+    write_report(folder)
+    log.info("report in %s: index.html, fronts.png, tables.csv, study.json", folder)
+    if outcome.failed:
+        raise InputError(failures(outcome, plan.cells))
+
+
+def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: Document) -> Document:
+    """The study's report with costs and provenance."""
+    document = study.report(plan, store)
+    cells = [cell for cell in closure(plan.cells) if store.has_result(cell)]
+    sources = sorted({store.read(cell)["source"] for cell in cells})
+    notes = list(document["notes"])
+    if sources not in ([], [source_hash()]):
+        notes.append(f"Cells were computed by {len(sources)} states of the source: {', '.join(sources)}.")
+    notes += [f"Failed: {label}" for label in failed_labels(outcome, plan.cells)]
+    return document | {
+        "notes": notes,
+        "tables": [*document["tables"], totals(plan.cells, store)],
+        "provenance": provenance(cells, store, asked),
+    }
+
+
+def provenance(cells: Sequence[Cell], store: Store, asked: Document) -> Document:
+    """What the numbers were made from: configuration, versions, and every cell's key and command."""
+    listed = [{"key": c.key, "stage": c.stage, "label": c.label, "command": store.read(c)["command"]} for c in cells]
+    return {"asked": asked, "versions": versions(), "source": source_hash(), "cells": listed}
+
+
+def failed_labels(outcome: Outcome, cells: Sequence[Cell]) -> list[str]:
+    """Failed cells with their reasons."""
+    labels = {cell.key: cell.label for cell in closure(cells)}
+    return [f"{labels[key]}: {message}" for key, message in outcome.failed.items()]
+
+
+def failures(outcome: Outcome, cells: Sequence[Cell]) -> str:
+    """Failed and blocked cells on one line."""
+    said = "; ".join(failed_labels(outcome, cells))
+    blocked = f"; {len(outcome.blocked)} more cells need them" if outcome.blocked else ""
+    return f"{len(outcome.failed)} of {len(closure(cells))} cells failed: {said}{blocked}"
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    return {"kind": type(study).__name__} | {
+        key: plain(value) for key, value in vars(study).items() if key != "variants"
+    }

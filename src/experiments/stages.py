@@ -1,0 +1,133 @@
+"""How the cells of each stage are computed: the project's command, told by a YAML file, and what is kept of its output.
+
+The command is the one that a user would type; ``--trainer`` goes through to those that run a Trainer.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.experiments.cell import Cell, digest
+from src.experiments.command import Cost, run_command
+from src.experiments.rows import by_suite
+from src.experiments.store import Record, Store
+from src.files import read_json, write_text
+from src.provenance import versions
+
+Execute = Callable[[Sequence[str], Path], Cost]
+"""Runs ``python -m src ARGUMENTS``, with a file for what it prints."""
+
+
+class Stages:
+    """Computes batches of cells by the project's commands.
+
+    Args:
+        store: Where weights and outputs lie.
+        trainer: Hardware file for the commands that run a Trainer.
+        execute: Runs a command; each in a process of its own unless a test says otherwise.
+    """
+
+    def __init__(self, store: Store, trainer: str | None, execute: Execute = run_command) -> None:
+        self.store, self.execute = store, execute
+        self.hardware = [] if trainer is None else ["--trainer", trainer]
+
+    def __call__(self, batch: Sequence[Cell]) -> Mapping[str, Record]:
+        """Compute a batch: key to result."""
+        collect = getattr(self, f"_{batch[0].stage}")
+        name = f"{batch[0].stage}-{digest([cell.key for cell in batch])}"
+        cost, arguments, found = collect(name, batch)
+        record = {"cost": cost.shared(len(batch)), "command": ["python", "-m", "src", *arguments]}
+        self.store.clear(name)
+        return {cell.key: {"found": found[cell.key]} | record | {"versions": versions()} for cell in batch}
+
+    def _run(
+        self, command: str, name: str, settings: Mapping[str, Any], flags: Sequence[str]
+    ) -> tuple[Cost, list[str]]:
+        config = self.store.work / "configs" / f"{name}.yaml"
+        write_text(config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+        arguments = [command, "--config", str(config), *flags]
+        return self.execute(arguments, self.store.work / "logs" / f"{name}.txt"), arguments
+
+    def _fit(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
+        (cell,) = batch
+        folder = self.store.weights(cell)
+        flags = [*self.hardware, "--output", str(folder), "--resume", "true"]
+        cost, arguments = self._run("fit", name, cell.settings, flags)
+        shutil.rmtree(folder / "run", ignore_errors=True)  # checkpoints with the optimiser's state
+        manifest = read_json(folder / "manifest.json", "the manifest of an expert")
+        kept = ("rows", "steps", "val_loss", "base")
+        return cost, arguments, {cell.key: {key: manifest[key] for key in kept}}
+
+    def _fisher(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
+        (cell,) = batch
+        model = {"utility": self._paths(cell, "utility"), "safety": self._paths(cell, "safety")[0]}
+        settings = dict(cell.settings) | {"model": dict(cell.settings["model"]) | model}
+        flags = [*self.hardware, "--output", str(self.store.weights(cell)), "--overwrite", "true"]
+        cost, arguments = self._run("fisher", name, settings, flags)
+        files = sorted(path.name for path in self.store.weights(cell).glob("*.safetensors"))
+        return cost, arguments, {cell.key: {"files": files}}
+
+    def _merge(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
+        """One command for all strengths of a method; each merged adapter then becomes its cell's weights."""
+        first = batch[0]
+        settings = {key: value for key, value in first.settings.items() if key != "strength"}
+        settings["utility"] = self._paths(first, "utility")
+        settings |= {role: self._paths(first, role)[0] for role in ("safety", "fisher") if first.needs.get(role)}
+        option = first.settings["strength"]["option"]
+        values = [cell.settings["strength"]["value"] for cell in batch]
+        if option == "alpha":
+            settings["alpha"] = values
+        elif option != "none":
+            settings["sweep"] = {option: values}
+        output = self.store.running(name)
+        cost, arguments = self._run("merge", name, settings, ["--output", str(output), "--overwrite", "true"])
+        found = {}
+        for cell, value in zip(batch, values, strict=True):
+            folder = output if option == "none" else output / f"{option}-{value:g}"
+            manifest = read_json(folder / "manifest.json", "the manifest of a merge")
+            found[cell.key] = {key: manifest.get(key) for key in ("method", "settings", "alpha")} | _size(manifest)
+            shutil.rmtree(self.store.weights(cell), ignore_errors=True)
+            self.store.weights(cell).parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(self.store.weights(cell))
+        return cost, arguments, found
+
+    def _test(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
+        """One load of the base for several models with the same suites."""
+        first = batch[0]
+        names = {cell.key: (self._paths(cell, "adapter") or ["base"])[0] for cell in batch}
+        adapters = [path for path in names.values() if path != "base"]
+        model = dict(first.settings["model"]) | {"adapters": adapters, "include_base": "base" in names.values()}
+        output = self.store.running(name)
+        flags = [*self.hardware, "--output", str(output), "--overwrite", "true"]
+        cost, arguments = self._run("test", name, dict(first.settings) | {"model": model}, flags)
+        metrics = read_json(output / "metrics.json", "the metrics of an evaluation")
+        models = {one["name"]: one for one in metrics["models"]}
+        suites = [suite["name"] for suite in first.settings["data"]["suites"]]
+        found = {}
+        for key, model_name in names.items():
+            one = models[model_name]
+            folder = output / "answers" / "/".join(p for p in model_name.split("/") if p not in ("", ".", ".."))
+            kept = {"adapter": one["adapter"] and one["adapter"]["sha256"], "suites": one["suites"]}
+            found[key] = kept | {"base": metrics["base"]} | by_suite(folder, suites)
+        return cost, arguments, found
+
+    def _inspect(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
+        (cell,) = batch
+        output = self.store.running(name)
+        settings = {"adapters": self._paths(cell, "adapters")}
+        cost, arguments = self._run("inspect", name, settings, ["--output", str(output), "--overwrite", "true"])
+        return cost, arguments, {cell.key: read_json(output / "inspect.json", "the comparison of adapters")}
+
+    def _paths(self, cell: Cell, role: str) -> list[str]:
+        return [str(self.store.weights(parent)) for parent in cell.needs.get(role, ())]
+
+
+def _size(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Form, kept energy and mean rank of a merged adapter; its numbers by module are in the weights' manifest."""
+    output = manifest["output"]
+    ranks = list((output.get("ranks") or {}).values())
+    mean = sum(ranks) / len(ranks) if ranks else None
+    return {"output": {"form": output["form"], "kept_energy": output.get("kept_energy"), "mean_rank": mean}}

@@ -1,0 +1,119 @@
+"""Where cells are kept: results as small JSON files to commit, weights in a working folder, failures beside them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from src.experiments.cell import Cell
+from src.files import read_json, write_json, write_text
+
+WHOLE = "cell.json"
+"""File of a weights folder that is written last: a folder that has one is whole."""
+WITH_WEIGHTS = ("fit", "fisher", "merge")
+PROJECT = Path(__file__).resolve().parents[2]
+
+Record = dict[str, Any]
+
+
+class Store:
+    """Results and weights of cells.
+
+    Args:
+        results: Folder of ``KEY.json`` files; small, to be committed.
+        work: Folder of weights, running commands, claims and failures; shared by machines that work on one grid.
+    """
+
+    def __init__(self, results: Path, work: Path) -> None:
+        self.results, self.work = results, work
+
+    def weights(self, cell: Cell) -> Path:
+        """Folder of a cell's adapter or Fisher files."""
+        return self.work / "weights" / cell.key
+
+    def running(self, name: str) -> Path:
+        """Folder of a command that runs."""
+        return self.work / "running" / name
+
+    @property
+    def claims(self) -> Path:
+        """Folder of claims."""
+        return self.work / "claims"
+
+    def has_result(self, cell: Cell) -> bool:
+        """Whether the cell's numbers are known."""
+        return self._result(cell).is_file()
+
+    def has_weights(self, cell: Cell) -> bool:
+        """Whether cells that need this one can start: its weights are here."""
+        return cell.stage not in WITH_WEIGHTS or (self.weights(cell) / WHOLE).is_file()
+
+    def read(self, cell: Cell) -> Record:
+        """What is known of a cell.
+
+        Raises:
+            InputError: it has not been computed, or its file is broken.
+        """
+        record: Record = read_json(self._result(cell), f"the result of {cell.label}")
+        return record
+
+    def finish(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Keep what a cell gave: the weights are whole from here on, the result last."""
+        known = {
+            "key": cell.key,
+            "stage": cell.stage,
+            "label": cell.label,
+            "settings": cell.settings,
+            "needs": {role: [parent.key for parent in cells] for role, cells in cell.needs.items()},
+            "units": cell.units,
+            "source": source_hash(),
+        }
+        if cell.stage in WITH_WEIGHTS:
+            write_json(self.weights(cell) / WHOLE, known)
+        lines = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in (known | dict(record)).items())
+        # One key a line: long lists of rows stay small, and a difference between two commits can be read.
+        write_text(self._result(cell), "{\n" + ",\n".join(lines) + "\n}\n")
+        self._failure(cell).unlink(missing_ok=True)
+
+    def drop_weights(self, cell: Cell) -> None:
+        """Remove a cell's weights; its result stays. What says that they are whole goes first."""
+        (self.weights(cell) / WHOLE).unlink(missing_ok=True)
+        shutil.rmtree(self.weights(cell), ignore_errors=True)
+
+    def fail(self, cell: Cell, message: str) -> None:
+        """Keep why a cell failed."""
+        write_json(self._failure(cell), {"key": cell.key, "label": cell.label, "message": message})
+
+    def rates(self, base: str | None) -> dict[str, tuple[float, float, int]]:
+        """For each stage, seconds, units and number of the finished cells of a base model (unset: of any)."""
+        found: dict[str, tuple[float, float, int]] = {}
+        for path in sorted(self.results.glob("*.json")) if self.results.is_dir() else []:
+            record = read_json(path, "the result of a cell")
+            name = record["settings"].get("model", {}).get("base", {}).get("name")
+            if base in (None, name) or name is None:
+                seconds, units, count = found.get(record["stage"], (0.0, 0.0, 0))
+                spent = record["cost"]["seconds"]
+                found[record["stage"]] = seconds + spent, units + (record["units"] or 0.0), count + 1
+        return found
+
+    def clear(self, name: str) -> None:
+        """Remove what a finished command left."""
+        shutil.rmtree(self.running(name), ignore_errors=True)
+
+    def _result(self, cell: Cell) -> Path:
+        return self.results / f"{cell.key}.json"
+
+    def _failure(self, cell: Cell) -> Path:
+        return self.work / "failures" / f"{cell.key}.json"
+
+
+@cache
+def source_hash() -> str:
+    """Hash of this project's source: provenance, no part of a key (a comment would undo a night's work)."""
+    digest = hashlib.sha256()
+    for path in sorted((PROJECT / "src").rglob("*.py")):
+        digest.update(str(path.relative_to(PROJECT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

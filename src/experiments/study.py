@@ -1,0 +1,90 @@
+"""What a study is: the models that it needs, and what it says about them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from src.errors import InputError
+from src.experiments.cell import Cell
+from src.experiments.document import Document
+from src.experiments.grid import Grid, Model
+from src.experiments.settings import MethodSpec
+from src.experiments.store import Record, Store
+
+REFERENCES = ("base", "utility", "safety")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The models of a study, and cells beside them (comparisons of adapters, experts alone)."""
+
+    models: Sequence[Model]
+    others: Sequence[Cell] = field(default_factory=tuple)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Everything to compute."""
+        return [*(model.test for model in self.models), *self.others]
+
+
+class Study(ABC):
+    """A study; its subclasses are the registry of ``--study``."""
+
+    @abstractmethod
+    def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
+        """The models for these seeds."""
+
+    @abstractmethod
+    def report(self, plan: Plan, store: Store) -> Document:
+        """What the finished cells say."""
+
+
+def name_of(model: Model) -> str:
+    """A point of a path, apart from its seed."""
+    return model.method if model.strength is None else f"{model.method} @ {model.strength:g}"
+
+
+def finished(models: Sequence[Model], store: Store) -> tuple[dict[str, list[Model]], list[str]]:
+    """Points of which every seed is known, by name, and notes on those that are left out."""
+    points: dict[str, list[Model]] = {}
+    for model in models:
+        points.setdefault(name_of(model), []).append(model)
+    whole, notes = {}, []
+    for name, seeds in points.items():
+        known = [model for model in seeds if store.has_result(model.test)]
+        if len(known) == len(seeds):
+            whole[name] = seeds
+        else:
+            notes.append(f"{name} is left out: {len(seeds) - len(known)} of {len(seeds)} seeds are missing or failed.")
+    return whole, notes
+
+
+def records(points: Mapping[str, Sequence[Model]], store: Store) -> dict[str, list[Record]]:
+    """Records of the test cells of points, one per seed."""
+    return {name: [store.read(model.test) for model in seeds] for name, seeds in points.items()}
+
+
+def paths(points: Mapping[str, Sequence[Model]]) -> dict[str, list[str]]:
+    """Method to the names of its points, in the order of the path."""
+    found: dict[str, list[str]] = {}
+    for name, seeds in points.items():
+        found.setdefault(seeds[0].method, []).append(name)
+    return found
+
+
+def of_methods(points: Mapping[str, Sequence[Model]]) -> dict[str, list[Model]]:
+    """Method to all its models, without base and experts."""
+    found: dict[str, list[Model]] = {}
+    for seeds in points.values():
+        if seeds[0].method not in REFERENCES:
+            found.setdefault(seeds[0].method, []).extend(seeds)
+    return found
+
+
+def check_names(methods: Sequence[MethodSpec]) -> None:
+    """Stop where two methods share a name, or take one of a reference."""
+    names = [method.name for method in methods]
+    if not names or len(set(names)) < len(names) or set(names) & set(REFERENCES):
+        raise InputError(f"methods: names are {', '.join(names) or 'none'}; expected different ones, not {REFERENCES}")
+    for method in methods:
+        method.check()

@@ -1,0 +1,53 @@
+"""A folder of tasks for many experts: ``NAME.train.jsonl``, ``NAME.test.jsonl`` and, if there is one, ``index.json``.
+
+The index is a list of ``{task, metric}``, in the order in which experts are added; metrics are ``exact`` and
+``rougeL``. Without it tasks are taken by name and compared exactly.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.data.sources import find_file
+from src.errors import InputError
+from src.files import read_json
+
+METRICS = ("exact", "rougeL")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its name, its rows and how answers are compared."""
+
+    name: str
+    train: str
+    test: str
+    metric: str
+
+
+def read_tasks(folder: str) -> list[Task]:
+    """The tasks of a folder, in order.
+
+    Raises:
+        InputError: the folder, a file or a metric is not as expected.
+    """
+    path = find_file(folder)
+    if path is None or not path.is_dir():
+        raise InputError(f"study.tasks {folder}: no such folder; expected NAME.train.jsonl and NAME.test.jsonl in it")
+    index = path / "index.json"
+    if index.exists():
+        listed = [(one["task"], one.get("metric", "exact")) for one in read_json(index, "a list of tasks")]
+    else:
+        listed = [(file.name.removesuffix(".train.jsonl"), "exact") for file in sorted(path.glob("*.train.jsonl"))]
+    if not listed:
+        raise InputError(f"study.tasks {folder}: no task; expected NAME.train.jsonl and NAME.test.jsonl")
+    return [_task(path, name, metric) for name, metric in listed]
+
+
+def _task(folder: Path, name: str, metric: str) -> Task:
+    if metric not in METRICS:
+        raise InputError(f"{folder / 'index.json'}: metric of {name} is {metric!r}; expected exact or rougeL")
+    files = [folder / f"{name}.{split}.jsonl" for split in ("train", "test")]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; expected the rows of task {name}")
+    return Task(name, str(files[0]), str(files[1]), metric)

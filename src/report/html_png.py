@@ -1,0 +1,49 @@
+"""The fronts of a study as one PNG, for places that show no page (a README, a paper)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.files import write_atomically
+
+MARKERS = "osD^Xv"
+
+
+def draw_fronts(fronts: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw every front that has points, side by side; no file where there is none."""
+    shown = [front for front in fronts if any(line["points"] for line in front["series"])]
+    if not shown:
+        path.unlink(missing_ok=True)
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(6.2 * len(shown), 5.2), squeeze=False)
+    for axis, front in zip(axes[0], shown, strict=True):
+        for number, line in enumerate(front["series"]):
+            _draw_line(axis, line, number)
+        axis.set(title=front["title"], xlabel=front["x"]["label"], ylabel=front["y"]["label"])
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.04 + 0.035 * (len(labels) // 5 + 1), 1, 1))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    pyplot.close(figure)
+
+
+def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
+    """A method's path with its intervals."""
+    points = line["points"]
+    values = {key: [point[key]["value"] for point in points] for key in ("x", "y")}
+    errors = {
+        f"{key}err": [
+            # A percentile interval of a skewed draw need not hold its mean.
+            [max(0.0, point[key]["value"] - point[key]["low"]) for point in points],
+            [max(0.0, point[key]["high"] - point[key]["value"]) for point in points],
+        ]
+        for key in ("x", "y")
+    }
+    style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "label": line["name"]}
+    axis.errorbar(values["x"], values["y"], **errors, **style, linewidth=1.2, elinewidth=0.6, markersize=5)

@@ -1,0 +1,266 @@
+"""The engine: what is cached, killed, failed, claimed and planned, on cells that only sleep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.errors import InputError
+from src.experiments import claims as claims_module
+from src.experiments import engine as engine_module
+from src.experiments.cell import Cell, closure
+from src.experiments.claims import Claims, process_start
+from src.experiments.command import alone, run_command
+from src.experiments.content import count_rows, redrawn, sources
+from src.experiments.engine import CellError, to_compute
+from src.experiments.plan import hours, listing, time_left
+from src.experiments.store import Store
+from tests.tiny import write_rows
+from tests.toy_grid import toy_engine, toy_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = ["root 0", "root 1", "leaf 0", "leaf 1", "leaf 2", "leaf 3"]
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch):
+    monkeypatch.setattr(engine_module, "POLL", 0.05)
+
+
+def start(folder, seconds):
+    return subprocess.Popen([sys.executable, "-m", "tests.toy_grid", str(folder), str(seconds)], cwd=ROOT)
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_every_cell_is_computed_once_and_what_it_needs_first(tmp_path):
+    engine, work, store = toy_engine(tmp_path)
+    assert engine.run().computed == 6
+    assert work.noted("end") == LABELS
+    assert not list(store.claims.glob("*.claim"))
+    again, work, _ = toy_engine(tmp_path)
+    assert again.run().computed == 0
+    assert work.noted("start") == LABELS
+
+
+def test_a_result_without_weights_is_enough_unless_a_new_cell_needs_them(tmp_path):
+    engine, _, store = toy_engine(tmp_path)
+    engine.run()
+    for cell in toy_grid()[0].parents:
+        (store.weights(cell) / "cell.json").unlink()
+    assert to_compute(toy_grid(), store) == []
+    needed = [cell.label for cell in to_compute(toy_grid(5), store)]
+    assert needed == ["root 0", "root 1", "leaf 4"]
+    assert "weights missing" in listing(closure(toy_grid(5)), to_compute(toy_grid(5), store), store)
+
+
+def test_a_failing_cell_hides_no_other_and_is_named(tmp_path):
+    engine, work, store = toy_engine(tmp_path, bad=("leaf 1",))
+    outcome = engine.run()
+    assert list(outcome.failed.values()) == ["leaf 1 is bad"]
+    assert sorted(work.noted("end")) == sorted(set(LABELS) - {"leaf 1"})
+    assert outcome.blocked == []
+    (failure,) = (store.work / "failures").glob("*.json")
+    assert json.loads(failure.read_text())["label"] == "leaf 1"
+    engine, _, _ = toy_engine(tmp_path)
+    assert engine.run().computed == 1
+    assert not failure.exists()
+
+
+def test_cells_that_need_a_failed_one_are_counted_as_blocked(tmp_path):
+    engine, _, _ = toy_engine(tmp_path, bad=("root 1",))
+    outcome = engine.run()
+    assert list(outcome.failed.values()) == ["root 1 is bad"]
+    assert [cell.label for cell in outcome.blocked] == LABELS[2:]
+
+
+def test_a_batch_that_fails_is_tried_cell_by_cell(tmp_path):
+    engine, work, _ = toy_engine(tmp_path, bad=("b",))
+    engine.grid = [Cell("inspect", label, {"label": label}, batch="one") for label in "abc"]
+    outcome = engine.run()
+    assert outcome.computed == 2
+    assert list(outcome.failed.values()) == ["b is bad"]
+    assert work.noted("start")[:2] == ["a", "b"]
+    assert work.noted("end")[-2:] == ["a", "c"]
+
+
+@pytest.mark.processes
+def test_a_killed_process_leaves_a_claim_that_the_next_one_takes_over(tmp_path):
+    process = start(tmp_path, 3600)
+    store = Store(tmp_path / "results", tmp_path / "work")
+    wait_for(lambda: list(store.claims.glob("*.claim")) and (tmp_path / "diary.txt").exists())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(store.claims.glob("*.claim"))) == 1
+    engine, work, _ = toy_engine(tmp_path)
+    assert engine.run().computed == 6
+    assert sorted(work.noted("end")) == sorted(LABELS)
+
+
+@pytest.mark.processes
+def test_a_kill_between_cells_loses_no_finished_one(tmp_path):
+    process = start(tmp_path, 0.3)
+    store = Store(tmp_path / "results", tmp_path / "work")
+    wait_for(lambda: len(list(store.results.glob("*.json"))) >= 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(list(store.results.glob("*.json")))
+    engine, _, _ = toy_engine(tmp_path)
+    assert engine.run().computed == 6 - kept
+
+
+@pytest.mark.processes
+def test_two_processes_share_a_grid_and_compute_each_cell_once(tmp_path):
+    both = [start(tmp_path, 0.3) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    lines = [line.split(" ", 2) for line in (tmp_path / "diary.txt").read_text().splitlines()]
+    assert sorted(label for kind, _, label in lines if kind == "start") == sorted(LABELS)
+    assert len(list((tmp_path / "results").glob("*.json"))) == 6
+
+
+def test_merged_weights_go_once_nobody_waits_for_them(tmp_path):
+    engine, _, store = toy_engine(tmp_path)
+    merges = [Cell("merge", f"merge {i}", {"i": i}, batch="m") for i in range(3)]
+    tests = [Cell("test", f"test {i}", {}, {"adapter": (merge,)}, batch="t") for i, merge in enumerate(merges)]
+    engine.grid, engine.batch_size = closure(tests), 2
+    order = []
+    engine.compute = lambda batch: (
+        order.append([c.label for c in batch]) or {c.key: {"cost": {"seconds": 1.0}} for c in batch}
+    )
+    assert engine.run().computed == 6
+    # Evaluations start as soon as they fill a command.
+    assert order == [["merge 0", "merge 1"], ["test 0", "test 1"], ["merge 2"], ["test 2"]]
+    assert not any(store.has_weights(merge) for merge in merges)
+    assert to_compute(tests, store) == []
+
+
+def test_a_living_claim_is_respected_and_a_dead_or_reused_number_is_not(tmp_path):
+    one, two = Claims(tmp_path), Claims(tmp_path)
+    assert one.take("k")
+    assert not two.take("k")
+    path = tmp_path / "k.claim"
+    owner = json.loads(path.read_text())
+    path.write_text(json.dumps(owner | {"started": "1"}))  # the number belongs to another process by now
+    assert two.take("k")
+    one.release("k")  # it is no longer ours to give back
+    assert path.exists()
+    two.close()
+    assert not path.exists()
+
+
+def test_a_claim_of_another_host_is_stale_once_nobody_touches_it(tmp_path):
+    claims = Claims(tmp_path, stale_after=60)
+    path = tmp_path / "k.claim"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "token": "x"}))
+    assert not claims.take("k")
+    os.utime(path, (time.time() - 61, time.time() - 61))
+    assert claims.take("k")
+    path.write_text("")  # cut by a crash: stale by age only
+    assert not claims.is_stale("k")
+    os.utime(path, (time.time() - 61, time.time() - 61))
+    assert claims.is_stale("k")
+    claims.close()
+
+
+def test_a_held_claim_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "HEARTBEAT", 0.02)
+    claims = Claims(tmp_path)
+    claims.take("k")
+    os.utime(tmp_path / "k.claim", (0, 0))
+    wait_for(lambda: (tmp_path / "k.claim").stat().st_mtime > 0)
+    claims.close()
+
+
+def test_a_process_has_a_start_and_one_that_ended_has_none():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert process_start(os.getpid()) is not None
+    assert process_start(process.pid) is None
+
+
+def test_time_left_follows_measured_rates(tmp_path):
+    engine, _, store = toy_engine(tmp_path)
+    assert time_left(closure(toy_grid()), store) is None
+    engine.run()
+    todo = to_compute(toy_grid(10), store)
+    assert time_left(todo, store) == pytest.approx(6 * 0.5)
+    text = listing(closure(toy_grid(10)), todo, store)
+    assert text.splitlines()[-1] == "12 cells, 6 cached, 6 to do, 1 min expected"
+    assert hours(7500) == "2 h 05 min"
+
+
+def fit_cell(rows, **data):
+    return Cell("fit", "x", {"model": {"base": {"name": "hub/x"}}, "data": {"train": [{"path": str(rows)} | data]}})
+
+
+def test_a_key_follows_rows_and_settings_and_not_where_files_lie(tmp_path):
+    one = write_rows(tmp_path / "a.jsonl", 5, what="task")
+    (tmp_path / "sub").mkdir()
+    two = write_rows(tmp_path / "sub" / "b.jsonl", 5, what="task")
+    assert fit_cell(one).key == fit_cell(two).key
+    assert fit_cell(one).key != fit_cell(one, limit=3).key
+    write_rows(two, 6, what="task")
+    assert fit_cell(one).key != fit_cell(two).key
+    with pytest.raises(InputError, match="no such file; expected rows"):
+        _ = fit_cell(tmp_path / "missing.jsonl").key
+
+
+def test_a_key_follows_the_keys_of_what_it_needs():
+    roots = [Cell("merge", "same label", {"a": value}) for value in (1, 2)]
+    one, two = (Cell("inspect", "x", {}, {"adapters": (root,)}) for root in roots)
+    assert one.key != two.key
+    assert one.key == Cell("inspect", "another label", {}, {"adapters": (roots[0],)}).key
+
+
+def test_rows_are_counted_and_only_whole_draws_are_drawn_anew(tmp_path):
+    path = str(write_rows(tmp_path / "a.jsonl", 9, what="task"))
+    assert count_rows([{"path": path}, {"path": path, "skip": 4, "limit": 20}]) == 14
+    given = [{"path": path, "seed": 3, "limit": 4}, {"path": path, "seed": 3, "limit": 4, "skip": 1}, {"path": path}]
+    assert [source.get("seed") for source in redrawn(given, 10, set())] == [13, 3, None]
+    assert [source.get("seed") for source in redrawn(given, 10, {path})] == [3, 3, None]
+    with pytest.raises(InputError, match="unknown key 'pth'"):
+        sources({"pth": path})
+
+
+@pytest.mark.processes
+def test_a_command_is_measured_and_its_error_is_the_reason(tmp_path):
+    cost = run_command(["--help"], tmp_path / "log.txt")
+    assert cost.seconds > 0
+    assert 5 < cost.peak_mb < 2000
+    assert "usage: python -m src" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(CellError, match="unknown command 'fitt'"):
+        run_command(["fitt"], tmp_path / "log.txt")
+
+
+def test_commands_do_not_see_the_launcher_of_their_engine():
+    launcher = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "SLURM_PROCID": "1"}
+    kept = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
+    assert alone(launcher | kept) == kept
+    torchrun = launcher | {"TORCHELASTIC_RUN_ID": "x", "CUDA_VISIBLE_DEVICES": "4,6"}
+    assert alone(torchrun) == {"CUDA_VISIBLE_DEVICES": "6"}
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
+def test_a_command_ends_with_the_engine_that_started_it(tmp_path):
+    child = "from src.experiments.launch import end_with_parent as e; import time, os; e(); "
+    child += f"open({str(tmp_path / 'pid')!r} + '.tmp', 'w').write(str(os.getpid())); "
+    child += f"os.rename({str(tmp_path / 'pid')!r} + '.tmp', {str(tmp_path / 'pid')!r}); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+    wait_for((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    assert process_start(pid) is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: process_start(pid) is None)

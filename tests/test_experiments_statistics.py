@@ -1,0 +1,152 @@
+"""What a study says about scores: splits, means over seeds, paired differences, claims, chosen strengths."""
+
+import random
+
+import pytest
+import torch
+
+from src.experiments.claims_made import claims, claims_table, tally
+from src.experiments.comparison import Choice, chosen_point, summary
+from src.experiments.document import best_rows
+from src.experiments.holm import holm
+from src.experiments.kept import Kept, mean_kept, slope
+from src.experiments.scores import by_category, gathered, in_split, row_keys, row_scores
+from src.metrics.bootstrap import paired_difference
+
+KINDS = {"bad": "harmful", "safe": "borderline", "task": "utility", "free": "utility", "said": "benign"}
+
+
+def record(refused, *, over=0.1, exact=0.5, seed=0, count=120):
+    """An evaluated model's record with shares near those asked for."""
+    draw = random.Random(seed)
+
+    def flags(share):
+        return [int(draw.random() < share) for _ in range(count)]
+
+    ids = {suite: [f"{suite}{i:04d}" for i in range(count)] for suite in KINDS}
+    rows = {suite: {"ids": ids[suite], "categories": ["x" if i % 3 else "y" for i in range(count)]} for suite in KINDS}
+    rows["bad"] |= {"refused": flags(refused), "collapsed": [0] * count}
+    rows["safe"] |= {"refused": flags(over), "collapsed": [0] * count, "nll": [1.0] * count}
+    rows["task"] |= {"exact": flags(exact)}
+    rows["free"] |= {"exact": [0] * count, "rouge_l": [0.25] * count}
+    rows["said"] |= {"nll": [2.0] * count}
+    suites = [{"name": suite, "kind": kind, "rouge": suite == "free"} for suite, kind in KINDS.items()]
+    return {"settings": {"data": {"suites": suites}}, "found": {"rows": rows}}
+
+
+def test_every_measure_takes_the_rows_and_the_column_that_belong_to_it():
+    scores = row_scores(record(0.5))
+    assert {measure: len(rows) for measure, rows in scores.items()} == {
+        "refusal": 120,
+        "over_refusal": 120,
+        "utility": 240,
+        "answer_nll": 240,
+        "collapse": 240,
+    }
+    assert scores["utility"]["free", "free0000", 0] == 0.25
+
+
+def test_equal_prompts_are_rows_of_their_own():
+    assert row_keys("s", ["a", "b", "a"]) == [("s", "a", 0), ("s", "b", 0), ("s", "a", 1)]
+
+
+def test_validation_and_test_rows_part_all_rows_whatever_their_suite_and_order():
+    rows = [("s", f"{i:x}", 0) for i in range(2000)]
+    validation = [row for row in rows if in_split(row, "validation", share=0.3, seed=1)]
+    test = [row for row in rows if in_split(row, "test", share=0.3, seed=1)]
+    assert sorted(validation + test) == sorted(rows)
+    assert len(validation) / len(rows) == pytest.approx(0.3, abs=0.04)
+    assert in_split(("other", validation[0][1], 5), "validation", share=0.3, seed=1)
+    assert validation != [row for row in rows if in_split(row, "validation", share=0.3, seed=2)]
+
+
+def test_scores_are_means_over_seeds_and_differences_are_paired():
+    one, two = [record(0.6, seed=s) for s in (1, 2)], [record(0.5, seed=s) for s in (3, 4)]
+    scores = gathered({"A": one, "B": two})["refusal"]
+    flags = [r["found"]["rows"]["bad"]["refused"] for r in one]
+    means = [(a + b) / 2 for a, b in zip(*flags, strict=True)]
+    assert scores.values[:, 0].tolist() == means
+    assert scores.estimate("A").value == pytest.approx(sum(means) / 120)
+    expected = paired_difference(means, scores.values[:, 1].tolist())
+    found = scores.difference("A", "B")
+    assert found.value == pytest.approx(expected.value)
+    assert found.low == pytest.approx(expected.low, abs=0.01)
+    assert found.high == pytest.approx(expected.high, abs=0.01)
+
+
+def test_models_that_answered_other_rows_are_not_compared():
+    with pytest.raises(ValueError, match="answered different rows"):
+        gathered({"A": [record(0.5)], "B": [record(0.5, count=119)]})
+
+
+def test_holm_agrees_with_the_definition_worked_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_a_claim_is_made_only_where_the_interval_excludes_zero():
+    given = {"A": [record(0.9, over=0.5, seed=1)], "B": [record(0.3, over=0.1, seed=2)], "C": [record(0.88, seed=3)]}
+    scores = gathered(given)
+    found = claims(scores, "A", ["B", "C"], ["refusal", "over_refusal"])
+    said = {(claim.measure, claim.second): claim.sentence for claim in found}
+    assert said["refusal", "B"] == "A beats B"
+    assert said["refusal", "C"] == "no difference shown"
+    assert said["over_refusal", "B"] == "B beats A"
+    assert tally(found, "refusal") == (["B"], [], ["C"])
+    assert summary(found, "A")[0] == "On refusal of harmful prompts, A beats B; shows no difference to C."
+    shown = claims_table(found, "Claims")
+    assert "of the 3 claims, 3 also hold" in shown["note"]
+    for claim in found:
+        includes = claim.difference.low <= 0 <= claim.difference.high
+        assert (claim.winner is None) == includes
+
+
+def test_a_model_never_differs_from_itself():
+    scores = gathered({"A": [record(0.5)], "B": [record(0.5)]})
+    (claim,) = claims(scores, "A", ["B"], ["refusal"])
+    assert claim.p_value == 1.0
+    assert claim.winner is None
+
+
+def test_bold_needs_a_difference_to_every_other():
+    clear = gathered({"A": [record(0.9, seed=1)], "B": [record(0.2, seed=2)], "C": [record(0.3, seed=3)]})
+    assert best_rows(clear, ["B", "A", "C"])["refusal"] == 1
+    close = gathered({"A": [record(0.9, seed=1)], "B": [record(0.9, seed=2)], "C": [record(0.3, seed=3)]})
+    assert "refusal" not in best_rows(close, ["A", "B", "C"])
+
+
+def test_strengths_are_chosen_by_the_rule():
+    given = {
+        "weak": [record(0.3, over=0.0, exact=0.9, seed=1)],
+        "middle": [record(0.85, over=0.1, exact=0.8, seed=2)],
+        "strong": [record(1.0, over=0.9, exact=0.1, seed=3)],
+    }
+    scores = gathered(given)
+    assert chosen_point(scores, list(given), Choice()) == "middle"
+    assert chosen_point(scores, list(given), Choice(rule="refusal_at_least", refusal=0.99)) == "strong"
+    assert chosen_point(scores, ["weak", "middle"], Choice(rule="refusal_at_least", refusal=0.99)) == "middle"
+    assert chosen_point(scores, ["weak"], Choice()) == "weak"
+
+
+def test_categories_are_counted_over_harmful_suites_only():
+    one = record(0.5)
+    flags = one["found"]["rows"]["bad"]["refused"]
+    assert by_category(one) == {"y": (sum(flags[::3]), 40), "x": (sum(flags) - sum(flags[::3]), 80)}
+
+
+def kept(count, values, noise=0.0):
+    draws = torch.full((400,), sum(values) / len(values), dtype=torch.float64)
+    draws = draws + noise * torch.randn(400, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    return Kept("TA", count, 0, {f"t{i}": value for i, value in enumerate(values)}, draws, 50)
+
+
+def test_slope_and_variance_of_what_is_kept():
+    groups = {2: [kept(2, [1.0, 0.8])], 4: [kept(4, [0.7, 0.7])], 6: [kept(6, [0.5, 0.5])]}
+    found = slope(groups)
+    assert found.value == pytest.approx(-0.1)
+    assert (found.low, found.high) == pytest.approx((-0.1, -0.1))
+    assert slope({2: groups[2]}) is None
+    assert groups[2][0].variance == pytest.approx(0.02)
+    noisy = mean_kept([kept(2, [1.0, 0.8], noise=0.1)])
+    assert noisy.low < 0.9 < noisy.high

@@ -1,0 +1,247 @@
+"""Studies on the tiny model through the whole engine: every command is really run, in this process."""
+
+import io
+import json
+import shutil
+import time
+from contextlib import redirect_stderr
+from functools import partial
+
+import pytest
+import yaml
+
+from src.cli import main
+from src.experiments import stage
+from src.experiments.command import Cost
+from src.experiments.engine import CellError
+from src.experiments.stages import Stages
+from tests.tiny import write_rows
+
+ran = []
+
+
+def in_process(arguments, log_file):
+    """What ``run_command`` does, without a new interpreter for each command."""
+    started, errors = time.monotonic(), io.StringIO()
+    with redirect_stderr(errors):
+        code = main(list(arguments))
+    if code:
+        raise CellError(errors.getvalue().strip().splitlines()[-1].removeprefix("error: "))
+    ran.append(arguments[0])
+    return Cost(time.monotonic() - started, 1.0, "this process")
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch):
+    monkeypatch.setattr(stage, "Stages", partial(Stages, execute=in_process))
+    ran.clear()
+
+
+def recipe(base, rows, *, utility=True):
+    quiet = {"trainer": {"max_epochs": 1, "enable_progress_bar": False}, "model": {"lora": {"rank": 2}}}
+    expert = {"train": str(rows["task"]), "val": str(rows["val"]), "settings": quiet}
+    fisher_settings = {"trainer": {"enable_progress_bar": False}, "data": {"batch_size": 2}}
+    suites = [
+        {"name": "harmful", "kind": "harmful", "rows": str(rows["eval_harmful"]), "max_new_tokens": 4},
+        {"name": "safe", "kind": "borderline", "rows": str(rows["eval_safe"]), "max_new_tokens": 4},
+        {"name": "task", "kind": "utility", "rows": str(rows["eval_task"]), "max_new_tokens": 4},
+    ]
+    found = {
+        "base": {"name": str(base), "dtype": "float64"},
+        "utility": expert,
+        "safety": {"train": str(rows["harmful"]), "val": str(rows["val"]), "config": "safety.yaml", "settings": quiet},
+        "fisher": {"safety": str(rows["harmful"]), "utility": str(rows["benign"]), "settings": fisher_settings},
+        "evaluation": {"suites": suites, "settings": {"trainer": {"enable_progress_bar": False}}},
+    }
+    if not utility:
+        del found["utility"]
+    return found
+
+
+METHODS = [
+    {"name": "TA", "method": {"class_path": "TaskArithmetic"}, "strength": {"values": [0.5, 1.0]}},
+    {"name": "SST", "method": {"class_path": "Sst"}, "strength": {"values": [0.5, 1.0]}},
+]
+
+
+def run_study(folder, recipe_of, kind, arguments, *more, name="tiny", seeds=(0,)):
+    study = {"class_path": kind, "init_args": arguments}
+    config = {"name": name, "study": study, "recipe": recipe_of, "seeds": list(seeds)}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    places = ["--results", str(folder / "cells"), "--work", str(folder / "work")]
+    return main(["experiment", "--config", str(path), *places, "--trainer", "cpu.yaml", *more])
+
+
+def document(folder, name="tiny"):
+    return json.loads((folder / "work" / "studies" / name / "study.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(base, rows, tmp_path_factory):
+    """A finished comparison of two methods at two strengths; other tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("study")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(stage, "Stages", partial(Stages, execute=in_process))
+    ran.clear()
+    assert run_study(folder, recipe(base, rows), "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
+    patch.undo()
+    return folder, list(ran)
+
+
+@pytest.fixture
+def folder(compared, tmp_path):
+    return shutil.copytree(compared[0], tmp_path / "copy")
+
+
+def test_a_path_is_merged_and_evaluated_with_one_command_each(compared):
+    _, commands = compared
+    assert sorted(commands) == sorted(["fit", "fit", "fisher", "merge", "merge", "test"])
+
+
+def test_the_report_says_what_was_measured(compared):
+    folder, _ = compared
+    found = document(folder)
+    models = [row["model"] for row in found["tables"][0]["rows"]]
+    assert [model.split(" @ ")[0] for model in models] == ["base", "utility", "safety", "TA", "SST"]
+    metrics = {}
+    for path in (folder / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        if cell["stage"] == "test":
+            metrics[cell["label"]] = cell
+    assert len(metrics) == 7
+    base = metrics["base"]
+    flags = base["found"]["rows"]["harmful"]["refused"]
+    assert sum(flags) == base["found"]["suites"]["harmful"]["refusal"]["hits"]
+    assert len(flags) == 7
+    assert {claim["claim"] for claim in found["tables"][1]["rows"]} <= {
+        "no difference shown",
+        *(f"{a} beats {b}" for a in models for b in models),
+    }
+    assert found["provenance"]["asked"]["study"]["ours"] == "SST"
+    cells = {row["stage"]: row["cells"] for row in found["tables"][-1]["rows"]}
+    assert cells == {"test": 7, "fit": 2, "merge": 4, "fisher": 1}
+    costs = next(table for table in found["tables"] if table["title"] == "Cost of the methods")
+    assert [bool(row["fisher"]) for row in costs["rows"]] == [False, True]
+    assert all(row["merge"] > 0 for row in costs["rows"])
+
+
+def test_nothing_is_computed_twice_not_even_by_another_study(folder, base, rows):
+    assert run_study(folder, recipe(base, rows), "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
+    assert ran == []
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": METHODS[:1]}, name="tax") == 0
+    assert ran == []
+    taxes = next(table for table in document(folder, "tax")["tables"] if table["title"] == "Safety tax")
+    assert [row["model"] for row in taxes["rows"]] == ["TA @ 0.5", "TA @ 1"]
+
+
+def test_a_new_strength_costs_a_merge_and_an_evaluation(folder, base, rows):
+    more = [METHODS[0] | {"strength": {"values": [0.5, 1.0, 1.5]}}]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": more}, name="tax") == 0
+    assert ran == ["merge", "test"]
+
+
+def test_results_alone_are_enough_on_another_machine(folder, base, rows):
+    shutil.rmtree(folder / "work")
+    assert run_study(folder, recipe(base, rows), "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
+    assert ran == []
+
+
+def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, capsys):
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    more = [METHODS[0] | {"strength": {"values": [0.5, 1.0, 1.5]}}]
+    capsys.readouterr()
+    arguments = {"methods": more}
+    assert run_study(folder, recipe(base, rows), "SafetyTax", arguments, "--dry_run", "true", name="tiny") == 0
+    lines = capsys.readouterr().out.splitlines()
+    # base, two experts and their training, three merges, and the models' evaluations
+    assert lines[-1].startswith("11 cells, 9 cached, 2 to do, ")
+    assert lines[-1].endswith("min expected")
+    assert [line.split()[1] for line in lines[:-1] if "to do" in line] == ["merge", "test"]
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+
+
+def test_a_method_that_cannot_work_is_reported_and_the_rest_stands(folder, base, rows, capsys):
+    bad = {"name": "TIES", "method": {"class_path": "Ties"}, "strength": {"values": [0.5, 1.0]}}  # full rank, no rank
+    arguments = {"methods": [*METHODS, bad], "ours": "SST"}
+    assert run_study(folder, recipe(base, rows), "Comparison", arguments) == 2
+    error = capsys.readouterr().err
+    assert "2 of 18 cells failed: TIES, alpha = 0.5, seed 0: " in error
+    assert "--rank" in error
+    assert "2 more cells need them" in error
+    found = document(folder)
+    assert len(found["tables"][0]["rows"]) == 5
+    assert sum(note.startswith("Failed: TIES") for note in found["notes"]) == 2
+    assert any(note.startswith("TIES @ 0.5 is left out") for note in found["notes"])
+
+
+def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
+    mixed = {"name": "mixed", "train": "mixed", "strength": {"option": "safety_rows", "values": [2, 4]}}
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": [mixed]}, name="mixed") == 0
+    assert ran == ["fit", "fit", "test"]
+    trained = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    counts = {one["label"]: one["found"]["rows"]["train"] for one in trained if one["stage"] == "fit"}
+    assert counts["mixed, safety_rows = 2, seed 0"] == 13 + 2
+    assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
+
+
+def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):
+    axes = [{"option": "method.t", "values": [3.0]}, {"option": "fisher.model.labels", "values": ["data"]}]
+    arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}}
+    assert run_study(folder, recipe(base, rows), "Ablations", arguments, name="ablations") == 0
+    assert sorted(ran) == ["fisher", "merge", "merge", "test"]
+    names = [row["model"].split(" @ ")[0] for row in document(folder, "ablations")["tables"][0]["rows"]]
+    assert names == ["base", "utility", "safety", "SST", "method.t = 3.0", "fisher.model.labels = data"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in ("one", "two", "three"):
+        write_rows(folder / f"{name}.train.jsonl", 8, what=f"{name} train")
+        write_rows(folder / f"{name}.test.jsonl", 5, what=f"{name} test")
+    index = [{"task": "two", "metric": "rougeL"}, {"task": "one"}, {"task": "three", "metric": "exact"}]
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_interference_merges_growing_numbers_of_experts(tasks, base, rows, tmp_path):
+    asked = recipe(base, rows, utility=False)
+    asked["evaluation"]["suites"] = asked["evaluation"]["suites"][:1]
+    method = {
+        "name": "sum",
+        "combine": {"class_path": "TaskArithmetic"},
+        "method": {"class_path": "TaskArithmetic"},
+        "strength": {"values": [1.0]},
+    }
+    experts = {"settings": asked["safety"]["settings"], "val_rows": 2, "max_new_tokens": 4}
+    arguments = {"tasks": str(tasks), "counts": [2, 3], "methods": [method], "experts": experts}
+    assert run_study(tmp_path, asked, "Interference", arguments) == 0
+    assert ran.count("fit") == 4
+    assert ran.count("inspect") == 1
+    found = document(tmp_path)
+    titles = [table["title"] for table in found["tables"]]
+    assert "Angles between experts" in titles
+    assert "Performance kept, task by task" in titles
+    sizes = found["tables"][titles.index("Rank and energy kept")]["rows"]
+    assert [row["form"] for row in sizes] == ["exact", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("Comparison", {"methods": METHODS, "ours": "nobody"}, "study.ours is nobody"),
+        ("Comparison", {"methods": [METHODS[0], METHODS[1] | {"strength": {"values": [1]}}], "ours": "SST"}, "equal"),
+        ("SafetyTax", {"methods": [METHODS[0], METHODS[0]]}, "names are TA, TA"),
+        ("SafetyTax", {"methods": [METHODS[0] | {"name": "base"}]}, "names are base"),
+        ("SafetyTax", {"methods": [{"name": "x"}]}, "expected one of method, combine and train"),
+        ("SafetyTax", {"methods": [METHODS[0] | {"train": "mixed"}]}, "train takes neither method nor combine"),
+        ("Interference", {"tasks": "nowhere", "counts": [2], "methods": METHODS}, "expected combine"),
+        ("Ablations", {"reference": METHODS[1], "axes": [{"option": "colour", "values": [1]}]}, "axis colour"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_line(base, rows, tmp_path, capsys, kind, arguments, message):
+    assert run_study(tmp_path, recipe(base, rows), kind, arguments) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "work").exists()

@@ -1,0 +1,223 @@
+"""The page of a study: its content by an HTML parser, and its behaviour in a real browser where one is installed."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from src.errors import InputError
+from src.report.html import page, tables_csv, write_report
+from src.report.html_fronts import ticks
+
+VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path"}
+
+
+def number(value, half=0.05, n=100):
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
+def axis(label, better):
+    return {"measure": label, "label": label, "better": better}
+
+
+def document():
+    """A study's document with every kind of part; its numbers are only here to be found again."""
+    columns = [{"key": "model", "label": "model", "better": None}, {"key": "r", "label": "refusal", "better": "higher"}]
+    rows = [
+        {"model": "base", "r": number(0.125)},
+        {"model": "A <b>", "r": number(0.875)},
+        {"model": "B", "r": number(0.375)},
+        {"model": "C", "r": "undefined"},
+        {"model": "D"},
+    ]
+    points = [{"model": f"A @ {x:g}", "x": number(x), "y": number(1 - x * x)} for x in (0.25, 0.5, 0.75)]
+    series = [{"name": "A <b>", "points": points}, {"name": "one", "points": points[:1]}]
+    front = {"title": "Front", "x": axis("refusal", "higher"), "y": axis("NLL", "lower"), "series": series}
+    answers = [{"model": "base", "answer": "Sure & <script>alert(1)</script>"}, {"model": "B", "answer": ""}]
+    return {
+        "title": "A study & more",
+        "summary": ["A beats B on refusal."],
+        "notes": ["C is left out."],
+        "fronts": [front, front | {"series": []}],
+        "tables": [
+            {"title": "Scores", "note": "n is 100.", "columns": columns, "rows": rows, "best": {"r": 1}},
+            {"title": "Empty", "note": "", "columns": columns, "rows": [], "best": {}},
+        ],
+        "examples": [
+            {"suite": "advbench", "kind": "harmful", "prompt": "Do harm </details>", "answers": answers},
+            {"suite": "xstest", "kind": "borderline", "prompt": "Kill a process", "answers": answers},
+        ],
+        "provenance": {
+            "asked": {"name": "s"},
+            "versions": {"torch": "2"},
+            "source": "abc",
+            "cells": [{"key": "k", "stage": "fit", "label": "utility", "command": ["python", "-m", "src", "fit"]}],
+        },
+    }
+
+
+class Page(HTMLParser):
+    """Tags with attributes, text by tag, and whether every tag is closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open, self.balanced = [], [], [], True
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        self.balanced &= bool(self.open) and self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def parsed():
+    return Page(page(document()))
+
+
+def test_the_page_is_well_formed_and_takes_nothing_from_outside(parsed):
+    assert parsed.balanced
+    assert parsed.open == []
+    for _, attributes in parsed.tags:
+        for key in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            assert attributes.get(key, "data:,").startswith("data:,")
+    text = page(document())
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_text_from_models_and_names_is_never_markup(parsed):
+    assert len(parsed.all("script")) == 2
+    assert "b" not in {tag for tag, _ in parsed.tags}
+    assert any("<script>alert(1)</script>" in text for tag, text in parsed.texts if tag == "p")
+
+
+def test_the_page_holds_the_numbers_of_the_json(parsed):
+    (embedded,) = [text for tag, text in parsed.texts if tag == "script" and text.startswith("{")]
+    assert json.loads(embedded) == document()
+    cells = [attributes["data-sort"] for attributes in parsed.all("td")]
+    assert cells == ["", "0.125", "", "0.875", "", "0.375", "", "", "", ""]
+    tips = [attributes["data-tip"] for attributes in parsed.all("g") if "data-tip" in attributes]
+    assert len(tips) == 4
+    assert tips[1] == "A @ 0.5: refusal 0.500 [0.450, 0.550], n = 100; NLL 0.750 [0.700, 0.800], n = 100"
+
+
+def test_only_what_is_significant_is_bold(parsed):
+    assert len(parsed.all("strong")) == 1
+    text = page(document() | {"tables": [document()["tables"][0] | {"best": {}}]})
+    assert Page(text).all("strong") == []
+
+
+def test_harmful_prompts_are_folded_and_others_are_not(parsed):
+    folds = parsed.all("details")
+    assert [("open" in one) for one in folds[:2]] == [False, True]
+    assert folds[0]["class"] == "harmful"
+
+
+def test_empty_tables_and_fronts_leave_no_trace(parsed):
+    sections = [attributes.get("id") for attributes in parsed.all("section")]
+    assert sections == ["front0", "table0", "examples", "provenance"]
+
+
+def test_the_csv_holds_the_same_numbers():
+    lines = list(csv.reader(tables_csv(document()["tables"]).splitlines()))
+    assert lines[0] == ["table", "row", "column", "value", "low", "high", "n"]
+    assert lines[2][:4] == ["Scores", "1: A <b>", "refusal", "0.875"]
+    assert lines[4][3:] == ["undefined", "", "", ""]
+
+
+def test_a_report_is_written_from_the_json_alone(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(document()))
+    write_report(tmp_path)
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == page(document())
+    assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "tables.csv").read_text(encoding="utf-8") == tables_csv(document()["tables"])
+    with pytest.raises(InputError, match="expected a study"):
+        write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (-0.03, 0.07), (2.0, 30.0), (0.5, 0.5001)])
+def test_ticks_are_few_and_inside(ends):
+    found = ticks(ends)
+    assert 2 <= len(found) <= 8
+    assert all(ends[0] <= value <= ends[1] for value in found)
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, two):
+    high, low = sorted((luminance(one), luminance(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_have_enough_contrast_in_light_and_dark():
+    from src.report.html_style import STYLE
+
+    light, dark = STYLE.split("@media (prefers-color-scheme:dark)")[0:2]
+    for text in (light, dark.split("*{")[0]):
+        found = dict(re.findall(r"--(\w+):(#[0-9a-f]{3,6})", text))
+        full = {k: v if len(v) == 7 else "#" + "".join(2 * c for c in v[1:]) for k, v in found.items()}
+        for key in ("fg", "soft", "link", *(f"c{i}" for i in range(8))):
+            assert contrast(full[key], full["bg"]) >= 4.5, key
+            assert key.startswith("c") or contrast(full[key], full["raise"]) >= 4.5, key
+
+
+def browser():
+    """A page of headless Chromium through Playwright or Selenium; a reason where there is none."""
+    sync = pytest.importorskip("playwright.sync_api", reason="needs Playwright and Debian's chromium")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium is installed")
+    return sync, path
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_works_in_a_browser(tmp_path, width, scheme):
+    sync, path = browser()
+    (tmp_path / "study.json").write_text(json.dumps(document()))
+    write_report(tmp_path)
+    with sync.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        shown = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        problems, asked = [], []
+        shown.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        shown.on("pageerror", lambda error: problems.append(str(error)))
+        shown.on("request", lambda request: asked.append(request.url))
+        shown.goto((tmp_path / "index.html").as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        heads = shown.locator("#table0 th button")
+        heads.nth(1).focus()
+        shown.keyboard.press("Enter")
+        first = [row.split("\t")[0].split("\n")[0] for row in shown.locator("#table0 tbody tr").all_inner_texts()]
+        assert first[:3] == ["base", "B", "A <b>"]
+        heads.nth(1).click()
+        assert shown.locator("#table0 tbody td").first.inner_text() == "A <b>"
+        shown.locator(".point").nth(1).focus()
+        assert "A @ 0.5: refusal 0.500" in shown.locator("#tip").inner_text()
+        shown.locator(".point").nth(2).hover()
+        assert "A @ 0.75" in shown.locator("#tip").inner_text()
+        assert not shown.locator("details.harmful .prompt").is_visible()
+        shown.emulate_media(media="print")
+        assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        chromium.close()
+    assert problems == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
