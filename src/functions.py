@@ -1,6 +1,7 @@
 """The commands that need no Trainer: typed functions, parsed by jsonargparse."""
 
 import json
+from pathlib import Path
 
 from src.cli import COMMANDS
 from src.judges import causal, classifier, endpoint  # noqa: F401 - the subclasses of Judge are the registry
@@ -9,6 +10,8 @@ from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are
 from src.merge.inspect_stage import inspect_stage
 from src.merge.stage import merge as merge_adapters
 from src.parsing import run_function
+from src.report.html import SOURCE
+from src.report.html import write_report as write_study_report
 from src.report.stage import report as write_report
 
 
@@ -25,7 +28,14 @@ def inspect(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """Run ``python -m src report``."""
+    """Run ``python -m src report``: of a study's folder named without a flag, or of an evaluation."""
+    front = 2 if arguments[:1] == ["--config"] else 0
+    if len(arguments) > front and not arguments[front].startswith("-"):
+        folder = Path(arguments[front])
+        if (folder / SOURCE).is_file():
+            write_study_report(folder)
+            return
+        arguments = [*arguments[:front], "--results", str(folder), *arguments[front + 1 :]]
     run_function(write_report, "report", COMMANDS["report"], arguments)
 
 

@@ -1,7 +1,7 @@
 """Files of stored answers: ``answers/MODEL/SUITE.jsonl``, a line per row."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,17 @@ def answer_file(folder: Path, model: str, suite: str) -> Path:
     """Where a model's answers lie, below the results also where the model was named by an absolute path."""
     inside = "/".join(part for part in model.split("/") if part not in ("", ".", ".."))
     return folder / "answers" / inside / f"{suite}.jsonl"
+
+
+def remove_other_answers(folder: Path, kept: Collection[Path]) -> None:
+    """Delete answers of an evaluation before, of models and suites that this one does not have."""
+    for path in (folder / "answers").rglob("*.jsonl"):
+        if path not in kept:
+            path.unlink()
+    below = sorted((folder / "answers").rglob("*/"), key=lambda path: -len(path.parts))
+    for directory in below:
+        if not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def write_answers(path: Path, rows: Sequence[Row], records: Sequence[Mapping[str, Any]]) -> None:

@@ -25,7 +25,7 @@ def named_adapters(named: Sequence[str], discover: str | None) -> dict[str, str]
             found |= {str(folder.name / path.relative_to(folder)): str(path) for path in inner}
         else:
             found[name.rstrip("/")] = name
-    if discover is not None:
+    if discover is not None and not named:
         root = Path(discover)
         paths = find_adapters(root) if root.is_dir() else []
         log.info("%d adapters found below %s", len(paths), discover)

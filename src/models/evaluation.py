@@ -45,7 +45,7 @@ class EvaluationModule(LightningModule):
     Args:
         base: The base model.
         adapters: Adapters to evaluate, or folders of adapters (a sweep); all must exist.
-        discover: A folder; whatever adapters lie below it are evaluated too, and none is not an error.
+        discover: A folder; where no adapter is named, those below it are evaluated, and none is not an error.
         include_base: Evaluate the base without any adapter as well.
         allow_seen: Evaluate even on prompts that an adapter was trained or calibrated on.
         allow_code_execution: Run the programs of code suites even where this machine cannot isolate them.

@@ -16,7 +16,7 @@ from src.files import write_json
 from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
 from src.metrics.judging import Judgement
-from src.models.answer_files import answer_file, write_answers
+from src.models.answer_files import answer_file, remove_other_answers, write_answers
 from src.models.grading import (
     compared,
     graded_answer,
@@ -201,3 +201,5 @@ class Results:
             each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
             path = answer_file(self.output, self.models[model], suite.name)
             write_answers(path, self.data.rows[suite.name], each)
+        names = [(self.models[model], self.data.suites[number].name) for model, number in self.records]
+        remove_other_answers(self.output, {answer_file(self.output, *each) for each in names})
