@@ -254,6 +254,25 @@ def test_evaluation_covers_every_model_suite_and_row(evaluated, rows):
     assert len(perplexities) == 3
 
 
+def test_a_named_adapter_is_evaluated_alone_and_old_answers_go(base, rows, merged, evaluated, tmp_path):
+    folder = shutil.copytree(evaluated, tmp_path / "again")
+    named = ["--model.adapters", str(merged / "alpha-1"), "--model.discover", str(merged), "--overwrite", "true"]
+    assert main(test_flags(base, rows, tmp_path, folder, *named)) == 0
+    found = [model["name"] for model in metrics(folder)]
+    assert found[0] == "base"
+    assert len(found) == 2
+    assert not (folder / "answers" / "alpha-0.5").exists()
+    kept = {str(path.relative_to(folder / "answers").parts[0]) for path in folder.glob("answers/**/*.jsonl")}
+    assert "base" in kept
+
+
+def test_report_takes_the_folder_without_its_flag(evaluated, tmp_path, capsys):
+    assert main(["report", str(evaluated), "--output", str(tmp_path / "r")]) == 0
+    assert (tmp_path / "r" / "table.md").is_file()
+    assert main(["report", str(tmp_path / "none"), "--output", str(tmp_path / "s")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
 def test_report_writes_table_and_plot(evaluated, tmp_path, capsys):
     assert main(["report", "--results", str(evaluated), "--output", str(tmp_path / "r")]) == 0
     table = (tmp_path / "r" / "table.md").read_text()
