@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """What a user gave is wrong or partial. The message names the file, the key and what was expected."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]

@@ -85,7 +85,7 @@ def test_own_rows_pass_and_fail(tmp_path):
 @isolated
 def test_a_code_suite_counts_what_its_programs_do(base, tmp_path, monkeypatch):
     """Canonical answers put in the model's mouth give pass@1 = 1, others 0: the whole command, not the parts."""
-    from src.models.steps import Computation
+    from src.models.computation import Computation
 
     rows = write_jsonl(tmp_path / "code.jsonl", OWN)
     suite = {"name": "code", "kind": "code", "rows": str(rows), "template": "raw", "max_new_tokens": 4}

@@ -74,16 +74,16 @@ def test_scores_equal_those_of_single_sequences(base, files, tmp_path, shots, st
 
 
 def test_single_tokens_take_one_pass_per_batch_and_share_their_beginning(base, files, tmp_path, monkeypatch):
-    from src.models import steps
+    from src.models import computation
 
     seen = []
-    original = steps.letter_scores
+    original = computation.letter_scores
 
     def counted(model, batch, letters, *, pack):
         seen.append((len(batch.index), batch.common_prefix, pack))
         return original(model, batch, letters, pack=pack)
 
-    monkeypatch.setattr(steps, "letter_scores", counted)
+    monkeypatch.setattr(computation, "letter_scores", counted)
     suite = {"name": "mc", "kind": "choice", "rows": str(files[0]), "few_shot": str(files[1]), "shots": 2}
     evaluate(base, tmp_path, [suite], batch_size=100)
     assert [rows for rows, _, _ in seen] == [5, 4]  # one batch per subject

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from src.errors import InputError
-from src.experiments import claims as claims_module
+from src.experiments import claim_files as claims_module
 from src.experiments import engine as engine_module
 from src.experiments.cell import Cell, closure
-from src.experiments.claims import Claims, process_start
+from src.experiments.claim_files import Claims, process_start
 from src.experiments.command import alone, run_command
 from src.experiments.content import count_rows, redrawn, sources
 from src.experiments.engine import CellError, to_compute
-from src.experiments.plan import hours, listing, time_left
 from src.experiments.store import Store
+from src.experiments.timing import hours, listing, time_left
 from tests.tiny import write_rows
 from tests.toy_grid import toy_engine, toy_grid
 

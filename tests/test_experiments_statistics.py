@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from src.experiments.claims_made import claims, claims_table, tally
 from src.experiments.comparison import Choice, chosen_point, summary
 from src.experiments.document import best_rows
 from src.experiments.holm import holm
 from src.experiments.kept import Kept, mean_kept, slope
 from src.experiments.scores import by_category, gathered, in_split, row_keys, row_scores
+from src.experiments.statements import claims, claims_table, tally
 from src.metrics.bootstrap import paired_difference
 
 KINDS = {"bad": "harmful", "safe": "borderline", "task": "utility", "free": "utility", "said": "benign"}

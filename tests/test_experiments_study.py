@@ -12,9 +12,9 @@ import yaml
 
 from src.cli import main
 from src.experiments import stage
+from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
 from src.experiments.engine import CellError
-from src.experiments.stages import Stages
 from tests.tiny import write_rows
 
 ran = []

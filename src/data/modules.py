@@ -15,6 +15,12 @@ from src.errors import InputError
 log = logging.getLogger(__name__)
 
 
+def process_share(trainer: Any) -> tuple[int, int]:
+    """This process's rank among those that divide the rows, and their number; (0, 1) without a Trainer."""
+    share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) if trainer else None
+    return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
 class TokenizedData(LightningDataModule):
     """What all data modules share: an encoder and this process's share of batches.
 
@@ -48,9 +54,7 @@ class TokenizedData(LightningDataModule):
 
     def loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Batch]:
         """Batches of this process (see :func:`src.data.batches.batch_loader`)."""
-        trainer = self.trainer
-        share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) if trainer else None
-        rank, world = (share["rank"], share["num_replicas"]) if share else (0, 1)
+        rank, world = process_share(self.trainer)
         pad = self.encoder.tokenizer.pad_token_id
         return batch_loader(rows, batch_size=self.batch_size, pad_id=pad, rank=rank, world_size=world, **options)
 

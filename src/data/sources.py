@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from src.data.rows import Row, read_jsonl
-from src.errors import InputError
+from src.errors import InputError, one_line
 
 PROJECT = Path(__file__).resolve().parents[2]
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
@@ -99,7 +99,7 @@ def _named_source(name: str) -> RowSource:
     try:
         return _mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
 
 
 def _mapped_source(mapping: Any, place: str) -> RowSource:
@@ -248,7 +248,7 @@ def _load_table(source: RowSource, path: Path) -> Any:
         return datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         # What went wrong while a file was read is behind a sentence that says nothing.
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        reason = one_line(error.__cause__ or error)
         raise InputError(
             f"{source.path}: neither a readable file nor a data set that can be fetched now ({reason})"
         ) from None

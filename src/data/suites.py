@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from src.data.chat import Encoded, Encoder, Template
 from src.data.choice_prompts import FewShot
 from src.data.choice_rows import ChoiceRow, load_choices
-from src.data.modules import TokenizedData
+from src.data.modules import TokenizedData, process_share
 from src.data.rows import Row
 from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, budget_batches, deal, shared_beginning
 from src.data.suite import Suite
@@ -124,9 +124,7 @@ class EvaluationData(TokenizedData):
     @property
     def steps(self) -> list[Step]:
         """This process's share of the steps."""
-        share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
-        rank, world = (share["rank"], share["num_replicas"]) if share else (0, 1)
-        return deal(self._steps, rank, world)
+        return deal(self._steps, *process_share(self.trainer))
 
     def scored(self, suite: Suite) -> bool:
         """Whether the suite's reference answers are scored: every row must have one, in words."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.errors import InputError
-from src.experiments.claims_made import claims, claims_table
 from src.experiments.comparison import CLAIMED, Choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
 from src.experiments.grid import Grid, Model
 from src.experiments.scores import gathered
 from src.experiments.settings import MethodSpec, at_path, layered
+from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
 from src.experiments.study import REFERENCES, Plan, Study, finished, of_methods, paths, records
 from src.merge.settings import with_option

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from src.errors import InputError
-from src.experiments.claims_made import Claim, claims, claims_table, tally
 from src.experiments.costs import cost_table
 from src.experiments.document import (
     Document,
@@ -22,8 +21,9 @@ from src.experiments.grid import Grid, Model
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
 from src.experiments.scores import MEASURES, Measure, Scores, gathered
 from src.experiments.settings import MethodSpec
+from src.experiments.statements import Claim, claims, claims_table, tally
 from src.experiments.store import Store
-from src.experiments.study import REFERENCES, Plan, Study, check_names, finished, of_methods, paths, records
+from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
 
 CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "answer_nll")
 
@@ -70,12 +70,7 @@ class Comparison(Study):
 
     def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
         """References and paths for every seed."""
-        found: list[Model] = []
-        for seed in seeds:
-            found += grid.references(seed)
-            for method in self.methods:
-                found += grid.models(method, seed)
-        return Plan(found)
+        return every_path(grid, self.methods, seeds)
 
     def report(self, plan: Plan, store: Store) -> Document:
         """Chosen strengths on test rows, claims, fronts, taxes, categories, costs."""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from src.experiments.cell import Cell, closure
-from src.experiments.claims import Claims
-from src.experiments.plan import hours, time_left
+from src.experiments.claim_files import Claims
 from src.experiments.store import Record, Store
+from src.experiments.timing import hours, time_left
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from src.experiments.document import (
     number,
     table,
 )
-from src.experiments.grid import Grid, Model
+from src.experiments.grid import Grid
 from src.experiments.scores import Measure, Scores, by_category, gathered
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
-from src.experiments.study import REFERENCES, Plan, Study, check_names, finished, of_methods, paths, records
+from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
 from src.metrics.intervals import wilson
 from src.metrics.tradeoff import Tax, safety_tax
 
@@ -37,12 +37,7 @@ class SafetyTax(Study):
 
     def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
         """References and paths for every seed."""
-        found: list[Model] = []
-        for seed in seeds:
-            found += grid.references(seed)
-            for method in self.methods:
-                found += grid.models(method, seed)
-        return Plan(found)
+        return every_path(grid, self.methods, seeds)
 
     def report(self, plan: Plan, store: Store) -> Document:
         """Tax of every point, fronts and tables by category."""

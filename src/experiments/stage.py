@@ -9,15 +9,15 @@ from typing import Any
 from src.errors import InputError
 from src.experiments import ablations, comparison, interference, safety_tax  # noqa: F401 - the registry of Study
 from src.experiments.cell import Cell, closure
+from src.experiments.cell_stages import Stages
 from src.experiments.costs import totals
 from src.experiments.document import Document
 from src.experiments.engine import Engine, Outcome, to_compute
 from src.experiments.grid import Grid
-from src.experiments.plan import listing
 from src.experiments.settings import Recipe, plain
-from src.experiments.stages import Stages
 from src.experiments.store import Store, source_hash
 from src.experiments.study import Plan, Study
+from src.experiments.timing import listing
 from src.files import write_json
 from src.provenance import versions
 from src.report.html import write_report

@@ -39,6 +39,16 @@ class Study(ABC):
         """What the finished cells say."""
 
 
+def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) -> Plan:
+    """For every seed the references and every method's whole path."""
+    found: list[Model] = []
+    for seed in seeds:
+        found += grid.references(seed)
+        for method in methods:
+            found += grid.models(method, seed)
+    return Plan(found)
+
+
 def name_of(model: Model) -> str:
     """A point of a path, apart from its seed."""
     return model.method if model.strength is None else f"{model.method} @ {model.strength:g}"

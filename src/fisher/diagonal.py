@@ -6,34 +6,28 @@ Every example's score is squared by itself: the square of a batch's mean gradien
 Legend of shapes: N examples, T tokens, p and q sides of a core (O and I of a weight), H halves of the examples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from src.fisher.accumulate import Accumulator, Allocate, zeros
-from src.fisher.base import ModuleFisher, Shapes, pooling_factors
-from src.fisher.block import sum_of
+from src.fisher.accumulate import Allocate, zeros
+from src.fisher.base import Shapes
 from src.fisher.scores import core_score
+from src.fisher.summed import SummedAccumulator, SummedFisher
 
 ENTRIES = 2**22
 """Entries of scores that are squared together: bounds the temporaries beside one module's sum."""
 
 
 @dataclass(frozen=True)
-class DiagonalFisher(ModuleFisher):
-    """Per-coordinate mean squares.
-
-    Attributes:
-        sums: ``Σ g²`` of each module, (H, p·q) float64.
-    """
+class DiagonalFisher(SummedFisher):
+    """Per-coordinate mean squares; ``sums`` holds ``Σ g²`` of each module, (H, p·q)."""
 
     representation = "diagonal"
-    sums: dict[str, torch.Tensor]
 
     def module_diagonal(self, name: str) -> torch.Tensor:
         """(p·q,) diagonal of a module's block."""
-        return self.sums[name].sum(0) / self.counts.sum()
+        return self.mean(name)
 
     def diagonal(self) -> torch.Tensor:
         """(D,) diagonal."""
@@ -47,37 +41,12 @@ class DiagonalFisher(ModuleFisher):
         """(P, p·q) products of a module's block."""
         return vectors * self.module_diagonal(name)
 
-    def half(self, index: int) -> "DiagonalFisher":
-        """The matrix of one half of the examples."""
-        chosen = slice(index, index + 1)
-        return DiagonalFisher(self.shapes, self.counts[chosen], {n: total[chosen] for n, total in self.sums.items()})
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file holds."""
-        return {"counts": self.counts} | {f"diagonal.{name}": total for name, total in self.sums.items()}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> "DiagonalFisher":
-        """The inverse of :meth:`tensors`."""
-        sums = {name: tensors[f"diagonal.{name}"] for name in shapes}
-        return cls(dict(shapes), tensors["counts"], sums).checked(count)
-
-    @classmethod
-    def pooled(cls, fishers: Sequence["DiagonalFisher"], shares: Sequence[float]) -> "DiagonalFisher":
-        """``Σ share_i F_i``."""
-        factors = list(zip(pooling_factors(fishers, shares), fishers, strict=True))
-        counts = torch.stack([factor * f.counts for factor, f in factors]).sum(0)
-        names = fishers[0].sums
-        return cls(fishers[0].shapes, counts, {n: sum_of(factor * f.sums[n] for factor, f in factors) for n in names})
-
-
-class DiagonalAccumulator(Accumulator[DiagonalFisher]):
+class DiagonalAccumulator(SummedAccumulator[DiagonalFisher]):
     """Accumulates :class:`DiagonalFisher`; scores are formed a few examples at a time."""
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, halves=halves, allocate=allocate)
-        kept = len(self.counts)
-        self._sums = {name: allocate(f"diagonal.{name}", (kept, p * q)) for name, (p, q) in self.shapes.items()}
+        super().__init__(shapes, DiagonalFisher, lambda p, q: (p * q,), halves=halves, allocate=allocate)
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
         """Add one module of a backward pass."""
@@ -87,11 +56,3 @@ class DiagonalAccumulator(Accumulator[DiagonalFisher]):
             for some in torch.arange(len(weight), device=delta.device).split(rows):
                 squares = core_score(deltas[some], inputs[some]).double().square_()
                 self._sums[name][half] += (weight[some] @ squares).cpu()
-
-    def sums(self) -> Iterator[torch.Tensor]:
-        """The sums, module by module."""
-        yield from self._sums.values()
-
-    def finish(self) -> DiagonalFisher:
-        """The Fisher matrix."""
-        return DiagonalFisher(self.shapes, self.counts, self._sums)

@@ -18,7 +18,7 @@ import torch
 
 from src.fisher.accumulate import Accumulator, Allocate, zeros
 from src.fisher.base import ModuleFisher, Shapes, pooling_factors
-from src.fisher.block import sum_of
+from src.fisher.summed import sum_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.judges.templates import COMPLIANCE, Question
 from src.metrics.judging import Judge, Judgement, Property
 
@@ -60,7 +60,7 @@ class Causal(Judge):
             self._tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
             model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, revision=self.revision)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(f"judge {self.name}: the model cannot be loaded ({reason})") from None
         if self.chat and not self._tokenizer.chat_template:
             raise InputError(f"judge {self.name}: its tokenizer has no chat template; set chat: false")

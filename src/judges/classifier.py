@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.metrics.judging import Judge, Judgement, Property
 
 
@@ -55,7 +55,7 @@ class Classifier(Judge):
             self._tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
             model = AutoModelForSequenceClassification.from_pretrained(self.name, revision=self.revision)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(f"judge {self.name}: the classifier cannot be loaded ({reason})") from None
         labels = {label.casefold(): int(place) for place, label in model.config.id2label.items()}
         wanted = str(self.positive).strip().casefold()

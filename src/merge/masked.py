@@ -5,6 +5,7 @@
 hard: 1 for the largest share of r in a module; soft: 1 / (1 + exp(−(r − τ)/γ)). Full rank, evaluated in blocks.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 
 from src.adapters.deltas import Delta, Deltas, LazyDelta, combined, row_blocks
 from src.errors import InputError
+from src.merge.base import FisherPair, MergeMethod, Patch
 from src.merge.combination import share
 from src.merge.selection import at_least, kth_magnitude
 
@@ -80,3 +82,50 @@ def _masked(name: str, delta: Delta, ratio: Ratio, masking: Masking) -> Delta:
         return delta.block(rows) * weight
 
     return LazyDelta(delta.shape, evaluate)
+
+
+class RatioMask(MergeMethod):
+    """A patch masked by a ratio of updates, element by element. No data; full rank.
+
+    Args:
+        mask: ``hard`` keeps the elements with the largest ratios; ``soft`` weighs by 1 / (1 + exp(−(r − tau)/gamma)).
+        top: Share of elements that ``hard`` keeps per module, above 0 to 1.
+        tau: Ratio at which ``soft`` gives one half.
+        gamma: Width of ``soft``, above 0.
+        form: ``additive`` masks ΔW_s, ``interpolating`` masks ΔW_s − ΔW_u.
+        epsilon: Added below the ratio's line, above 0: keeps it finite where there is no utility update.
+    """
+
+    takes_full_rank = True
+
+    def __init__(
+        self,
+        mask: Mask = "hard",
+        top: float = 0.2,
+        tau: float = 1.0,
+        gamma: float = 0.1,
+        form: Form = "additive",
+        epsilon: float = 1e-12,
+    ) -> None:
+        if not epsilon > 0:
+            raise InputError(f"method.epsilon is {epsilon}; expected a number above 0")
+        self._masking = Masking(mask, top, tau, gamma, form)
+        self.mask, self.top, self.tau, self.gamma, self.form, self.epsilon = mask, top, tau, gamma, form, epsilon
+
+    @abstractmethod
+    def parts(
+        self, patch: torch.Tensor, safety: torch.Tensor, utility: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stands above and below the ratio's line, of the same block of P, ΔW_s and ΔW_u (float64)."""
+
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
+        """The masked patch."""
+        whole = whole_patch(utility, safety, self.form)
+
+        def ratio(name: str, rows: slice) -> torch.Tensor:
+            patch = whole[name].block(rows).double()
+            blocks = [d[name].block(rows).double() if name in d else torch.zeros_like(patch) for d in (safety, utility)]
+            above, below = self.parts(patch, *blocks)
+            return above / (below + self.epsilon)
+
+        return Patch(masked_patch(whole, ratio, self._masking))

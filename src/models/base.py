@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.files import new_directory, sha256_file
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _dequantised(path: Path) -> Path:
                 )
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             except (OSError, ValueError) as error:
-                raise InputError(f"base.name {path}: not a readable GGUF model ({_first_line(error)})") from None
+                raise InputError(f"base.name {path}: not a readable GGUF model ({one_line(error)})") from None
             # The weights are plain float32 now; the record of their old form would forbid saving them.
             del model.config.quantization_config, model.hf_quantizer
             model.is_quantized = False
@@ -139,7 +139,7 @@ def load_tokenizer(spec: BaseSpec) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **extra)
     except (OSError, ValueError) as error:
-        raise InputError(f"base.name {spec.name}: no tokenizer can be loaded ({_first_line(error)})") from None
+        raise InputError(f"base.name {spec.name}: no tokenizer can be loaded ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -161,7 +161,7 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=spec.attention, **extra)
     except (OSError, ValueError) as error:
-        raise InputError(f"base.name {spec.name}: the model cannot be loaded ({_first_line(error)})") from None
+        raise InputError(f"base.name {spec.name}: the model cannot be loaded ({one_line(error)})") from None
     model.eval().requires_grad_(False)
     return model
 
@@ -180,7 +180,7 @@ def model_without_weights(spec: BaseSpec) -> torch.nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation=spec.attention)
     except (OSError, ValueError) as error:
-        raise InputError(f"base.name {spec.name}: no configuration can be loaded ({_first_line(error)})") from None
+        raise InputError(f"base.name {spec.name}: no configuration can be loaded ({one_line(error)})") from None
 
 
 def _bitsandbytes(bits: str) -> Any:
@@ -191,10 +191,6 @@ def _bitsandbytes(bits: str) -> Any:
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -1,5 +1,7 @@
 """Training checkpoints that are whole or absent: a full disk or a kill leaves the one before as it was."""
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ def check_checkpoint(path: str) -> None:
         raise InputError(f"--ckpt_path {path}: no such file; expected a checkpoint that fit wrote (…/run/checkpoints/)")
     if place.is_dir():  # a sharded one
         return
+    if not zipfile.is_zipfile(place):
+        raise InputError(f"--ckpt_path {path}: not a readable checkpoint (no archive of torch.save)")
     try:
         found = torch.load(place, map_location="cpu", weights_only=False, mmap=True)
-    except Exception as error:  # noqa: BLE001 - pickle raises whatever a broken file makes it raise
+    except (RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(found, dict) or "state_dict" not in found:
         raise InputError(f"--ckpt_path {path}: holds no state_dict; expected a checkpoint that fit wrote")

@@ -20,16 +20,16 @@ from src.data.schedule import SuiteBatch
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
+from src.models.adapter_swap import Swap
 from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.computation import Computation, choose_modes
 from src.models.discovery import named_adapters
+from src.models.evaluation_checks import check_sampling, check_unseen
 from src.models.partial import FOLDER, Parts, Record, result_key
 from src.models.progress import Progress
-from src.models.refusals import check_sampling, check_unseen
 from src.models.results import Results
 from src.models.sharding import shard
 from src.models.speed import MatmulMode
-from src.models.steps import Computation, choose_modes
-from src.models.swap import Swap
 from src.provenance import versions
 
 log = logging.getLogger(__name__)

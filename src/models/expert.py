@@ -16,11 +16,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.peft_files import is_trained, write_trained
 from src.data.batches import Batch
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.models.base import BaseSpec, fingerprint, load_model
 from src.models.fused_lora import fuse
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
-from src.models.regularisers import Regulariser
+from src.models.regularizers import Regularizer
 from src.models.sharding import shard
 from src.models.speed import TrainingMode, choose_matmul
 
@@ -82,7 +82,7 @@ class ExpertModule(LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup: float = 0.05,
         pack: bool = True,
-        regularizer: Regulariser | None = None,
+        regularizer: Regularizer | None = None,
         seed: int = 0,
         matmul: TrainingMode = "auto",
         max_matmul_error: float = 5e-3,
@@ -120,7 +120,7 @@ class ExpertModule(LightningModule):
             try:
                 self.model = get_peft_model(model, self._peft_config())  # type: ignore[arg-type]
             except ValueError as error:
-                raise InputError(f"lora.targets {self.lora.targets}: {' '.join(str(error).split())[:200]}") from None
+                raise InputError(f"lora.targets {self.lora.targets}: {one_line(error)}") from None
         # PEFT records where the weights lie on this machine; the name is what finds them on another.
         self.model.peft_config["default"].base_model_name_or_path = self.base.name
         self._narrow = mode == "bfloat16"

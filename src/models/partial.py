@@ -23,7 +23,9 @@ CODE = (
     "logits.py",
     "packing.py",
     "choices.py",
-    "steps.py",
+    "computation.py",
+    "speed.py",
+    "../adapters/attach.py",
     "../data/batches.py",
 )
 

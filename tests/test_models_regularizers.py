@@ -11,7 +11,7 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
 from src.fisher.files import FisherFile, load_fisher
-from src.models.regularisers import AlignGuard, trained_layers
+from src.models.regularizers import AlignGuard, trained_layers
 from tests.commands import fit_flags
 from tests.merging import write_fishers
 from tests.tiny import make_model

@@ -28,7 +28,7 @@ from src.merge.align_guard import leading_directions
 TINY = 1e-30
 
 
-class Regulariser(ABC):
+class Regularizer(ABC):
     """A term of the loss that depends on the adapter's weights alone."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ def trained_layers(model: Any) -> dict[str, Layer]:
     return found
 
 
-class AlignGuard(Regulariser):
+class AlignGuard(Regularizer):
     """AlignGuard (2508.02079): keep the update out of the directions that the safety data care about.
 
     Args:

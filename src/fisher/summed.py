@@ -1,0 +1,99 @@
+"""What the representations kept as one sum per module share: halves, files, weighted means, accumulation.
+
+Legend of shapes: H halves of the examples; the rest of a sum's shape is its representation's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
+
+import torch
+
+from src.fisher.accumulate import Accumulator, Allocate, zeros
+from src.fisher.base import ModuleFisher, Shapes, pooling_factors
+
+
+@dataclass(frozen=True)
+class SummedFisher(ModuleFisher):
+    """A Fisher matrix of one float64 sum per module.
+
+    Attributes:
+        sums: Sum of each module, (H, …).
+    """
+
+    sums: dict[str, torch.Tensor]
+
+    def mean(self, name: str) -> torch.Tensor:
+        """A module's sum over all examples, divided by their weight."""
+        return self.sums[name].sum(0) / self.counts.sum()
+
+    def half(self, index: int) -> Self:
+        """The matrix of one half of the examples."""
+        chosen = slice(index, index + 1)
+        return type(self)(self.shapes, self.counts[chosen], {n: total[chosen] for n, total in self.sums.items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds."""
+        named = {f"{self.representation}.{name}": total for name, total in self.sums.items()}
+        return {"counts": self.counts} | named
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> Self:
+        """The inverse of :meth:`tensors`."""
+        sums = {name: tensors[f"{cls.representation}.{name}"] for name in shapes}
+        return cls(dict(shapes), tensors["counts"], sums).checked(count)
+
+    @classmethod
+    def pooled(cls, fishers: Sequence[Self], shares: Sequence[float]) -> Self:
+        """``Σ share_i F_i``."""
+        factors = list(zip(pooling_factors(fishers, shares), fishers, strict=True))
+        counts = torch.stack([factor * f.counts for factor, f in factors]).sum(0)
+        names = fishers[0].sums
+        return cls(fishers[0].shapes, counts, {n: sum_of(factor * f.sums[n] for factor, f in factors) for n in names})
+
+
+def sum_of(tensors: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors, one at a time."""
+    total = next(tensors)
+    for tensor in tensors:
+        total = total + tensor
+    return total
+
+
+Summed = TypeVar("Summed", bound=SummedFisher)
+
+
+class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
+    """Accumulates one sum per module.
+
+    Args:
+        shapes: (p, q) of each module.
+        kind: What is accumulated.
+        entry: From (p, q) to the shape of one half's sum.
+        halves: Keep the two halves of the rows apart.
+        allocate: Where sums live.
+    """
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        kind: type[Summed],
+        entry: Callable[[int, int], tuple[int, ...]],
+        *,
+        halves: bool = True,
+        allocate: Allocate = zeros,
+    ) -> None:
+        super().__init__(shapes, halves=halves, allocate=allocate)
+        self._kind, kept = kind, len(self.counts)
+        self._sums = {
+            name: allocate(f"{kind.representation}.{name}", (kept, *entry(p, q)))
+            for name, (p, q) in self.shapes.items()
+        }
+
+    def sums(self) -> Iterator[torch.Tensor]:
+        """The sums, module by module."""
+        yield from self._sums.values()
+
+    def finish(self) -> Summed:
+        """The Fisher matrix."""
+        return self._kind(self.shapes, self.counts, self._sums)
