@@ -19,6 +19,7 @@ from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.calibration import CalibrationData
 from src.data.modules import ExpertData, TokenizedData
+from src.data.rows import rows_sha256
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.files import check_output
@@ -206,6 +207,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
         "settings": {"lora": vars(module.lora)} | settings,
         "rows": {split: len(rows) for split, rows in data.rows.items()},
+        "rows_sha256": {split: rows_sha256(rows) for split, rows in data.rows.items()},
         "steps": trainer.global_step,
         "val_loss": None if measured is None else float(measured),
         "versions": versions(),

@@ -1,5 +1,6 @@
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from src.data.calibration import CalibrationData, row_weights
 from src.data.chat import Encoder
 from src.data.demo.build_tasks import build
 from src.data.modules import ExpertData
-from src.data.rows import Row
+from src.data.rows import Row, rows_sha256
 from src.data.sources import RowSource, as_sources, load_rows
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
@@ -260,6 +261,13 @@ def test_weighted_rows_give_the_weighted_mean_of_the_sources_means():
     parts = values.split(counts)
     assert found.item() == pytest.approx((3 * parts[0].mean() + parts[1].mean()).item() / 4)
     assert row_weights(counts, None).tolist() == [1.0] * 7
+
+
+def test_the_hash_of_rows_tells_order_and_content_apart(rows):
+    one, two = (load_rows(str(rows["task"]), need_response=True) for _ in range(2))
+    assert rows_sha256(one) == rows_sha256(two)
+    assert rows_sha256(one) != rows_sha256(list(reversed(one)))
+    assert rows_sha256(one) != rows_sha256([*one[:-1], replace(one[-1], response="other")])
 
 
 def test_suites_are_checked(rows):

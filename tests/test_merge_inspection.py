@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
-from src.adapters.geometry import effective_rank, inner, principal_cosines
+from src.adapters.geometry import inner, principal_cosines
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
+from src.gevp.diagnostics import effective_rank
 from src.merge.inspection import inspect_adapters
 
 

@@ -35,15 +35,6 @@ def whole_cosine(one: Mapping[str, LowRankPair], two: Mapping[str, LowRankPair])
     return product / norms**0.5 if norms > 0 else 0.0
 
 
-def effective_rank(values: torch.Tensor) -> float:
-    """Exponential of the entropy of normalised singular values ((R,)); 0 where all are zero (Roy and Vetterli 2007)."""
-    kept = values[values > 0].double()
-    if not len(kept):
-        return 0.0
-    share = kept / kept.sum()
-    return (-(share * share.log()).sum()).exp().item()
-
-
 def spaces(pair: LowRankPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U (O, R), σ (R), V (I, R) of the directions with non-zero singular values."""
     left, values, right = singular_triplets(pair)

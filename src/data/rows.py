@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ class Row:
     def prompt_hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the prompt, case and white space folded."""
         return hashlib.sha256(" ".join(self.prompt.casefold().split()).encode()).hexdigest()[:16]
+
+
+def rows_sha256(rows: Iterable[Any]) -> str:
+    """SHA-256 of rows (data classes), identifiers included, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(asdict(row), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,9 +15,12 @@ SPECTRUM_POINTS = 256
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """Exponential of the entropy of eigenvalues ≥ 0, normalised to sum 1."""
-    share = values / values.sum()
-    return (-(share[share > 0] * share[share > 0].log()).sum()).exp().item()
+    """Exponential of the entropy of values ≥ 0, normalised to sum 1; 0 where all are zero (Roy and Vetterli 2007)."""
+    kept = values[values > 0].double()
+    if not len(kept):
+        return 0.0
+    share = kept / kept.sum()
+    return (-(share * share.log()).sum()).exp().item()
 
 
 def summary(system: Eigensystem) -> dict[str, Any]:

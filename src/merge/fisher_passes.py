@@ -10,6 +10,7 @@ import torch
 from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter
 from src.errors import InputError
+from src.files import sha256_file
 from src.fisher.files import FisherFile, load_fisher
 from src.merge.base import MergeMethod
 
@@ -36,7 +37,7 @@ class Pass:
         record = self.file.record
         kept = {key: record.get(key) for key in ("pass", "representation", "coordinates", "labels", "reference")}
         at = [entry["weight"] for entry in record["utility"]]
-        found = {"path": str(self.path), "weight": self.weight, "utility_weights": at}
+        found = {"path": str(self.path), "sha256": sha256_file(self.path), "weight": self.weight, "utility_weights": at}
         return found | kept | {"examples": self.file.fisher.count}
 
     def mean_scores(self) -> torch.Tensor:

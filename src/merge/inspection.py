@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from src.adapters.geometry import effective_rank, principal_cosines, spaces, whole_cosine
+from src.adapters.geometry import principal_cosines, spaces, whole_cosine
 from src.adapters.peft_files import Adapter
+from src.gevp.diagnostics import effective_rank
 from src.merge.parallel import in_order, one_thread_each
 
 

@@ -5,6 +5,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from src.adapters.peft_files import Adapter
+from src.data.rows import rows_sha256
+from src.models.reference import reference_hashes
 from src.provenance import versions
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "safety": entry(module.safety, 1.0),
         "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
         "basis_sha256": module.core.digest(),
+        "reference_sha256": reference_hashes(module.references[name]),
         "rows": [row.id for row in rows],
+        "rows_sha256": rows_sha256(rows),
         "seen": sorted({row.prompt_hash for row in rows}),
         "versions": versions(),
     }

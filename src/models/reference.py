@@ -33,3 +33,9 @@ def reference_update(
         else:
             parts.append((safety.pairs if name == "safety" else read_adapter(name).pairs, weight))
     return weighted_sum([pairs for pairs, _ in parts], [weight for _, weight in parts]) if parts else {}
+
+
+def reference_hashes(reference: Reference) -> dict[str, str]:
+    """SHA-256 of the weights of each adapter that a reference point names itself."""
+    named = [] if isinstance(reference, str) else [name for name in reference if name not in ("utility", "safety")]
+    return {name: read_adapter(name).sha256 for name in named}

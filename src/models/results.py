@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributed import all_gather_object, is_initialized
 
 from src.adapters.peft_files import Adapter
+from src.data.rows import rows_sha256
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
@@ -174,7 +175,8 @@ class Results:
         if self.rank == 0:
             for one in found:
                 log.info("%s: %s", one["name"], safety_line(one["safety"]))
-            record = {"base": base, "models": found, "versions": versions(), "settings": settings}
+            rows = {name: rows_sha256(each) for name, each in self.data.rows.items()}
+            record = {"base": base, "models": found, "rows_sha256": rows, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
 
     def _against_first(self, model: int) -> Record:
