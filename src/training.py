@@ -102,6 +102,8 @@ class TrainerCommand(LightningCLI):
         if self.config.output is None:
             self.config.output = str(Path("logs") / self.command / _timestamp())
         self.output = Path(self.config.output)
+        if self.command == "fit":
+            check_training_length(self.config.trainer)
         if self.config.get("dry_run"):
             return
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
@@ -171,6 +173,22 @@ class TrainerCommand(LightningCLI):
         if is_first_process() and not self.config.get("dry_run"):
             self._clear_run()
         return data
+
+
+def check_training_length(trainer: Namespace) -> None:
+    """Stop at numbers of the Trainer that train nothing or that it takes without complaint or with a traceback.
+
+    Raises:
+        InputError: ``max_epochs``, ``max_steps``, ``accumulate_grad_batches`` or ``gradient_clip_val`` is out of range.
+    """
+    for key in ("max_epochs", "max_steps"):
+        value = trainer.get(key)
+        if value is not None and value != -1 and value < 1:
+            raise InputError(f"trainer.{key} is {value}; expected at least 1, or -1 for no limit")
+    if trainer.get("accumulate_grad_batches", 1) < 1:
+        raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected at least 1")
+    if (trainer.get("gradient_clip_val") or 0.0) < 0:
+        raise InputError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected 0 (off) or more")
 
 
 def _timestamp() -> str:

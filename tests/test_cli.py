@@ -46,10 +46,9 @@ def test_help_of_a_command_explains_its_options(command, capsys):
 @pytest.mark.parametrize("hardware", sorted(p.name for p in ROOT.glob("trainers/*.yaml")))
 def test_every_config_parses_with_every_hardware_file(path, hardware, capsys):
     stem = next((c for c in ("merge", "test") if Path(path).stem.startswith(f"{c}_")), Path(path).stem)
-    studies = dict.fromkeys(
-        ("safety_tax", "interference", "interference_small", "comparison", "ablations"), "experiment"
-    )
-    command = ({"expert": "fit", "safety": "fit", "task_arithmetic": "merge"} | studies).get(stem, stem)
+    commands = {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}
+    is_study = "study" in yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+    command = "experiment" if is_study else commands.get(stem, stem)
     trainer = [] if command in ("merge", "judge", "report") else ["--trainer", hardware]
     with pytest.raises(SystemExit) as stop:
         main([command, "--config", path, *trainer, "--print_config"])
@@ -145,6 +144,10 @@ def test_hardware_that_is_not_here_is_one_line(base, rows, tmp_path, capsys):
         (["--model.lora.targets", "nonsense"], "lora.targets nonsense"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
         (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate"),
+        (["--trainer.max_epochs", "0"], "trainer.max_epochs is 0; expected at least 1"),
+        (["--trainer.max_steps", "-2"], "trainer.max_steps is -2"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches is 0; expected at least 1"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1; expected 0 (off) or more"),
     ],
 )
 def test_fit_settings_out_of_range_are_one_line(base, rows, tmp_path, capsys, flags, message):

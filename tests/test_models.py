@@ -16,7 +16,7 @@ from src.models.generation import greedy, left_padded_prompts
 from src.models.kv_cache import ReservedLayer, reserve
 from src.models.logits import answer_logits, answer_loss, answer_nll, answer_rows, answer_targets, can_pack
 from src.models.products import fast_products
-from src.models.speed import _best, choose_matmul
+from src.models.speed import _best, _fastest_round, choose_matmul
 from tests.tiny import make_model, random_pairs
 
 PROMPTS = ["hi", "a longer prompt than that", "how?", "mid length one"]
@@ -253,6 +253,24 @@ def test_a_mode_less_accurate_than_asked_is_not_chosen(model):
     assert choose_matmul("bfloat16", narrow, max_error=0.0) == "bfloat16"
     assert torch.get_float32_matmul_precision() == "highest"
     assert choose_matmul("auto", narrow, max_error=1e-6, rows=8, copies=True) in ("highest", "medium")
+
+
+def test_on_a_gpu_no_cpu_product_is_measured(monkeypatch):
+    monkeypatch.setattr("src.models.speed._measure", None)
+    narrow = make_model(dtype=torch.float32)
+    assert choose_matmul("auto", narrow, max_error=5e-3, device="cuda") == "high"
+    assert choose_matmul("auto", narrow, max_error=1e-5, device="cuda") == "highest"
+
+
+def test_a_hopeless_mode_is_not_measured_to_the_end(monkeypatch):
+    products = []
+    monkeypatch.setattr("src.models.speed.linear", lambda x, weight: products.append(weight) or x @ weight.T)
+    weights = [torch.randn(4, 4) for _ in range(3)]
+    inputs = [torch.randn(2, 4) for _ in weights]
+    assert _fastest_round(inputs, weights, limit=0.0) > 0
+    assert len(products) == 1
+    assert _fastest_round(inputs, weights, limit=float("inf")) < float("inf")
+    assert len(products) == 1 + 3 * 3
 
 
 def test_of_the_admitted_modes_the_fastest_is_chosen():

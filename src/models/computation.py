@@ -18,12 +18,15 @@ from src.models.products import fast_products
 from src.models.speed import MatmulMode, choose_matmul
 
 
-def choose_modes(mode: MatmulMode, model: torch.nn.Module, max_error: float) -> dict[str, str]:
+def choose_modes(mode: MatmulMode, model: torch.nn.Module, max_error: float, *, device: str = "cpu") -> dict[str, str]:
     """How float32 matrices are multiplied when scoring (many rows at once) and when decoding (few)."""
     # A mode that rounds to bfloat16 converts every weight anew at every decoding step: three times slower in a real
     # loop, although the products alone look faster.
     accepted = {"score": (max_error, 512), "decode": (min(max_error, 1e-5), 64)}
-    return {use: choose_matmul(mode, model, max_error=error, rows=rows) for use, (error, rows) in accepted.items()}
+    return {
+        use: choose_matmul(mode, model, max_error=error, rows=rows, device=device)
+        for use, (error, rows) in accepted.items()
+    }
 
 
 @dataclass

@@ -105,7 +105,9 @@ class EvaluationModule(LightningModule):
         if self.model is not None:
             return
         self.model = load_model(self.base)
-        modes = choose_modes(self.matmul, self.model, self.max_matmul_error)
+        modes = choose_modes(
+            self.matmul, self.model, self.max_matmul_error, device=self.trainer.strategy.root_device.type
+        )
         self.base_fingerprint = fingerprint(self.model)
         for adapter in self.models.values():
             if adapter is not None:

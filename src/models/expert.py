@@ -113,7 +113,13 @@ class ExpertModule(LightningModule):
             raise InputError(
                 "model.matmul bfloat16 is for an unsharded float32 base on a CPU; elsewhere set trainer.precision"
             )
-        mode = choose_matmul(self.matmul, model, max_error=self.max_matmul_error, copies=copies)
+        mode = choose_matmul(
+            self.matmul,
+            model,
+            max_error=self.max_matmul_error,
+            copies=copies,
+            device=self.trainer.strategy.root_device.type,
+        )
         self.base_fingerprint = fingerprint(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

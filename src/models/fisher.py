@@ -157,7 +157,8 @@ class FisherModule(LightningModule):
         if self.model is not None:
             return
         self.model = load_model(self.base)
-        choose_matmul(self.matmul, self.model, max_error=self.max_matmul_error)
+        device = self.trainer.strategy.root_device.type
+        choose_matmul(self.matmul, self.model, max_error=self.max_matmul_error, device=device)
         self.base_fingerprint = fingerprint(self.model)
         for adapter in (*self.utility, self.safety):
             check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")

@@ -6,7 +6,8 @@ row says does not depend on its neighbours.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,14 +84,15 @@ def greedy(
     live = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
     position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
     for step in range(max_new_tokens):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position.clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with _contiguous_output(model):
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position.clamp_min(0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         cache, token = out.past_key_values, choose(out.logits[:, -1], rows.tolist())
         if step == 0:
             reserve(cache, max_new_tokens - 1)
@@ -107,6 +109,20 @@ def greedy(
             rows, token, position, mask, live = (x[kept] for x in (rows, token, position, mask, live))
         ids = token[:, None]
     return answers
+
+
+@contextmanager
+def _contiguous_output(model: Any) -> Iterator[None]:
+    """The output layer reads contiguous states: of the last positions alone, a strided view, products are slow."""
+
+    def copied(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].contiguous(), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(copied)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _prefill_inputs(model: Any, batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
