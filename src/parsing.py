@@ -32,6 +32,19 @@ class TrainerParser(OneLineErrors, LightningArgumentParser):
         """Add a class's options; Lightning would have the file that a string names read in place of the string."""
         return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
+    def format_help(self) -> str:
+        """Our own options first: the Trainer's hundreds of lines stand behind them."""
+        of_trainer = [group for group in self._action_groups if _is_of_trainer(group)]
+        others = [group for group in self._action_groups if not _is_of_trainer(group)]
+        for group in of_trainer:
+            group.title = "Lightning's Trainer (the files under trainers/ set these for kinds of hardware)"
+        self._action_groups = others + of_trainer
+        return super().format_help()
+
+
+def _is_of_trainer(group: Any) -> bool:
+    return any(action.dest.startswith("trainer.") for action in group._group_actions)
+
 
 def run_function(function: Callable[..., None], name: str, summary: str, arguments: list[str]) -> None:
     """Parse a function's keyword arguments from flags and YAML, then call it."""

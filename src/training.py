@@ -65,7 +65,11 @@ class TrainerCommand(LightningCLI):
             },
             save_config_kwargs={"overwrite": True},
             save_config_callback=SaveConfigCallback,
-            parser_kwargs={"prog": f"python -m src {command}", "description": COMMANDS[command]},
+            parser_kwargs={
+                "prog": f"python -m src {command}",
+                "usage": f"python -m src {command} [--config FILE.yaml] [--trainer FILE.yaml] [options]",
+                "description": COMMANDS[command],
+            },
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

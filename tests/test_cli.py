@@ -40,6 +40,9 @@ def test_help_of_a_command_explains_its_options(command, capsys):
     text = capsys.readouterr().out
     assert f"python -m src {command}" in text
     assert "default:" in text
+    if "--trainer." in text:
+        ours = [text.index(option) for option in ("--output", "--model.base", "--data.batch_size")]
+        assert max(ours) < text.index("--trainer.")
 
 
 @pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*.yaml")))
