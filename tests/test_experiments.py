@@ -144,6 +144,19 @@ def test_merged_weights_go_once_nobody_waits_for_them(tmp_path):
     assert to_compute(tests, store) == []
 
 
+def test_a_training_that_one_evaluation_needs_waits_for_those_of_shared_experts(tmp_path):
+    engine, _, _ = toy_engine(tmp_path)
+    alone, shared = Cell("fit", "alone", {"n": 1}), Cell("fit", "shared", {"n": 2})
+    parents = ((alone,), (shared,), (shared,))
+    tests = [Cell("test", f"test {i}", {"i": i}, {"adapter": of}) for i, of in enumerate(parents)]
+    engine.grid, order = closure(tests), []
+    engine.compute = lambda batch: (
+        order.extend(c.label for c in batch) or {c.key: {"cost": {"seconds": 1.0}} for c in batch}
+    )
+    engine.run()
+    assert order == ["shared", "test 1", "test 2", "alone", "test 0"]
+
+
 def test_a_living_claim_is_respected_and_a_dead_or_reused_number_is_not(tmp_path):
     one, two = Claims(tmp_path), Claims(tmp_path)
     assert one.take("k")

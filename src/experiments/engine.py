@@ -104,10 +104,21 @@ class Engine:
         return all(self.store.has_result(parent) and self.store.has_weights(parent) for parent in cell.parents)
 
     def _in_order(self, ready: Sequence[Cell]) -> list[Cell]:
-        """By stage; but evaluations first once they fill a command, for then merged weights can go from the disk."""
+        """By stage; with two exceptions.
+
+        Evaluations come first once they fill a command, for then merged weights can go from the disk. Trainings whose
+        adapter only one cell needs come last: an unfinished study has evaluated what shares its experts.
+        """
         waiting = Counter(cell.batch for cell in ready if cell.stage == "test")
         full = {batch for batch, count in waiting.items() if count >= self.batch_size}
-        return sorted(ready, key=lambda cell: -1 if cell.batch in full else ORDER.index(cell.stage))
+        users = Counter(parent.key for cell in self.grid for parent in cell.parents)
+
+        def place(cell: Cell) -> int:
+            if cell.batch in full:
+                return -1
+            return len(ORDER) if cell.stage == "fit" and users[cell.key] == 1 else ORDER.index(cell.stage)
+
+        return sorted(ready, key=place)
 
     def _take(self, ready: Sequence[Cell]) -> list[Cell]:
         """Claim the first cell that is free, and others of its batch."""
