@@ -164,8 +164,8 @@ def _run(command: str, arguments: list[str]) -> str | None:
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as stop:
-        # Lightning turns Ctrl-C into an exit of its own.
-        if not isinstance(stop.__context__, KeyboardInterrupt):
+        # Lightning turns Ctrl-C into an exit of its own, and SIGTERM into one that looks like success.
+        if not isinstance(stop.__context__, KeyboardInterrupt) and type(stop).__name__ != "SIGTERMException":
             raise
         return INTERRUPTED
     except OSError as error:

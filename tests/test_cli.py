@@ -174,6 +174,12 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
+def terminated(*_, **__):
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    raise SIGTERMException
+
+
 def full_disk(*_, **__):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -182,6 +188,7 @@ def full_disk(*_, **__):
     ("place", "failure", "message"),
     [
         ("src.merge.stage.combined", interrupted, "interrupted"),
+        ("src.merge.stage.combined", terminated, "interrupted"),
         ("src.adapters.peft_files.save_file", full_disk, "No space left on device"),
     ],
 )

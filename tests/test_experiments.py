@@ -64,8 +64,11 @@ def test_a_result_without_weights_is_enough_unless_a_new_cell_needs_them(tmp_pat
     assert "weights missing" in listing(closure(toy_grid(5)), to_compute(toy_grid(5), store), store)
 
 
-def test_a_failing_cell_hides_no_other_and_is_named(tmp_path):
+@pytest.mark.parametrize("error", [CellError, InputError])
+def test_a_failing_cell_hides_no_other_and_is_named(tmp_path, error):
+    # InputError: a command that ended well and left no result.
     engine, work, store = toy_engine(tmp_path, bad=("leaf 1",))
+    work.error = error
     outcome = engine.run()
     assert list(outcome.failed.values()) == ["leaf 1 is bad"]
     assert sorted(work.noted("end")) == sorted(set(LABELS) - {"leaf 1"})

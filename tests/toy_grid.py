@@ -19,6 +19,8 @@ def toy_grid(count=4):
 class ToyWork:
     """Computes toy cells slowly; keeps a line for each start and each end; fails for the labels that it is told."""
 
+    error = CellError
+
     def __init__(self, store, folder, seconds=0.0, bad=()):
         self.store, self.diary, self.seconds, self.bad = store, folder / "diary.txt", seconds, bad
 
@@ -27,7 +29,7 @@ class ToyWork:
             self._note("start", cell)
             time.sleep(self.seconds)
             if cell.label in self.bad:
-                raise CellError(f"{cell.label} is bad")
+                raise self.error(f"{cell.label} is bad")
             if cell.stage == "fisher":
                 (self.store.weights(cell)).mkdir(parents=True, exist_ok=True)
             self._note("end", cell)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from src.errors import InputError
 from src.experiments.cell import Cell, closure
 from src.experiments.claim_files import Claims
 from src.experiments.store import Record, Store
@@ -147,7 +148,7 @@ class Engine:
         """Compute a batch; where it fails, each of its cells alone, so that a bad one does not hide the others."""
         try:
             records = self.compute(batch)
-        except CellError as error:
+        except (CellError, InputError) as error:
             if len(batch) > 1:
                 for cell in batch:
                     self._compute([cell])
