@@ -3,13 +3,17 @@
 import torch
 
 from src.adapters.basis import CoreBasis, core_basis
+from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.files import FisherFile
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
-from src.merge.base import FisherPair
+from src.fisher.magnitude import Magnitude
+from src.merge.base import AnchoredFisher, FisherPair
+from src.merge.settings import with_option
+from tests.tiny import make_model
 
 
 def weight_space_fishers(pairs, n_s=6, n_u=9, seed=0):
@@ -34,11 +38,15 @@ def weight_fisher(shapes, kind, seed):
         deltas, inputs = (torch.randn(40, side, generator=draw, dtype=torch.float64) for side in (o, i))
         if kind == "diagonal":
             sums[0][name] = (deltas.square().T @ inputs.square()).reshape(1, -1)
+        elif kind == "magnitude":
+            sums[0][name] = (deltas.abs().T @ inputs.abs()).reshape(1, -1)
         else:
             sums[0][name], sums[1][name] = (deltas.T @ deltas)[None], (inputs.T @ inputs)[None]
             sums[2][name] = torch.tensor([40.0]).double()
     counts = torch.tensor([40.0]).double()
-    return DiagonalFisher(shapes, counts, sums[0]) if kind == "diagonal" else KroneckerFisher(shapes, counts, *sums)
+    if kind == "kronecker":
+        return KroneckerFisher(shapes, counts, *sums)
+    return (DiagonalFisher if kind == "diagonal" else Magnitude)(shapes, counts, sums[0])
 
 
 def matching_fishers(method, utility, safety):
@@ -47,7 +55,12 @@ def matching_fishers(method, utility, safety):
         return weight_space_fishers(safety, n_s=40, n_u=40)
     shapes = {name: {**utility, **safety}[name].shape for name in sorted({**utility, **safety})}
     kind = method.representations[-1]
-    return FisherPair(weight_fisher(shapes, kind, 1), weight_fisher(shapes, kind, 2), CoreBasis({}, {}))
+    pairs = [FisherPair(*(weight_fisher(shapes, kind, 2 * i + j) for j in (1, 2)), CoreBasis({}, {})) for i in (0, 1)]
+    if kind != "magnitude":
+        return pairs[0]
+    model = make_model()
+    weights = {name: DenseDelta(model.get_submodule(name).weight.detach()) for name in shapes}
+    return AnchoredFisher(pairs[0].safety, pairs[0].utility, pairs[0].basis, base=pairs[1], weights=weights)
 
 
 def regauged(pairs):
@@ -66,14 +79,24 @@ def write_fishers(folder, adapters, base, *, method=None, **rows):
         pair = weight_space_fishers(safety.pairs, **rows)
     else:
         pair = matching_fishers(method, utility.pairs, safety.pairs)
-    for name, fisher in (("safety", pair.safety), ("utility", pair.utility)):
+    matrices = [("safety", pair.safety, ""), ("utility", pair.utility, "")]
+    if isinstance(pair, AnchoredFisher):
+        matrices += [("safety", pair.base.safety, "base"), ("utility", pair.base.utility, "base")]
+    for name, fisher, at in matrices:
         record = {
             "pass": name,
+            "reference": at or {name: 1.0},
             "base": {"name": str(base), "fingerprint": None},
             "safety": {"path": safety.name, "sha256": safety.sha256},
             "utility": [{"path": utility.name, "sha256": utility.sha256, "weight": 1.0}],
             "basis_sha256": pair.basis.digest(),
             "seen": [f"{name}-prompt"],
         }
-        FisherFile(fisher, pair.basis.u, pair.basis.v, record).save(folder / f"{name}.safetensors")
+        (folder / at).mkdir(parents=True, exist_ok=True)
+        FisherFile(fisher, pair.basis.u, pair.basis.v, record).save(folder / at / f"{name}.safetensors")
     return folder
+
+
+def anchored(method, folder):
+    """The method, told where the files at the base lie, if it reads some."""
+    return with_option(method, "base_fisher", str(folder / "base")) if hasattr(method, "base_fisher") else method

@@ -146,9 +146,10 @@ def tensors(folder):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("representation", ["lowrank", "block"])
+@pytest.mark.parametrize("representation", ["lowrank", "block", "magnitude"])
 def test_a_killed_pass_goes_on_from_its_last_shard(base, adapters, rows, tmp_path, representation):
     flags = ["--model.representation", representation, "--model.shard_rows", "4"]
+    flags += ["--model.coordinates", "weight"] if representation == "magnitude" else []
     assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *flags)) == 0
     command = fisher_flags(base, adapters, rows, tmp_path / "cut", *flags)
     kill = ["--trainer.callbacks+=tests.test_fisher_command.KillAt"]
@@ -286,4 +287,7 @@ def test_the_estimate_of_a_70b_model_is_its_arithmetic(tmp_path, rows, tokenizer
     assert found.disk - found.shards == 2 * 8 * 16 * 80 * per_layer
     blocks = estimate(spec, shapes, data, representation="block", **options)
     assert blocks.sums == 2 * 8 * 560 * 256**2
+    weights = estimate(spec, shapes, data, representation="magnitude", **options | {"weight_coordinates": True})
+    assert weights.sums == 2 * 8 * weights.dim == weights.disk // 2
+    assert weights.dim == 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert estimate(spec, shapes, data, representation="lowrank", **options, shards=8).weights == found.weights // 8

@@ -10,9 +10,17 @@ from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
 from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.magnitude import MagnitudeAccumulator
 
 SHAPES = {"a": (2, 3), "b": (1, 4)}
-KINDS = [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator, MeanAccumulator]
+KINDS = [
+    LowRankAccumulator,
+    BlockAccumulator,
+    KroneckerAccumulator,
+    DiagonalAccumulator,
+    MagnitudeAccumulator,
+    MeanAccumulator,
+]
 ROWS, TOKENS = 7, 3
 # Rank 2 of 3 holds nothing; rows are dealt out of order and unevenly.
 DEALS = {1: [[3, 0, 6, 1, 2, 5, 4]], 2: [[5, 0], [6, 1, 4, 2, 3]], 3: [[4, 6, 1], [0, 2, 3, 5], []]}

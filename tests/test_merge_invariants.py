@@ -29,7 +29,7 @@ from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM
 from src.merge.stage import merge
-from tests.merging import matching_fishers, regauged, weight_fisher, write_fishers
+from tests.merging import anchored, matching_fishers, regauged, weight_fisher, write_fishers
 from tests.tiny import make_model, random_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +134,7 @@ def test_one_expert_of_weight_one_is_itself(combination, updates):
 def run(adapters, base, output, **options):
     fisher_folder = write_fishers(output.parent / "fisher", adapters, base, method=options["method"])
     paths = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(output)}
+    options["method"] = anchored(options["method"], fisher_folder)
     merge(**paths | {"fisher": str(fisher_folder)} | options)
     return read_adapter(output).pairs
 

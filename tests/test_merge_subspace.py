@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.merge.combination import Expert
@@ -15,7 +16,7 @@ from src.merge.combinations.regmean import regmean
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM, polar
-from src.merge.led import disjoint, important, led
+from src.merge.led import cut, disjoint, important, led
 
 
 def drawn(*shape, seed=0):
@@ -161,12 +162,15 @@ def test_the_diagonal_average_follows_the_informed_expert():
 
 def test_led_keeps_what_one_expert_alone_needs():
     scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    assert important(scores, 0.5).tolist() == [[True, True, False, False]]
+    assert cut(DenseDelta(scores), 0.5) == 3.0
+    assert cut(DenseDelta(scores), 0.2) == float("inf")
+    assert important(scores, 3.0).tolist() == [[True, True, False, False]]
+    assert important(torch.tensor([[0.0, 1.0]]), 0.0).tolist() == [[False, True]]
     masks = [torch.tensor([True, True, False]), torch.tensor([False, True, True])]
     assert [m.tolist() for m in disjoint(masks)] == [[True, False, False], [False, False, True]]
     updates = [torch.full((1, 4), 1.0), torch.full((1, 4), 10.0)]
     other = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
-    merged = led(updates, [scores, other], [scores, other], [0.5, 0.5], [1.0, 0.5])
+    merged = led(updates, [important(scores, 3.0), important(other, 3.0)], [1.0, 0.5])
     assert merged.tolist() == [[1.0, 0.0, 5.0, 0.0]]
 
 

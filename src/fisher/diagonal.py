@@ -2,11 +2,14 @@
 
 Every example's score is squared by itself: the square of a batch's mean gradient is smaller by about the batch size
 (1905.12558). In weight coordinates g_i = Σ_t δ_t x_tᵀ is as large as the weight, so rows are taken a few at a time.
+:mod:`src.fisher.magnitude` takes the mean of |g| in the same way.
 
 Legend of shapes: N examples, T tokens, p and q sides of a core (O and I of a weight), H halves of the examples.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -16,12 +19,21 @@ from src.fisher.scores import core_score
 from src.fisher.summed import SummedAccumulator, SummedFisher
 
 ENTRIES = 2**22
-"""Entries of scores that are squared together: bounds the temporaries beside one module's sum."""
+"""Entries of scores that are taken together: bounds the temporaries beside one module's sum."""
 
 
 @dataclass(frozen=True)
-class DiagonalFisher(SummedFisher):
-    """Per-coordinate mean squares; ``sums`` holds ``Σ g²`` of each module, (H, p·q)."""
+class PerCoordinate(SummedFisher):
+    """One mean per coordinate; ``sums`` holds the sum of each module, (H, p·q)."""
+
+    def module_trace(self, name: str) -> float:
+        """Sum of a module's means."""
+        return self.mean(name).sum().item()
+
+
+@dataclass(frozen=True)
+class DiagonalFisher(PerCoordinate):
+    """Per-coordinate mean squares."""
 
     representation = "diagonal"
 
@@ -33,20 +45,27 @@ class DiagonalFisher(SummedFisher):
         """(D,) diagonal."""
         return torch.cat([self.module_diagonal(name) for name in self.shapes])
 
-    def module_trace(self, name: str) -> float:
-        """Trace of a module's block."""
-        return self.module_diagonal(name).sum().item()
-
     def module_product(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """(P, p·q) products of a module's block."""
         return vectors * self.module_diagonal(name)
 
 
-class DiagonalAccumulator(SummedAccumulator[DiagonalFisher]):
-    """Accumulates :class:`DiagonalFisher`; scores are formed a few examples at a time."""
+Means = TypeVar("Means", bound=PerCoordinate)
+
+
+class CoordinateAccumulator(SummedAccumulator[Means]):
+    """Accumulates a mean per coordinate; scores are formed a few examples at a time."""
+
+    kind: ClassVar[type[PerCoordinate]]
+    """What is accumulated."""
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, DiagonalFisher, lambda p, q: (p * q,), halves=halves, allocate=allocate)
+        kind: type[Means] = self.kind  # type: ignore[assignment]
+        super().__init__(shapes, kind, lambda p, q: (p * q,), halves=halves, allocate=allocate)
+
+    @abstractmethod
+    def measure_(self, scores: torch.Tensor) -> torch.Tensor:
+        """What is averaged, of scores (N, p·q), in place."""
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
         """Add one module of a backward pass."""
@@ -54,5 +73,15 @@ class DiagonalAccumulator(SummedAccumulator[DiagonalFisher]):
         rows = max(1, ENTRIES // (p * q))
         for half, weight, (deltas, inputs) in self._parts(delta, x):
             for some in torch.arange(len(weight), device=delta.device).split(rows):
-                squares = core_score(deltas[some], inputs[some]).double().square_()
-                self._sums[name][half] += (weight[some] @ squares).cpu()
+                values = self.measure_(core_score(deltas[some], inputs[some]).double())
+                self._sums[name][half] += (weight[some] @ values).cpu()
+
+
+class DiagonalAccumulator(CoordinateAccumulator[DiagonalFisher]):
+    """Accumulates :class:`DiagonalFisher`."""
+
+    kind = DiagonalFisher
+
+    def measure_(self, scores: torch.Tensor) -> torch.Tensor:
+        """``g²``."""
+        return scores.square_()

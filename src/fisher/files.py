@@ -21,10 +21,11 @@ from src.fisher.block import BlockFisher
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
+from src.fisher.magnitude import Magnitude
 
 RECORD = "sst_fisher"
 REPRESENTATIONS: dict[str, type[Fisher]] = {
-    kind.representation: kind for kind in (LowRankFisher, BlockFisher, KroneckerFisher, DiagonalFisher)
+    kind.representation: kind for kind in (LowRankFisher, BlockFisher, KroneckerFisher, DiagonalFisher, Magnitude)
 }
 
 

@@ -41,6 +41,19 @@ class PatchedFisher(FisherPair):
 
 
 @dataclass(frozen=True)
+class AnchoredFisher(FisherPair):
+    """What was measured at each expert, and the base beside it.
+
+    Attributes:
+        base: What was measured on the same rows at θ0.
+        weights: W0 of each module, (O, I).
+    """
+
+    base: FisherPair
+    weights: Mapping[str, Delta]
+
+
+@dataclass(frozen=True)
 class Patch:
     """The patch to add to ``θ0 + ΔW_u`` and what the method found on the way (numbers for the manifest)."""
 
@@ -73,6 +86,10 @@ class MergeMethod(ABC):
     def relearns(self) -> bool:
         """Whether it needs mean scores and the benign pass at the patched point too (:class:`PatchedFisher`)."""
         return False
+
+    def base_folder(self) -> str | None:
+        """Directory of Fisher files measured at the base, where it needs them too (:class:`AnchoredFisher`)."""
+        return None
 
     @abstractmethod
     def patch(

@@ -10,17 +10,21 @@ per expert, each with the ``utility`` pass of that expert alone.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from src.adapters.base_weights import BaseWeights, open_base
 from src.adapters.basis import CoreBasis
 from src.adapters.peft_files import Adapter
 from src.errors import InputError
 from src.fisher.base import Fisher, weighted_mean
-from src.merge.base import FisherPair, MergeMethod, PatchedFisher
+from src.merge.anchor import read_anchor, weights_of
+from src.merge.base import AnchoredFisher, FisherPair, MergeMethod, PatchedFisher
 from src.merge.fisher_passes import Pass, read_pass
+from src.models.base import weights_folder
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def read_pair(
     experts: Sequence[Adapter],
     safety: Adapter,
     method: MergeMethod,
+    base: BaseWeights | None = None,
 ) -> Calibration:
     """Both Fisher matrices of a safety method.
 
@@ -59,12 +64,15 @@ def read_pair(
         experts: Utility adapters of the merge.
         safety: Its safety adapter.
         method: The method, which names the coordinates and representations that it can work with.
+        base: The base's weights, where the user named them.
 
     Raises:
         InputError: a file is missing, of another pass, of other adapters or coordinates, or of a form that the method
             cannot work with.
     """
-    shares = checked_weights(folders, weights)
+    shares, anchor = checked_weights(folders, weights), method.base_folder()
+    if anchor is not None and len(folders) > 1:
+        raise InputError(f"fisher: {len(folders)} directories; {type(method).__name__} takes one, for one at the base")
     first = read_pass(folders[0], "safety", method)
     utilities = [read_pass(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
     benign = [
@@ -72,7 +80,8 @@ def read_pair(
         for folder, share in zip(folders, shares, strict=True)
         if method.relearns
     ]
-    passes = [first, *utilities, *benign]
+    at_base = [] if anchor is None else read_anchor(anchor, [first, *utilities], method)
+    passes = [first, *utilities, *benign, *at_base]
     for one in passes:
         one.check_adapters(experts, safety)
         one.check_coordinates(first)
@@ -82,6 +91,8 @@ def read_pair(
         means = [first.mean_scores(), *(one.mean_scores() for one in benign)]
         g_u = torch.tensor(shares, dtype=torch.float64) @ torch.stack(means[1:]) / sum(shares)
         pair = PatchedFisher(pair.safety, f_u, basis, benign=_mean(benign), safety_mean=means[0], benign_mean=g_u)
+    if at_base:
+        pair = _anchored(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)
 
 
@@ -126,6 +137,16 @@ def checked_weights(folders: Sequence[str], weights: Sequence[float] | None) -> 
 def _calibration(passes: Sequence[Pass], **parts: Any) -> Calibration:
     seen = frozenset(prompt for one in passes for prompt in one.file.record["seen"])
     return Calibration(**parts, seen=seen, files=tuple(one.entry for one in passes))
+
+
+def _anchored(
+    pair: FisherPair, at_base: Sequence[Pass], adapters: Sequence[Adapter], base: BaseWeights | None
+) -> AnchoredFisher:
+    measured = FisherPair(at_base[0].file.fisher, at_base[1].file.fisher, pair.basis)
+    modules = {name: delta.shape for adapter in adapters for name, delta in adapter.updates.items()}
+    with nullcontext(base) if base is not None else open_base(weights_folder(adapters[0].base)) as opened:
+        weights = weights_of(opened, modules)
+    return AnchoredFisher(pair.safety, pair.utility, pair.basis, base=measured, weights=weights)
 
 
 def _mean(passes: Sequence[Pass]) -> Fisher:

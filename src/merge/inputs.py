@@ -75,7 +75,7 @@ class Calibrated:
     method: MergeMethod | None
     combine: Combination
 
-    def read(self, experts: Sequence[Adapter], safety: Adapter | None) -> Calibration:
+    def read(self, experts: Sequence[Adapter], safety: Adapter | None, base: BaseWeights | None = None) -> Calibration:
         """Read what the stages need; nothing where they need nothing.
 
         Raises:
@@ -100,7 +100,7 @@ class Calibrated:
             return read_statistics(self.folders, experts, needy)
         if safety is None:
             raise InputError("this method needs the safety adapter that its Fisher files were measured for: --safety")
-        return read_pair(self.folders, self.weights, experts, safety, needy)
+        return read_pair(self.folders, self.weights, experts, safety, needy, base)
 
 
 def read_inputs(
@@ -131,7 +131,7 @@ def read_inputs(
     patcher = read_adapter(safety, base) if safety is not None else None
     adapters = [*experts, *([patcher] if patcher else [])]
     check_compatible(adapters)
-    found = calibrated.read(experts, patcher)
+    found = calibrated.read(experts, patcher, base)
     for entry in found.files:
         if found.pair is not None and entry["utility_weights"] != given:
             log.warning("%s: measured at utility weights %s, not %s", entry["path"], entry["utility_weights"], given)

@@ -1,23 +1,148 @@
-"""LED-Merging (2502.16770), as pure functions: locate, elect and keep disjoint what each expert needs.
+"""LED-Merging (2502.16770): locate what each expert needs, elect it at base and expert, keep it where no other does.
 
-    score = |W| ⊙ Σ_x |∇L(x)|,   e_i = top-r of base score and of expert score,   m_i = e_i minus the others' union
-    θ0 + Σ λ_i m_i ⊙ ΔW_i
+    s(W) = |W| ⊙ E_x |∇_W log p(x)|                                 (O, I), mean over the calibration rows
+    e_i  = top-r_i of s(W0)  and  top-r_i of s(W0 + ΔW_i)           both on expert i's rows, per module
+    m_i  = e_i minus the union of the others' e_j
+    θ0 + Σ_i λ_i m_i ⊙ ΔW_i
 
-Scores need the summed magnitude of every weight's gradient on calibration rows (128 in the paper). No Fisher file
-holds it: a diagonal is E[g²], and its root is no E|g|; a pass of its own would be needed, at the base and at each
-expert. So this is no method of the command line; the caller brings the scores.
+The paper adds magnitudes of the loss's gradient over 128 rows; their mean ranks alike. Its factor α is part of λ here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from src.adapters.deltas import Delta, LazyDelta, blocks, combined
+from src.adapters.pairs import LowRankPair
+from src.errors import InputError
+from src.fisher.base import Fisher
+from src.fisher.magnitude import Magnitude
+from src.merge.base import AnchoredFisher, FisherPair, MergeMethod, Patch
+from src.merge.combination import share
 from src.merge.selection import at_least, kth_magnitude
+from src.merge.weight_fishers import module_fisher, per_weight
 
 
-def important(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """(O, I) mask of the ``int(share · numel)`` largest scores of a tensor."""
-    return at_least(scores, kth_magnitude(lambda: [scores], int(share * scores.numel()))) & (scores > 0)
+class Led(MergeMethod):
+    """LED-Merging (2502.16770): of each update keep the weights that it alone needs, at the base and at itself.
+
+    Full rank. Needs mean magnitudes (``fisher --model.coordinates weight --model.representation magnitude
+    --model.labels data``) twice, of the same rows: at the experts (``--model.reference_safety '{safety: 1.0}'
+    --model.reference_utility utility``), which ``--fisher`` names, and at the base (both references ``base``). The
+    base's weights are read from ``--base``; unset means the base that the adapters name.
+
+    The patch is ``Σ_i λ_i m_i ⊙ ΔW_i − ΔW_u``, as this method thins the utility update too: strength 0 is the utility
+    adapter, 1 the paper's merge, and those between lie on the line that joins them. To vary the share of safety in the
+    paper's own way, keep strength 1 and sweep ``weight_safety``.
+
+    Args:
+        base_fisher: Directory of Fisher files measured at the base.
+        share_utility: r of ΔW_u, share of a module's weights that counts as important, above 0 to 1 (the paper's .4 to
+            .5).
+        share_safety: r of ΔW_s (the paper's .1).
+        weight_utility: λ of ΔW_u (the paper's .9).
+        weight_safety: λ of ΔW_s (the paper's .9).
+    """
+
+    needs_fisher = True
+    coordinates = "weight"
+    representations = ("magnitude",)
+    takes_full_rank = True
+
+    def __init__(
+        self,
+        base_fisher: str | None = None,
+        share_utility: float = 0.4,
+        share_safety: float = 0.1,
+        weight_utility: float = 0.9,
+        weight_safety: float = 0.9,
+    ) -> None:
+        self.base_fisher = base_fisher
+        self.share_utility = share(share_utility, "method.share_utility")
+        self.share_safety = share(share_safety, "method.share_safety")
+        for key, value in (("weight_utility", weight_utility), ("weight_safety", weight_safety)):
+            if not -float("inf") < value < float("inf"):
+                raise InputError(f"method.{key} is {value}; expected a finite number")
+        self.weight_utility, self.weight_safety = weight_utility, weight_safety
+
+    def base_folder(self) -> str:
+        """Where magnitudes at the base lie.
+
+        Raises:
+            InputError: no directory was given.
+        """
+        if self.base_fisher is None:
+            raise InputError("method Led needs Fisher files measured at the base too: pass --method.base_fisher")
+        return self.base_fisher
+
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
+        """What the merge changes in the utility update, evaluated module by module in blocks of rows.
+
+        Raises:
+            InputError: magnitudes at the experts or at the base are missing, of another form, or lack a module.
+        """
+        if not isinstance(fisher, AnchoredFisher):
+            raise InputError("method Led needs magnitudes at experts and base: pass --fisher and --method.base_fisher")
+        names = dict.fromkeys([*utility, *safety])
+        merged = {name: self._module(name, (utility, safety), fisher) for name in names}
+        return Patch(combined([merged, utility], [1.0, -1.0]))
+
+    def _module(self, name: str, both: Sequence[Mapping[str, Delta]], fisher: AnchoredFisher) -> LazyDelta:
+        o, i = next(deltas[name] for deltas in both if name in deltas).shape
+        zero = LowRankPair(torch.zeros(0, i), torch.zeros(o, 0))
+        updates = [deltas.get(name, zero) for deltas in both]
+        weight, base = fisher.weights[name], fisher.base
+        at_base = [scores([weight], f, name) for f in (base.utility, base.safety)]
+        at_expert = [
+            scores([weight, delta], f, name) for delta, f in zip(updates, (fisher.utility, fisher.safety), strict=True)
+        ]
+        shares, weights = (self.share_utility, self.share_safety), (self.weight_utility, self.weight_safety)
+        found: list[list[float]] = []
+
+        def evaluate(rows: slice) -> torch.Tensor:
+            if not found:
+                found.extend([cut(s, r) for s, r in zip(every, shares, strict=True)] for every in (at_base, at_expert))
+            elected = [
+                important(one.block(rows), low) & important(two.block(rows), high)
+                for one, two, low, high in zip(at_base, at_expert, *found, strict=True)
+            ]
+            return led([delta.block(rows).double() for delta in updates], elected, weights)
+
+        return LazyDelta((o, i), evaluate)
+
+
+def scores(weight: Sequence[Delta], fisher: Fisher, name: str) -> LazyDelta:
+    """(O, I) scores ``|W| ⊙ E|g|`` of a module, float64, read a few rows at a time.
+
+    Args:
+        weight: What W is the sum of.
+        fisher: Mean magnitudes.
+        name: The module.
+
+    Raises:
+        InputError: the magnitudes lack the module, or are none.
+    """
+    shape = weight[0].shape
+    own = module_fisher(fisher, name, shape, "method Led")
+    if not isinstance(own, Magnitude):
+        raise InputError(f"method Led needs mean magnitudes of gradients, not {own.representation}")
+    means = per_weight(own, name)
+
+    def evaluate(rows: slice) -> torch.Tensor:
+        total = torch.stack([part.block(rows).double() for part in weight]).sum(0)
+        return total.abs_() * means.block(rows)
+
+    return LazyDelta(shape, evaluate)
+
+
+def cut(scores: Delta, share: float) -> float:
+    """The smallest of the ``int(share · numel)`` largest scores, in float32; infinity where that is none."""
+    return kth_magnitude(lambda: blocks(scores), int(share * scores.shape[0] * scores.shape[1]))
+
+
+def important(scores: torch.Tensor, cut: float) -> torch.Tensor:
+    """Mask of the scores that reach a cut and are not zero."""
+    return at_least(scores, cut) & (scores > 0)
 
 
 def disjoint(elected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -26,25 +151,13 @@ def disjoint(elected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [mask & (counts == 1) for mask in elected]
 
 
-def led(
-    updates: Sequence[torch.Tensor],
-    base_scores: Sequence[torch.Tensor],
-    expert_scores: Sequence[torch.Tensor],
-    shares: Sequence[float],
-    weights: Sequence[float],
-) -> torch.Tensor:
-    """(O, I) merged update of one module.
+def led(updates: Sequence[torch.Tensor], elected: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """``Σ_i λ_i m_i ⊙ ΔW_i`` of a module, or of some rows of it.
 
     Args:
         updates: ΔW_i, (O, I) each.
-        base_scores: Scores of the base on expert i's rows.
-        expert_scores: Scores of expert i on its rows.
-        shares: r_i, share of a tensor that is important (the paper's .1 for safety, .4 to .5 for tasks).
+        elected: e_i, (O, I) masks.
         weights: λ_i.
     """
-    elected = [
-        important(base, share) & important(expert, share)
-        for base, expert, share in zip(base_scores, expert_scores, shares, strict=True)
-    ]
     terms = [w * mask * delta for w, mask, delta in zip(weights, disjoint(elected), updates, strict=True)]
     return torch.stack(terms).sum(0)

@@ -1,6 +1,17 @@
 """Every method, imported: ``--method`` and ``--combine`` choose from the subclasses of ``MergeMethod``."""
 
-from src.merge import align_guard, closest_safe_update, resta, safe_lora, safe_merge, sst, sst_diagonal, sst_m, sst_v
+from src.merge import (
+    align_guard,
+    closest_safe_update,
+    led,
+    resta,
+    safe_lora,
+    safe_merge,
+    sst,
+    sst_diagonal,
+    sst_m,
+    sst_v,
+)
 from src.merge.combinations import (
     breadcrumbs,
     concatenate,
@@ -29,6 +40,7 @@ __all__ = [
     "fisher_average",
     "iso_c",
     "knots",
+    "led",
     "linear",
     "magnitude_prune",
     "regmean",

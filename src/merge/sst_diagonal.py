@@ -12,7 +12,7 @@ from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
 from src.merge.masked import Form, Mask, Masking, masked_patch, whole_patch
-from src.merge.weight_fishers import diagonal_rows
+from src.merge.weight_fishers import per_weight
 
 
 class SstDiagonal(MergeMethod):
@@ -69,7 +69,7 @@ class SstDiagonal(MergeMethod):
         unknown = [name for name in self.layer_weights or {} if name not in one.shapes]
         if unknown:
             raise InputError(f"method.layer_weights: no module {unknown[0]} in the Fisher files")
-        diagonals = [{name: diagonal_rows(f, name) for name in f.shapes} for f in (one, two)]
+        diagonals = [{name: per_weight(f, name) for name in f.shapes} for f in (one, two)]
         try:
             made = sst_diagonal(
                 utility,

@@ -79,8 +79,8 @@ def merge(
         rank: Largest rank of the written adapter, per module; unset writes factors as they are, exactly.
         energy: Share of each module's squared norm that the written adapter keeps, above 0 to 1, in place of ``rank``.
         full_model: Write whole weights, base and update, instead of an adapter.
-        base: Directory or hub id with the base model's safetensors files, or a GGUF file, for ``full_model`` (unset
-            means the base that the adapters name) and to convert DoRA and fully trained modules.
+        base: Directory or hub id with the base model's safetensors files, or a GGUF file, for ``full_model`` and
+            ``Led`` (unset means the base that the adapters name) and to convert DoRA and fully trained modules.
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
         warn_below: Kept energy, 0 to 1, under which ``rank`` and ``energy`` warn.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.

@@ -11,7 +11,7 @@ import torch
 from src.adapters.deltas import LazyDelta
 from src.errors import InputError
 from src.fisher.base import Fisher, ModuleFisher
-from src.fisher.diagonal import DiagonalFisher
+from src.fisher.diagonal import DiagonalFisher, PerCoordinate
 from src.merge.combination import Expert
 
 
@@ -35,8 +35,8 @@ def module_fisher(fisher: Fisher, name: str, shape: tuple[int, int], owner: str)
     return fisher
 
 
-def diagonal_rows(fisher: DiagonalFisher, name: str) -> LazyDelta:
-    """The diagonal of a module's block as (O, I), float64, read a few rows at a time."""
+def per_weight(fisher: PerCoordinate, name: str) -> LazyDelta:
+    """The mean of each weight of a module as (O, I), float64, read a few rows at a time."""
     rows, columns = fisher.shapes[name]
     sums, count = fisher.sums[name].view(-1, rows, columns), fisher.counts.sum()
     return LazyDelta((rows, columns), lambda some: sums[:, some].double().sum(0) / count)

@@ -73,6 +73,7 @@ def matrix_bytes(representation: Representation, shapes: Shapes, rows: int, *, d
         "block": sum((p * q) ** 2 for p, q in sides),
         "kronecker": sum(p * p + q * q for p, q in sides),
         "diagonal": sum(p * q for p, q in sides),
+        "magnitude": sum(p * q for p, q in sides),
     }
     return 8 * entries[representation] * (2 if halves else 1)
 

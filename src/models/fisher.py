@@ -41,6 +41,8 @@ from src.models.speed import MatmulMode, choose_matmul
 log = logging.getLogger(__name__)
 
 PARTS = ".parts"
+WEIGHTS = ("kronecker", "diagonal", "magnitude")
+"""Representations that exist in weight coordinates."""
 
 
 class FisherModule(LightningModule):
@@ -52,9 +54,10 @@ class FisherModule(LightningModule):
         safety: Safety adapter; it spans the core space.
         utility_weights: Weight of each utility adapter; unset means 1 for each.
         representation: ``lowrank`` keeps every score (the exact matrix); ``block`` is exact within a module;
-            ``kronecker`` (K-FAC) and ``diagonal`` are approximations.
+            ``kronecker`` (K-FAC) and ``diagonal`` are approximations; ``magnitude`` is the mean of |g| per weight, for
+            ``merge --method Led``.
         coordinates: ``core``: the entries of C in U C Vᵀ; ``weight``: every entry of the adapted layers' weights
-            (``kronecker`` and ``diagonal`` only).
+            (``kronecker``, ``diagonal`` and ``magnitude`` only).
         basis: ``safety``: the core space of the safety adapter; ``union``: of all adapters.
         labels: ``model`` draws answer tokens from the model (Fisher information), ``data`` takes the rows' own
             (empirical Fisher), ``random_tokens`` measures on rows of random tokens.
@@ -102,10 +105,12 @@ class FisherModule(LightningModule):
         self.labels["benign"] = self.labels["utility"]
         if draws < 1 or (draws > 1 and "model" not in self.labels.values()):
             raise InputError(f"model.draws is {draws} with labels {labels!r}; expected 1, or more with labels model")
-        if coordinates == "weight" and representation not in ("kronecker", "diagonal"):
+        if coordinates == "weight" and representation not in WEIGHTS:
             raise InputError(
-                f"model.representation {representation} has no weight coordinates; expected kronecker or diagonal"
+                f"model.representation {representation} has no weight coordinates; expected {' or '.join(WEIGHTS)}"
             )
+        if coordinates == "core" and representation == "magnitude":
+            raise InputError("model.representation magnitude has no core coordinates; pass --model.coordinates weight")
         if shard_rows < 1:
             raise InputError(f"model.shard_rows is {shard_rows}; expected at least 1")
         self.base, self.draws, self.granularity, self.seed = base, draws, granularity, seed

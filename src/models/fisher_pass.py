@@ -12,6 +12,7 @@ from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
 from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.magnitude import MagnitudeAccumulator
 from src.fisher.shards import Shards, join_scores
 
 Coordinates = Literal["core", "weight"]
@@ -30,10 +31,11 @@ def make_accumulators(
         halves: Keep two halves of the rows apart (of no concern to ``lowrank``, which keeps every row).
         allocate: Where sums live.
     """
-    kinds: dict[str, type[BlockAccumulator | KroneckerAccumulator | DiagonalAccumulator]] = {
+    kinds: dict[str, type[BlockAccumulator | KroneckerAccumulator | DiagonalAccumulator | MagnitudeAccumulator]] = {
         "block": BlockAccumulator,
         "kronecker": KroneckerAccumulator,
         "diagonal": DiagonalAccumulator,
+        "magnitude": MagnitudeAccumulator,
     }
     if representation == "lowrank":
         fisher: Accumulator[Any] = LowRankAccumulator(shapes)

@@ -8,6 +8,16 @@ from src.adapters.peft_files import Adapter, read_adapter
 from src.errors import InputError
 
 Reference = Literal["base", "utility", "patched"] | dict[str, float]
+NAMED: Mapping[str, Mapping[str, float]] = {
+    "base": {},
+    "utility": {"utility": 1.0},
+    "patched": {"utility": 1.0, "safety": 1.0},
+}
+
+
+def reference_weights(reference: Reference) -> dict[str, float]:
+    """The weight of each adapter at a reference point."""
+    return dict(NAMED[reference] if isinstance(reference, str) else reference)
 
 
 def reference_update(
@@ -22,12 +32,11 @@ def reference_update(
         weights: Their weights in ΔW_u.
         safety: Safety adapter.
     """
-    named = {"base": {}, "utility": {"utility": 1.0}, "patched": {"utility": 1.0, "safety": 1.0}}
-    chosen: Mapping[str, float] = named[reference] if isinstance(reference, str) else reference
+    chosen = reference_weights(reference)
     parts: list[tuple[Pairs, float]] = []
     for name, weight in chosen.items():
         if not -float("inf") < weight < float("inf"):
-            raise InputError(f"reference {dict(chosen)}: the weight of {name} is {weight}; expected a finite number")
+            raise InputError(f"reference {chosen}: the weight of {name} is {weight}; expected a finite number")
         if name == "utility":
             parts += [(adapter.pairs, weight * own) for adapter, own in zip(utility, weights, strict=True)]
         else:

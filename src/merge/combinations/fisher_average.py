@@ -19,7 +19,7 @@ from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.merge.combination import Combination, Combined, Expert, common_shape, module_names
-from src.merge.weight_fishers import Latest, diagonal_norm, diagonal_rows, fishers_of, module_fisher
+from src.merge.weight_fishers import Latest, diagonal_norm, fishers_of, module_fisher, per_weight
 
 FLOOR = 1e-6
 MOST_STEPS = 1000
@@ -82,7 +82,7 @@ class FisherAverage(Combination):
         weights: Sequence[float],
         norms: Sequence[float],
     ) -> LazyDelta:
-        diagonals = [diagonal_rows(fisher, name) for fisher in fishers]
+        diagonals = [per_weight(fisher, name) for fisher in fishers]
 
         def evaluate(rows: slice) -> torch.Tensor:
             scaled = [d.block(rows) / (n or 1.0) for d, n in zip(diagonals, norms, strict=True)]

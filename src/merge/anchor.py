@@ -1,0 +1,68 @@
+"""The base model of a merge as a method sees it: its weights, and what was measured at it on the experts' rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.adapters.base_weights import BaseWeights
+from src.adapters.deltas import Delta, DenseDelta
+from src.errors import InputError
+from src.merge.base import MergeMethod
+from src.merge.fisher_passes import Pass, read_pass
+from src.models.reference import reference_weights
+
+EXPERTS = {"safety": {"safety": 1.0}, "utility": {"utility": 1.0}}
+"""Reference point of each expert alone."""
+SAME = {"rows_sha256": "rows", "labels": "labels", "granularity": "granularity"}
+"""What the measurements at base and expert must share, by its key in the record."""
+
+
+def read_anchor(folder: str, experts: Sequence[Pass], method: MergeMethod) -> list[Pass]:
+    """The passes at the base that belong to passes at the experts.
+
+    Args:
+        folder: Directory measured at the base.
+        experts: The ``safety`` pass at the safety expert and the ``utility`` pass at the utility expert.
+        method: The method, which names coordinates and representations.
+
+    Raises:
+        InputError: a pass was taken at another point, or base and expert were measured on different rows or labels.
+    """
+    found = []
+    for expert in experts:
+        name = expert.file.record["pass"]
+        _check_reference(expert, EXPERTS[name])
+        base = read_pass(folder, name, method)
+        _check_reference(base, {})
+        for key, what in SAME.items():
+            if base.file.record.get(key) != expert.file.record.get(key):
+                raise InputError(f"{base.path}: measured with other {what} than {expert.path}; measure both alike")
+        found.append(base)
+    return found
+
+
+def _check_reference(one: Pass, wanted: dict[str, float]) -> None:
+    given: Any = one.file.record.get("reference")
+    found = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
+    if given is None or found != wanted:
+        what = next(iter(wanted), "base")
+        flag = "base" if what == "base" else f"'{{{what}: 1.0}}'"
+        name = one.file.record["pass"]
+        raise InputError(
+            f"{one.path}: measured at {given}; expected the {what}{'' if what == 'base' else ' expert'} alone: "
+            f"`python -m src fisher --model.reference_{name} {flag}`"
+        )
+
+
+def weights_of(base: BaseWeights, modules: Mapping[str, tuple[int, int]]) -> dict[str, Delta]:
+    """The base's weight of each module, (O, I), mapped from its file.
+
+    Raises:
+        InputError: it has none of that shape.
+    """
+    found: dict[str, Delta] = {}
+    for name, shape in modules.items():
+        key = base.key_of(name)
+        if key is None or base.shape(key) != shape:
+            raise InputError(f"{base.folder}: no weight of {name} with the shape {shape}")
+        found[name] = DenseDelta(base.get(key))
+    return found
