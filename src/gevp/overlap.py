@@ -2,9 +2,9 @@
 
     cos θ_i = σ_i(E_sᵀ E_u)     E: (D, m) orthonormal eigenvectors of the m largest eigenvalues
 
-Angles of 0° are shared directions; two random m-dimensional spaces share the mean cos²θ = m/D. Low-rank matrices F = GᵀG
-go by Gram matrices, with E = Gᵀ W Λ^(−½) for G Gᵀ = W Λ Wᵀ; the others module by module, where blocks of different
-modules are orthogonal. Beside the angles stands Spearman's rank correlation of both diagonals, ties by mean ranks.
+Angles of 0° are shared directions; two random m-dimensional spaces share the mean cos²θ = m/D. Low-rank matrices
+F = GᵀG go by Gram matrices, with E = Gᵀ W Λ^(−½) for G Gᵀ = W Λ Wᵀ; the others module by module, where blocks of
+different modules are orthogonal. Beside them stands Spearman's rank correlation of both diagonals, ties by mean ranks.
 
 Where eigenvalues are equal at the cut, the eigenvectors in it are an arbitrary choice among them.
 """
