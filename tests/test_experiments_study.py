@@ -126,6 +126,20 @@ def test_the_report_says_what_was_measured(compared):
     assert all(row["merge"] > 0 for row in costs["rows"])
 
 
+def test_the_page_shows_the_pencil_of_the_chosen_merge_and_the_overlap_of_its_fishers(compared):
+    found = document(compared[0])
+    (pencil,) = found["pencils"]
+    assert pencil["model"].startswith("SST @ ")
+    assert pencil["pencil"]["spectrum"]["value"][0] > 0
+    assert len(pencil["pencil"]["map"]["kept"]) == len(pencil["pencil"]["map"]["layers"])
+    cells = [json.loads(path.read_text()) for path in (compared[0] / "cells").glob("*.json")]
+    merges = {cell["label"]: cell["found"] for cell in cells if cell["stage"] == "merge"}
+    assert ["pencil" in merges[label] for label in sorted(merges)] == [True, True, False, False]
+    (overlap,) = [table for table in found["tables"] if table["title"] == "Overlap of F_s and F_u"]
+    assert [row["methods"] for row in overlap["rows"]] == ["SST"]
+    assert 0 <= overlap["rows"][0]["least"] <= overlap["rows"][0]["greatest"] <= 90
+
+
 def test_nothing_is_computed_twice_not_even_by_another_study(folder, base, rows):
     assert run_study(folder, recipe(base, rows), "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
     assert ran == []

@@ -21,9 +21,7 @@ def made(kind, rows=9, seed=0):
     draw, accumulator = torch.Generator().manual_seed(seed), kind(SHAPES)
     accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
     for name, (p, q) in SHAPES.items():
-        accumulator.update(
-            name, *(torch.randn(rows, 3, side, generator=draw, dtype=torch.float64) for side in (p, q))
-        )
+        accumulator.update(name, *(torch.randn(rows, 3, side, generator=draw, dtype=torch.float64) for side in (p, q)))
     return accumulator.finish()
 
 

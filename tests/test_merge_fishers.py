@@ -70,7 +70,7 @@ def test_every_representation_is_merged_from_its_files(adapters, measured, tmp_p
     manifest = read_adapter(tmp_path / "m" / "alpha-0.5").manifest
     assert manifest["findings"]["representation"] == kind
     assert [entry["pass"] for entry in manifest["fisher"]] == ["safety", "utility"]
-    files = [load_fisher(folder / f"{side}.safetensors").fisher for side in ("safety", "utility")]
+    files = [load_fisher(fisher / f"{side}.safetensors").fisher for side in ("safety", "utility")]
     assert manifest["overlap"] == overlap(*files)
     assert len(manifest["overlap"]["angles"]) > 1
     # Strength changes nothing in it: one picture for both.
