@@ -11,6 +11,7 @@ class ToyCell:
     key: str
     stage: str = "merge"
     needs: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,23 @@ def test_a_merge_without_a_pencil_keeps_none_and_a_relearned_one_its_map():
 FISHER = ToyCell("f", "fisher")
 
 
-def toy(key, fisher=FISHER, seed=0, stage="merge"):
-    return ToyModel(seed, ToyCell(key, stage, {"fisher": (fisher,)} if fisher else {}))
+def toy(key, fisher=FISHER, seed=0, stage="merge", kind="Sst"):
+    method = {"class_path": "src.merge.sst.Sst"} if kind == "Sst" else {"class_path": f"elsewhere.{kind}"}
+    settings = {} if stage == "fit" else {"method": method}
+    return ToyModel(seed, ToyCell(key, stage, {"fisher": (fisher,)} if fisher else {}, settings))
 
 
 def test_pencils_are_those_of_merges_with_fisher_files_and_an_older_cell_has_none():
     points = {
         "base": [ToyModel(0, None)],
-        "TA @ 1": [toy("t", fisher=None)],
+        "TA @ 1": [toy("t", fisher=None, kind="TaskArithmetic")],
+        "average @ 1": [toy("f", kind="FisherAverage")],
         "mixed": [toy("m", fisher=None, stage="fit")],
         "SST @ 1": [toy("s"), toy("s1", seed=1)],
         "old @ 1": [toy("o")],
         "missing @ 1": [toy("nowhere")],
     }
-    store = ToyStore({"t": {}, "m": {}, "s": {"pencil": {"dim": 3}}, "s1": {"pencil": {"dim": 4}}, "o": {}})
+    store = ToyStore({"t": {}, "f": {}, "m": {}, "s": {"pencil": {"dim": 3}}, "s1": {"pencil": {"dim": 4}}, "o": {}})
     assert pencils(points, store) == [
         {"model": "SST @ 1", "seed": 0, "seeds": 2, "cell": "s", "pencil": {"dim": 3}},
         {"model": "old @ 1", "seed": 0, "seeds": 1, "cell": "o", "pencil": None},

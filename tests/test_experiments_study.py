@@ -199,6 +199,27 @@ def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
     assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
 
 
+def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folder, base, rows):
+    """As in configs/comparison.yaml: passes of their own, over those of the study."""
+    own = {"coordinates": "weight", "reference_safety": {"safety": 1.0}, "halves": False}
+    asked = {"Fisher average": ("FisherAverage", "diagonal", 4), "RegMean": ("RegMean", "kronecker", None)}
+    methods = [
+        {
+            "name": name,
+            "method": {"class_path": kind},
+            "strength": {"values": [0.5, 1.0]},
+            "fisher": {"model": own | {"representation": form}},
+            "rank": rank,
+        }
+        for name, (kind, form, rank) in asked.items()
+    ]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": methods}, name="averages") == 0
+    assert sorted(ran) == ["fisher", "fisher", "merge", "merge", "test"]
+    found = document(folder, "averages")
+    assert [entry["model"] for entry in found["pencils"]] == []
+    assert not [table for table in found["tables"] if table["title"] == "Overlap of F_s and F_u" and table["rows"]]
+
+
 def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):
     axes = [{"option": "method.t", "values": [3.0]}, {"option": "fisher.model.labels", "values": ["data"]}]
     arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}}

@@ -8,10 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from src.experiments.cell import Cell
 from src.experiments.document import Document, column, table
 from src.experiments.grid import Model
 from src.experiments.store import Store
 from src.merge.pencil_plot import module_grid
+from src.merge.sst import Sst
 
 POINTS = 64
 """Most eigenvalues that a cell keeps."""
@@ -22,7 +24,8 @@ CURVE = ("utility_tax_kept", "safety_energy_kept")
 
 def kept_pencil(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The compact pencil and overlap of a merge's manifest: keys ``pencil`` and ``overlap``, where it has them."""
-    findings, found = manifest.get("findings") or {}, {}
+    findings: Mapping[str, Any] = manifest.get("findings") or {}
+    found: dict[str, Any] = {}
     if "kept_by_module" in findings:
         layers, modules, grid = module_grid(findings["kept_by_module"])
         shares = [[None if math.isnan(share) else _short(share) for share in row] for row in grid]
@@ -59,7 +62,7 @@ def _short(value: Any) -> Any:
 
 
 def pencils(points: Mapping[str, Sequence[Model]], store: Store) -> list[Document]:
-    """The pencils of points, each of the first seed; a point whose cell kept none says so, one that trains is left out.
+    """The pencils of points, each of the first seed; an SST merge whose cell kept none says so, others are left out.
 
     Args:
         points: Name to models, one for each seed.
@@ -68,11 +71,16 @@ def pencils(points: Mapping[str, Sequence[Model]], store: Store) -> list[Documen
     found = []
     for name, seeds in points.items():
         made = seeds[0].made
-        if made is None or made.stage != "merge" or not made.needs.get("fisher") or not store.has_result(made):
+        if made is None or not _solves(made) or not store.has_result(made):
             continue
         pencil = store.read(made)["found"].get("pencil")
         found.append({"model": name, "seed": seeds[0].seed, "seeds": len(seeds), "cell": made.key, "pencil": pencil})
     return found
+
+
+def _solves(cell: Cell) -> bool:
+    """Whether a cell is a merge by :class:`Sst`."""
+    return (cell.settings.get("method") or {}).get("class_path") == f"{Sst.__module__}.{Sst.__name__}"
 
 
 def overlap_table(methods: Mapping[str, Sequence[Model]], store: Store) -> Document:

@@ -19,7 +19,7 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     points = [point for line in front["series"] for point in line["points"]]
     if not points:
         return ""
-    frame = Frame(*(_range([p[axis] for p in points]) for axis in ("x", "y")))
+    frame = Frame(_range([p["x"] for p in points]), _range([p["y"] for p in points]))
     lines = "".join(_line(line, i, frame, front) for i, line in enumerate(front["series"]))
     legend = "".join(
         f'<li><svg class="key c{i % COLOURS}" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">'

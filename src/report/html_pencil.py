@@ -87,8 +87,8 @@ def _curve(pencil: Mapping[str, Any]) -> str:
     places = list(zip(data["utility_tax_kept"], data["safety_energy_kept"], strict=True))
     chosen = pencil["held_out"]
     here = [(chosen["utility_tax_kept"], chosen["safety_energy_kept"])] if chosen else []
-    ends = [(-0.05, 1.05 * max(1.0, *(place[side] for place in places + here))) for side in (0, 1)]
-    frame = Frame(*ends, **SIZE)
+    ends = [1.05 * max(1.0, *(place[side] for place in places + here)) for side in (0, 1)]
+    frame = Frame((-0.05, ends[0]), (-0.05, ends[1]), **SIZE)
     tips = [
         f"largest λ, {where:.0%} of the cuts: safety energy {energy:.3f}, utility tax {tax:.3f}"
         for where, (tax, energy) in zip(data["position"], places, strict=True)
