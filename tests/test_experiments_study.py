@@ -126,6 +126,20 @@ def test_the_report_says_what_was_measured(compared):
     assert all(row["merge"] > 0 for row in costs["rows"])
 
 
+def test_the_page_shows_the_pencil_of_the_chosen_merge_and_the_overlap_of_its_fishers(compared):
+    found = document(compared[0])
+    (pencil,) = found["pencils"]
+    assert pencil["model"].startswith("SST @ ")
+    assert pencil["pencil"]["spectrum"]["value"][0] > 0
+    assert len(pencil["pencil"]["map"]["kept"]) == len(pencil["pencil"]["map"]["layers"])
+    cells = [json.loads(path.read_text()) for path in (compared[0] / "cells").glob("*.json")]
+    merges = {cell["label"]: cell["found"] for cell in cells if cell["stage"] == "merge"}
+    assert ["pencil" in merges[label] for label in sorted(merges)] == [True, True, False, False]
+    (overlap,) = [table for table in found["tables"] if table["title"] == "Overlap of F_s and F_u"]
+    assert [row["methods"] for row in overlap["rows"]] == ["SST"]
+    assert 0 <= overlap["rows"][0]["least"] <= overlap["rows"][0]["greatest"] <= 90
+
+
 def test_nothing_is_computed_twice_not_even_by_another_study(folder, base, rows):
     assert run_study(folder, recipe(base, rows), "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
     assert ran == []
@@ -183,6 +197,27 @@ def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
     counts = {one["label"]: one["found"]["rows"]["train"] for one in trained if one["stage"] == "fit"}
     assert counts["mixed, safety_rows = 2, seed 0"] == 13 + 2
     assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
+
+
+def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folder, base, rows):
+    """As in configs/comparison.yaml: passes of their own, over those of the study."""
+    own = {"coordinates": "weight", "reference_safety": {"safety": 1.0}, "halves": False}
+    asked = {"Fisher average": ("FisherAverage", "diagonal", 4), "RegMean": ("RegMean", "kronecker", None)}
+    methods = [
+        {
+            "name": name,
+            "method": {"class_path": kind},
+            "strength": {"values": [0.5, 1.0]},
+            "fisher": {"model": own | {"representation": form}},
+            "rank": rank,
+        }
+        for name, (kind, form, rank) in asked.items()
+    ]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": methods}, name="averages") == 0
+    assert sorted(ran) == ["fisher", "fisher", "merge", "merge", "test"]
+    found = document(folder, "averages")
+    assert [entry["model"] for entry in found["pencils"]] == []
+    assert not [table for table in found["tables"] if table["title"] == "Overlap of F_s and F_u" and table["rows"]]
 
 
 def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):

@@ -12,6 +12,7 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.fisher.base import weighted_mean
 from src.fisher.files import load_fisher
+from src.gevp.overlap import overlap
 from src.merge.base import FisherPair, PatchedFisher
 from src.merge.sst import Sst
 from src.merge.stage import merge
@@ -69,6 +70,9 @@ def test_every_representation_is_merged_from_its_files(adapters, measured, tmp_p
     manifest = read_adapter(tmp_path / "m" / "alpha-0.5").manifest
     assert manifest["findings"]["representation"] == kind
     assert [entry["pass"] for entry in manifest["fisher"]] == ["safety", "utility"]
+    files = [load_fisher(fisher / f"{side}.safetensors").fisher for side in ("safety", "utility")]
+    assert manifest["overlap"] == overlap(*files)
+    assert len(manifest["overlap"]["angles"]) > 1
     # Strength changes nothing in it: one picture for both.
     assert [p.parent for p in (tmp_path / "m").rglob("pencil.png")] == [tmp_path / "m"]
     for control in CONTROLS:

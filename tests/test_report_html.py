@@ -10,9 +10,9 @@ import pytest
 
 from src.errors import InputError
 from src.report.html import page, tables_csv, write_report
-from src.report.html_fronts import ticks
+from src.report.html_axes import log_ticks, ticks
 
-VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path"}
+VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path", "rect"}
 
 
 def number(value, half=0.05, n=100):
@@ -57,6 +57,35 @@ def document():
             "cells": [{"key": "k", "stage": "fit", "label": "utility", "command": ["python", "-m", "src", "fit"]}],
         },
     }
+
+
+def pencil(**changes):
+    """A merge with an unseen rest, a cut, a module that keeps more than its norm, and one that has nothing to keep."""
+    found = {
+        "dim": 100,
+        "complement_eigenvalue": 0.5,
+        "directions_kept": 3,
+        "effective_rank": 2.5,
+        "patch_norm_kept": 0.75,
+        "spectrum": {"rank": [1, 2, 5, 9], "value": [1000.0, 12.5, 0.25, 0.0]},
+        "curve": {
+            "position": [0.0, 0.5, 1.0],
+            "safety_energy_kept": [0.0, 0.875, 1.0],
+            "utility_tax_kept": [0, 0.3, 1],
+        },
+        "held_out": {"safety_energy_kept": 0.9, "utility_tax_kept": 0.4},
+        "map": {
+            "layers": [-1, 0, 1],
+            "modules": ["attn.q<b>", "mlp.up", "head"],
+            "kept": [[None, None, 0.5], [0.25, 1.25, None], [0.125, None, None]],
+        },
+    }
+    entry = {"model": "A <b> @ 1", "seed": 0, "seeds": 3, "cell": "k", "pencil": found}
+    return entry | {"pencil": found | changes}
+
+
+def with_pencils():
+    return document() | {"pencils": [pencil(), pencil() | {"pencil": None, "cell": "older"}]}
 
 
 class Page(HTMLParser):
@@ -114,6 +143,70 @@ def test_the_page_holds_the_numbers_of_the_json(parsed):
     tips = [attributes["data-tip"] for attributes in parsed.all("g") if "data-tip" in attributes]
     assert len(tips) == 4
     assert tips[1] == "A @ 0.5: refusal 0.500 [0.450, 0.550], n = 100; NLL 0.750 [0.700, 0.800], n = 100"
+
+
+def tips_of(entry):
+    text = page(document() | {"fronts": [], "pencils": [entry]})
+    return [one["data-tip"] for one in Page(text).all("g") if "data-tip" in one]
+
+
+def test_the_pencil_says_every_number_on_hover():
+    tips = tips_of(pencil())
+    assert tips[:3] == ["rank 1: λ = 1000", "rank 2: λ = 12.5", "rank 5: λ = 0.25"]
+    assert tips[4] == "largest λ, 50% of the cuts: safety energy 0.875, utility tax 0.300"
+    assert tips[6] == "this merge: safety energy 0.900, utility tax 0.400"
+    assert tips[9] == "head: 0.500 kept"
+    assert tips[10:12] == ["layer 0, attn.q<b>: 0.250 kept", "layer 0, mlp.up: 1.250 kept"]
+    assert tips[14] == "layer 1, mlp.up: nothing to keep"
+    assert len(tips) == 3 + 3 + 1 + 9
+
+
+def test_the_map_is_darkest_where_most_was_kept_and_a_plot_is_one_stop_of_the_tab_key():
+    found = Page(page(with_pencils()))
+    assert found.balanced
+    assert "b" not in {tag for tag, _ in found.tags}
+    tiles = [one.get("fill-opacity") for one in found.all("rect")][:9]
+    assert tiles == [None, None, "0.4", "0.2", "1.0", None, "0.1", None, None]
+    stops = [one["tabindex"] for one in found.all("g") if one.get("class") == "point"][4:]
+    assert stops == ["0", "-1", "-1"] * 2 + ["0"] + ["0"] + ["-1"] * 8
+
+
+def test_a_cell_without_a_pencil_says_so_plainly():
+    said = " ".join(text for tag, text in Page(page(with_pencils())).texts if tag == "p")
+    assert "The result of this merge (cell older) holds no spectrum and no map, so none is shown." in said
+    assert "kept 0.75 of the patch's norm; on held-out rows 0.9 of its safety energy" in said
+    assert "The first of 3 seeds is shown." in said
+    bare = pencil(spectrum=None, curve=None, held_out=None, effective_rank=None)
+    said = " ".join(text for tag, text in Page(page(document() | {"pencils": [bare]})).texts if tag == "p")
+    assert "Its result holds no spectrum and no held-out energies." in said
+    assert len(tips_of(bare)) == 9
+
+
+def test_an_older_study_without_pencils_still_has_its_page():
+    assert "Spectrum" not in page(document())
+
+
+def test_the_numbers_of_the_pencil_are_in_the_csv(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(with_pencils()))
+    write_report(tmp_path)
+    text = (tmp_path / "tables.csv").read_text(encoding="utf-8")
+    lines = {row[1].partition(": ")[2]: row[3] for row in csv.reader(text.splitlines())}
+    assert lines["λ at rank 2"] == "12.5"
+    assert lines["held-out utility tax kept, 50.0% of the cuts"] == "0.3"
+    assert lines["kept of mlp.up, layer 0"] == "1.25"
+    assert lines["kept of head"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("ends", "texts"),
+    [((-2.5, 1.2), ["10⁻²", "10⁻¹", "10⁰", "10¹"]), ((0.1, 1.4), ["2", "5", "10", "20"]), ((0.01, 0.02), None)],
+)
+def test_ticks_of_a_logarithmic_axis_lie_inside_and_are_never_too_few(ends, texts):
+    found = log_ticks(ends)
+    assert texts is None or [text for _, text in found] == texts
+    assert 2 <= len(found) <= 8
+    assert all(ends[0] <= place <= ends[1] for place, _ in found)
+    assert len(log_ticks((-40.0, 3.0))) <= 8
 
 
 def test_only_what_is_significant_is_bold(parsed):
@@ -193,7 +286,7 @@ def browser():
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_works_in_a_browser(tmp_path, width, scheme):
     sync, path = browser()
-    (tmp_path / "study.json").write_text(json.dumps(document()))
+    (tmp_path / "study.json").write_text(json.dumps(with_pencils()))
     write_report(tmp_path)
     with sync.sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -215,6 +308,15 @@ def test_the_page_works_in_a_browser(tmp_path, width, scheme):
         assert "A @ 0.5: refusal 0.500" in shown.locator("#tip").inner_text()
         shown.locator(".point").nth(2).hover()
         assert "A @ 0.75" in shown.locator("#tip").inner_text()
+        shown.locator("#pencil0 .point").first.focus()
+        for key, said in [("Home", "rank 1: λ = 1000"), ("ArrowRight", "rank 2"), ("End", "rank 5"), ("Tab", "0% of")]:
+            shown.keyboard.press(key)
+            assert said in shown.locator("#tip").inner_text()
+        shown.locator("#pencil0 .tile").nth(3).hover()
+        assert "layer 0, attn.q<b>: 0.250 kept" in shown.locator("#tip").inner_text()
+        shown.locator("#pencil0 .reached").last.locator(".point").first.focus()
+        shown.keyboard.press("ArrowDown")
+        assert "layer 0, attn.q<b>" in shown.locator("#tip").inner_text()
         assert not shown.locator("details.harmful .prompt").is_visible()
         shown.emulate_media(media="print")
         assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

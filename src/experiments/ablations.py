@@ -10,6 +10,7 @@ from src.experiments.comparison import CLAIMED, Choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
 from src.experiments.grid import Grid, Model
+from src.experiments.pencils import overlap_table, pencils
 from src.experiments.scores import gathered
 from src.experiments.settings import MethodSpec, at_path, layered
 from src.experiments.statements import claims, claims_table
@@ -106,7 +107,15 @@ class Ablations(Study):
         tables = [
             table("Variants (validation rows)", columns, rows, note=note, best=best),
             claims_table(made, "The reference against its variants (validation rows)"),
+            overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
         shown = fronts(scores, paths(points), "validation rows")
-        return {"summary": summary(made, ours), "notes": notes, "fronts": shown, "tables": tables, "examples": []}
+        return {
+            "summary": summary(made, ours),
+            "notes": notes,
+            "fronts": shown,
+            "pencils": pencils({ours: points[ours]} if ours else {}, store),
+            "tables": tables,
+            "examples": [],
+        }

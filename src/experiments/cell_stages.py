@@ -12,6 +12,7 @@ import yaml
 
 from src.experiments.cell import Cell, digest
 from src.experiments.command import Cost, run_command
+from src.experiments.pencils import kept_pencil
 from src.experiments.rows import by_suite
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
@@ -89,6 +90,7 @@ class Stages:
             folder = output if option == "none" else output / f"{option}-{value:g}"
             manifest = read_json(folder / "manifest.json", "the manifest of a merge")
             found[cell.key] = {key: manifest.get(key) for key in ("method", "settings", "alpha")} | _size(manifest)
+            found[cell.key] |= kept_pencil(manifest)
             shutil.rmtree(self.store.weights(cell), ignore_errors=True)
             self.store.weights(cell).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(self.store.weights(cell))

@@ -18,6 +18,7 @@ from src.experiments.document import (
     table,
 )
 from src.experiments.grid import Grid, Model
+from src.experiments.pencils import overlap_table, pencils
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
 from src.experiments.scores import MEASURES, Measure, Scores, gathered
 from src.experiments.settings import MethodSpec
@@ -89,12 +90,14 @@ class Comparison(Study):
             tax_table(taxes),
             spread_table(points, names, split, store),
             category_table({name: known[name] for name in names}),
+            overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
         return {
             "summary": summary(made, chosen.get(self.ours)),
             "notes": [*notes, self._rule()],
             "fronts": fronts(test, paths(points), "test rows"),
+            "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
             "tables": tables,
             "examples": examples({name: points[name][0] for name in names}, store),
         }

@@ -16,6 +16,7 @@ from src.experiments.document import (
     table,
 )
 from src.experiments.grid import Grid
+from src.experiments.pencils import overlap_table, pencils
 from src.experiments.scores import Measure, Scores, by_category, gathered
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
@@ -52,6 +53,7 @@ class SafetyTax(Study):
             table("All models", columns, rows, best=best_rows(scores, names)),
             tax_table(taxes),
             category_table(known),
+            overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
         shown = {name: seeds[0] for name, seeds in points.items()}
@@ -59,6 +61,7 @@ class SafetyTax(Study):
             "summary": [_summary(taxes)],
             "notes": notes,
             "fronts": fronts(scores, paths(points), "all rows"),
+            "pencils": pencils({path[0]: points[path[0]] for path in paths(points).values()}, store),
             "tables": tables,
             "examples": examples(shown, store),
         }

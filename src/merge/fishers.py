@@ -12,6 +12,7 @@ per expert, each with the ``utility`` pass of that expert alone.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from src.adapters.basis import CoreBasis
 from src.adapters.peft_files import Adapter
 from src.errors import InputError
 from src.fisher.base import Fisher, weighted_mean
+from src.gevp.overlap import overlap
 from src.merge.anchor import read_anchor, weights_of
 from src.merge.base import AnchoredFisher, FisherPair, MergeMethod, PatchedFisher
 from src.merge.fisher_passes import Pass, read_pass
@@ -42,6 +44,17 @@ class Calibration:
     statistics: tuple[Fisher, ...] = ()
     seen: frozenset[str] = frozenset()
     files: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def overlap(self) -> dict[str, Any] | None:
+        """Principal angles and rank correlation of F_s and F_u, computed once.
+
+        None without both, for unlike representations, and in weight coordinates (they have no small core space).
+        """
+        pair = self.pair
+        if pair is None or not pair.basis.modules or pair.safety.representation != pair.utility.representation:
+            return None
+        return overlap(pair.safety, pair.utility)
 
 
 NONE = Calibration()

@@ -26,6 +26,7 @@ def manifest(point: Variant, inputs: Inputs, total: Combined, patch: Patch, alph
         ],
         "safety": {"path": safety.name, "sha256": safety.sha256} if safety else None,
         "fisher": list(inputs.calibration.files),
+        "overlap": inputs.calibration.overlap,
         "base": {"name": first.base, "fingerprint": first.fingerprint},
         "findings": findings,
         "versions": versions(),

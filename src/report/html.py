@@ -14,6 +14,7 @@ from typing import Any
 from src.files import read_json, write_text
 from src.report.html_examples import example_section
 from src.report.html_fronts import front_figure
+from src.report.html_pencil import pencil_section, pencil_tables
 from src.report.html_png import draw_fronts
 from src.report.html_style import SCRIPT, STYLE
 from src.report.html_tables import table_section
@@ -31,7 +32,7 @@ def write_report(folder: Path) -> None:
         InputError: there is no such file.
     """
     document = read_json(folder / SOURCE, "a study (made by `python -m src experiment`)")
-    write_text(folder / CSV, tables_csv(document["tables"]))
+    write_text(folder / CSV, tables_csv([*document["tables"], *pencil_tables(document.get("pencils", ()))]))
     write_text(folder / PAGE, page(document))
     draw_fronts(document["fronts"], folder / PNG)
 
@@ -46,6 +47,7 @@ def page(document: Mapping[str, Any]) -> str:
         _notes(document["notes"]),
         *(front_figure(front, f"front{i}") for i, front in enumerate(document["fronts"])),
         *(table_section(table, f"table{i}") for i, table in enumerate(document["tables"])),
+        *(pencil_section(pencil, f"pencil{i}") for i, pencil in enumerate(document.get("pencils", ()))),
         example_section(document["examples"]),
         _provenance(document["provenance"]),
     ]

@@ -11,13 +11,17 @@ main{max-width:72rem;margin:0 auto;padding:1rem}
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.2rem;margin:2rem 0 .4rem}h4{margin:0;font-size:.85rem}
 h4,.note,.notes,.interval{color:var(--soft)}.interval,.note,.notes{font-size:.85rem}
 .summary{font-size:1.1rem;overflow-wrap:anywhere}
-p,li,summary,pre,h1,h2,h4{overflow-wrap:anywhere}
+p,li,summary,pre,h1,h2,h3,h4{overflow-wrap:anywhere}
 figure{margin:0}.front{width:100%;max-width:52rem;height:auto;display:block}
 .front text{fill:var(--soft);font-size:13px}.grid{stroke:var(--line);stroke-width:1}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
 .c6{color:var(--c6)}.c7{color:var(--c7)}
 polyline{fill:none;stroke:currentColor;stroke-width:1.5}.whisker{stroke:currentColor;opacity:.45}
 .mark{fill:currentColor}.ring{fill:var(--bg);stroke:currentColor;stroke-width:2}.cross{stroke:currentColor;stroke-width:2.5}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
+h3{font-size:1rem;margin:.4rem 0}.panel{max-width:30rem}.dashed polyline,polyline.dashed{stroke-dasharray:5 4}
+.tile{fill:currentColor;stroke:var(--line);stroke-width:.5}.tile.none{fill:none;stroke-dasharray:2 2}
+.point:focus .tile,.point:hover .tile{stroke:var(--fg);stroke-width:2}
 .point:focus{outline:2px solid var(--fg)}.point:hover .whisker,.point:focus .whisker{opacity:1;stroke-width:2}
 .legend{list-style:none;padding:0;margin:.3rem 0;display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.9rem}
 .key{vertical-align:-3px;margin-right:.3rem}
@@ -35,7 +39,8 @@ details{border:1px solid var(--line);border-radius:6px;margin:.5rem 0;padding:.4
 pre{overflow-x:auto;font-size:.8rem;max-height:30rem}
 #tip{position:fixed;display:none;max-width:20rem;padding:.4rem .6rem;background:var(--fg);color:var(--bg);
 border-radius:6px;font-size:.85rem;pointer-events:none;z-index:2}
-@media print{:root{--bg:#fff;--fg:#000;--soft:#444;--line:#bbb;--raise:#fff}#tip{display:none!important}
+@media print{:root{--bg:#fff;--fg:#000;--soft:#444;--line:#bbb;--raise:#fff;
+--c0:#0b57d0;--c1:#b3261e;--c2:#146c2e;--c3:#7b4e00;--c4:#6b3fa0;--c5:#00677d;--c6:#a1006b;--c7:#4d4f55}#tip{display:none!important}
 .scroll{overflow:visible;border:0}th,td{white-space:normal}section,figure,tr{break-inside:avoid}}
 """
 
@@ -75,5 +80,19 @@ document.querySelectorAll(".point").forEach(function (point) {
   point.addEventListener("focus", function () { show(point); });
   point.addEventListener("mouseleave", hide);
   point.addEventListener("blur", hide);
+});
+document.querySelectorAll(".reached").forEach(function (group) {
+  var points = Array.prototype.slice.call(group.children), columns = Number(group.dataset.columns);
+  var steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns };
+  group.addEventListener("keydown", function (event) {
+    var here = points.indexOf(event.target), there = here + (steps[event.key] || 0);
+    if (event.key === "Home") { there = 0; }
+    if (event.key === "End") { there = points.length - 1; }
+    if (there === here || !points[there]) { return; }
+    event.preventDefault();
+    points[here].setAttribute("tabindex", "-1");
+    points[there].setAttribute("tabindex", "0");
+    points[there].focus();
+  });
 });
 """
