@@ -71,7 +71,11 @@ def test_every_representation_is_merged_from_its_files(adapters, measured, tmp_p
     assert manifest["findings"]["representation"] == kind
     assert [entry["pass"] for entry in manifest["fisher"]] == ["safety", "utility"]
     files = [load_fisher(fisher / f"{side}.safetensors").fisher for side in ("safety", "utility")]
-    assert manifest["overlap"] == overlap(*files)
+    found = overlap(*files)
+    assert manifest["overlap"].keys() == found.keys()
+    for key, value in found.items():
+        # Sums of float64 in another order of threads.
+        assert manifest["overlap"][key] == pytest.approx(value, rel=1e-9)
     assert len(manifest["overlap"]["angles"]) > 1
     # Strength changes nothing in it: one picture for both.
     assert [p.parent for p in (tmp_path / "m").rglob("pencil.png")] == [tmp_path / "m"]

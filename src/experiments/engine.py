@@ -108,16 +108,20 @@ class Engine:
         """By stage; with two exceptions.
 
         Evaluations come first once they fill a command, for then merged weights can go from the disk. Trainings whose
-        adapter only one cell needs come last: an unfinished study has evaluated what shares its experts.
+        adapter only one cell needs come last, with that cell: what shares its experts has been evaluated by then.
         """
         waiting = Counter(cell.batch for cell in ready if cell.stage == "test")
         full = {batch for batch, count in waiting.items() if count >= self.batch_size}
         users = Counter(parent.key for cell in self.grid for parent in cell.parents)
 
+        def is_one_off(cell: Cell) -> bool:
+            return cell.stage == "fit" and users[cell.key] == 1
+
         def place(cell: Cell) -> int:
             if cell.batch in full:
                 return -1
-            return len(ORDER) if cell.stage == "fit" and users[cell.key] == 1 else ORDER.index(cell.stage)
+            late = is_one_off(cell) or any(map(is_one_off, cell.parents))
+            return ORDER.index(cell.stage) + late * len(ORDER)
 
         return sorted(ready, key=place)
 
