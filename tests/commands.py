@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from src.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,6 +27,19 @@ def fisher_flags(base, adapters, rows, output, *more, hardware="cpu.yaml"):
     data = ["--data.safety", str(rows["harmful"]), "--data.utility", f"[{rows['benign']},{rows['task']}]"]
     flags = [*base_flags(base, hardware), *models, *data, "--data.batch_size", "2", "--output", str(output)]
     return ["fisher", "--config", "fisher.yaml", *flags, *more]
+
+
+def measured_once(root, base, adapters, rows):
+    """A function that measures Fisher files into ``root/NAME`` by flags, each name once, and returns the directory."""
+    made = {}
+
+    def measure(name, *flags):
+        if name not in made:
+            made[name] = root / name
+            assert main(fisher_flags(base, adapters, rows, made[name], *flags)) == 0
+        return made[name]
+
+    return measure
 
 
 def run_processes(arguments):

@@ -1,5 +1,6 @@
 import pytest
 
+from tests.fisher_pass import uneven_rows
 from tests.tiny import make_base, make_model, make_tokenizer, random_pairs, write_rows
 
 
@@ -17,6 +18,12 @@ def model():
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture
+def encoded(tokenizer):
+    """Seven rows of other lengths."""
+    return uneven_rows(tokenizer)
 
 
 def _adapter(folder, base, rank, seed, model):

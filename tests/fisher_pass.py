@@ -3,10 +3,18 @@
 import torch
 
 from src.data.batches import EncodedRows
+from src.data.chat import Encoder
+from src.data.rows import Row
 from src.fisher.accumulate import examples
 from src.fisher.labels import draw_labels
 from src.fisher.scores import ScoreRecorder, backward_parts, together
 from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
+
+
+def uneven_rows(tokenizer, count=7):
+    """Encoded rows whose prompts and answers all have other lengths."""
+    encoder = Encoder(tokenizer, max_length=256)
+    return [encoder.encode(Row(f"r{i}", "p" * (1 + 5 * i % 13), "answer"[: 1 + i % 5])) for i in range(count)]
 
 
 def make_batch(encoded, indices):

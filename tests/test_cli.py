@@ -206,7 +206,17 @@ def test_method_help_explains_its_settings():
     assert "--method.rho_s" in found.stdout
 
 
-RANK = {"cli": 4, "functions": 4, "training": 4, "parsing": 4, "experiments": 3, "report": 3, "models": 2, "merge": 2}
+RANK = {
+    "cli": 4,
+    "functions": 4,
+    "training": 4,
+    "trainer_command": 4,
+    "parsing": 4,
+    "experiments": 3,
+    "report": 3,
+    "models": 2,
+    "merge": 2,
+}
 LOW = {"adapters", "fisher", "gevp", "metrics", "data", "judges", "sandbox"}
 PURE = {"fisher", "gevp", "metrics", "sandbox"}
 

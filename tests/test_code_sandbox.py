@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -84,14 +85,14 @@ def test_killing_the_parent(signal):
 @isolated
 def test_writing_outside_the_directory(tmp_path):
     tmp_path.chmod(0o777)
-    victim = tmp_path / "victim"
+    victim, escape = tmp_path / "victim", Path(tempfile.gettempdir()) / f"sandbox-escape-{os.getpid()}"
     victim.write_text("before")
     victim.chmod(0o666)
     for code in (
         f"open({str(victim)!r}, 'w').write('after')",
         f"open({str(tmp_path / 'new')!r}, 'w').write('x')",
         f"import os\nos.remove({str(victim)!r})",
-        "open('/tmp/sandbox-escape', 'w').write('x')",
+        f"open({str(escape)!r}, 'w').write('x')",
         "open('/dev/shm/sandbox-escape', 'w').write('x')",
         f"import os\nos.chmod({str(victim)!r}, 0)",
     ):
@@ -99,19 +100,19 @@ def test_writing_outside_the_directory(tmp_path):
     assert victim.read_text() == "before"
     assert victim.stat().st_mode & 0o777 == 0o666
     assert not (tmp_path / "new").exists()
-    assert not Path("/tmp/sandbox-escape").exists()
+    assert not escape.exists()
 
 
 @isolated
 def test_the_private_directory_is_small_and_leaves_nothing():
-    found = set(Path("/tmp").glob("sandbox-*"))
+    found = set(Path(tempfile.gettempdir()).glob("sandbox-*"))
     assert run_program("open('x', 'w').write('y' * 1000)", LIMITS).passed
     for code in (
         "f = open('x', 'wb')\nwhile True: f.write(b'y' * 1_000_000)",
         "for i in range(100): open(str(i), 'wb').write(b'y' * 1_000_000)",
     ):
         assert not run_program(code, LIMITS).passed
-    assert set(Path("/tmp").glob("sandbox-*")) <= found
+    assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= found
 
 
 @isolated

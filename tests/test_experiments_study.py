@@ -161,6 +161,33 @@ def test_results_alone_are_enough_on_another_machine(folder, base, rows):
     assert ran == []
 
 
+def test_prompts_are_shown_and_not_kept(folder, base, rows):
+    asked = [json.loads(line)["prompt"].strip() for line in rows["eval_harmful"].read_text().splitlines()]
+    kept = "".join(path.read_text() for path in (folder / "cells").glob("*.json"))
+    assert not any(json.dumps(prompt) in kept for prompt in asked)
+    shown = [one["prompt"] for one in document(folder)["examples"] if one["suite"] == "harmful"]
+    assert shown
+    assert set(shown) <= set(asked)
+    given = {"methods": METHODS, "ours": "SST"}
+    assert run_study(folder, recipe(base, rows), "Comparison", given, "--prompts", "false") == 0
+    assert {one["prompt"] for one in document(folder)["examples"]} == {None}
+    assert "left out" in (folder / "work" / "studies" / "tiny" / "index.html").read_text()
+    assert ran == []
+
+
+def test_the_report_of_an_unfinished_study_computes_nothing(folder, base, rows):
+    for path in (folder / "cells").glob("*.json"):
+        if json.loads(path.read_text())["label"].startswith("TA, alpha = 1,"):
+            path.unlink()
+    given = {"methods": METHODS, "ours": "SST"}
+    assert run_study(folder, recipe(base, rows), "Comparison", given, "--compute", "false") == 0
+    assert ran == []
+    found = document(folder)
+    assert "TA @ 1 is left out: 1 of 1 seeds are missing or failed." in found["notes"]
+    chosen = [row["model"] for row in found["tables"][0]["rows"]]
+    assert "TA @ 0.5" in chosen
+
+
 def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, capsys):
     before = sorted(path for path in folder.rglob("*") if path.is_file())
     more = [METHODS[0] | {"strength": {"values": [0.5, 1.0, 1.5]}}]

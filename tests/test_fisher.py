@@ -5,8 +5,6 @@ import torch
 
 from src.adapters.basis import core_basis
 from src.data.batches import EncodedRows, LengthBatches
-from src.data.chat import Encoder
-from src.data.rows import Row
 from src.errors import InputError
 from src.fisher.files import FisherFile, load_fisher
 from src.fisher.labels import draw_labels
@@ -15,12 +13,6 @@ from src.fisher.scores import ScoreRecorder
 from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
 from tests.oracles import autograd_scores
 from tests.tiny import random_pairs
-
-
-@pytest.fixture
-def encoded(tokenizer):
-    encoder = Encoder(tokenizer, max_length=256)
-    return [encoder.encode(Row(f"r{i}", "p" * (1 + 5 * i % 13), "answer"[: 1 + i % 5])) for i in range(7)]
 
 
 def make_batch(encoded, indices):

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from src.cli import main
-from src.data.chat import Encoder
-from src.data.rows import Row
 from src.fisher.accumulate import mapped
 from src.fisher.base import weighted_mean
 from src.fisher.diagonal import DiagonalAccumulator
@@ -17,12 +15,6 @@ from tests.oracles import autograd_weight_scores
 from tests.tiny import random_pairs
 
 MAGNITUDE = ["--model.representation", "magnitude", "--model.coordinates", "weight"]
-
-
-@pytest.fixture
-def encoded(tokenizer):
-    encoder = Encoder(tokenizer, max_length=256)
-    return [encoder.encode(Row(f"r{i}", "p" * (1 + 5 * i % 13), "answer"[: 1 + i % 5])) for i in range(7)]
 
 
 @pytest.fixture

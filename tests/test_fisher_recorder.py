@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from src.adapters.basis import core_basis
-from src.data.chat import Encoded, Encoder
+from src.data.chat import Encoded
 from src.data.rows import Row
 from src.fisher.accumulate import MeanAccumulator, examples
 from src.fisher.block import BlockAccumulator
@@ -13,15 +13,14 @@ from src.fisher.labels import random_token_rows
 from src.fisher.lowrank import LowRankAccumulator
 from src.fisher.scores import ScoreRecorder, backward_parts
 from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
-from tests.fisher_pass import batches, make_batch, run_pass
+from tests.fisher_pass import batches, make_batch, run_pass, uneven_rows
 from tests.oracles import autograd_scores
 from tests.tiny import make_model, random_pairs
 
 
 @pytest.fixture
 def encoded(tokenizer):
-    encoder = Encoder(tokenizer, max_length=256)
-    return [encoder.encode(Row(f"r{i}", "p" * (1 + 5 * i % 13), "answer"[: 1 + i % 5])) for i in range(5)]
+    return uneven_rows(tokenizer, 5)
 
 
 def scores(model, batch, core, *, autocast=False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.adapters.basis import core_basis
-from src.data.chat import Encoded, Encoder
+from src.data.chat import Encoded
 from src.data.rows import Row
 from src.fisher.accumulate import MeanAccumulator, examples, mapped
 from src.fisher.block import BlockAccumulator
@@ -22,12 +22,6 @@ from tests.oracles import (
 from tests.tiny import random_pairs
 
 ACCUMULATORS = [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator]
-
-
-@pytest.fixture
-def encoded(tokenizer):
-    encoder = Encoder(tokenizer, max_length=256)
-    return [encoder.encode(Row(f"r{i}", "p" * (1 + 5 * i % 13), "answer"[: 1 + i % 5])) for i in range(7)]
 
 
 @pytest.fixture

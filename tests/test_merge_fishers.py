@@ -16,7 +16,7 @@ from src.gevp.overlap import overlap
 from src.merge.base import FisherPair, PatchedFisher
 from src.merge.sst import Sst
 from src.merge.stage import merge
-from tests.commands import fisher_flags
+from tests.commands import measured_once
 from tests.merging import write_fishers
 
 REPRESENTATIONS = ["lowrank", "block", "kronecker", "diagonal"]
@@ -26,15 +26,7 @@ CONTROLS = ["random", "safety_only", "utility_only", "swapped"]
 @pytest.fixture(scope="module")
 def measured(base, adapters, rows, tmp_path_factory):
     """Directories of Fisher files by name, each measured once."""
-    root, made = tmp_path_factory.mktemp("measured"), {}
-
-    def measure(name, *flags):
-        if name not in made:
-            made[name] = root / name
-            assert main(fisher_flags(base, adapters, rows, made[name], *flags)) == 0
-        return made[name]
-
-    return measure
+    return measured_once(tmp_path_factory.mktemp("measured"), base, adapters, rows)
 
 
 def run(adapters, fisher, output, *flags):

@@ -11,7 +11,7 @@ from src.merge.base import AnchoredFisher
 from src.merge.led import Led
 from src.merge.settings import with_option
 from src.merge.sst_diagonal import SstDiagonal
-from tests.commands import fisher_flags
+from tests.commands import measured_once
 from tests.merging import matching_fishers
 from tests.tiny import make_model
 
@@ -21,16 +21,13 @@ POINTS = {"experts": ("{safety: 1.0}", "utility"), "base": ("base", "base")}
 @pytest.fixture(scope="module")
 def measured(base, adapters, rows, tmp_path_factory):
     """Directories of mean magnitudes by reference point, each measured once; ``diagonal`` holds squares."""
-    root, made = tmp_path_factory.mktemp("magnitudes"), {}
+    once = measured_once(tmp_path_factory.mktemp("magnitudes"), base, adapters, rows)
 
     def measure(at, *flags):
-        if at not in made:
-            made[at] = root / at
-            safety, utility = POINTS.get(at, POINTS["experts"])
-            points = [f"--model.reference_safety={safety}", f"--model.reference_utility={utility}"]
-            form = ["--model.representation", "magnitude", "--model.coordinates", "weight", "--model.labels", "data"]
-            assert main(fisher_flags(base, adapters, rows, made[at], *form, *points, *flags)) == 0
-        return made[at]
+        safety, utility = POINTS.get(at, POINTS["experts"])
+        points = [f"--model.reference_safety={safety}", f"--model.reference_utility={utility}"]
+        form = ["--model.representation", "magnitude", "--model.coordinates", "weight", "--model.labels", "data"]
+        return once(at, *form, *points, *flags)
 
     return measure
 

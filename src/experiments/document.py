@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.experiments.grid import Model
+from src.experiments.rows import prompts
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.experiments.store import Store
 from src.metrics.bootstrap import Estimate
@@ -102,14 +103,18 @@ def fronts(scores: Mapping[Measure, Scores], series: Mapping[str, Sequence[str]]
 
 
 def examples(models: Mapping[str, Model], store: Store) -> list[Document]:
-    """The answers of several models to the same few prompts, side by side."""
+    """The answers of several models to the same few prompts, side by side; a prompt is None where its rows are away."""
     found: dict[tuple[str, str], Document] = {}
+    texts: dict[str, dict[str, str]] = {}
     for name, model in models.items():
         record = store.read(model.test)
-        kinds = {suite["name"]: suite["kind"] for suite in record["settings"]["data"]["suites"]}
+        suites = {suite["name"]: suite for suite in record["settings"]["data"]["suites"]}
         for suite, rows in record["found"]["examples"].items():
+            files = repr(suites[suite]["rows"])
+            if rows and files not in texts:
+                texts[files] = prompts(suites[suite])
             for row in rows:
-                fresh = {"suite": suite, "kind": kinds[suite], "prompt": row["prompt"], "answers": []}
-                place = found.setdefault((suite, row["id"]), fresh)
+                fresh = {"suite": suite, "kind": suites[suite]["kind"], "id": row["id"], "answers": []}
+                place = found.setdefault((suite, row["id"]), fresh | {"prompt": texts[files].get(row["id"])})
                 place["answers"].append({"model": name, "answer": row["answer"]})
     return list(found.values())

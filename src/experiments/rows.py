@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.data.sources import find_file, load_rows
+from src.experiments.content import sources
+
 FLAGS = ("refused", "collapsed", "exact", "attacked", "judged_refusal", "correct", "correct_norm")
 SCORES = ("rouge_l", "pass@1")
 ID_LENGTH = 12
 EXAMPLES = 4
 """Rows of a suite whose answers are kept in words."""
 LONGEST = 400
-"""Characters of an example's prompt or answer."""
+"""Characters of an example's answer."""
 DIGITS = 6
 
 
@@ -38,16 +41,29 @@ def compact(path: Path) -> dict[str, Any]:
 
 
 def examples(path: Path) -> list[dict[str, str]]:
-    """The same few rows for every model, those with the smallest hashes, their texts cut to a readable length."""
+    """Answers to the same few prompts for every model, those with the smallest hashes, cut to a readable length.
+
+    Prompts and references stay in their files, whose licence may forbid to commit them.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     chosen = sorted(rows, key=lambda row: row["prompt_hash"])[:EXAMPLES]
     return [_example(row) for row in chosen if "answer" in row]
 
 
 def _example(row: Mapping[str, Any]) -> dict[str, str]:
-    texts = {"prompt": row["prompt"], "answer": row["answer"], "reference": row["reference"]}
-    cut = {key: text if len(text) <= LONGEST else f"{text[:LONGEST]} …" for key, text in texts.items()}
-    return {"id": row["prompt_hash"][:ID_LENGTH]} | cut
+    answer = row["answer"]
+    return {
+        "id": row["prompt_hash"][:ID_LENGTH],
+        "answer": answer if len(answer) <= LONGEST else f"{answer[:LONGEST]} …",
+    }
+
+
+def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
+    """Identifier to prompt of a suite's rows (its settings as plain values); empty where they are not on this disk."""
+    given = sources(suite["rows"])
+    if any(find_file(source.path) is None for source in given):
+        return {}
+    return {row.prompt_hash[:ID_LENGTH]: row.prompt for row in load_rows(given, need_response=False)}
 
 
 def by_suite(folder: Path, suites: Sequence[str]) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def experiment(
     trainer: str | None = None,
     batch_size: int = 8,
     stale_after: float = 600.0,
+    compute: bool = True,
+    prompts: bool = True,
     dry_run: bool = False,
 ) -> None:
     """Compute a study, cell by cell, and write its report.
@@ -57,6 +59,9 @@ def experiment(
         trainer: Hardware file for the commands that run a Trainer, such as ``ddp.yaml``.
         batch_size: Most cells that one command computes: merges along a path, or models on one load of the base.
         stale_after: Seconds after which the claim of another machine that is not renewed counts as left behind.
+        compute: Compute what is not known; off writes the report of what is known so far.
+        prompts: Show the prompts of example answers, read from their files; off leaves them out, for a report that is
+            passed on where the licence of the rows forbids to copy them.
         dry_run: List the cells, what is known and the expected time; compute nothing.
     """
     if not seeds or len(set(seeds)) < len(seeds):
@@ -68,11 +73,15 @@ def experiment(
     if dry_run:
         sys.stdout.write(listing(closure(plan.cells), to_compute(plan.cells, store), store) + "\n")
         return
-    engine = Engine(plan.cells, store, Stages(store, trainer), batch_size=batch_size, stale_after=stale_after)
-    outcome = engine.run()
+    outcome = Outcome()
+    if compute:
+        engine = Engine(plan.cells, store, Stages(store, trainer), batch_size=batch_size, stale_after=stale_after)
+        outcome = engine.run()
     folder = Path(output) if output is not None else Path(work) / "studies" / name
     asked = {"name": name, "study": _settings(study), "recipe": plain(recipe), "seeds": seeds}
     document = {"title": title or name} | described(study, plan, store, outcome, asked)
+    if not prompts:
+        document["examples"] = [example | {"prompt": None} for example in document["examples"]]
     write_json(folder / "study.json", document)
     write_report(folder)
     log.info("report in %s: index.html, fronts.png, tables.csv, study.json", folder)

@@ -22,9 +22,10 @@ def _block(example: Mapping[str, Any]) -> str:
         for answer in example["answers"]
     )
     heading = f"{escape(example['suite'])} ({escape(example['kind'])})"
-    inner = f'<p class="prompt">{escape(example["prompt"])}</p><div class="answers">{answers}</div>'
+    prompt = example["prompt"] or f"prompt {example['id']}, left out"
+    inner = f'<p class="prompt">{escape(prompt)}</p><div class="answers">{answers}</div>'
     if harmful:
         return (
             f'<details class="harmful"><summary>{heading}: a harmful prompt and its answers</summary>{inner}</details>'
         )
-    return f"<details open><summary>{heading}: {escape(example['prompt'][:80])}</summary>{inner}</details>"
+    return f"<details open><summary>{heading}: {escape(prompt[:80])}</summary>{inner}</details>"
