@@ -11,7 +11,7 @@ from src.fisher.files import FisherFile
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.magnitude import Magnitude
-from src.merge.base import AnchoredFisher, FisherPair
+from src.merge.base import FisherBesideBase, FisherPair
 from src.merge.settings import with_option
 from tests.tiny import make_model
 
@@ -60,7 +60,7 @@ def matching_fishers(method, utility, safety):
         return pairs[0]
     model = make_model()
     weights = {name: DenseDelta(model.get_submodule(name).weight.detach()) for name in shapes}
-    return AnchoredFisher(pairs[0].safety, pairs[0].utility, pairs[0].basis, base=pairs[1], weights=weights)
+    return FisherBesideBase(pairs[0].safety, pairs[0].utility, pairs[0].basis, base=pairs[1], weights=weights)
 
 
 def regauged(pairs):
@@ -80,7 +80,7 @@ def write_fishers(folder, adapters, base, *, method=None, **rows):
     else:
         pair = matching_fishers(method, utility.pairs, safety.pairs)
     matrices = [("safety", pair.safety, ""), ("utility", pair.utility, "")]
-    if isinstance(pair, AnchoredFisher):
+    if isinstance(pair, FisherBesideBase):
         matrices += [("safety", pair.base.safety, "base"), ("utility", pair.base.utility, "base")]
     for name, fisher, at in matrices:
         record = {

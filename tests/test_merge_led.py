@@ -7,7 +7,7 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher
-from src.merge.base import AnchoredFisher
+from src.merge.base import FisherBesideBase
 from src.merge.led import Led
 from src.merge.settings import with_option
 from src.merge.sst_diagonal import SstDiagonal
@@ -112,7 +112,7 @@ def test_settings_and_missing_magnitudes_are_named(updates):
         with pytest.raises(InputError, match=message):
             make()
     fisher, squares = matching_fishers(Led(), *updates), matching_fishers(SstDiagonal(), *updates)
-    mixed = AnchoredFisher(fisher.safety, squares.utility, fisher.basis, base=fisher.base, weights=fisher.weights)
+    mixed = FisherBesideBase(fisher.safety, squares.utility, fisher.basis, base=fisher.base, weights=fisher.weights)
     with pytest.raises(InputError, match="needs mean magnitudes of gradients, not diagonal"):
         Led().patch(*updates, mixed)
     with pytest.raises(InputError, match="needs diagonal Fisher files"):

@@ -63,7 +63,7 @@ def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
     given = sources(suite["rows"])
     if any(find_file(source.path) is None for source in given):
         return {}
-    return {row.prompt_hash[:ID_LENGTH]: row.prompt for row in load_rows(given, need_response=False)}
+    return {row.prompt_hash[:ID_LENGTH]: row.prompt for row in load_rows([*given], need_response=False)}
 
 
 def by_suite(folder: Path, suites: Sequence[str]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def experiment(
         outcome = engine.run()
     folder = Path(output) if output is not None else Path(work) / "studies" / name
     asked = {"name": name, "study": _settings(study), "recipe": plain(recipe), "seeds": seeds}
-    document = {"title": title or name} | described(study, plan, store, outcome, asked)
+    document: Document = {"title": title or name} | described(study, plan, store, outcome, asked)
     if not prompts:
         document["examples"] = [example | {"prompt": None} for example in document["examples"]]
     write_json(folder / "study.json", document)

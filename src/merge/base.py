@@ -41,7 +41,7 @@ class PatchedFisher(FisherPair):
 
 
 @dataclass(frozen=True)
-class AnchoredFisher(FisherPair):
+class FisherBesideBase(FisherPair):
     """What was measured at each expert, and the base beside it.
 
     Attributes:
@@ -88,7 +88,7 @@ class MergeMethod(ABC):
         return False
 
     def base_folder(self) -> str | None:
-        """Directory of Fisher files measured at the base, where it needs them too (:class:`AnchoredFisher`)."""
+        """Directory of Fisher files measured at the base, where it needs them too (:class:`FisherBesideBase`)."""
         return None
 
     @abstractmethod

@@ -23,8 +23,8 @@ from src.adapters.peft_files import Adapter
 from src.errors import InputError
 from src.fisher.base import Fisher, weighted_mean
 from src.gevp.overlap import overlap
-from src.merge.anchor import read_anchor, weights_of
-from src.merge.base import AnchoredFisher, FisherPair, MergeMethod, PatchedFisher
+from src.merge.base import FisherBesideBase, FisherPair, MergeMethod, PatchedFisher
+from src.merge.base_point import read_at_base, weights_of
 from src.merge.fisher_passes import Pass, read_pass
 from src.models.base import weights_folder
 
@@ -83,8 +83,8 @@ def read_pair(
         InputError: a file is missing, of another pass, of other adapters or coordinates, or of a form that the method
             cannot work with.
     """
-    shares, anchor = checked_weights(folders, weights), method.base_folder()
-    if anchor is not None and len(folders) > 1:
+    shares, at = checked_weights(folders, weights), method.base_folder()
+    if at is not None and len(folders) > 1:
         raise InputError(f"fisher: {len(folders)} directories; {type(method).__name__} takes one, for one at the base")
     first = read_pass(folders[0], "safety", method)
     utilities = [read_pass(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
@@ -93,7 +93,7 @@ def read_pair(
         for folder, share in zip(folders, shares, strict=True)
         if method.relearns
     ]
-    at_base = [] if anchor is None else read_anchor(anchor, [first, *utilities], method)
+    at_base = [] if at is None else read_at_base(at, [first, *utilities], method)
     passes = [first, *utilities, *benign, *at_base]
     for one in passes:
         one.check_adapters(experts, safety)
@@ -105,7 +105,7 @@ def read_pair(
         g_u = torch.tensor(shares, dtype=torch.float64) @ torch.stack(means[1:]) / sum(shares)
         pair = PatchedFisher(pair.safety, f_u, basis, benign=_mean(benign), safety_mean=means[0], benign_mean=g_u)
     if at_base:
-        pair = _anchored(pair, at_base, [*experts, safety], base)
+        pair = _beside_base(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)
 
 
@@ -152,14 +152,14 @@ def _calibration(passes: Sequence[Pass], **parts: Any) -> Calibration:
     return Calibration(**parts, seen=seen, files=tuple(one.entry for one in passes))
 
 
-def _anchored(
+def _beside_base(
     pair: FisherPair, at_base: Sequence[Pass], adapters: Sequence[Adapter], base: BaseWeights | None
-) -> AnchoredFisher:
+) -> FisherBesideBase:
     measured = FisherPair(at_base[0].file.fisher, at_base[1].file.fisher, pair.basis)
     modules = {name: delta.shape for adapter in adapters for name, delta in adapter.updates.items()}
     with nullcontext(base) if base is not None else open_base(weights_folder(adapters[0].base)) as opened:
         weights = weights_of(opened, modules)
-    return AnchoredFisher(pair.safety, pair.utility, pair.basis, base=measured, weights=weights)
+    return FisherBesideBase(pair.safety, pair.utility, pair.basis, base=measured, weights=weights)
 
 
 def _mean(passes: Sequence[Pass]) -> Fisher:

@@ -17,7 +17,7 @@ from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.fisher.base import Fisher
 from src.fisher.magnitude import Magnitude
-from src.merge.base import AnchoredFisher, FisherPair, MergeMethod, Patch
+from src.merge.base import FisherBesideBase, FisherPair, MergeMethod, Patch
 from src.merge.combination import share
 from src.merge.selection import at_least, kth_magnitude
 from src.merge.weight_fishers import module_fisher, per_weight
@@ -81,13 +81,13 @@ class Led(MergeMethod):
         Raises:
             InputError: magnitudes at the experts or at the base are missing, of another form, or lack a module.
         """
-        if not isinstance(fisher, AnchoredFisher):
+        if not isinstance(fisher, FisherBesideBase):
             raise InputError("method Led needs magnitudes at experts and base: pass --fisher and --method.base_fisher")
         names = dict.fromkeys([*utility, *safety])
         merged = {name: self._module(name, (utility, safety), fisher) for name in names}
         return Patch(combined([merged, utility], [1.0, -1.0]))
 
-    def _module(self, name: str, both: Sequence[Mapping[str, Delta]], fisher: AnchoredFisher) -> LazyDelta:
+    def _module(self, name: str, both: Sequence[Mapping[str, Delta]], fisher: FisherBesideBase) -> LazyDelta:
         o, i = next(deltas[name] for deltas in both if name in deltas).shape
         zero = LowRankPair(torch.zeros(0, i), torch.zeros(o, 0))
         updates = [deltas.get(name, zero) for deltas in both]

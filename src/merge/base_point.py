@@ -16,7 +16,7 @@ SAME = {"rows_sha256": "rows", "labels": "labels", "granularity": "granularity"}
 """What the measurements at base and expert must share, by its key in the record."""
 
 
-def read_anchor(folder: str, experts: Sequence[Pass], method: MergeMethod) -> list[Pass]:
+def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> list[Pass]:
     """The passes at the base that belong to passes at the experts.
 
     Args:
