@@ -66,12 +66,14 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> No
             linestyle="-" if len(points) > 1 else "none",
             label=method,
         )
+        # Every other path is labelled below its points: at like refusal the labels of two would lie on each other.
+        below = marker in [style[1] for style in STYLES[1::2]] or points[0].name == "utility"
         for point, sx, sy in zip(points, x, y, strict=True):
             text = f"α={point.alpha:g}" if point.alpha is not None else point.name
             axis.annotate(
                 text,
                 (sx.value, sy.value),
-                xytext=(7, -13 if point.name == "utility" else 6),
+                xytext=(7, -13 if below else 6),
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,
