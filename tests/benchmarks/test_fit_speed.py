@@ -125,6 +125,7 @@ def test_fit_against_transformers_trainer(case, tmp_path, monkeypatch):
     monkeypatch.setattr(ExpertModule, "on_train_start", start)
     monkeypatch.setattr(ExpertModule, "on_train_end", end)
     flags = ["--output", str(tmp_path / "ours"), "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    flags += ["--model.optimizer.init_args.lr", str(LEARNING_RATE)]
     quiet = ["--trainer.limit_val_batches", "0", "--trainer.callbacks", "null"]
     flags += [f"--data.{split}={json.dumps(rows)}" for split, rows in zip(("train", "val"), CASES[case], strict=True)]
     assert main(["fit", "--config", "expert.yaml", *flags, *quiet]) == 0
