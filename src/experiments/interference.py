@@ -27,7 +27,7 @@ from src.experiments.interference_tables import (
 from src.experiments.kept import kept_of
 from src.experiments.settings import ExpertSpec, MethodSpec, plain
 from src.experiments.store import Store
-from src.experiments.study import Plan, Study, check_names
+from src.experiments.study import Plan, Study, check_names, left_out
 from src.experiments.tasks import Task, read_tasks
 
 
@@ -127,7 +127,7 @@ class Interference(Study):
     def report(self, plan: Plan, store: Store) -> Document:
         """Normalised performance by method and number, its slope and variance, sizes, angles, refusal, costs."""
         known = [model for model in plan.models if store.has_result(model.test)]
-        notes = [f"{m.test.label} is left out: it failed or is missing." for m in plan.models if m not in known]
+        notes = left_out([m.test.label for m in plan.models if m not in known], len(plan.models))
         merged = [model for model in known if " (" in model.method]
         alone = {
             (model.method.removeprefix("expert "), model.seed): store.read(model.test)

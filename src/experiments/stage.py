@@ -96,7 +96,9 @@ def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: D
     sources = sorted({store.read(cell)["source"] for cell in cells})
     notes = list(document["notes"])
     if sources not in ([], [source_hash()]):
-        notes.append(f"Cells were computed by {len(sources)} states of the source: {', '.join(sources)}.")
+        notes.append(
+            f"This page was written by state {source_hash()} of the source, its cells by {', '.join(sources)}."
+        )
     notes += [f"Failed: {label}" for label in failed_labels(outcome, plan.cells)]
     return document | {
         "notes": notes,

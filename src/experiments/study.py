@@ -55,18 +55,20 @@ def name_of(model: Model) -> str:
 
 
 def finished(models: Sequence[Model], store: Store) -> tuple[dict[str, list[Model]], list[str]]:
-    """Points of which every seed is known, by name, and notes on those that are left out."""
+    """Points of which every seed is known, by name, and a note on those that are left out."""
     points: dict[str, list[Model]] = {}
     for model in models:
         points.setdefault(name_of(model), []).append(model)
-    whole, notes = {}, []
-    for name, seeds in points.items():
-        known = [model for model in seeds if store.has_result(model.test)]
-        if len(known) == len(seeds):
-            whole[name] = seeds
-        else:
-            notes.append(f"{name} is left out: {len(seeds) - len(known)} of {len(seeds)} seeds are missing or failed.")
-    return whole, notes
+    whole = {name: seeds for name, seeds in points.items() if all(store.has_result(model.test) for model in seeds)}
+    return whole, left_out([name for name in points if name not in whole], len(points))
+
+
+def left_out(names: Sequence[str], total: int) -> list[str]:
+    """The note on points that a report does not show; none where it shows all."""
+    if not names:
+        return []
+    others = f", and so are {', '.join(names[1:])}" if names[1:] else ""
+    return [f"{names[0]} is left out{others}: not computed or failed ({len(names)} of {total} points)."]
 
 
 def records(points: Mapping[str, Sequence[Model]], store: Store) -> dict[str, list[Record]]:
