@@ -39,7 +39,7 @@ help:
 	@echo "make test    set up, then lint, type check and all tests"
 	@echo "make bench   measurements of speed, side by side with peers (long)"
 	@echo "make setup   only the environment (.venv)"
-	@echo "make oracles mergekit and lm-evaluation-harness in environments of their own, for the tests that compare with them"
+	@echo "make oracles mergekit, lm-evaluation-harness (environments of their own) and curvlinops, for what compares with them"
 	@echo "make clean   delete the demo's outputs"
 
 setup: $(READY)
@@ -102,13 +102,17 @@ bench: $(READY)
 
 # The tools that tests compare with, each in an environment of its own; torch and the like come from $(VENV), behind its
 # own packages (mergekit pins an older pydantic).
-oracles: $(MERGEKIT)/.ready $(LM_EVAL)/.ready
+oracles: $(MERGEKIT)/.ready $(LM_EVAL)/.ready $(VENV)/.curvlinops
 
 $(MERGEKIT)/.ready: | $(READY)
 	$(PY) -m venv $(MERGEKIT)
 	$(MERGEKIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		mergekit==0.1.4 pydantic==2.10.6 pydantic-core==2.27.2 immutables==0.21
 	$(PY) $(SITE) > "$$($(MERGEKIT)/bin/python $(SITE))/host.pth"
+	@touch $@
+
+$(VENV)/.curvlinops: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt curvlinops-for-pytorch==3.0.1
 	@touch $@
 
 $(LM_EVAL)/.ready: | $(READY)

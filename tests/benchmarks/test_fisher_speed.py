@@ -1,11 +1,14 @@
-"""Rows per second of a Fisher pass against per-example gradients, ``vmap(grad)`` and a LoRA training step, in one run.
+"""Rows per second of a Fisher pass against per-example gradients, ``vmap(grad)``, curvlinops and a LoRA training step.
 
-SmolLM2-135M, all linear layers, r = 8, float32, the same rows and the same matrix-multiply mode for all. The peers'
-scores must equal ours; times are printed, never asserted.
+SmolLM2-135M, all linear layers, r = 8, float32, the same rows and the same matrix-multiply mode for all, in one run. The
+peers' scores must equal ours; times are printed, never asserted. curvlinops (``make oracles``) has no pass that gives the
+matrix: its empirical Fisher is an operator, of which one product with one vector is measured.
 """
 
+import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ SOURCES = {
     "demo": [f"src/data/demo/{name}.calib.jsonl" for name in ("harmful", "task", "general", "borderline")],
     "research": [str(RESEARCH / f"{name}.jsonl") for name in ("refusal", "benign")],
 }
-ROWS, BATCH = 64, 8
+ROWS, BATCH = int(os.environ.get("BENCH_ROWS", "64")), 8
 SPEC = BaseSpec(attention="eager")
 
 
@@ -79,8 +82,8 @@ def load(rows):
     return data, [data[key] for key in order]
 
 
-def fisher_pass(model, basis, batches, count, folder):
-    """Scores (count, D), as the fisher command takes them."""
+def fisher_pass(model, basis, batches, count, folder, granularity="sequence"):
+    """Scores (count or answer tokens, D), as the fisher command takes them."""
     recorder = ScoreRecorder(model, basis.u, basis.v)
     running = FisherPass(
         name="bench",
@@ -94,14 +97,14 @@ def fisher_pass(model, basis, batches, count, folder):
     )
     for batch in batches:
         ids = [str(i) for i in batch.index.tolist()]
-        options = {"labels": "data", "draws": 1, "granularity": "sequence", "seed": 0}
+        options = {"labels": "data", "draws": 1, "granularity": granularity, "seed": 0}
         with recorder.recording(), leaf_embeddings(model) as leaves:
             for job in backward_jobs(running, batch, answer_logits(model, batch), ids, **options):
                 running.fisher.begin(job.examples)
                 recorder.sink = running.fisher.update
-                torch.autograd.grad(job.total, leaves[0])
+                torch.autograd.grad(job.total, leaves[0], retain_graph=granularity == "token")
                 recorder.complete()
-    return running.fisher.finish().scores
+    return running.fisher.finish()
 
 
 def training_steps(trained, batches):
@@ -132,6 +135,34 @@ def vectorised(cored, cores, batch):
     return torch.cat([found[name].flatten(1) for name in cores], dim=1)
 
 
+class AnswerLogits(torch.nn.Module):
+    """A model that curvlinops can differentiate: logits (answer tokens, vocabulary) of the rows in ``data["batch"]``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, data):
+        return answer_logits(self.model, data["batch"])
+
+
+def operator_product(cored, cores, batches, vector):
+    """curvlinops' empirical Fisher, one term per answer token, times one vector: seconds and (D,) product."""
+    from curvlinops import EFLinearOperator
+
+    data = [({"batch": batch}, answer_targets(batch)) for batch in batches]
+    operator = EFLinearOperator(
+        AnswerLogits(cored),
+        torch.nn.CrossEntropyLoss(reduction="sum"),
+        list(cores.values()),
+        data,
+        num_data=sum(len(batch.index) for batch in batches),
+        batch_size_fn=lambda x: len(x["batch"].index),
+        check_deterministic=False,
+    )
+    return clocked(lambda: operator @ vector, repeats=1)
+
+
 def distance(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -149,7 +180,8 @@ def test_fisher_pass(rows, tmp_path):
     mode = choose_matmul("auto", model, max_error=1e-5)
     basis = core_basis([random_pairs(model, 8, 1)])
     seconds = {}
-    seconds["Fisher pass"], scores = clocked(lambda: fisher_pass(model, basis, batches, len(data), tmp_path))
+    seconds["Fisher pass"], fisher = clocked(lambda: fisher_pass(model, basis, batches, len(data), tmp_path))
+    scores = fisher.scores
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trained = get_peft_model(load_model(SPEC), config)
     seconds["LoRA step, PEFT"], _ = clocked(lambda: training_steps(trained, batches))
@@ -163,8 +195,15 @@ def test_fisher_pass(rows, tmp_path):
     shortest = batches[-1]
     taken, peer = clocked(lambda: vectorised(cored, cores, shortest), repeats=1)
     assert distance(peer, scores[shortest.index]) < 1e-3
-    # Of the batch of the shortest rows only, scaled by tokens: in the peer's favour.
-    seconds["vmap(grad)"] = taken * sum(len(row.ids) for row in data.rows) / int(shortest.lengths.sum())
+    # Of the batch of the shortest rows only, scaled by tokens: in the peers' favour.
+    scale = sum(len(row.ids) for row in data.rows) / int(shortest.lengths.sum())
+    seconds["vmap(grad)"] = taken * scale
+    if find_spec("curvlinops"):
+        vector = torch.randn(scores.shape[1], generator=torch.Generator().manual_seed(0))
+        taken, peer = operator_product(cored, cores, [shortest], vector)
+        by_token = fisher_pass(model, basis, [shortest], len(data), tmp_path, "token")
+        assert distance(peer, by_token.matvec(vector.double()) * by_token.count) < 1e-3
+        seconds["curvlinops' empirical Fisher, one product with a vector"] = taken * scale
     report(rows, mode, model, batches, seconds)
 
 
