@@ -57,11 +57,13 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "rows_sha256": {split: rows_sha256(rows) for split, rows in data.rows.items()},
         "steps": trainer.global_step,
         "val_loss": None if measured is None else float(measured),
+        "others": [{"path": one.name, "sha256": one.sha256} for one in module.others],
         "versions": versions(),
     }
+    seen = frozenset(data.seen).union(*(one.seen for one in module.others))
     folder = command.output
     (folder / CONFIG).unlink(missing_ok=True)
-    write_provenance(folder, manifest=manifest, seen=data.seen, card=expert_card(manifest))
+    write_provenance(folder, manifest=manifest, seen=seen, card=expert_card(manifest))
     module.write_adapter(folder, weights)
     found = "not measured" if measured is None else f"{float(measured):.4f}"
     log.info("adapter written to %s (validation loss %s)", folder, found)

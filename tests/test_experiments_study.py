@@ -226,6 +226,34 @@ def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
     assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
 
 
+def test_trainings_beside_other_experts_are_methods_of_the_grid(folder, base, rows):
+    """Fine-tuning of the core, and AlignGuard in training: trainings that need cells of their own."""
+    guard = {"class_path": "AlignGuard", "init_args": {"k": 4}}
+    methods = [
+        METHODS[0] | {"name": "core", "train": "core", "settings": {"trainer": {"max_epochs": 1}}},
+        {
+            "name": "AlignGuard",
+            "train": "beside_safety",
+            "settings": {"model": {"regularizer": guard}},
+            "strength": {"option": "model.regularizer.init_args.align", "values": [0.1, 1000.0]},
+        },
+        {"name": "in turn", "train": "beside_safety", "strength": {"option": "none", "values": [1.0]}},
+    ]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": methods}, name="beside") == 0
+    assert (ran.count("fit"), ran.count("fisher")) == (4, 1)
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    counts = {one["label"]: one["found"]["rows"]["train"] for one in cells if one["stage"] == "fit"}
+    assert counts["core, core, seed 0"] == 7 + 9
+    found = document(folder, "beside")
+    expected = {"core @ 0.5", "AlignGuard @ 0.1", "AlignGuard @ 1000", "in turn @ 1"}
+    assert expected <= {row["model"] for row in found["tables"][0]["rows"]}
+    spent = next(table for table in found["tables"] if table["title"] == "Cost of the methods")["rows"]
+    fisher = {row["method"]: row["fisher"] for row in spent}
+    assert fisher["AlignGuard"] > 0
+    assert fisher["core"] == fisher["in turn"] == ""
+    assert all(row["fit"] > 0 for row in spent)
+
+
 def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folder, base, rows):
     """As in configs/comparison.yaml: passes of their own, over those of the study."""
     own = {"coordinates": "weight", "reference_safety": {"safety": 1.0}, "halves": False}
@@ -249,11 +277,11 @@ def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folde
 
 def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):
     axes = [{"option": "method.t", "values": [3.0]}, {"option": "fisher.model.labels", "values": ["data"]}]
-    arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}}
+    arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}, "methods": [METHODS[0]]}
     assert run_study(folder, recipe(base, rows), "Ablations", arguments, name="ablations") == 0
     assert sorted(ran) == ["fisher", "merge", "merge", "test"]
     names = [row["model"].split(" @ ")[0] for row in document(folder, "ablations")["tables"][0]["rows"]]
-    assert names == ["base", "utility", "safety", "SST", "method.t = 3.0", "fisher.model.labels = data"]
+    assert names == ["base", "utility", "safety", "SST", "method.t = 3.0", "fisher.model.labels = data", "TA"]
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +326,7 @@ def test_interference_merges_growing_numbers_of_experts(tasks, base, rows, tmp_p
         ("SafetyTax", {"methods": [METHODS[0] | {"name": "base"}]}, "names are base"),
         ("SafetyTax", {"methods": [{"name": "x"}]}, "expected one of method, combine and train"),
         ("SafetyTax", {"methods": [METHODS[0] | {"train": "mixed"}]}, "train takes neither method nor combine"),
+        ("SafetyTax", {"methods": [{"name": "x", "train": "core"}]}, "train core needs a method"),
         ("Interference", {"tasks": "nowhere", "counts": [2], "methods": METHODS}, "expected combine"),
         ("Ablations", {"reference": METHODS[1], "axes": [{"option": "colour", "values": [1]}]}, "axis colour"),
     ],

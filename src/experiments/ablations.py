@@ -15,7 +15,7 @@ from src.experiments.scores import gathered
 from src.experiments.settings import MethodSpec, at_path, layered
 from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
-from src.experiments.study import REFERENCES, Plan, Study, finished, of_methods, paths, records
+from src.experiments.study import REFERENCES, Plan, Study, check_names, finished, of_methods, paths, records
 from src.merge.settings import with_option
 
 PARTS = ("method", "fisher", "safety")
@@ -51,10 +51,18 @@ class Ablations(Study):
         reference: The method with its reference settings.
         axes: The settings to change.
         choice: The validation rows, and how strengths are chosen on them.
+        methods: Whole methods to show beside the variants, such as task arithmetic or fine-tuning of the core.
     """
 
-    def __init__(self, reference: MethodSpec, axes: list[Axis], choice: Choice | None = None) -> None:
-        reference.check()
+    def __init__(
+        self,
+        reference: MethodSpec,
+        axes: list[Axis],
+        choice: Choice | None = None,
+        methods: list[MethodSpec] | None = None,
+    ) -> None:
+        self.methods = methods or []
+        check_names([reference, *self.methods])
         for axis in axes:
             axis.check()
         self.reference, self.axes, self.choice = reference, axes, choice or Choice()
@@ -90,6 +98,8 @@ class Ablations(Study):
             for spec, over in self.variants:
                 merges = grid.merges(spec, [grid.utility(seed)], grid.safety(seed, over), seed)
                 found += [Model(spec.name, value, seed, grid.test(cell, cell.label), cell) for value, cell in merges]
+            for method in self.methods:
+                found += grid.models(method, seed)
         return Plan(found)
 
     def report(self, plan: Plan, store: Store) -> Document:

@@ -56,11 +56,25 @@ class Stages:
         (cell,) = batch
         folder = self.store.weights(cell)
         flags = [*self.hardware, "--output", str(folder), "--resume", "true"]
-        cost, arguments = self._run("fit", name, cell.settings, flags)
+        cost, arguments = self._run("fit", name, self._fit_settings(cell), flags)
         shutil.rmtree(folder / "run", ignore_errors=True)  # checkpoints with the optimiser's state
         manifest = read_json(folder / "manifest.json", "the manifest of an expert")
         kept = ("rows", "steps", "val_loss", "base")
         return cost, arguments, {cell.key: {key: manifest[key] for key in kept}}
+
+    def _fit_settings(self, cell: Cell) -> dict[str, Any]:
+        """Its settings, with the paths of what it needs."""
+        model = dict(cell.settings["model"])
+        if cell.needs.get("core"):
+            model["core"] = self._paths(cell, "core")[0]
+        if cell.needs.get("beside"):
+            model["beside"] = dict.fromkeys(self._paths(cell, "beside"), 1.0)
+        if cell.needs.get("fisher"):
+            own = model["regularizer"]
+            model["regularizer"] = dict(own) | {
+                "init_args": dict(own.get("init_args", {})) | {"fisher": self._paths(cell, "fisher")[0]}
+            }
+        return dict(cell.settings) | {"model": model}
 
     def _fisher(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch

@@ -25,7 +25,9 @@ def cost_table(methods: Mapping[str, Sequence[Model]], store: Store) -> Document
 
 def _spent(models: Sequence[Model], store: Store) -> dict[str, Any]:
     made = [model.made for model in models if model.made is not None]
-    own = {cell.key: cell for cell in made} | {c.key: c for cell in made for c in cell.parents if c.stage == "fisher"}
+    results = {cell.key for cell in made}
+    # What only this method needs: its Fisher passes, and trainings that need other cells (an expert needs none).
+    own = {c.key: c for c in closure(made) if c.key in results or c.stage == "fisher" or c.needs}
     costs = [(cell, store.read(cell)["cost"]) for cell in own.values() if store.has_result(cell)]
     seeds = len({model.seed for model in models})
     found: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from src.experiments.settings import (
     read_config,
 )
 from src.merge.base import MergeMethod
+from src.merge.combinations.concatenate import Concatenate
 from src.merge.settings import with_option
 
 SAFETY_ROWS = "safety_rows"
@@ -56,7 +57,15 @@ class Grid:
         """Training of an expert."""
         return self._fit(spec, plain_sources(spec.train), seed, label, over or {})
 
-    def _fit(self, spec: ExpertSpec, train: list[Any], seed: int, label: str, over: Mapping[str, Any]) -> Cell:
+    def _fit(
+        self,
+        spec: ExpertSpec,
+        train: list[Any],
+        seed: int,
+        label: str,
+        over: Mapping[str, Any],
+        needs: Mapping[str, tuple[Cell, ...]] | None = None,
+    ) -> Cell:
         lower = layered(read_config(spec.config), spec.settings)
         fixed = {
             "seed_everything": seed,
@@ -66,7 +75,7 @@ class Grid:
         settings = layered(layered(lower, fixed), over)
         rows = count_rows(settings["data"]["train"])
         units = None if rows is None else float(rows * settings.get("trainer", {}).get("max_epochs", 1))
-        return Cell("fit", f"{label}, seed {seed}", settings, units=units)
+        return Cell("fit", f"{label}, seed {seed}", settings, needs or {}, units=units)
 
     def utility(self, seed: int) -> Cell:
         """The utility expert.
@@ -97,16 +106,17 @@ class Grid:
         fixed = {"model": {"base": plain_base(self.recipe.base), "seed": seed}, "data": rows}
         settings = layered(layered(lower, fixed), over)
         for side in rows:
-            settings["data"][side] = redrawn(settings["data"][side], seed, self._trained_on())
+            settings["data"][side] = self._drawn_anew(settings["data"][side], seed)
         counts = [count_rows(settings["data"][side]) for side in rows]
         units = None if None in counts else float(sum(count or 0 for count in counts))
         needs = {"utility": tuple(utility), "safety": (safety,)}
         return Cell("fisher", f"Fisher, seed {seed}", settings, needs, units=units)
 
-    def _trained_on(self) -> set[str]:
-        """Files that experts are trained on."""
+    def _drawn_anew(self, rows: Any, seed: int) -> list[dict[str, Any]]:
+        """Calibration rows of this seed; files that experts are trained on keep their parts."""
         specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
-        return {source.path for spec in specs for rows in (spec.train, spec.val) for source in sources(rows)}
+        taken = {source.path for spec in specs for part in (spec.train, spec.val) for source in sources(part)}
+        return redrawn(rows, seed, taken)
 
     def merges(self, spec: MethodSpec, utility: Sequence[Cell], safety: Cell, seed: int) -> list[tuple[float, Cell]]:
         """Merges over a method's whole path: strength and cell."""
@@ -129,21 +139,52 @@ class Grid:
         return found
 
     def trained(self, spec: MethodSpec, seed: int) -> list[tuple[float, Cell]]:
-        """Adapters trained on utility rows, with safety rows among them: strength and cell."""
+        """Adapters of a method that trains: strength and cell."""
         spec.check()
+        return [(value, self._trained(spec, value, seed)) for value in spec.strength.values]
+
+    def _trained(self, spec: MethodSpec, value: float, seed: int) -> Cell:
         expert = self.recipe.utility
         if expert is None:
             raise InputError(f"method {spec.name}: train needs recipe.utility")
-        found = []
-        for value in spec.strength.values:
-            train, over = list(plain_sources(expert.train)), spec.settings
-            if spec.strength.option not in (SAFETY_ROWS, "none"):
-                over = layered(over, at_path(spec.strength.option, value))
-            if spec.train == "mixed":
-                limit = int(value) if spec.strength.option == SAFETY_ROWS else None
-                train += _drawn(self.recipe.safety.train, limit, seed)
-            found.append((value, self._fit(expert, train, seed, title(spec.name, value, spec), over)))
-        return found
+        train, over, label = list(plain_sources(expert.train)), spec.settings, title(spec.name, value, spec)
+        if spec.strength.option not in (SAFETY_ROWS, "none"):
+            over = layered(over, at_path(spec.strength.option, value))
+        if spec.train == "beside_safety":
+            return self._beside_safety(spec, train, seed, label, over)
+        if spec.train == "mixed":
+            limit = int(value) if spec.strength.option == SAFETY_ROWS else None
+            train += _drawn(self.recipe.safety.train, limit, seed)
+        return self._fit(expert, train, seed, label, over)
+
+    def _beside_safety(
+        self, spec: MethodSpec, train: list[Any], seed: int, label: str, over: Mapping[str, Any]
+    ) -> Cell:
+        """The sum of the safety expert and of what is trained beside it."""
+        expert, safety = self.recipe.utility, self.safety(seed)
+        assert expert is not None
+        needs = {"beside": (safety,)}
+        if "regularizer" in over.get("model", {}):
+            at_safety = {"model": {"reference_safety": {"safety": 1.0}, "reference_utility": {"safety": 1.0}}}
+            needs["fisher"] = (self.fisher([safety], safety, seed, layered(at_safety, spec.fisher)),)
+        trained = self._fit(expert, train, seed, label, over, needs)
+        settings = {"combine": plain(Concatenate()), "strength": {"option": "none", "value": 1.0}}
+        return Cell("merge", f"{label}, seed {seed}", settings, {"utility": (trained, safety)}, trained.key, 1.0)
+
+    def tuned_core(self, spec: MethodSpec, utility: Cell, safety: Cell, seed: int) -> Cell:
+        """The safety expert with its core fine-tuned on the rows of the Fisher passes, beside the utility expert.
+
+        Raises:
+            InputError: the recipe does not say on which rows.
+        """
+        fisher, expert = self.recipe.fisher, self.recipe.utility
+        if fisher is None or expert is None:
+            raise InputError(f"method {spec.name}: train core needs recipe.fisher and recipe.utility")
+        train = [row for rows in (fisher.safety, fisher.utility) for row in self._drawn_anew(plain_sources(rows), seed)]
+        # The checkpoint is chosen on rows of both kinds, as the rows are that it trains on.
+        both = replace(self.recipe.safety, val=[*sources(self.recipe.safety.val), *sources(expert.val)])
+        needs = {"core": (safety,), "beside": (utility,)}
+        return self._fit(both, train, seed, f"{spec.name}, core", spec.settings, needs)
 
     def test(self, made: Cell | None, label: str, suites: list[dict[str, Any]] | None = None) -> Cell:
         """Evaluation of the model that a cell made, or of the bare base."""
@@ -156,10 +197,12 @@ class Grid:
 
     def models(self, spec: MethodSpec, seed: int) -> list[Model]:
         """Every point of a method's path, evaluated, on the recipe's utility and safety experts."""
-        if spec.train is not None:
+        if spec.train not in (None, "core"):
             made = self.trained(spec, seed)
         else:
-            made = self.merges(spec, [self.utility(seed)], self.safety(seed), seed)
+            utility, safety = self.utility(seed), self.safety(seed)
+            patch = safety if spec.train is None else self.tuned_core(spec, utility, safety, seed)
+            made = self.merges(spec, [utility], patch, seed)
         return [Model(spec.name, value, seed, self.test(cell, cell.label), cell) for value, cell in made]
 
     def references(self, seed: int) -> list[Model]:

@@ -48,8 +48,11 @@ class MethodSpec:
         strength: Its strength parameter.
         rank: Largest rank of the merged adapter per module (full-rank methods need ``rank`` or ``energy``).
         energy: Share of the squared norm that the merged adapter keeps.
-        train: ``mixed`` trains one adapter on utility and safety rows together, ``utility`` on utility rows alone; a
-            strength other than ``safety_rows`` is then a dotted key of ``settings``.
+        train: ``mixed`` trains one adapter on utility and safety rows together, ``utility`` on utility rows alone,
+            ``beside_safety`` on utility rows while the safety expert is there and stays (AlignGuard in training, with
+            ``model.regularizer`` in ``settings``; its Fisher file is measured at the safety expert); a strength other
+            than ``safety_rows`` is then a dotted key of ``settings``. ``core`` fine-tunes the safety expert's core on
+            the rows of the Fisher passes beside the utility expert; ``method`` then merges what came out.
         settings: Settings of the training, nested as in the YAML of ``fit``.
         fisher: Settings of this method's Fisher passes, over those of the study.
         control: A control: shown, and no competitor.
@@ -61,7 +64,7 @@ class MethodSpec:
     strength: Strengths = field(default_factory=Strengths)
     rank: int | None = None
     energy: float | None = None
-    train: Literal["mixed", "utility"] | None = None
+    train: Literal["mixed", "utility", "beside_safety", "core"] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     fisher: dict[str, Any] = field(default_factory=dict)
     control: bool = False
@@ -72,7 +75,9 @@ class MethodSpec:
             raise InputError(
                 f"method {self.name}: strength.values is {self.strength.values}; expected different values"
             )
-        if self.train is not None and (self.method is not None or self.combine is not None):
+        if self.train == "core" and self.method is None:
+            raise InputError(f"method {self.name}: train core needs a method that merges the tuned safety expert")
+        if self.train not in (None, "core") and (self.method is not None or self.combine is not None):
             raise InputError(f"method {self.name}: train takes neither method nor combine")
         if self.train is None and self.method is None and self.combine is None:
             raise InputError(f"method {self.name}: expected one of method, combine and train")

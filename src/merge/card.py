@@ -75,16 +75,24 @@ def _form(output: dict[str, Any]) -> str:
 
 def expert_card(manifest: dict[str, Any]) -> str:
     """The card of a trained expert, from its manifest."""
-    lora = manifest["settings"]["lora"]
+    lora, model = manifest["settings"]["lora"], manifest["settings"].get("model", {})
+    form = f"rank {lora['rank']}, alpha {lora['alpha']:g}"
+    if model.get("core"):
+        form = f"the core of `{model['core']}`, its bases kept"
+    beside = "".join(f"\n* Trained beside `{name}`, weight {w:g}, which is no part of it" for name, w in _beside(model))
     loss = "not measured" if manifest["val_loss"] is None else f"{manifest['val_loss']:.4f} nats per token"
     return f"""{_front(manifest["base"]["name"], ["sst-merge"])}
 # LoRA expert
 
-Trained by SST-Merge on `{manifest["base"]["name"]}`: rank {lora["rank"]}, alpha {lora["alpha"]:g}, loss on
-answer tokens only. Validation loss of the kept checkpoint: {loss}.
+Trained by SST-Merge on `{manifest["base"]["name"]}`: {form}, loss on answer tokens only.
+Validation loss of the kept checkpoint: {loss}.
 
-* Rows: {manifest["rows"]["train"]} for training, {manifest["rows"]["val"]} for the choice of the checkpoint
+* Rows: {manifest["rows"]["train"]} for training, {manifest["rows"]["val"]} for the choice of the checkpoint{beside}
 * All provenance: `manifest.json`
 
 The licences of the base model and of the training data apply to this adapter too.
 """
+
+
+def _beside(model: dict[str, Any]) -> list[tuple[str, float]]:
+    return list((model.get("beside") or {}).items())

@@ -14,10 +14,14 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from src.adapters.peft_files import is_trained, write_trained
+from src.adapters.attach import attach, check_fits
+from src.adapters.checks import check_base
+from src.adapters.pairs import weighted_sum
+from src.adapters.peft_files import Adapter, is_trained, read_adapter, write_trained
 from src.data.batches import Batch
 from src.errors import InputError, one_line
 from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
 from src.models.regularizers import Regularizer
@@ -65,6 +69,9 @@ class ExpertModule(LightningModule):
         pack: Compute the tokens that all rows of a batch begin with once (the chat template's system prompt); the same
             loss and gradients from fewer tokens. Falls back by itself where a model cannot.
         regularizer: Term added to the loss in training, such as ``AlignGuard``; unset adds none.
+        core: Adapter whose core is trained in place of a new adapter: C in U C Vᵀ, its bases and its start being
+            those of this adapter; ``lora`` then says nothing.
+        beside: Weight of each adapter that is there during training and stays as it is. It is no part of the result.
         seed: Seed of the adapter's initial weights.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures. ``bfloat16`` multiplies by
             bfloat16 copies of the frozen weights, and within attention; residuals, norms, the adapter and the logits
@@ -83,6 +90,8 @@ class ExpertModule(LightningModule):
         warmup: float = 0.05,
         pack: bool = True,
         regularizer: Regularizer | None = None,
+        core: str | None = None,
+        beside: dict[str, float] | None = None,
         seed: int = 0,
         matmul: TrainingMode = "auto",
         max_matmul_error: float = 5e-3,
@@ -93,6 +102,10 @@ class ExpertModule(LightningModule):
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
         self.schedule, self.warmup, self.pack, self.seed = schedule, warmup, pack, seed
         self.regularizer = regularizer
+        self.core = None if core is None else Core(read_adapter(core))
+        self.beside = [(read_adapter(name), weight) for name, weight in (beside or {}).items()]
+        if self.core is not None and regularizer is not None:
+            raise InputError("model.core and model.regularizer: one at a time; the regulariser takes a new adapter")
         self._can_pack: bool | None = None
         self._narrow = False
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
@@ -104,10 +117,10 @@ class ExpertModule(LightningModule):
         """Load the base, add LoRA, shard where the strategy asks for it."""
         if self.model is not None:
             return
-        from peft import get_peft_model
-
         model = load_model(self.base)
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if sharded and (self.core is not None or self.beside):
+            raise InputError("model.core and model.beside need the whole model on each process; use ddp.yaml")
         copies = not sharded and model.dtype == torch.float32 and self.trainer.strategy.root_device.type == "cpu"
         if self.matmul == "bfloat16" and not copies:
             raise InputError(
@@ -121,19 +134,19 @@ class ExpertModule(LightningModule):
             device=self.trainer.strategy.root_device.type,
         )
         self.base_fingerprint = fingerprint(model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            try:
-                self.model = get_peft_model(model, self._peft_config())  # type: ignore[arg-type]
-            except ValueError as error:
-                raise InputError(f"lora.targets {self.lora.targets}: {one_line(error)}") from None
+        for adapter in self.others:
+            check_base(adapter, self.base.name, self.base_fingerprint, what="the model to train")
+        self.model = self._with_lora(model) if self.core is None else self.core.add_to(model)
         # PEFT records where the weights lie on this machine; the name is what finds them on another.
         self.model.peft_config["default"].base_model_name_or_path = self.base.name
         self._narrow = mode == "bfloat16"
         fuse(self.model, narrow=self._narrow)
+        for adapter, weight in self.beside:
+            check_fits(self.model.get_base_model(), adapter.pairs, adapter.name)
+            attach(self.model.get_base_model(), weighted_sum([adapter.pairs], [weight]))
         self.model.train()
         trainable, total = self.model.get_nb_trainable_parameters()
-        log.info("training %.2f M of %.1f M parameters (LoRA rank %d)", trainable / 1e6, total / 1e6, self.lora.rank)
+        log.info("training %.2f M of %.1f M parameters (%s)", trainable / 1e6, total / 1e6, self._trained())
         if self.regularizer is not None:
             if sharded:
                 raise InputError("model.regularizer reads whole weights; a sharding strategy has none")
@@ -141,10 +154,19 @@ class ExpertModule(LightningModule):
         if sharded:
             shard(self.model, self.device_mesh)
 
-    def _peft_config(self) -> Any:
-        from peft import LoraConfig, TaskType
+    @property
+    def others(self) -> list[Adapter]:
+        """Adapters that go into the training, or stand beside it."""
+        own = [] if self.core is None else [self.core.adapter]
+        return own + [adapter for adapter, _ in self.beside]
 
-        return LoraConfig(
+    def _trained(self) -> str:
+        return f"LoRA rank {self.lora.rank}" if self.core is None else f"the core of {self.core.adapter.name}"
+
+    def _with_lora(self, model: Any) -> Any:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        config = LoraConfig(
             r=self.lora.rank,
             lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
             target_modules=self.lora.targets,
@@ -152,6 +174,12 @@ class ExpertModule(LightningModule):
             use_rslora=self.lora.rslora,
             task_type=TaskType.CAUSAL_LM,
         )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                return get_peft_model(model, config)
+            except ValueError as error:
+                raise InputError(f"lora.targets {self.lora.targets}: {one_line(error)}") from None
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         logits = answer_logits(self.model, batch, pack=self._packs(batch), narrow=self._narrow)
@@ -199,7 +227,7 @@ class ExpertModule(LightningModule):
         """Write LoRA weights as a PEFT adapter directory."""
         config = self.model.peft_config["default"]
         config.inference_mode = True
-        write_trained(folder, config, weights)
+        write_trained(folder, config, weights if self.core is None else self.core.factors(weights))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's weights only: the base is not ours to store."""

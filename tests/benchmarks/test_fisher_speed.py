@@ -1,8 +1,8 @@
 """Rows per second of a Fisher pass against per-example gradients, ``vmap(grad)``, curvlinops and a LoRA training step.
 
-SmolLM2-135M, all linear layers, r = 8, float32, the same rows and the same matrix-multiply mode for all, in one run. The
-peers' scores must equal ours; times are printed, never asserted. curvlinops (``make oracles``) has no pass that gives the
-matrix: its empirical Fisher is an operator, of which one product with one vector is measured.
+SmolLM2-135M, all linear layers, r = 8, float32, the same rows and the same matrix-multiply mode for all, in one run.
+The peers' scores must equal ours; times are printed, never asserted. curvlinops (``make oracles``) has no pass that
+gives the matrix: its empirical Fisher is an operator, of which one product with one vector is measured.
 """
 
 import os
@@ -136,7 +136,7 @@ def vectorised(cored, cores, batch):
 
 
 class AnswerLogits(torch.nn.Module):
-    """A model that curvlinops can differentiate: logits (answer tokens, vocabulary) of the rows in ``data["batch"]``."""
+    """A model that curvlinops can differentiate: (answer tokens, vocabulary) logits of the rows of one batch."""
 
     def __init__(self, model):
         super().__init__()
