@@ -11,6 +11,8 @@ Rules for awkward inputs, here and in every solver:
   With a right side of condition κ, eigenvalues carry an error of about κ · 1e-16 relative to the largest.
 """
 
+import numpy as np
+import scipy.linalg
 import torch
 
 from src.fisher.base import Fisher
@@ -19,22 +21,31 @@ from src.gevp.factored import FactoredSystem, Factors
 from src.gevp.pencil import Pencil
 
 
-def whitened_eigh(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def whitened_eigh(
+    left: torch.Tensor, right: torch.Tensor, *, overwrite: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised symmetric eigenpairs of ``left v = λ right v``, descending, ``Vᵀ right V = I``.
 
-    ``right`` is factorised (Cholesky) and ``left`` whitened by the factor; no matrix is inverted.
+    LAPACK's ``sygvd``: ``right`` is factorised (Cholesky) and ``left`` whitened by the factor; no matrix is inverted.
+
+    Args:
+        left: (n, n) symmetric matrix, float64.
+        right: (n, n) symmetric positive definite matrix, float64.
+        overwrite: Work in the memory of both, which must be symmetric to the last bit that matters; they are lost.
 
     Raises:
         ValueError: ``right`` is not positive definite.
     """
-    lower, failed = torch.linalg.cholesky_ex((right + right.T) / 2)
-    if failed.item() or not torch.isfinite(lower).all():
-        raise ValueError("the right side of the pencil is not positive definite: raise the ridge rho")
-    half = torch.linalg.solve_triangular(lower, (left + left.T) / 2, upper=False)
-    white = torch.linalg.solve_triangular(lower, half.T, upper=False)
-    values, vectors = torch.linalg.eigh((white + white.T) / 2)
-    back = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
-    return values.flip(0), back.flip(1)
+    sides = (left, right) if overwrite else ((left + left.T) / 2, (right + right.T) / 2)
+    if not all(torch.isfinite(side).all() for side in sides):
+        raise ValueError("a side of the pencil is not finite")
+    # Transposed views are in Fortran's order, so that LAPACK can work in place.
+    arrays = (side.numpy().T for side in sides)
+    try:
+        values, vectors = scipy.linalg.eigh(*arrays, overwrite_a=True, overwrite_b=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        raise ValueError("the right side of the pencil is not positive definite: raise the ridge rho") from None
+    return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
 
 def ridged(fisher: Fisher | None, ridge: float, dim: int) -> torch.Tensor:

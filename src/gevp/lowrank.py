@@ -5,8 +5,9 @@ are an orthonormal basis of everything that the data have seen, and
 
     Zᵀ F_s Z = Λ^½ Q_sᵀ Q_s Λ^½,     Zᵀ F_u Z = Λ^½ Q_uᵀ Q_u Λ^½
 
-so the D-dimensional pencil becomes a dense one of size m ≤ n_s + n_u. Cost O((n_s+n_u)² D + (n_s+n_u)³), memory O(n²)
-beside the scores; no D × D matrix is formed (method.md sections 4 and 5).
+so the D-dimensional pencil becomes a dense one of size m ≤ n_s + n_u. Cost O((n_s+n_u)² D + (n_s+n_u)³); no D × D
+matrix is formed (method.md sections 4 and 5). Memory beside the scores: at most five m × m matrices (LAPACK works in
+place, its workspace is two of them), and Q and V afterwards.
 
 Rules for awkward inputs: each side enters the Gram matrix at trace 1, so that neither hides the other; directions under
 ``SPAN_TOLERANCE`` of its largest eigenvalue (√ of it in scores: 3e-7) are rounding and count as unseen. A Gram matrix
@@ -16,12 +17,11 @@ s = 1e-6 (condition 1e12), where the other solvers reach 1e-5 and better.
 Legend of shapes: N scores of both data sets, m dimensions of their span, D coordinates.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 
-from src.fisher.base import Fisher
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.dense import extremes, whitened_eigh
 from src.gevp.eigensystem import Eigensystem, condition
@@ -32,40 +32,83 @@ SPAN_TOLERANCE = 1e-13
 """Eigenvalues of the Gram matrix under this share of the largest are rounding, not directions (float64)."""
 
 
+@dataclass(frozen=True)
+class _Side:
+    """One Fisher matrix in the span: ``Zᵀ F Z = trace · Λ^½ Qᵢᵀ Qᵢ Λ^½``, with ridge · I on top.
+
+    Attributes:
+        q: (n_i, m) its rows of Q; None where the side is its ridge alone.
+        trace: Its trace, where the stack holds it at trace 1.
+        ridge: Its ridge.
+    """
+
+    q: torch.Tensor | None
+    trace: float
+    ridge: float
+
+    def matrix(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """(m, m) with the ridge."""
+        if self.q is None:
+            return self.ridge * torch.eye(len(spectrum), dtype=torch.float64)
+        part = self.q * (self.trace * spectrum).sqrt()
+        found = part.T @ part
+        found.diagonal().add_(self.ridge)
+        return found
+
+    def times(self, vector: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
+        """(m,) product with the ridge."""
+        if self.q is None:
+            return self.ridge * vector
+        root = (self.trace * spectrum).sqrt()
+        return root * (self.q.T @ (self.q @ (root * vector))) + self.ridge * vector
+
+    def extremes(self, spectrum: torch.Tensor) -> tuple[float, float]:
+        """Least and greatest eigenvalue in the span, with the ridge."""
+        if self.q is None:
+            return self.ridge, self.ridge
+        part = self.q * (self.trace * spectrum).sqrt()
+        wide = part.shape[0] < part.shape[1]
+        low, high = extremes(part @ part.T if wide else part.T @ part)
+        return self.ridge if wide else max(low, 0.0) + self.ridge, high + self.ridge
+
+
 @dataclass(frozen=True, kw_only=True)
 class LowRankSystem(Eigensystem):
     """A pencil solved in the span of the scores; the rest is the complement.
 
     Attributes:
         stack: Both data sets' scores, each scaled to trace 1.
-        to_span: (N, m): ``Z = Sᵀ to_span`` is an orthonormal basis (D, m) of the span.
-        vectors: (m, m) eigenvectors in the basis Z.
-        left: (m, m) ``Zᵀ (F_s + σI) Z``.
-        right: (m, m) ``Zᵀ (F_u + εI) Z``.
+        spectrum: (m,) the eigenvalues Λ of its Gram matrix that are no rounding.
+        q: (N, m) their eigenvectors: ``Z = Sᵀ Q Λ^(-1/2)`` is an orthonormal basis (D, m) of the span.
+        vectors: (m, m) eigenvectors of the pencil in the basis Z.
+        left: ``F_s + σI`` in the span.
+        right: ``F_u + εI`` in the span.
     """
 
     stack: ScoreStack
-    to_span: torch.Tensor
+    spectrum: torch.Tensor
+    q: torch.Tensor
     vectors: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
+    left: _Side
+    right: _Side
 
     def coordinates(self, patch: torch.Tensor) -> torch.Tensor:
         """(m,) coefficients ``Vᵀ (F_u + εI) c`` of a patch (D,)."""
-        inside: torch.Tensor = self.to_span.T @ self.stack.times(patch)
-        return self.vectors.T @ (self.right @ inside)
+        inside = (self.q.T @ self.stack.times(patch)) / self.spectrum.sqrt()
+        return self.vectors.T @ self.right.times(inside, self.spectrum)
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
         """(…, D) combinations ``V a`` of coefficients (…, m)."""
-        return self.stack.transposed((coefficients @ self.vectors.T) @ self.to_span.T)
+        inside = (coefficients @ self.vectors.T) / self.spectrum.sqrt()
+        return self.stack.transposed(inside @ self.q.T)
 
     def conditions(self) -> dict[str, float | None]:
         """Condition numbers of both sides, the complement's ridge included."""
         found: dict[str, float | None] = {}
-        for name, matrix, ridge in (("left", self.left, self.sigma), ("right", self.right, self.epsilon)):
-            low, high = extremes(matrix)
+        for name, side in (("left", self.left), ("right", self.right)):
+            low, high = side.extremes(self.spectrum)
             if self.complement_dim:
-                low, high = min(low, ridge), max(high, ridge)
+                low, high = min(low, side.ridge), max(high, side.ridge)
             found[name] = condition(low, high, self.dim)
         return found
 
@@ -81,32 +124,35 @@ def lowrank_system(pencil: Pencil) -> LowRankSystem:
     Raises:
         ValueError: a side has another representation, or the right side is not positive definite.
     """
-    sides: list[LowRankFisher] = []
+    given: list[LowRankFisher] = []
     for side in (pencil.left, pencil.right):
         if side is not None and not isinstance(side, LowRankFisher):
             raise ValueError(f"representation {side.representation}; expected lowrank")
-        sides += [] if side is None else [side]
-    traces = [side.trace() for side in sides]
-    stack = ScoreStack(sides, [trace**-0.5 for trace in traces])
-    spectrum, q = torch.linalg.eigh(stack.gram())
-    kept = spectrum > SPAN_TOLERANCE * spectrum[-1]
-    spectrum, q = spectrum[kept], q[:, kept]
-    parts = (q * spectrum.sqrt()).split(stack.rows)
-    grams = (trace * (part.T @ part) for trace, part in zip(traces, parts, strict=True))
-    left = _projected(pencil.left, grams, pencil.sigma, len(spectrum))
-    right = _projected(pencil.right, grams, pencil.epsilon, len(spectrum))
-    values, vectors = whitened_eigh(left, right)
+        given += [] if side is None else [side]
+    traces = [side.trace() for side in given]
+    stack = ScoreStack(given, [trace**-0.5 for trace in traces])
+    spectrum, q = _eigh_in_place(stack.gram())
+    first = int((spectrum <= SPAN_TOLERANCE * spectrum[-1]).sum())
+    spectrum, q = spectrum[first:], q[:, first:]
+    parts = iter(zip(q.split(stack.rows), traces, strict=True))
+    left, right = (
+        _Side(*((None, 0.0) if fisher is None else next(parts)), ridge)
+        for fisher, ridge in ((pencil.left, pencil.sigma), (pencil.right, pencil.epsilon))
+    )
+    values, vectors = whitened_eigh(left.matrix(spectrum), right.matrix(spectrum), overwrite=True)
     return LowRankSystem(
         pencil=pencil,
         values=values.clamp_min(0.0),
         stack=stack,
-        to_span=q / spectrum.sqrt(),
+        spectrum=spectrum,
+        q=q,
         vectors=vectors,
         left=left,
         right=right,
     )
 
 
-def _projected(side: Fisher | None, grams: Iterator[torch.Tensor], ridge: float, size: int) -> torch.Tensor:
-    identity = ridge * torch.eye(size, dtype=torch.float64)
-    return identity if side is None else next(grams) + identity
+def _eigh_in_place(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, in its memory."""
+    values, vectors = scipy.linalg.eigh(gram.numpy().T, overwrite_a=True, check_finite=False, driver="evd")
+    return torch.from_numpy(values), torch.from_numpy(vectors)

@@ -142,3 +142,43 @@ def test_generation_equals_transformers_generate():
     )
     # In float32 a near-tie may break the other way in another batch.
     assert len(different) <= len(encoded) * 0.05
+
+
+def evaluated(tmp_path, name, rows, hardware):
+    """Seconds of one ``test`` command with a thread per process, and its answers by suite."""
+    suites = [
+        {"name": "safe", "kind": "borderline", "rows": str(rows["safe"]), "max_new_tokens": 32},
+        {"name": "mmlu", "kind": "choice", "rows": str(rows["mmlu"])},
+    ]
+    given = flags(BaseSpec().name, tmp_path, suites, tmp_path / name, hardware=hardware, batch_size=16)
+    given[given.index("float64")] = "float32"
+    command = [sys.executable, "-m", "src", *given]
+    started = time.perf_counter()
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    seconds = time.perf_counter() - started
+    assert found.returncode == 0, found.stderr[-3000:]
+    return seconds, {suite["name"]: answers(tmp_path / name, suite["name"]) for suite in suites}
+
+
+@needs_rows
+def test_two_processes_against_one(tmp_path):
+    """Each process has one thread; the time of the same command on two rows (start, load, tokens) is taken off."""
+    count = int(os.environ.get("BENCH_PROMPTS", "200"))
+    names = {"safe": "overrefusal_xstest_safe.jsonl", "mmlu": "mc_mmlu.jsonl"}
+    rows, few = (
+        {key: write_jsonl(tmp_path / f"{key}{n}.jsonl", rows_of(name)[:n]) for key, name in names.items()}
+        for n in (count, 2)
+    )
+    seconds, given = {}, {}
+    for processes, hardware in ((1, "cpu.yaml"), (2, "ddp_sim.yaml")):
+        empty, _ = evaluated(tmp_path, f"few{processes}", few, hardware)
+        whole, given[processes] = evaluated(tmp_path, f"all{processes}", rows, hardware)
+        seconds[processes] = (whole - empty, whole)
+    assert given[1] == given[2]
+    sys.stdout.write(
+        f"\ntest of {count} prompts and {count} questions, one thread per process: one process {seconds[1][0]:.1f} s, "
+        f"two {seconds[2][0]:.1f} s ({seconds[1][0] / seconds[2][0]:.2f} x; with start and load {seconds[1][1]:.1f} "
+        f"and {seconds[2][1]:.1f} s); all {sum(map(len, given[1].values()))} rows identical\n"
+    )

@@ -123,6 +123,20 @@ def one_by_one(cored, cores, data):
     return torch.stack(found)
 
 
+def as_a_user_would(cored, cores, data):
+    """The same loop with the model's own loss and torch's own precision."""
+    torch.set_float32_matmul_precision("highest")
+    found = []
+    for i in range(len(data)):
+        batch = data[([i], 1.0)]
+        labels = batch.ids.masked_fill(~batch.answer_mask, -100)
+        loss = cored(input_ids=batch.ids, labels=labels).loss
+        loss.backward()
+        found.append(torch.cat([core.grad.flatten() for core in cores.values()]) * -int((labels != -100).sum()))
+        cored.zero_grad()
+    return torch.stack(found)
+
+
 def vectorised(cored, cores, batch):
     """Scores of one batch by ``vmap(grad)``."""
     labels = batch.ids[:, 1:].masked_fill(~batch.answer_mask[:, 1:], -100)
@@ -191,6 +205,11 @@ def test_fisher_pass(rows, tmp_path):
     cored = with_cores(load_model(SPEC), basis.u, basis.v)
     cores = {name: parameter for name, parameter in cored.named_parameters() if name.endswith(".core")}
     seconds["autograd, one row at a time"], peer = clocked(lambda: one_by_one(cored, cores, data), repeats=1)
+    assert distance(peer, scores) < 1e-3
+    precision = torch.get_float32_matmul_precision()
+    name = "autograd, one row at a time, torch's precision and the model's loss"
+    seconds[name], peer = clocked(lambda: as_a_user_would(cored, cores, data), repeats=1)
+    torch.set_float32_matmul_precision(precision)
     assert distance(peer, scores) < 1e-3
     shortest = batches[-1]
     taken, peer = clocked(lambda: vectorised(cored, cores, shortest), repeats=1)
