@@ -17,7 +17,7 @@ s = 1e-6 (condition 1e12), where the other solvers reach 1e-5 and better.
 Legend of shapes: N scores of both data sets, m dimensions of their span, D coordinates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import scipy.linalg
 import torch
@@ -42,9 +42,9 @@ class _Side:
         ridge: Its ridge.
     """
 
-    q: torch.Tensor | None
-    trace: float
-    ridge: float
+    q: torch.Tensor | None = None
+    trace: float = 0.0
+    ridge: float = 0.0
 
     def matrix(self, spectrum: torch.Tensor) -> torch.Tensor:
         """(m, m) with the ridge."""
@@ -134,9 +134,9 @@ def lowrank_system(pencil: Pencil) -> LowRankSystem:
     spectrum, q = _eigh_in_place(stack.gram())
     first = int((spectrum <= SPAN_TOLERANCE * spectrum[-1]).sum())
     spectrum, q = spectrum[first:], q[:, first:]
-    parts = iter(zip(q.split(stack.rows), traces, strict=True))
+    parts = iter([_Side(part, trace) for part, trace in zip(q.split(stack.rows), traces, strict=True)])
     left, right = (
-        _Side(*((None, 0.0) if fisher is None else next(parts)), ridge)
+        replace(_Side() if fisher is None else next(parts), ridge=ridge)
         for fisher, ridge in ((pencil.left, pencil.sigma), (pencil.right, pencil.epsilon))
     )
     values, vectors = whitened_eigh(left.matrix(spectrum), right.matrix(spectrum), overwrite=True)
