@@ -17,6 +17,7 @@ from src.experiments.document import (
     number,
     table,
 )
+from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
@@ -26,6 +27,7 @@ from src.experiments.statements import Claim, claims, claims_table, tally
 from src.experiments.store import Store
 from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
 
+UTILITY = "utility"
 CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "answer_nll")
 
 
@@ -84,9 +86,11 @@ class Comparison(Study):
         names = list(chosen.values())
         made = self._claims(test, chosen)
         taxes = tax_rows(test, names)
+        equal = gaps(test, self._curves(paths(points)), self.ours)
         tables = [
             self._chosen_table(validation, test, chosen),
             claims_table(made, f"{chosen.get(self.ours, self.ours)} against the others (test rows)"),
+            equal_refusal_table(equal, self.ours),
             tax_table(taxes),
             spread_table(points, names, split, store),
             category_table({name: known[name] for name in names}),
@@ -94,13 +98,19 @@ class Comparison(Study):
             cost_table(of_methods(points), store),
         ]
         return {
-            "summary": summary(made, chosen.get(self.ours)),
+            "summary": [*summary(made, chosen.get(self.ours)), *sentences(equal, self.ours)],
             "notes": [*notes, self._rule()],
             "fronts": fronts(test, paths(points), "test rows"),
             "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
             "tables": tables,
             "examples": examples({name: points[name][0] for name in names}, store),
         }
+
+    def _curves(self, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Every method's path from the utility expert on, as far as it begins there."""
+        begins = {method.name: method.train != "beside_safety" for method in self.methods}
+        start = [UTILITY] if UTILITY in found else []
+        return {name: [*(start if begins[name] else []), *points] for name, points in found.items() if name in begins}
 
     def _claims(self, test: Mapping[Measure, Scores], chosen: Mapping[str, str]) -> list[Claim]:
         """Ours against every other method and against base and experts; controls included."""

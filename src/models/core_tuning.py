@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from src.adapters.attach import check_fits
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.peft_files import Adapter
+from src.adapters.peft_weights import ROOT
 from src.errors import InputError
 
 STORED = ".parametrizations.weight.original"
@@ -89,7 +90,7 @@ class Core:
         found = {}
         for key, value in weights.items():
             if key.endswith(STORED):
-                name = key.removeprefix("base_model.model.").partition(".lora_B.")[0]
+                name = key.removeprefix(ROOT).partition(".lora_B.")[0]
                 found[key.removesuffix(STORED) + ".weight"] = self.basis.u[name].to(value) @ value
             else:
                 found[key] = value

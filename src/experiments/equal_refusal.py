@@ -1,0 +1,136 @@
+"""Methods compared at equal refusal: what each gives up where both refuse alike, along their whole paths.
+
+A method's path is a curve of (refusal, cost) points, from the utility expert on; between two neighbours a cost is
+interpolated linearly, which is what answering by one of the two models at random gives. The difference of two methods
+is the mean over the levels of refusal that both reach. No strength is chosen, so none can be chosen luckily. Rows are
+resampled, the same for both methods; the curves are drawn anew each time.
+
+Legend of shapes: S bootstrap draws, K points of a path, L levels of refusal.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from src.experiments.document import Document, bound, column, number, table
+from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores
+from src.metrics.bootstrap import Estimate
+
+LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
+COSTS: tuple[Measure, ...] = ("over_refusal", "utility", "answer_nll")
+NOTE = (
+    f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
+    "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points."
+)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How two methods differ at equal refusal.
+
+    Attributes:
+        other: The method that ours is compared with.
+        levels: Levels of refusal that both reach; none where the paths have no common range.
+        differences: Ours − other by measure, means over the levels.
+    """
+
+    other: str
+    levels: tuple[float, ...]
+    differences: Mapping[Measure, Estimate]
+
+    def wins(self, measure: Measure) -> int:
+        """1 where ours is better, −1 where it is worse, 0 where the interval holds zero."""
+        sign = 1.0 if MEASURES[measure][1] else -1.0
+        found = self.differences[measure]
+        return next((int(s) for s in (1.0, -1.0) if s * sign * bound(found, s * sign) > 0), 0)
+
+
+def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], ours: str) -> list[Gap]:
+    """Ours against every other method.
+
+    Args:
+        scores: Scores by measure; refusal must be among them.
+        curves: Method to the models of its path.
+        ours: One of the methods.
+    """
+    measures = [measure for measure in COSTS if measure in scores]
+    if ours not in curves or "refusal" not in scores or not measures:
+        return []
+    found = []
+    for other in (name for name in curves if name != ours):
+        levels = common_levels([_means(scores["refusal"], curves[name]) for name in (ours, other)])
+        parts = {m: _difference(scores["refusal"], scores[m], curves[ours], curves[other], levels) for m in measures}
+        found.append(Gap(other, tuple(levels.tolist()), {m: one for m, one in parts.items() if one is not None}))
+    return found
+
+
+def common_levels(refusals: Sequence[np.ndarray]) -> np.ndarray:
+    """(L,) the levels of refusal that every path reaches."""
+    low, high = max(r.min() for r in refusals), min(r.max() for r in refusals)
+    levels = np.arange(round((HIGHEST - LOWEST) / STEP) + 1) * STEP + LOWEST
+    return levels[(levels >= low - 1e-12) & (levels <= high + 1e-12)]
+
+
+def cost_at(levels: np.ndarray, refusals: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """(S, L) costs at levels of refusal, of paths (S, K); beyond a path's end its last cost."""
+    order = np.argsort(refusals, axis=1, kind="stable")
+    x, y = np.take_along_axis(refusals, order, 1), np.take_along_axis(costs, order, 1)
+    return np.stack([np.interp(levels, a, b) for a, b in zip(x, y, strict=True)])
+
+
+def _means(scores: Scores, models: Sequence[str]) -> np.ndarray:
+    columns = [scores.models.index(model) for model in models]
+    return scores.values[:, columns].mean(0).numpy()
+
+
+def _draws(scores: Scores, models: Sequence[str]) -> np.ndarray:
+    """(1 + S, K) means of the models: as measured, then of resampled rows."""
+    columns = [scores.models.index(model) for model in models]
+    return np.concatenate([_means(scores, models)[None], scores.draws[:, columns].numpy()])
+
+
+def _difference(
+    refusal: Scores, cost: Scores, ours: Sequence[str], other: Sequence[str], levels: np.ndarray
+) -> Estimate | None:
+    if not len(levels):
+        return None
+    one, two = (cost_at(levels, _draws(refusal, path), _draws(cost, path)).mean(1) for path in (ours, other))
+    measured, *_ = drawn = one - two
+    low, high = np.quantile(drawn[1:], QUANTILES)
+    return Estimate(float(measured), float(low), float(high), len(cost.rows))
+
+
+def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
+    """Differences at equal refusal, a row for each other method."""
+    measures = list(dict.fromkeys(measure for gap in found for measure in gap.differences))
+    columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
+    columns += [column(measure, f"{MEASURES[measure][0]}, difference") for measure in measures]
+    rows = []
+    for gap in found:
+        reached = f"{gap.levels[0]:.2f} – {gap.levels[-1]:.2f}" if gap.levels else "no common range"
+        cells = {measure: number(one) for measure, one in gap.differences.items()}
+        rows.append({"other": gap.other, "range": reached} | dict.fromkeys(measures, "") | cells)
+    return table(f"{ours} at equal refusal (test rows)", columns, rows, note=NOTE)
+
+
+def sentences(found: Sequence[Gap], ours: str) -> list[str]:
+    """Who is better at equal refusal, measure by measure."""
+    said = []
+    for measure in COSTS:
+        results = [(gap, gap.wins(measure)) for gap in found if measure in gap.differences]
+        parts = [
+            f"{verb} {', '.join(_named(gap, measure) for gap in chosen)}"
+            for verb, wanted in (("better than", 1), ("worse than", -1))
+            if (chosen := [gap for gap, result in results if result == wanted])
+        ]
+        equal = [gap.other for gap, result in results if result == 0]
+        parts += [f"not shown to differ from {', '.join(equal)}"] if equal else []
+        if parts:
+            said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
+    return said
+
+
+def _named(gap: Gap, measure: Measure) -> str:
+    one = gap.differences[measure]
+    return f"{gap.other} ({one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}])"

@@ -1,0 +1,94 @@
+"""Methods at equal refusal: interpolation and bootstrap against a slow twin, planted differences, missing ranges."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from src.experiments.equal_refusal import common_levels, cost_at, equal_refusal_table, gaps, sentences
+from src.experiments.scores import Scores
+from src.metrics.bootstrap import resampled_means
+
+
+def scores(means, seed, count=200):
+    """Flags of some models on rows that share their difficulty, with these shares."""
+    difficulty = torch.rand(count, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    flags = (difficulty < torch.tensor(list(means.values()), dtype=torch.float64)).double()
+    return Scores(tuple(means), tuple(("s", str(i), 0) for i in range(count)), flags)
+
+
+REFUSAL = scores({"u": 0.05, "a1": 0.4, "a2": 0.7, "a3": 0.97, "b1": 0.6, "b2": 0.9, "c1": 0.2, "c2": 0.3}, 1)
+OVER = scores({"u": 0.02, "a1": 0.1, "a2": 0.3, "a3": 0.6, "b1": 0.5, "b2": 0.9, "c1": 0.1, "c2": 0.2}, 2)
+CURVES = {"A": ["u", "a1", "a2", "a3"], "B": ["u", "b1", "b2"], "C": ["u", "c1", "c2"]}
+CURVES["A again"] = ["a3", "u", "a1", "a2"]  # the order of a path says nothing
+FOUND = {"refusal": REFUSAL, "over_refusal": OVER}
+
+
+def line_at(level, points):
+    """The slow twin of one interpolation: look for the two neighbours."""
+    points = sorted(points)
+    if level <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= level <= x1 and x1 > x0:
+            return y0 + (y1 - y0) * (level - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def test_costs_are_interpolated_between_neighbours_whatever_the_order():
+    draw = np.random.default_rng(0)
+    refusals, costs, levels = draw.random((20, 5)), draw.random((20, 5)), np.linspace(0, 1, 7)
+    expected = [
+        [line_at(level, list(zip(x, y, strict=True))) for level in levels] for x, y in zip(refusals, costs, strict=True)
+    ]
+    np.testing.assert_allclose(cost_at(levels, refusals, costs), expected, atol=1e-12)
+
+
+def test_levels_are_those_that_both_paths_reach():
+    assert common_levels([np.array([0.0, 0.72]), np.array([0.58, 1.0])]).tolist() == pytest.approx([0.6, 0.65, 0.7])
+    assert len(common_levels([np.array([0.0, 0.4]), np.array([0.6, 1.0])])) == 0
+    assert common_levels([np.array([0.0, 1.0])]).tolist() == pytest.approx([0.5 + 0.05 * i for i in range(10)])
+
+
+def test_the_difference_and_its_interval_are_those_of_a_loop_over_draws():
+    (gap,) = gaps(FOUND, {"A": CURVES["A"], "B": CURVES["B"]}, "A")
+    drawn = {name: resampled_means(one.values, seed=0, draws=4000) for name, one in FOUND.items()}
+    column = {name: i for i, name in enumerate(REFUSAL.models)}
+
+    def mean_cost(path, x, y):
+        found = [line_at(level, [(x[column[m]].item(), y[column[m]].item()) for m in path]) for level in gap.levels]
+        return sum(found) / len(found)
+
+    pairs = [(REFUSAL.values.mean(0), OVER.values.mean(0))]
+    pairs += [(drawn["refusal"][i], drawn["over_refusal"][i]) for i in range(0, 4000, 8)]
+    differences = [mean_cost(CURVES["A"], x, y) - mean_cost(CURVES["B"], x, y) for x, y in pairs]
+    found = gap.differences["over_refusal"]
+    assert found.value == pytest.approx(differences[0], abs=1e-12)
+    assert (found.low, found.high) == pytest.approx(np.quantile(differences[1:], (0.025, 0.975)), abs=0.02)
+    assert found.n == 200
+    assert gap.levels[0] >= 0.5
+    assert gap.levels[-1] <= REFUSAL.values.mean(0)[column["b2"]].item()
+
+
+def test_a_planted_difference_is_said_and_nothing_else():
+    found = gaps(FOUND, CURVES, "A")
+    assert [gap.other for gap in found] == ["B", "C", "A again"]
+    assert [gap.wins("over_refusal") for gap in found if gap.differences] == [1, 0]
+    assert found[2].differences["over_refusal"].value == pytest.approx(0.0, abs=1e-12)
+    (said,) = sentences(found, "A")
+    assert said.startswith("At equal refusal, the over-refusal of A is better than B (-0.")
+    assert said.endswith("not shown to differ from A again.")
+    (back,) = sentences(gaps(FOUND, {"A": CURVES["A"], "B": CURVES["B"]}, "B"), "B")
+    assert "worse than A (+0." in back
+    rows = equal_refusal_table(found, "A")["rows"]
+    assert [row["range"] == "no common range" for row in rows] == [False, True, False]
+    assert rows[1]["over_refusal"] == ""
+
+
+def test_without_refusals_or_ours_nothing_is_compared():
+    assert gaps({"over_refusal": OVER}, CURVES, "A") == []
+    assert gaps({"refusal": REFUSAL}, CURVES, "A") == []
+    assert gaps(FOUND, CURVES, "nobody") == []
+    assert equal_refusal_table([], "A")["rows"] == []
+    assert sentences([], "A") == []
