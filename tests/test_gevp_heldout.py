@@ -115,12 +115,38 @@ def test_relearned_coefficients_equal_the_dense_solve(kinds, weights):
     dense = [fisher.dense().numpy() for fisher in (given.safety, given.benign, given.utility)]
     means, start = (given.safety_mean.numpy(), given.benign_mean.numpy()), random_patch()
     expected = dense_relearned(*dense, *means, start.numpy(), tau=given.tau, trust=given.trust, sigma=given.sigma)
-    found = relearn(given, start)
+    found, sigma = relearn(given, start)
+    assert sigma == given.sigma
     assert np.linalg.norm(found.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
     step = 1e-3 * random_patch()
     least = given.objective(found, start)
     assert least <= given.objective(start, start)
     assert least <= min(given.objective(found + step, start), given.objective(found - step, start))
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
+@pytest.mark.parametrize("share", [0.9, 0.1, 1e-3])
+def test_a_step_that_is_too_long_is_the_dense_solve_at_the_ridge_where_it_fits(kind, share):
+    given, start = problem([kind] * 3, sigma=1e-4), random_patch()
+    free, _ = relearn(given, start)
+    radius = share * (free - start).norm().item()
+    found, sigma = relearn(given, start, radius)
+    assert sigma > given.sigma
+    assert 0.98 * radius <= (found - start).norm().item() <= radius
+    dense = [fisher.dense().numpy() for fisher in (given.safety, given.benign, given.utility)]
+    means = (given.safety_mean.numpy(), given.benign_mean.numpy())
+    expected = dense_relearned(*dense, *means, start.numpy(), tau=given.tau, trust=given.trust, sigma=sigma)
+    assert np.linalg.norm(found.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
+    assert given.objective(found, start) < given.objective(start, start)
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
+def test_a_step_that_fits_is_left_alone(kind):
+    given, start = problem([kind] * 3), random_patch()
+    free, sigma = relearn(given, start)
+    found, same = relearn(given, start, 1.01 * (free - start).norm().item())
+    assert (sigma, same) == (given.sigma, given.sigma)
+    torch.testing.assert_close(found, free)
 
 
 @pytest.mark.parametrize("weights", [{"sigma": 0.0}, {"tau": -1.0}, {"trust": float("nan")}])

@@ -6,14 +6,19 @@ A Fisher matrix is sign-blind, a mean score is not. With d = c − c0 the minimu
 
     (F_s + τF_u⁺ + aF_u + σI) d = g_s + τg_u⁺ − aF_u c0
 
-and σ > 0 makes it the only one. For low-rank matrices ``S = [G_s/√n_s; √τ G_u⁺/√n_u⁺; √a G_u/√n_u]`` and Woodbury's
-identity ``(σI + SᵀS)⁻¹ b = (b − Sᵀ(σI + SSᵀ)⁻¹ S b)/σ`` leave one factorisation of size N; other representations go by
-conjugate gradients.
+and σ > 0 makes it the only one. The quadratic model holds near c0 only: mean scores of a few hundred rows point along
+thousands of directions that no Fisher matrix of those rows opposes, so with a small σ the step is many times as long as
+the patch, and the model is destroyed. Where a radius is given, σ is the smallest, from the problem's own on, whose step
+is no longer than it: the trust-region step of Moré and Sorensen (SIAM J. Sci. Stat. Comput. 4, 1983).
+
+For low-rank matrices ``S = [G_s/√n_s; √τ G_u⁺/√n_u⁺; √a G_u/√n_u]`` and Woodbury's identity ``(σI + SᵀS)⁻¹ b =
+(b − Sᵀ(σI + SSᵀ)⁻¹ S b)/σ`` leave one factorisation of size N; other representations go by conjugate gradients.
 
 Legend of shapes: N scores of all three matrices, D coordinates.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +26,9 @@ from src.fisher.base import Fisher
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.matrix_free import conjugate_gradients
 from src.gevp.stack import ScoreStack
+
+SHORTEST = 0.99
+"""A step of at least this share of the radius is long enough."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +78,61 @@ class RelearnProblem:
         return float(0.5 * curvature - slope + 0.5 * self.trust * self.utility.energy(coefficients))
 
 
-def relearn(problem: RelearnProblem, start: torch.Tensor) -> torch.Tensor:
-    """(D,) coefficients c of the step from c0 (D,), in float64."""
+def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float | None = None) -> tuple[torch.Tensor, float]:
+    """(D,) coefficients c of the step from c0 (D,), in float64, and the σ that was used.
+
+    Args:
+        problem: What the step is made of.
+        start: c0.
+        radius: Longest step ‖c − c0‖; unset takes the problem's σ as it is.
+    """
     target = problem.safety_mean.double() + problem.tau * problem.benign_mean.double()
     target = target - problem.trust * problem.utility.matvec(start)
+    step_at = _steps(problem, target)
+    sigma, step = problem.sigma, step_at(problem.sigma)
+    if radius is not None and step.norm() > radius:
+        sigma, step = _shortened(step_at, sigma, target.norm().item() / radius, radius)
+    return start.double() + step, sigma
+
+
+def _shortened(
+    step_at: Callable[[float], torch.Tensor], low: float, high: float, radius: float
+) -> tuple[float, torch.Tensor]:
+    """The σ between a too small and a large enough one whose step is SHORTEST to 1 times the radius, and that step.
+
+    A step shrinks as σ grows, and at ‖target‖/radius it is short enough, the matrices being positive semi-definite.
+    """
+    step = step_at(high)
+    while step.norm() < SHORTEST * radius and high > (1 + 1e-9) * low:
+        middle = (low * high) ** 0.5
+        tried = step_at(middle)
+        if tried.norm() > radius:
+            low = middle
+        else:
+            high, step = middle, tried
+    return high, step
+
+
+def _steps(problem: RelearnProblem, target: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """A function from σ to the step (D,); what does not depend on σ is computed once."""
     three = [(problem.safety, 1.0), (problem.benign, problem.tau), (problem.utility, problem.trust)]
     sides = [(fisher, weight**0.5) for fisher, weight in three if isinstance(fisher, LowRankFisher)]
     if len(sides) < len(three):
-        return start.double() + conjugate_gradients(problem.product, target)
+        return lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target)
     stack = ScoreStack([fisher for fisher, _ in sides], [weight for _, weight in sides])
     gram = stack.gram()
-    gram.diagonal().add_(problem.sigma)
-    lower = torch.linalg.cholesky(gram)
 
-    def solve(right: torch.Tensor) -> torch.Tensor:
-        inner = torch.cholesky_solve(stack.times(right)[:, None], lower).squeeze(1)
-        return (right - stack.transposed(inner)) / problem.sigma
+    def step_at(sigma: float) -> torch.Tensor:
+        ridged = gram.clone()
+        ridged.diagonal().add_(sigma)
+        lower = torch.linalg.cholesky(ridged)
 
-    step = solve(target)
-    # Woodbury subtracts nearly equal vectors where σ is small: one step of refinement repairs what that costs.
-    return start.double() + step + solve(target - problem.product(step))
+        def solve(right: torch.Tensor) -> torch.Tensor:
+            inner = torch.cholesky_solve(stack.times(right)[:, None], lower).squeeze(1)
+            return (right - stack.transposed(inner)) / sigma
+
+        step = solve(target)
+        # Woodbury subtracts nearly equal vectors where σ is small: one step of refinement repairs what that costs.
+        return step + solve(target - replace(problem, sigma=sigma).product(step))
+
+    return step_at

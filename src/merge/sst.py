@@ -47,6 +47,8 @@ class Sst(MergeMethod):
         form: ``additive`` filters ΔW_s; ``interpolating`` filters ΔW_s − ΔW_u, which needs Fisher files of
             ``--model.basis union``, F_s of them where that patch leads: ``--model.reference_safety {safety: 1.0}``.
         trust: Weight of the utility trust region of ``relearn``, relative: a = trust · tr(F_s)/tr(F_u). At least 0.
+        radius: Longest step of ``relearn``, as a share of the patch's norm; the ridge on F_s grows until the step fits.
+            Above 0.
         seed: Seed of the random directions.
         holdout_seed: Seed of the split of calibration rows for the reported energies.
     """
@@ -65,14 +67,16 @@ class Sst(MergeMethod):
         coefficients: Coefficients = "filter",
         form: Form = "additive",
         trust: float = 10.0,
+        radius: float = 0.2,
         seed: int = 0,
         holdout_seed: int = 0,
     ) -> None:
-        check_numbers(rho, rho_s, t, trust)
+        check_numbers(rho, rho_s, t, trust, radius)
         check_filter(filter, k, share)
         check_together(filter, control, coefficients, rho_s)
         self.filter, self.t, self.k, self.share, self.rho, self.rho_s = filter, t, k, share, rho, rho_s
         self.control, self.coefficients, self.form, self.trust = control, coefficients, form, trust
+        self.radius = radius
         self.seed, self.holdout_seed = seed, holdout_seed
 
     @property
@@ -146,7 +150,7 @@ class Sst(MergeMethod):
                     "method.coefficients 'relearn' needs mean scores of both data sets and the utility Fisher matrix "
                     "at the patched point: a run with `--model.relearn true`"
                 )
-            return relearned(fisher, whole, t=self.t, trust=self.trust, rho_s=self.rho_s)
+            return relearned(fisher, whole, t=self.t, trust=self.trust, rho_s=self.rho_s, radius=self.radius)
         key = (self.rho, self.rho_s, self._pencil_control, self.form, self.holdout_seed)
         if key not in known:
             known[key] = solve_once(fisher.safety, fisher.utility, whole, self._pencil, seed=self.holdout_seed)

@@ -9,14 +9,15 @@ Control = Literal["none", "random", "safety_only", "utility_only", "swapped"]
 Coefficients = Literal["filter", "relearn"]
 
 
-def check_numbers(rho: float, rho_s: float, t: float, trust: float) -> None:
+def check_numbers(rho: float, rho_s: float, t: float, trust: float, radius: float) -> None:
     """Check the ridges and rates.
 
     Raises:
         InputError: one is out of range.
     """
-    if not 0 < rho < float("inf"):
-        raise InputError(f"method.rho is {rho}; expected a number above 0")
+    for key, value in (("rho", rho), ("radius", radius)):
+        if not 0 < value < float("inf"):
+            raise InputError(f"method.{key} is {value}; expected a number above 0")
     for key, value in (("rho_s", rho_s), ("t", t), ("trust", trust)):
         if not 0 <= value < float("inf"):
             raise InputError(f"method.{key} is {value}; expected a number of at least 0")
