@@ -109,6 +109,11 @@ def count_rows(value: Any) -> int | None:
     return total
 
 
+def plain_sources(value: Any) -> list[dict[str, Any]]:
+    """Sources as plain mappings."""
+    return [plain_source(source) for source in sources(value)]
+
+
 def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any]]:
     """Sources, of which those that are a draw from a file of their own are another draw for each seed.
 

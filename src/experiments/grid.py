@@ -1,27 +1,16 @@
 """From a recipe to cells: which settings and which other cells each step of the pipeline is made from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell, digest
-from src.experiments.content import count_rows, plain_source, redrawn, sources
-from src.experiments.settings import (
-    ExpertSpec,
-    MethodSpec,
-    Recipe,
-    at_path,
-    layered,
-    plain,
-    plain_base,
-    read_config,
-)
+from src.experiments.content import count_rows, plain_sources, redrawn, sources
+from src.experiments.settings import ExpertSpec, MethodSpec, Recipe, layered, plain, plain_base, read_config
+from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
-from src.merge.combinations.concatenate import Concatenate
 from src.merge.settings import with_option
-
-SAFETY_ROWS = "safety_rows"
 
 
 @dataclass(frozen=True)
@@ -55,9 +44,9 @@ class Grid:
 
     def expert(self, spec: ExpertSpec, seed: int, label: str, over: Mapping[str, Any] | None = None) -> Cell:
         """Training of an expert."""
-        return self._fit(spec, plain_sources(spec.train), seed, label, over or {})
+        return self.fit(spec, plain_sources(spec.train), seed, label, over or {})
 
-    def _fit(
+    def fit(
         self,
         spec: ExpertSpec,
         train: list[Any],
@@ -66,6 +55,7 @@ class Grid:
         over: Mapping[str, Any],
         needs: Mapping[str, tuple[Cell, ...]] | None = None,
     ) -> Cell:
+        """Training on given rows, of an expert otherwise as told; ``needs`` are cells whose weights go into it."""
         lower = layered(read_config(spec.config), spec.settings)
         fixed = {
             "seed_everything": seed,
@@ -106,13 +96,13 @@ class Grid:
         fixed = {"model": {"base": plain_base(self.recipe.base), "seed": seed}, "data": rows}
         settings = layered(layered(lower, fixed), over)
         for side in rows:
-            settings["data"][side] = self._drawn_anew(settings["data"][side], seed)
+            settings["data"][side] = self.drawn_anew(settings["data"][side], seed)
         counts = [count_rows(settings["data"][side]) for side in rows]
         units = None if None in counts else float(sum(count or 0 for count in counts))
         needs = {"utility": tuple(utility), "safety": (safety,)}
         return Cell("fisher", f"Fisher, seed {seed}", settings, needs, units=units)
 
-    def _drawn_anew(self, rows: Any, seed: int) -> list[dict[str, Any]]:
+    def drawn_anew(self, rows: Any, seed: int) -> list[dict[str, Any]]:
         """Calibration rows of this seed; files that experts are trained on keep their parts."""
         specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
         taken = {source.path for spec in specs for part in (spec.train, spec.val) for source in sources(part)}
@@ -134,57 +124,9 @@ class Grid:
         found = []
         for value in spec.strength.values:
             strength = {"option": spec.strength.option, "value": value}
-            label = f"{title(spec.name, value, spec)}, seed {seed}"
+            label = f"{spec.title(value)}, seed {seed}"
             found.append((value, Cell("merge", label, settings | {"strength": strength}, needs, batch, 1.0)))
         return found
-
-    def trained(self, spec: MethodSpec, seed: int) -> list[tuple[float, Cell]]:
-        """Adapters of a method that trains: strength and cell."""
-        spec.check()
-        return [(value, self._trained(spec, value, seed)) for value in spec.strength.values]
-
-    def _trained(self, spec: MethodSpec, value: float, seed: int) -> Cell:
-        expert = self.recipe.utility
-        if expert is None:
-            raise InputError(f"method {spec.name}: train needs recipe.utility")
-        train, over, label = list(plain_sources(expert.train)), spec.settings, title(spec.name, value, spec)
-        if spec.strength.option not in (SAFETY_ROWS, "none"):
-            over = layered(over, at_path(spec.strength.option, value))
-        if spec.train == "beside_safety":
-            return self._beside_safety(spec, train, seed, label, over)
-        if spec.train == "mixed":
-            limit = int(value) if spec.strength.option == SAFETY_ROWS else None
-            train += _drawn(self.recipe.safety.train, limit, seed)
-        return self._fit(expert, train, seed, label, over)
-
-    def _beside_safety(
-        self, spec: MethodSpec, train: list[Any], seed: int, label: str, over: Mapping[str, Any]
-    ) -> Cell:
-        """The sum of the safety expert and of what is trained beside it."""
-        expert, safety = self.recipe.utility, self.safety(seed)
-        assert expert is not None
-        needs = {"beside": (safety,)}
-        if "regularizer" in over.get("model", {}):
-            at_safety = {"model": {"reference_safety": {"safety": 1.0}, "reference_utility": {"safety": 1.0}}}
-            needs["fisher"] = (self.fisher([safety], safety, seed, layered(at_safety, spec.fisher)),)
-        trained = self._fit(expert, train, seed, label, over, needs)
-        settings = {"combine": plain(Concatenate()), "strength": {"option": "none", "value": 1.0}}
-        return Cell("merge", f"{label}, seed {seed}", settings, {"utility": (trained, safety)}, trained.key, 1.0)
-
-    def tuned_core(self, spec: MethodSpec, utility: Cell, safety: Cell, seed: int) -> Cell:
-        """The safety expert with its core fine-tuned on the rows of the Fisher passes, beside the utility expert.
-
-        Raises:
-            InputError: the recipe does not say on which rows.
-        """
-        fisher, expert = self.recipe.fisher, self.recipe.utility
-        if fisher is None or expert is None:
-            raise InputError(f"method {spec.name}: train core needs recipe.fisher and recipe.utility")
-        train = [row for rows in (fisher.safety, fisher.utility) for row in self._drawn_anew(plain_sources(rows), seed)]
-        # The checkpoint is chosen on rows of both kinds, as the rows are that it trains on.
-        both = replace(self.recipe.safety, val=[*sources(self.recipe.safety.val), *sources(expert.val)])
-        needs = {"core": (safety,), "beside": (utility,)}
-        return self._fit(both, train, seed, f"{spec.name}, core", spec.settings, needs)
 
     def test(self, made: Cell | None, label: str, suites: list[dict[str, Any]] | None = None) -> Cell:
         """Evaluation of the model that a cell made, or of the bare base."""
@@ -198,10 +140,10 @@ class Grid:
     def models(self, spec: MethodSpec, seed: int) -> list[Model]:
         """Every point of a method's path, evaluated, on the recipe's utility and safety experts."""
         if spec.train not in (None, "core"):
-            made = self.trained(spec, seed)
+            made = trained(self, spec, seed)
         else:
             utility, safety = self.utility(seed), self.safety(seed)
-            patch = safety if spec.train is None else self.tuned_core(spec, utility, safety, seed)
+            patch = safety if spec.train is None else tuned_core(self, spec, utility, safety, seed)
             made = self.merges(spec, [utility], patch, seed)
         return [Model(spec.name, value, seed, self.test(cell, cell.label), cell) for value, cell in made]
 
@@ -212,34 +154,10 @@ class Grid:
         return [base, *(Model(name, None, seed, self.test(cell, cell.label), cell) for name, cell in experts)]
 
 
-def plain_sources(value: Any) -> list[dict[str, Any]]:
-    """Sources as plain mappings."""
-    return [plain_source(source) for source in sources(value)]
-
-
 def seeded(method: MergeMethod, seed: int) -> MergeMethod:
     """The method with its own draws (masks, random subspaces) for this seed, where it has any."""
     own = getattr(method, "seed", None)
     return method if own is None else with_option(method, "seed", own + seed)
-
-
-def title(name: str, value: float, spec: MethodSpec) -> str:
-    """``TIES, alpha = 0.5``."""
-    return name if spec.strength.option == "none" else f"{name}, {spec.strength.option} = {value:g}"
-
-
-def _drawn(rows: Any, limit: int | None, seed: int) -> list[dict[str, Any]]:
-    """So many rows of sources, shared out between them; whole files are shuffled by the seed, parts of files stay."""
-    found = sources(rows)
-    if limit is None:
-        return [plain_source(source) for source in found]
-    share = [limit // len(found) + (i < limit % len(found)) for i in range(len(found))]
-    drawn = [
-        replace(s, seed=seed if s.seed is None else s.seed, limit=n if s.limit is None else min(n, s.limit))
-        for s, n in zip(found, share, strict=True)
-        if n
-    ]
-    return [plain_source(source) for source in drawn]
 
 
 def _answers(suites: Sequence[Mapping[str, Any]]) -> float | None:

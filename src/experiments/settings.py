@@ -69,6 +69,10 @@ class MethodSpec:
     fisher: dict[str, Any] = field(default_factory=dict)
     control: bool = False
 
+    def title(self, value: float) -> str:
+        """A point of the path in words: ``TIES, alpha = 0.5``."""
+        return self.name if self.strength.option == "none" else f"{self.name}, {self.strength.option} = {value:g}"
+
     def check(self) -> None:
         """Stop where options contradict each other."""
         if not self.strength.values or len(set(self.strength.values)) < len(self.strength.values):

@@ -1,0 +1,82 @@
+"""Methods that train, as cells: mixed rows, beside the safety expert, and the safety expert's core alone."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from src.errors import InputError
+from src.experiments.cell import Cell
+from src.experiments.content import plain_source, plain_sources, sources
+from src.experiments.settings import MethodSpec, at_path, layered, plain
+from src.merge.combinations.concatenate import Concatenate
+
+if TYPE_CHECKING:
+    from src.experiments.grid import Grid
+
+SAFETY_ROWS = "safety_rows"
+
+
+def trained(grid: "Grid", spec: MethodSpec, seed: int) -> list[tuple[float, Cell]]:
+    """Adapters of a method that trains: strength and cell."""
+    spec.check()
+    return [(value, _trained(grid, spec, value, seed)) for value in spec.strength.values]
+
+
+def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
+    expert = grid.recipe.utility
+    if expert is None:
+        raise InputError(f"method {spec.name}: train needs recipe.utility")
+    train, over, label = list(plain_sources(expert.train)), spec.settings, spec.title(value)
+    if spec.strength.option not in (SAFETY_ROWS, "none"):
+        over = layered(over, at_path(spec.strength.option, value))
+    if spec.train == "beside_safety":
+        return _beside_safety(grid, spec, train, seed, label, over)
+    if spec.train == "mixed":
+        limit = int(value) if spec.strength.option == SAFETY_ROWS else None
+        train += _drawn(grid.recipe.safety.train, limit, seed)
+    return grid.fit(expert, train, seed, label, over)
+
+
+def _beside_safety(
+    grid: "Grid", spec: MethodSpec, train: list[Any], seed: int, label: str, over: Mapping[str, Any]
+) -> Cell:
+    """The sum of the safety expert and of what is trained beside it."""
+    expert, safety = grid.recipe.utility, grid.safety(seed)
+    assert expert is not None
+    needs = {"beside": (safety,)}
+    if "regularizer" in over.get("model", {}):
+        there = {"reference_safety": {"safety": 1.0}, "reference_utility": {"safety": 1.0}, "relearn": False}
+        needs["fisher"] = (grid.fisher([safety], safety, seed, layered({"model": there}, spec.fisher)),)
+    trained = grid.fit(expert, train, seed, label, over, needs)
+    settings = {"combine": plain(Concatenate()), "strength": {"option": "none", "value": 1.0}}
+    return Cell("merge", f"{label}, seed {seed}", settings, {"utility": (trained, safety)}, trained.key, 1.0)
+
+
+def tuned_core(grid: "Grid", spec: MethodSpec, utility: Cell, safety: Cell, seed: int) -> Cell:
+    """The safety expert with its core fine-tuned on the rows of the Fisher passes, beside the utility expert.
+
+    Raises:
+        InputError: the recipe does not say on which rows.
+    """
+    fisher, expert = grid.recipe.fisher, grid.recipe.utility
+    if fisher is None or expert is None:
+        raise InputError(f"method {spec.name}: train core needs recipe.fisher and recipe.utility")
+    train = [row for rows in (fisher.safety, fisher.utility) for row in grid.drawn_anew(plain_sources(rows), seed)]
+    # The checkpoint is chosen on rows of both kinds, as the rows are that it trains on.
+    both = replace(grid.recipe.safety, val=[*sources(grid.recipe.safety.val), *sources(expert.val)])
+    needs = {"core": (safety,), "beside": (utility,)}
+    return grid.fit(both, train, seed, f"{spec.name}, core", spec.settings, needs)
+
+
+def _drawn(rows: Any, limit: int | None, seed: int) -> list[dict[str, Any]]:
+    """So many rows of sources, shared out between them; whole files are shuffled by the seed, parts of files stay."""
+    found = sources(rows)
+    if limit is None:
+        return [plain_source(source) for source in found]
+    share = [limit // len(found) + (i < limit % len(found)) for i in range(len(found))]
+    drawn = [
+        replace(s, seed=seed if s.seed is None else s.seed, limit=n if s.limit is None else min(n, s.limit))
+        for s, n in zip(found, share, strict=True)
+        if n
+    ]
+    return [plain_source(source) for source in drawn]
