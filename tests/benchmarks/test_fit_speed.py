@@ -59,7 +59,7 @@ def validation_loss(folder, rows):
     return (nll.sum() / tokens.sum()).item()
 
 
-def peer(train, folder, batches=None):
+def peer(train, folder, batches=None, seed=0):
     """Seconds of training with transformers.Trainer and PEFT; ``batches`` fixes the rows of each step."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -67,7 +67,7 @@ def peer(train, folder, batches=None):
     from src.models.base import _location
 
     torch.set_float32_matmul_precision("highest")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     where, _ = _location(BaseSpec())
     model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -94,6 +94,7 @@ def peer(train, folder, batches=None):
         logging_steps=1000,
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
+        seed=seed,
     )
     collator = DataCollatorForSeq2Seq(load_tokenizer(BaseSpec()), label_pad_token_id=-100)
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
