@@ -6,6 +6,7 @@ batches in our order: that loss must agree. Prints the numbers; asserts on losse
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -108,6 +109,29 @@ def peer(train, folder, batches=None, seed=0):
     return seconds
 
 
+def ours(case, folder, *flags):
+    """One epoch by ``fit``."""
+    given = ["--output", str(folder), "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    given += ["--model.optimizer.init_args.lr", str(LEARNING_RATE)]
+    given += [f"--data.{split}={json.dumps(rows)}" for split, rows in zip(("train", "val"), CASES[case], strict=True)]
+    quiet = ["--trainer.limit_val_batches", "0", "--trainer.callbacks", "null"]
+    assert main(["fit", "--config", "expert.yaml", *given, *quiet, *flags]) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_over_seeds(tmp_path):
+    """The order of the rows moves so short a run: losses of both, seed by seed (``BENCH_SEEDS``)."""
+    case = next(iter(CASES))
+    train, val = (encoded(sources) for sources in CASES[case])
+    for seed in os.environ.get("BENCH_SEEDS", "0 1 2 3").split():
+        flags = ["--seed_everything", seed, "--data.seed", seed]
+        ours(case, tmp_path / f"ours{seed}", *flags)
+        peer(train, tmp_path / f"peer{seed}", seed=int(seed))
+        losses = [validation_loss(tmp_path / f"{who}{seed}", val) for who in ("ours", "peer")]
+        sys.stderr.write(f"\nseed {seed}: validation loss {losses[0]:.4f}, peer {losses[1]:.4f}\n")
+        assert all(0 < loss < 1 for loss in losses)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", list(CASES))
 def test_fit_against_transformers_trainer(case, tmp_path, monkeypatch):
@@ -125,11 +149,7 @@ def test_fit_against_transformers_trainer(case, tmp_path, monkeypatch):
     # Loading the base and writing the adapter are in neither clock.
     monkeypatch.setattr(ExpertModule, "on_train_start", start)
     monkeypatch.setattr(ExpertModule, "on_train_end", end)
-    flags = ["--output", str(tmp_path / "ours"), "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
-    flags += ["--model.optimizer.init_args.lr", str(LEARNING_RATE)]
-    quiet = ["--trainer.limit_val_batches", "0", "--trainer.callbacks", "null"]
-    flags += [f"--data.{split}={json.dumps(rows)}" for split, rows in zip(("train", "val"), CASES[case], strict=True)]
-    assert main(["fit", "--config", "expert.yaml", *flags, *quiet]) == 0
+    ours(case, tmp_path / "ours")
     order = LengthBatches([len(row.ids) for row in train], 8, rank=0, world_size=1, even=True, seed=0)
     seconds["peer"] = peer(train, tmp_path / "peer")
     seconds["peer, batches in our order"] = peer(train, tmp_path / "twin", [batch for batch, _ in order])
