@@ -126,6 +126,8 @@ def test_what_cannot_be_trained_is_one_line(base, adapters, rows, tmp_path, caps
     assert "one at a time" in capsys.readouterr().err
     assert main(fit_flags(base, rows, tmp_path / "b", "--model.core", "nowhere")) == 2
     assert "nowhere: no such directory" in capsys.readouterr().err
+    assert main(fit_flags(base, rows, tmp_path / "d", "--model.beside", f"{{{adapters['utility']}: .inf}}")) == 2
+    assert "expected a finite number" in capsys.readouterr().err
     other = shutil.copytree(adapters["safety"], tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "another"}))

@@ -14,6 +14,7 @@ from src.experiments.cell import Cell, digest
 from src.experiments.command import Cost, run_command
 from src.experiments.pencils import kept_pencil
 from src.experiments.rows import by_suite
+from src.experiments.settings import layered
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
 from src.provenance import versions
@@ -64,17 +65,14 @@ class Stages:
 
     def _fit_settings(self, cell: Cell) -> dict[str, Any]:
         """Its settings, with the paths of what it needs."""
-        model = dict(cell.settings["model"])
+        model: dict[str, Any] = {}
         if cell.needs.get("core"):
             model["core"] = self._paths(cell, "core")[0]
         if cell.needs.get("beside"):
             model["beside"] = dict.fromkeys(self._paths(cell, "beside"), 1.0)
         if cell.needs.get("fisher"):
-            own = model["regularizer"]
-            model["regularizer"] = dict(own) | {
-                "init_args": dict(own.get("init_args", {})) | {"fisher": self._paths(cell, "fisher")[0]}
-            }
-        return dict(cell.settings) | {"model": model}
+            model["regularizer"] = {"init_args": {"fisher": self._paths(cell, "fisher")[0]}}
+        return layered(cell.settings, {"model": model})
 
     def _fisher(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch

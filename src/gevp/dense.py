@@ -43,7 +43,9 @@ def whitened_eigh(
     arrays = (side.numpy().T for side in sides)
     try:
         values, vectors = scipy.linalg.eigh(*arrays, overwrite_a=True, overwrite_b=True, check_finite=False)
-    except np.linalg.LinAlgError:
+    except np.linalg.LinAlgError as error:
+        if "positive definite" not in str(error):
+            raise
         raise ValueError("the right side of the pencil is not positive definite: raise the ridge rho") from None
     return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 

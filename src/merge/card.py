@@ -79,7 +79,8 @@ def expert_card(manifest: dict[str, Any]) -> str:
     form = f"rank {lora['rank']}, alpha {lora['alpha']:g}"
     if model.get("core"):
         form = f"the core of `{model['core']}`, its bases kept"
-    beside = "".join(f"\n* Trained beside `{name}`, weight {w:g}, which is no part of it" for name, w in _beside(model))
+    beside = model.get("beside") or {}
+    others = "".join(f"\n* Trained beside `{name}`, weight {w:g}, which is no part of it" for name, w in beside.items())
     loss = "not measured" if manifest["val_loss"] is None else f"{manifest['val_loss']:.4f} nats per token"
     return f"""{_front(manifest["base"]["name"], ["sst-merge"])}
 # LoRA expert
@@ -87,12 +88,8 @@ def expert_card(manifest: dict[str, Any]) -> str:
 Trained by SST-Merge on `{manifest["base"]["name"]}`: {form}, loss on answer tokens only.
 Validation loss of the kept checkpoint: {loss}.
 
-* Rows: {manifest["rows"]["train"]} for training, {manifest["rows"]["val"]} for the choice of the checkpoint{beside}
+* Rows: {manifest["rows"]["train"]} for training, {manifest["rows"]["val"]} for the choice of the checkpoint{others}
 * All provenance: `manifest.json`
 
 The licences of the base model and of the training data apply to this adapter too.
 """
-
-
-def _beside(model: dict[str, Any]) -> list[tuple[str, float]]:
-    return list((model.get("beside") or {}).items())

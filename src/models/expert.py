@@ -6,6 +6,7 @@ loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +104,9 @@ class ExpertModule(LightningModule):
         self.schedule, self.warmup, self.pack, self.seed = schedule, warmup, pack, seed
         self.regularizer = regularizer
         self.core = None if core is None else Core(read_adapter(core))
+        for name, weight in (beside or {}).items():
+            if not isfinite(weight):
+                raise InputError(f"model.beside: the weight of {name} is {weight}; expected a finite number")
         self.beside = [(read_adapter(name), weight) for name, weight in (beside or {}).items()]
         if self.core is not None and regularizer is not None:
             raise InputError("model.core and model.regularizer: one at a time; the regulariser takes a new adapter")
