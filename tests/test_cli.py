@@ -146,6 +146,7 @@ def test_hardware_that_is_not_here_is_one_line(base, rows, tmp_path, capsys):
         (["--model.warmup", "1.5"], "model.warmup is 1.5"),
         (["--model.lora.targets", "nonsense"], "lora.targets nonsense"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
+        (["--data.window", "0"], "data.window is 0; expected at least 1 batch"),
         (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate"),
         (["--trainer.max_epochs", "0"], "trainer.max_epochs is 0; expected at least 1"),
         (["--trainer.max_steps", "-2"], "trainer.max_steps is -2"),

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import torch
@@ -98,6 +99,23 @@ def test_training_batches_change_by_epoch_and_cover_all_rows():
     epoch[0] = 1
     assert first != list(sampler)
     assert sorted(i for rows, _ in sampler for i in rows) == list(range(50))
+
+
+def test_rows_are_sorted_by_length_within_the_window_and_no_further():
+    def spread(window):
+        sampler = LengthBatches(
+            list(range(64)), 4, rank=0, world_size=1, seed=0, window=window, even=True, epoch=lambda: 0
+        )
+        return max(max(rows) - min(rows) for rows, _ in sampler)
+
+    assert spread(16) == 3  # all rows in one window: neighbours in length
+    assert 3 < spread(4) < 63
+    shuffled = list(range(64))
+    random.Random("0/0").shuffle(sorted_longest := sorted(shuffled, reverse=True))
+    sampler = LengthBatches(shuffled, 4, rank=0, world_size=1, seed=0, window=1, even=True, epoch=lambda: 0)
+    assert {frozenset(rows) for rows, _ in sampler} == {
+        frozenset(sorted_longest[start : start + 4]) for start in range(0, 64, 4)
+    }
 
 
 def some_file():

@@ -279,3 +279,10 @@ def test_of_the_admitted_modes_the_fastest_is_chosen():
     assert _best(results, 1e-5) == "medium"
     assert _best(results | {"bfloat16": (0.8, 3e-3)}, 5e-3) == "medium"
     assert _best(results | {"medium": (0.5, 1e-3)}, 1e-5) == "highest"
+
+
+def test_a_disturbed_clock_does_not_choose_between_two_modes_that_round():
+    results = {"highest": (1.0, 0.0), "medium": (0.4, 3e-3), "bfloat16": (0.5, 3e-3)}
+    assert _best(results, 5e-3) == "bfloat16"
+    assert _best(results | {"bfloat16": (0.5, 1e-2)}, 5e-3) == "medium"
+    assert _best(results | {"medium": (0.9, 3e-3), "bfloat16": (0.9, 3e-3)}, 5e-3) == "highest"

@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from src.data.batches import Batch, batch_loader
+from src.data.batches import WINDOW, Batch, batch_loader
 from src.data.chat import Encoded, Encoder, Template
 from src.data.rows import Row
 from src.data.sources import Sources, load_rows
@@ -69,6 +69,7 @@ class ExpertData(TokenizedData):
         template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
         max_length: Tokens per row; longer rows are cut.
         seed: Seed of the order of batches.
+        window: Number of batches over whose rows the sorting by length goes; 1 draws every batch at random.
     """
 
     def __init__(
@@ -79,9 +80,12 @@ class ExpertData(TokenizedData):
         template: Template = "auto",
         max_length: int = 512,
         seed: int = 0,
+        window: int = WINDOW,
     ) -> None:
         super().__init__(batch_size, template, max_length)
-        self.train, self.val, self.seed = train, val, seed
+        if window < 1:
+            raise InputError(f"data.window is {window}; expected at least 1 batch")
+        self.train, self.val, self.seed, self.window = train, val, seed, window
         self.rows = {
             "train": load_rows(train, need_response=True),
             "val": load_rows(val, need_response=True),
@@ -104,7 +108,7 @@ class ExpertData(TokenizedData):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of like length, the same number for every process."""
-        return self.loader(self.encoded["train"], seed=self.seed, even=True, epoch=self._epoch)
+        return self.loader(self.encoded["train"], seed=self.seed, window=self.window, even=True, epoch=self._epoch)
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
