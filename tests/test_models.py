@@ -281,8 +281,15 @@ def test_of_the_admitted_modes_the_fastest_is_chosen():
     assert _best(results | {"medium": (0.5, 1e-3)}, 1e-5) == "highest"
 
 
-def test_a_disturbed_clock_does_not_choose_between_two_modes_that_round():
-    results = {"highest": (1.0, 0.0), "medium": (0.4, 3e-3), "bfloat16": (0.5, 3e-3)}
-    assert _best(results, 5e-3) == "bfloat16"
-    assert _best(results | {"bfloat16": (0.5, 1e-2)}, 5e-3) == "medium"
-    assert _best(results | {"medium": (0.9, 3e-3), "bfloat16": (0.9, 3e-3)}, 5e-3) == "highest"
+def test_where_the_processor_multiplies_bfloat16_no_clock_decides_whether_to_round(monkeypatch):
+    narrow = make_model(dtype=torch.float32)
+    disturbed = {"highest": (1.0, 0.0), "medium": (0.4, 4e-7), "bfloat16": (0.5, 3e-3)}
+    monkeypatch.setattr("src.models.speed._measure", lambda *given: {mode: disturbed[mode] for mode in given[-1]})
+    monkeypatch.setattr("src.models.speed._multiplies_bfloat16", lambda: True)
+    assert choose_matmul("auto", narrow, max_error=5e-3, copies=True) == "bfloat16"
+    assert torch.get_float32_matmul_precision() == "medium"
+    assert choose_matmul("auto", narrow, max_error=1e-5, copies=True) == "medium"
+    assert choose_matmul("auto", narrow, max_error=5e-3) == "medium"
+    monkeypatch.setattr("src.models.speed._multiplies_bfloat16", lambda: False)
+    assert choose_matmul("auto", narrow, max_error=5e-3, copies=True) == "medium"
+    torch.set_float32_matmul_precision("highest")

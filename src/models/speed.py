@@ -73,15 +73,16 @@ def _fastest_round(inputs: list[torch.Tensor], weights: list[torch.Tensor], limi
 
 
 def _best(results: dict[str, tuple[float, float]], max_error: float) -> str:
-    """The fastest admitted mode (``highest`` always is); one that rounds must be :data:`WORTH` times as fast.
-
-    Of two that round, ``bfloat16`` is as good as any: it rounds once what ``medium`` rounds at every product. So a
-    clock that other work disturbs does not decide what is computed.
-    """
+    """The fastest admitted mode (``highest`` always is); one that rounds must be :data:`WORTH` times as fast."""
     cost = {name: seconds * (1.0 if error < EXACT else WORTH) for name, (seconds, error) in results.items()}
     admitted = [name for name, (_, error) in results.items() if error <= max_error or name == "highest"]
-    choice = min(admitted, key=cost.__getitem__)
-    return "bfloat16" if choice != "highest" and results[choice][1] >= EXACT and "bfloat16" in admitted else choice
+    return min(admitted, key=cost.__getitem__)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 (AVX-512 BF16; those with AMX have both)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def choose_matmul(
@@ -97,9 +98,9 @@ def choose_matmul(
 
     Args:
         mode: A mode of :func:`torch.set_float32_matmul_precision`; or ``bfloat16``: the caller multiplies by bfloat16
-            copies of its weights; or ``auto``: the fastest through this model's layers on this CPU of those whose
-            relative error is at most ``max_error``. On a GPU ``auto`` is ``high`` (TF32) where ``max_error`` admits it
-            (1e-3).
+            copies of its weights; or ``auto``: of those whose relative error is at most ``max_error``, ``bfloat16``
+            where the processor has instructions for it, else the fastest through this model's layers on this CPU. On a
+            GPU ``auto`` is ``high`` (TF32) where ``max_error`` admits it (1e-3).
         model: The model whose layers are measured.
         max_error: Largest relative error of a product that ``auto`` accepts.
         rows: Rows of the products to measure: tokens of a training step, or rows of a decoding step.
@@ -116,6 +117,9 @@ def choose_matmul(
     elif mode == "auto":
         results = _measure(weights, rows, ["highest", "medium", *(["bfloat16"] if copies else [])])
         choice = _best(results, max_error)
+        # Whether a run rounds must not depend on what else the processor does while the clock runs.
+        if copies and results["bfloat16"][1] <= max_error and _multiplies_bfloat16():
+            choice = "bfloat16"
         # What is not multiplied by copies (the output layer, attention) takes the best of the other modes.
         others = _best({name: results[name] for name in ("highest", "medium")}, max_error)
         slowest = results["highest"][0]

@@ -120,16 +120,20 @@ def ours(case, folder, *flags):
 
 @pytest.mark.filterwarnings("ignore")
 def test_losses_over_seeds(tmp_path):
-    """The order of the rows moves so short a run: losses of both, seed by seed (``BENCH_SEEDS``)."""
+    """The order of the rows moves so short a run: losses of both, seed by seed (``BENCH_SEEDS``), agree in the mean."""
     case = next(iter(CASES))
     train, val = (encoded(sources) for sources in CASES[case])
+    found = []
     for seed in os.environ.get("BENCH_SEEDS", "0 1 2 3").split():
         flags = ["--seed_everything", seed, "--data.seed", seed]
         ours(case, tmp_path / f"ours{seed}", *flags)
         peer(train, tmp_path / f"peer{seed}", seed=int(seed))
         losses = [validation_loss(tmp_path / f"{who}{seed}", val) for who in ("ours", "peer")]
         sys.stderr.write(f"\nseed {seed}: validation loss {losses[0]:.4f}, peer {losses[1]:.4f}\n")
-        assert all(0 < loss < 1 for loss in losses)
+        found.append(losses)
+    mean, twin = (sum(column) / len(found) for column in zip(*found, strict=True))
+    sys.stderr.write(f"mean: validation loss {mean:.4f}, peer {twin:.4f} ({mean / twin - 1:+.1%})\n")
+    assert abs(mean - twin) <= 0.02 * twin
 
 
 @pytest.mark.filterwarnings("ignore")
