@@ -317,6 +317,23 @@ def test_interference_merges_growing_numbers_of_experts(tasks, base, rows, tmp_p
     assert [row["form"] for row in sizes] == ["exact", "exact"]
 
 
+def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tasks, base, rows, tmp_path):
+    mean = {
+        "name": "average, SST",
+        "combine": {"class_path": "Linear"},
+        "method": {"class_path": "Sst"},
+        "strength": {"values": [1.0]},
+    }
+    asked = recipe(base, rows, utility=False)
+    asked["evaluation"]["suites"] = asked["evaluation"]["suites"][:1]
+    experts = {"settings": asked["safety"]["settings"], "val_rows": 2, "max_new_tokens": 4}
+    arguments = {"tasks": str(tasks), "counts": [2, 3], "methods": [mean], "experts": experts}
+    assert run_study(tmp_path, asked, "Interference", arguments) == 0
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")]
+    weights = [cell["settings"]["model"]["utility_weights"] for cell in cells if cell["stage"] == "fisher"]
+    assert sorted(weights) == [[1 / 3] * 3, [1 / 2] * 2]
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [

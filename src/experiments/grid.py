@@ -10,6 +10,7 @@ from src.experiments.content import count_rows, plain_sources, redrawn, sources
 from src.experiments.settings import ExpertSpec, MethodSpec, Recipe, layered, plain, plain_base, read_config
 from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
+from src.merge.combinations.linear import Linear
 from src.merge.settings import with_option
 
 
@@ -116,7 +117,7 @@ class Grid:
         if method is not None and method.needs_safety:
             needs["safety"] = (safety,)
         if method is not None and method.needs_fisher:
-            needs["fisher"] = (self.fisher(utility, safety, seed, spec.fisher),)
+            needs["fisher"] = (self.fisher(utility, safety, seed, layered(_mean_point(spec, utility), spec.fisher)),)
         settings: dict[str, Any] = {"method": method, "combine": spec.combine, "rank": spec.rank, "energy": spec.energy}
         settings = {key: plain(value) for key, value in settings.items() if value is not None}
         parents = {role: [c.key for c in cells] for role, cells in needs.items()}
@@ -152,6 +153,13 @@ class Grid:
         base = Model("base", None, seed, self.test(None, "base"), None)
         experts = [("utility", self.utility(seed)), ("safety", self.safety(seed))]
         return [base, *(Model(name, None, seed, self.test(cell, cell.label), cell) for name, cell in experts)]
+
+
+def _mean_point(spec: MethodSpec, utility: Sequence[Cell]) -> dict[str, Any]:
+    """Settings of a Fisher pass at the mean of several experts, where a method averages them."""
+    if not isinstance(spec.combine, Linear) or len(utility) == 1:
+        return {}
+    return {"model": {"utility_weights": [1 / len(utility)] * len(utility)}}
 
 
 def seeded(method: MergeMethod, seed: int) -> MergeMethod:
