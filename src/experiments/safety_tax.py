@@ -124,14 +124,23 @@ def category_table(known: Mapping[str, Sequence[Record]]) -> Document:
 
 
 def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
+    """Which points pay a tax beyond chance. No lowest one is named: it would be chosen among many on these rows."""
     defined = [row for row in taxes if not isinstance(row["tax"], str)]
     if not defined:
         return "No model gained safety beyond chance against the utility expert, so no safety tax is defined."
-    least = min(defined, key=lambda row: row["tax"]["value"])
-    tax, gain = least["tax"], least["gain"]
-    return (
-        f"The lowest safety tax is that of {least['model']}: {tax['value']:.2f} utility per safety "
-        f"[{tax['low']:.2f}, {tax['high']:.2f}] at a gain in refusal of {gain['value']:.2f} "
-        f"[{gain['low']:.2f}, {gain['high']:.2f}]; {len(taxes) - len(defined)} of {len(taxes)} points gained no safety "
-        "beyond chance. The lowest of many points is chosen on these rows, so its tax is optimistic."
-    )
+    paying = [row for row in defined if row["loss"]["low"] > 0]
+    rest = len(defined) - len(paying)
+    found = f"{len(defined)} of {len(taxes)} points gained safety beyond chance. "
+    if paying:
+        names = ", ".join(row["model"] for row in paying)
+        ratios = [row["tax"]["value"] for row in paying]
+        found += (
+            f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} per "
+            "safety gained"
+        )
+        found += "." if not rest else "; at "
+    else:
+        found += "At "
+    if rest:
+        found += f"{rest} no loss is shown on {defined[0]['loss']['n']} rows, which does not prove that there is none."
+    return found
