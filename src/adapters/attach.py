@@ -1,6 +1,6 @@
 """Low-rank updates on a live model: added to each layer's output by a hook, swapped without touching a weight.
 
-    y = W x + B (A x)
+    y = W x + B (A x)        or, with LoRA biases,        y = W x + B (A [x; 1])
 
 Nothing is rounded into the base weights, so swapping back is exact and a quantised or sharded base works too.
 """
@@ -28,7 +28,7 @@ def check_fits(model: torch.nn.Module, pairs: Mapping[str, LowRankPair], name: s
         if module is None:
             raise InputError(f"{name}: updates the module {key}, which the base model does not have")
         shape = _shape(module)
-        if shape != pair.shape:
+        if shape != pair.shape and not _constant_input(module, pair):
             raise InputError(f"{name}: {key} has an update of shape {pair.shape}; the base model's layer is {shape}")
 
 
@@ -47,6 +47,13 @@ def _is_conv1d(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def _constant_input(module: torch.nn.Module, pair: LowRankPair) -> bool:
+    """Whether an update of a linear layer has one more input, which is always 1."""
+    outputs, inputs = _shape(module)
+    linear_layer = inputs is not None and not isinstance(module, torch.nn.Embedding)
+    return linear_layer and pair.shape == (outputs, (inputs or 0) + 1)
+
+
 def _adding(pair: LowRankPair, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = like.dtype if like.dtype.is_floating_point else torch.float32
     return pair.a.to(like.device, dtype), pair.b.to(like.device, dtype)
@@ -58,14 +65,22 @@ def attach(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> list[Rem
     for name, pair in pairs.items():
         module = model.get_submodule(name)
         a, b = _adding(pair, next(module.parameters()))
+        constant = a[:, -1] if _constant_input(module, pair) else None
+        a = a if constant is None else a[:, :-1].contiguous()
 
         def add(
-            _: object, args: tuple[torch.Tensor, ...], out: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b
+            _: object,
+            args: tuple[torch.Tensor, ...],
+            out: torch.Tensor,
+            a: torch.Tensor = a,
+            b: torch.Tensor = b,
+            constant: torch.Tensor | None = constant,
         ) -> torch.Tensor:
             x = args[0]
             if not x.is_floating_point():
                 return out + linear(b[x], a.T)
-            return out + linear(linear(x, a.to(x.dtype)), b.to(x.dtype))
+            shift = None if constant is None else constant.to(x.dtype)
+            return out + linear(linear(x, a.to(x.dtype), shift), b.to(x.dtype))
 
         handles.append(module.register_forward_hook(add))
     return handles

@@ -5,12 +5,13 @@ ties (the output head to the embedding) is written out where only one of the two
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from src.adapters.base_weights import INDEX, BaseWeights
+from src.adapters.constant_input import split_dense
 from src.adapters.deltas import Delta, row_blocks
 from src.adapters.safetensors_stream import Entry, shards, write_stream
 from src.errors import InputError
@@ -22,22 +23,32 @@ HEAD = "lm_head"
 
 
 def write_model(
-    folder: Path, base: BaseWeights, deltas: Mapping[str, Delta], *, transposed: bool, shard_bytes: int
+    folder: Path,
+    base: BaseWeights,
+    deltas: Mapping[str, Delta],
+    *,
+    transposed: bool,
+    shard_bytes: int,
+    constant: Collection[str] = (),
 ) -> None:
     """Write the base with the updates added, with its configuration and tokenizer.
 
     Args:
         folder: Directory to fill.
         base: The base model's weights.
-        deltas: Updates (O, I) by module name.
+        deltas: Updates (O, I), or (O, I + 1) with LoRA biases, by module name.
         transposed: Whether square weights are stored (I, O), as GPT-2's Conv1D layers are; others tell by their shape.
         shard_bytes: Largest size of a file.
+        constant: Modules whose update is (O, I + 1): the last column is one of the layer's bias.
 
     Raises:
-        InputError: an updated module is not in the base, or has another shape there.
+        InputError: an updated module is not in the base, has another shape there, or no bias to take up a LoRA bias.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    entries, untied = _entries(base, deltas, transposed=transposed)
+    parts = {name: split_dense(deltas[name]) for name in deltas if name in constant}
+    weights = {name: parts[name][0] if name in parts else delta for name, delta in deltas.items()}
+    biases = _biases(base, {name: bias for name, (_, bias) in parts.items()})
+    entries, untied = _entries(base, weights, biases, transposed=transposed)
     groups = shards(entries, shard_bytes)
     names = [_shard_name(i, len(groups)) for i in range(len(groups))]
     for name, group in zip(names, groups, strict=True):
@@ -53,7 +64,22 @@ def _shard_name(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _entries(base: BaseWeights, deltas: Mapping[str, Delta], *, transposed: bool) -> tuple[list[Entry], bool]:
+def _biases(base: BaseWeights, updates: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The updates of biases by their key in the base."""
+    found = {}
+    for module, update in updates.items():
+        key = (base.key_of(module) or module).removesuffix(".weight") + ".bias"
+        if key not in base.handles:
+            raise InputError(
+                f"{base.folder}: {module} has no bias that could take up the adapter's LoRA bias; write an adapter"
+            )
+        found[key] = update
+    return found
+
+
+def _entries(
+    base: BaseWeights, deltas: Mapping[str, Delta], biases: Mapping[str, torch.Tensor], *, transposed: bool
+) -> tuple[list[Entry], bool]:
     """What to write, in the base's order, and whether a tied weight became two."""
     by_key: dict[str, Delta] = {}
     extra: list[Entry] = []
@@ -69,7 +95,12 @@ def _entries(base: BaseWeights, deltas: Mapping[str, Delta], *, transposed: bool
             by_key[key] = delta
     if embedding in by_key and tied and not extra:
         extra.append(_entry(f"{HEAD}.weight", base, str(embedding), None, transposed=False))
-    entries = [_entry(key, base, key, by_key.get(key), transposed=transposed) for key in base.handles]
+    entries = [
+        _bias_entry(key, base, biases[key])
+        if key in biases
+        else _entry(key, base, key, by_key.get(key), transposed=transposed)
+        for key in base.handles
+    ]
     return [*entries, *extra], bool(extra)
 
 
@@ -89,6 +120,11 @@ def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, tra
     if not dtype.is_floating_point or dtype.itemsize == 1:
         raise InputError(f"{base.folder}: {source} is stored as {dtype}; a quantised weight cannot take an update")
     return Entry(key, dtype, shape, lambda: added(base.get(source), delta, flip=flip))
+
+
+def _bias_entry(key: str, base: BaseWeights, update: torch.Tensor) -> Entry:
+    dtype = base.get(key).dtype
+    return Entry(key, dtype, base.shape(key), lambda: (base.get(key).to(update.dtype) + update).to(dtype))
 
 
 def added(weight: torch.Tensor, delta: Delta, *, flip: bool) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """PEFT's adapter configuration: what of it pairs can express, the scaling it implies, and one for written pairs.
 
-A merge works on updates of weights, ``y = (W + ΔW) x``. ``lora_bias`` trains a bias of B, which adds a constant
-to a layer's output, whatever its input: no ΔW does that, and most layers have no bias that could take it up. So such an
-adapter is refused, naming it, rather than merged without its bias.
+A merge works on updates of weights, ``y = (W + ΔW) x``. A trained bias of B (``lora_bias``) is one, of an input that is
+always 1 (:mod:`src.adapters.constant_input`).
 """
 
 import re
@@ -16,7 +15,6 @@ from src.errors import InputError
 FULL_RANK = {"use_dora": "DoRA's update", "modules_to_save": "that of fully trained modules"}
 """What is exact as full-rank updates, given the base's weights."""
 UNSUPPORTED = {
-    "lora_bias": "LoRA biases are no part of a weight and",
     "trainable_token_indices": "trained tokens",
     "target_parameters": "updates of bare parameters",
     "alora_invocation_tokens": "an update that is active from some token on",
@@ -33,14 +31,18 @@ class Layout:
     Attributes:
         embeddings: Modules that look rows up; their update (V, d) is that of the table.
         transposed: Whether the model has layers that store their weight as (I, O), GPT-2's Conv1D.
+        constant: Modules whose update (O, I + 1) has a last column for an input that is always 1: LoRA biases.
     """
 
     embeddings: frozenset[str] = frozenset()
     transposed: bool = False
+    constant: frozenset[str] = frozenset()
 
     def __or__(self, other: "Layout") -> "Layout":
         """The layout of a model that both fit."""
-        return Layout(self.embeddings | other.embeddings, self.transposed or other.transposed)
+        return Layout(
+            self.embeddings | other.embeddings, self.transposed or other.transposed, self.constant | other.constant
+        )
 
 
 PLAIN = Layout()
@@ -101,6 +103,7 @@ def lora_config(ranks: Mapping[str, int], base: str, layout: Layout) -> dict[str
         rank_pattern=dict(other),
         alpha_pattern=dict(other),
         fan_in_fan_out=layout.transposed,
+        lora_bias=bool(layout.constant),
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
         inference_mode=True,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from src.adapters.base_weights import BaseWeights
+from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
 from src.adapters.pairs import LowRankPair, Pairs
@@ -78,7 +79,8 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     for module in found.embeddings:
         # The table's rows are looked up, so its factors are stored for the transposed weight.
         pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
-    layout = Layout(frozenset(found.embeddings), bool(config.get("fan_in_fan_out")))
+    _add_biases(path / WEIGHTS, found, pairs, config)
+    layout = Layout(frozenset(found.embeddings), bool(config.get("fan_in_fan_out")), frozenset(found.biases))
     return Adapter(
         name=str(folder),
         pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
@@ -89,6 +91,20 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         layout=layout,
         full_rank=_full_rank(path / WEIGHTS, found, pairs, base, layout),
     )
+
+
+def _add_biases(path: Path, found: AdapterWeights, pairs: Pairs, config: dict[str, Any]) -> None:
+    if bool(found.biases) != bool(config.get("lora_bias")):
+        raise InputError(
+            f"{path}: LoRA biases are {'in it' if found.biases else 'missing'}, and lora_bias is "
+            f"{config.get('lora_bias', False)} in {CONFIG}"
+        )
+    for module, bias in found.biases.items():
+        pair = pairs.get(module)
+        if pair is None or bias.shape != pair.b.shape[:1] or module in found.embeddings or module in found.magnitudes:
+            raise InputError(f"{path}: {module} has a LoRA bias, but no LoRA factors of a linear layer that it fits")
+        factor = scaling(config, module, pair.rank)
+        pairs[module] = with_bias(pair, bias * factor)
 
 
 def _full_rank(path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeights | None, layout: Layout) -> Deltas:
@@ -153,12 +169,23 @@ def write_adapter(
 
     Tensors are float32 and in sorted order, so equal inputs give equal bytes. The configuration is written last: a
     directory that has one is whole.
+
+    Raises:
+        InputError: there are LoRA biases beside embeddings, which PEFT does not have in one adapter.
     """
     if not pairs:
         raise ValueError("nothing to write: no module has an update")
-    tensors = {}
-    for name, pair in sorted(pairs.items()):
+    if layout.constant and layout.embeddings & set(pairs):
+        raise InputError(
+            "LoRA biases and updates of embeddings: PEFT knows no adapter with both; give --full_model true"
+        )
+    tensors, ranks = {}, {}
+    for name, both in sorted(pairs.items()):
+        pair, bias = split(both) if name in layout.constant else (both, torch.zeros(both.shape[0]))
+        ranks[name] = pair.rank
         a, b = pair.a.to(torch.float32), pair.b.to(torch.float32)
+        if layout.constant:
+            tensors[f"base_model.model.{name}.lora_B.bias"] = bias.to(torch.float32)
         if name in layout.embeddings:
             tensors[f"base_model.model.{name}.lora_embedding_A"] = b.T.contiguous()
             tensors[f"base_model.model.{name}.lora_embedding_B"] = a.T.contiguous()
@@ -167,7 +194,7 @@ def write_adapter(
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_provenance(folder, manifest=manifest, seen=seen, card=card)
-    config = lora_config({name: pair.rank for name, pair in sorted(pairs.items())}, base, layout)
+    config = lora_config(ranks, base, layout)
     write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 

@@ -12,6 +12,7 @@ from src.errors import InputError
 
 ROOT = "base_model.model."
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.weight)?$")
+BIAS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_B\.bias$")
 MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
 FROZEN_COPY = ".base_layer.weight"
 WEIGHT = ".weight"
@@ -25,12 +26,14 @@ class AdapterWeights:
     Attributes:
         factors: ``A`` and ``B`` of each module.
         embeddings: Modules whose factors are those of an embedding.
+        biases: (O,) biases of B (``lora_bias``).
         magnitudes: (O,) DoRA magnitudes.
         saved: (O, I) weights of fully trained modules.
     """
 
     factors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -63,11 +66,13 @@ def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
 
 
 def _sort(path: Path, key: str, tensor: torch.Tensor, found: AdapterWeights, saved: list[str]) -> None:
-    factor, magnitude = KEY.match(key), MAGNITUDE.match(key)
+    factor, magnitude, bias = KEY.match(key), MAGNITUDE.match(key), BIAS.match(key)
     module = key.removeprefix(ROOT).removesuffix(WEIGHT)
     if factor is not None:
         found.factors.setdefault(factor["module"], {})[factor["factor"]] = tensor
         found.embeddings |= {factor["module"]} if factor["kind"] else set()
+    elif bias is not None:
+        found.biases[bias["module"]] = tensor
     elif magnitude is not None:
         found.magnitudes[magnitude["module"]] = tensor
     elif key.endswith(WEIGHT) and tensor.ndim == 2 and module.rpartition(".")[2] in saved:

@@ -74,7 +74,8 @@ class ScoreRecorder:
     Args:
         model: The language model; the named modules must be linear layers.
         u: (O, p) orthonormal output basis of each module, in the order of the coordinates; None is the identity.
-        v: (I, q) orthonormal input basis of each module; None is the identity.
+        v: (I, q) orthonormal input basis of each module; None is the identity. A basis of I + 1 rows sees a last input
+            that is always 1 (:mod:`src.adapters.constant_input`).
         sink: What becomes of a module's projected gradients and inputs; unset means scores, to be had by ``take``.
     """
 
@@ -141,7 +142,11 @@ class ScoreRecorder:
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
             basis = self._basis(name, wide, output=output)
-            return wide if basis is None else wide @ basis
+            if basis is None:
+                return wide
+            if len(basis) == wide.shape[-1] + 1:
+                return wide @ basis[:-1] + basis[-1]
+            return wide @ basis
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def record(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:

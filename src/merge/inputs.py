@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from src.adapters.base_weights import BaseWeights
 from src.adapters.checks import check_compatible
 from src.adapters.peft_config import Layout
-from src.adapters.peft_files import Adapter, read_adapter
+from src.adapters.peft_files import Adapter
+from src.adapters.several import read_adapters
 from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod
 from src.merge.combination import Combination, Expert
@@ -124,12 +125,11 @@ def read_inputs(
     """
     if not utility:
         raise InputError("utility is empty; expected at least one adapter")
-    experts = [read_adapter(path, base) for path in utility]
-    given = weights or [1.0] * len(experts)
-    if len(given) != len(experts):
-        raise InputError(f"utility_weights: {len(given)} weights for {len(experts)} adapters")
-    patcher = read_adapter(safety, base) if safety is not None else None
-    adapters = [*experts, *([patcher] if patcher else [])]
+    given = weights or [1.0] * len(utility)
+    if len(given) != len(utility):
+        raise InputError(f"utility_weights: {len(given)} weights for {len(utility)} adapters")
+    adapters = read_adapters([*utility, *([safety] if safety is not None else [])], base)
+    experts, patcher = adapters[: len(utility)], adapters[-1] if safety is not None else None
     check_compatible(adapters)
     found = calibrated.read(experts, patcher, base)
     for entry in found.files:

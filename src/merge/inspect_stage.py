@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from src.adapters.checks import check_compatible
-from src.adapters.peft_files import read_adapter
+from src.adapters.several import read_adapters
 from src.files import check_output, new_directory, write_atomically, write_json, write_text
 from src.merge.inspection import Comparison, Summary, inspect_adapters
 
@@ -31,7 +31,7 @@ def inspect_stage(*, adapters: list[str], output: str | None = None, overwrite: 
     """
     if output is not None:
         check_output(Path(output), overwrite=overwrite)
-    read = [read_adapter(path) for path in adapters]
+    read = read_adapters(adapters)
     check_compatible(read)
     summaries, comparison = inspect_adapters(read)
     table = tables(summaries, comparison)

@@ -52,7 +52,14 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     """
     if target.form.full_model:
         with open_base(weights_folder(target.base)) as base:
-            write_model(folder, base, deltas, transposed=inputs.layout.transposed, shard_bytes=target.shard_bytes)
+            write_model(
+                folder,
+                base,
+                deltas,
+                transposed=inputs.layout.transposed,
+                shard_bytes=target.shard_bytes,
+                constant=inputs.layout.constant,
+            )
         made = record | {"output": {"form": target.form.label}} | target.record
         write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
         return

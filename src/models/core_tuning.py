@@ -48,8 +48,8 @@ class Core:
     """
 
     def __init__(self, adapter: Adapter) -> None:
-        if adapter.full_rank or adapter.layout.embeddings:
-            raise InputError(f"{adapter.name}: model.core takes an adapter of linear layers only")
+        if adapter.full_rank or adapter.layout.embeddings or adapter.layout.constant:
+            raise InputError(f"{adapter.name}: model.core takes an adapter of linear layers only, without LoRA biases")
         self.adapter = adapter
         try:
             self.basis: CoreBasis = core_basis([adapter.pairs])

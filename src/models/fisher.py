@@ -17,7 +17,7 @@ from src.adapters.attach import attached, check_fits
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.checks import check_base, check_compatible
 from src.adapters.pairs import Pairs
-from src.adapters.peft_files import read_adapter
+from src.adapters.several import read_adapters
 from src.data.batches import Batch
 from src.data.calibration import CalibrationData
 from src.errors import InputError
@@ -118,8 +118,9 @@ class FisherModule(LightningModule):
         self.relearn, self.halves, self.shard_rows = relearn, halves, shard_rows
         self.references: dict[str, Reference] = {"safety": reference_safety, "utility": reference_utility}
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
-        self.utility = [read_adapter(path) for path in ([utility] if isinstance(utility, str) else utility)]
-        self.safety = read_adapter(safety)
+        *self.utility, self.safety = read_adapters([*([utility] if isinstance(utility, str) else utility), safety])
+        if coordinates == "weight" and self.safety.layout.constant:
+            raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
         self.weights = utility_weights or [1.0] * len(self.utility)
         if len(self.weights) != len(self.utility):
             raise InputError(f"model.utility_weights: {len(self.weights)} weights for {len(self.utility)} adapters")

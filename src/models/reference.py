@@ -5,6 +5,7 @@ from typing import Literal
 
 from src.adapters.pairs import Pairs, weighted_sum
 from src.adapters.peft_files import Adapter, read_adapter
+from src.adapters.several import same_inputs
 from src.errors import InputError
 
 Reference = Literal["base", "utility", "patched"] | dict[str, float]
@@ -33,15 +34,16 @@ def reference_update(
         safety: Safety adapter.
     """
     chosen = reference_weights(reference)
-    parts: list[tuple[Pairs, float]] = []
+    parts: list[tuple[Adapter, float]] = []
     for name, weight in chosen.items():
         if not -float("inf") < weight < float("inf"):
             raise InputError(f"reference {chosen}: the weight of {name} is {weight}; expected a finite number")
         if name == "utility":
-            parts += [(adapter.pairs, weight * own) for adapter, own in zip(utility, weights, strict=True)]
+            parts += [(adapter, weight * own) for adapter, own in zip(utility, weights, strict=True)]
         else:
-            parts.append((safety.pairs if name == "safety" else read_adapter(name).pairs, weight))
-    return weighted_sum([pairs for pairs, _ in parts], [weight for _, weight in parts]) if parts else {}
+            parts.append((safety if name == "safety" else read_adapter(name), weight))
+    adapters = same_inputs([adapter for adapter, _ in parts])
+    return weighted_sum([adapter.pairs for adapter in adapters], [weight for _, weight in parts])
 
 
 def reference_hashes(reference: Reference) -> dict[str, str]:
