@@ -14,6 +14,9 @@ from torch.utils.data import Dataset, Sampler
 from src.data.batches import Batch, EncodedRows
 from src.data.chat import Encoded
 
+HALVINGS = 12
+"""Steps of the search for the smallest budget that gives as many batches."""
+
 
 @dataclass
 class SuiteBatch(Batch):
@@ -67,6 +70,32 @@ def budget_batches(
         batches.append(list(unit))
         width = max(lengths[i] for i in unit)
     return batches
+
+
+def even_batches(
+    units: Sequence[tuple[int, ...]], lengths: Sequence[int], *, beginning: int, max_rows: int, max_tokens: int
+) -> list[list[int]]:
+    """The batches of :func:`budget_batches`, with what they hold evened out: no small one is left to a last process.
+
+    Where the budget takes several, their number is even where it can be, so that two processes have as much to do; it
+    does not depend on how many there are.
+    """
+
+    def batches(share: float) -> list[list[int]]:
+        rows, tokens = max(1, int(max_rows * share)), max(1, int(max_tokens * share))
+        return budget_batches(units, lengths, beginning=beginning, max_rows=rows, max_tokens=tokens)
+
+    found = batches(1.0)
+    wanted = len(found) + (len(found) > 1 and len(found) % 2)
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        share = (low + high) / 2
+        tried = batches(share)
+        if len(tried) > wanted:
+            low = share
+        else:
+            high, found = share, tried
+    return found
 
 
 def deal(batches: Sequence[Sequence[Step]], rank: int, world_size: int) -> list[Step]:

@@ -12,7 +12,7 @@ from src.data.choice_prompts import FewShot
 from src.data.choice_rows import ChoiceRow, load_choices
 from src.data.modules import TokenizedData, process_share
 from src.data.rows import Row
-from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, budget_batches, deal, shared_beginning
+from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, deal, even_batches, shared_beginning
 from src.data.suite import Suite
 from src.data.suite_tokens import LongRows, SuiteTokens, encode_choices, encode_code, encode_prompts
 from src.errors import InputError
@@ -142,7 +142,7 @@ class EvaluationData(TokenizedData):
         found: list[list[int]] = []
         for units in groups.values():
             beginning = shared_beginning([tokens.encoded[i].prompt_ids for unit in units for i in unit])
-            found += budget_batches(
+            found += even_batches(
                 units, lengths, beginning=beginning, max_rows=self.batch_size, max_tokens=self.max_tokens
             )
         return found
