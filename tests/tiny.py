@@ -28,24 +28,25 @@ def make_tokenizer():
     return fast
 
 
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float64):
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=512,
-        eos_token_id=256,
-        bos_token_id=256,
-        pad_token_id=256,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
+    plain = {
+        "vocab_size": 258,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 512,
+        "eos_token_id": 256,
+        "bos_token_id": 256,
+        "pad_token_id": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    config = LlamaConfig(**plain | options)
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
