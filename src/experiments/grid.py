@@ -146,7 +146,7 @@ class Grid:
             utility, safety = self.utility(seed), self.safety(seed)
             patch = safety if spec.train is None else tuned_core(self, spec, utility, safety, seed)
             made = self.merges(spec, [utility], patch, seed)
-        return [Model(spec.name, value, seed, self.test(cell, cell.label), cell) for value, cell in made]
+        return [Model(spec.name, spec.shown(value), seed, self.test(cell, cell.label), cell) for value, cell in made]
 
     def references(self, seed: int) -> list[Model]:
         """Base, utility expert and safety expert. The base is the same cell for every seed."""

@@ -102,7 +102,7 @@ class Interference(Study):
                     models += [
                         Model(
                             f"{spec.name} ({count})",
-                            None if spec.strength.option == "none" else value,
+                            spec.shown(value),
                             seed,
                             grid.test(cell, f"{count} experts, {cell.label}", suites),
                             cell,

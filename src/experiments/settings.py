@@ -73,6 +73,10 @@ class MethodSpec:
         """A point of the path in words: ``TIES, alpha = 0.5``."""
         return self.name if self.strength.option == "none" else f"{self.name}, {self.strength.option} = {value:g}"
 
+    def shown(self, value: float) -> float | None:
+        """A strength as tables name it: none for a method without one."""
+        return None if self.strength.option == "none" else value
+
     def check(self) -> None:
         """Stop where options contradict each other."""
         if not self.strength.values or len(set(self.strength.values)) < len(self.strength.values):
