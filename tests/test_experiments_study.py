@@ -315,6 +315,9 @@ def test_interference_merges_growing_numbers_of_experts(tasks, base, rows, tmp_p
     assert "Performance kept, task by task" in titles
     sizes = found["tables"][titles.index("Rank and energy kept")]["rows"]
     assert [row["form"] for row in sizes] == ["exact", "exact"]
+    # Two and three experts of rank 2 and a safety expert of rank 2, nothing cut off.
+    assert [(row["rank"], row["energy"]) for row in sizes] == [(6.0, 1.0), (8.0, 1.0)]
+    assert [row["model"].split(",")[0] for row in sizes] == ["2 experts", "3 experts"]
 
 
 def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tasks, base, rows, tmp_path):

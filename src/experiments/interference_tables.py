@@ -98,10 +98,10 @@ def size_table(models: Sequence[Model], store: Store) -> Document:
             output = store.read(model.made)["found"]["output"] or {}
             rows.append(
                 {
-                    "model": model.made.label,
+                    "model": model.test.label,
                     "form": output.get("form", ""),
                     "rank": output.get("mean_rank") or "",
-                    "energy": output.get("kept_energy") or "",
+                    "energy": 1.0 if output.get("form") == "exact" else output.get("kept_energy") or "",
                 }
             )
     columns = [column("model", "model"), column("form", "form"), column("rank", "mean rank of a module")]

@@ -59,7 +59,8 @@ class Form:
     def adapter(self, deltas: Mapping[str, Delta], workers: int) -> tuple[Pairs, dict[str, Any]]:
         """The updates as pairs, and what was kept of them."""
         if self.exact:
-            return lowrank(deltas), {"form": "exact"}
+            pairs = lowrank(deltas)
+            return pairs, {"form": "exact", "kept_energy": 1.0, "ranks": {name: p.rank for name, p in pairs.items()}}
         names = list(deltas)
         cut = in_order(lambda name: truncate(deltas[name], rank=self.rank, energy=self.energy), names, workers)
         results = dict(zip(names, cut, strict=True))
