@@ -25,7 +25,7 @@ from src.merge.combinations.knots import Knots
 from src.merge.combinations.ties import Ties
 from src.merge.resta import Resta
 from src.merge.stage import merge
-from tests.commands import fisher_flags
+from tests.commands import fisher_flags, fit_flags
 from tests.fisher_pass import make_batch, run_pass, uneven_rows
 from tests.tiny import make_model
 
@@ -163,6 +163,15 @@ def test_sst_from_fisher_pass_to_adapter(pair_of, base, rows, tmp_path):
     nothing = logits_of(make_model(), pair_of["plain"])
     torch.testing.assert_close(logits_of(make_model(), out / "alpha-0"), nothing, rtol=1e-6, atol=1e-6)
     assert (logits_of(make_model(), out / "alpha-1") - nothing).abs().max() > 1e-3
+
+
+def test_alignguard_in_training_takes_their_fisher_file(pair_of, base, rows, tmp_path):
+    fisher = tmp_path / "fisher"
+    adapters = {"utility": pair_of["plain"], "safety": pair_of["biased"]}
+    assert main(fisher_flags(base, adapters, rows, fisher)) == 0
+    guard = ["--model.regularizer", "AlignGuard", "--model.regularizer.fisher", str(fisher)]
+    assert main(fit_flags(base, rows, tmp_path / "out", *guard, "--model.regularizer.align", "10.0")) == 0
+    assert read_adapter(tmp_path / "out").pairs
 
 
 def test_weight_coordinates_have_no_place_for_them(pair_of, base, rows, tmp_path, capsys):

@@ -122,7 +122,10 @@ class AlignGuard(Regularizer):
         like = next(iter(self._layers.values())).a
         self._eigenvalues = file.fisher.energies(directions.T).to(like)
         self._directions = directions.to(like)
-        self._u, self._v = ({n: m.to(like) for n, m in side.items()} for side in (basis.u, basis.v))
+        self._u = {name: u.to(like) for name, u in basis.u.items()}
+        # The adapter that is trained has no LoRA biases: nothing at an input that is always 1.
+        inputs = {name: layer.a.shape[1] for name, layer in self._layers.items()}
+        self._v = {name: v[: inputs.get(name)].to(like) for name, v in basis.v.items()}
         self._shapes = basis.shapes
 
     def penalty(self) -> torch.Tensor:
