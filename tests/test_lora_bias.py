@@ -165,12 +165,14 @@ def test_sst_from_fisher_pass_to_adapter(pair_of, base, rows, tmp_path):
     assert (logits_of(make_model(), out / "alpha-1") - nothing).abs().max() > 1e-3
 
 
-def test_alignguard_in_training_takes_their_fisher_file(pair_of, base, rows, tmp_path):
+def test_alignguard_in_training_takes_their_fisher_file(pair_of, base, rows, tmp_path, capsys):
     fisher = tmp_path / "fisher"
     adapters = {"utility": pair_of["plain"], "safety": pair_of["biased"]}
     assert main(fisher_flags(base, adapters, rows, fisher)) == 0
     guard = ["--model.regularizer", "AlignGuard", "--model.regularizer.fisher", str(fisher)]
-    assert main(fit_flags(base, rows, tmp_path / "out", *guard, "--model.regularizer.align", "10.0")) == 0
+    assert main(fit_flags(base, rows, tmp_path / "out", *guard)) == 2
+    assert "model.regularizer.k is 32; expected 1 to 7" in capsys.readouterr().err
+    assert main(fit_flags(base, rows, tmp_path / "out", *guard, "--model.regularizer.k", "4")) == 0
     assert read_adapter(tmp_path / "out").pairs
 
 

@@ -29,7 +29,7 @@ class AlignGuardPosthoc(MergeMethod):
 
     def __init__(self, k: int = 32, gamma: float = 1.0, add_safety: bool = True) -> None:
         if k < 1:
-            raise InputError(f"method.k is {k}; expected at least 1")
+            raise InputError(f"{key} is {k}; expected at least 1")
         if not 0 <= gamma <= 1:
             raise InputError(f"method.gamma is {gamma}; expected a number from 0 to 1")
         self.k, self.gamma, self.add_safety = k, gamma, add_safety
@@ -53,8 +53,13 @@ class AlignGuardPosthoc(MergeMethod):
         return Patch(pairs, {"utility_energy_critical": critical.square().sum().item() / total if total > 0 else 0.0})
 
 
-def leading_directions(fisher: LowRankFisher, k: int) -> torch.Tensor:
+def leading_directions(fisher: LowRankFisher, k: int, key: str = "method.k") -> torch.Tensor:
     """(D, k) orthonormal leading eigenvectors of F, from the Gram matrix of its scores.
+
+    Args:
+        fisher: F, by its scores.
+        k: Number of eigenvectors.
+        key: What the user calls k, for the message.
 
     Raises:
         InputError: F has fewer than k non-zero eigenvalues.

@@ -118,7 +118,7 @@ class AlignGuard(Regularizer):
         basis = CoreBasis(file.u, file.v)
         if not any(name in self._layers for name in basis.modules):
             raise InputError(f"{path}: no module in common with the adapter that is trained")
-        directions = leading_directions(file.fisher, self.k)
+        directions = leading_directions(file.fisher, self.k, "model.regularizer.k")
         like = next(iter(self._layers.values())).a
         self._eigenvalues = file.fisher.energies(directions.T).to(like)
         self._directions = directions.to(like)
