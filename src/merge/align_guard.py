@@ -29,7 +29,7 @@ class AlignGuardPosthoc(MergeMethod):
 
     def __init__(self, k: int = 32, gamma: float = 1.0, add_safety: bool = True) -> None:
         if k < 1:
-            raise InputError(f"{key} is {k}; expected at least 1")
+            raise InputError(f"method.k is {k}; expected at least 1")
         if not 0 <= gamma <= 1:
             raise InputError(f"method.gamma is {gamma}; expected a number from 0 to 1")
         self.k, self.gamma, self.add_safety = k, gamma, add_safety
@@ -68,5 +68,5 @@ def leading_directions(fisher: LowRankFisher, k: int, key: str = "method.k") -> 
     values, vectors = torch.linalg.eigh(factor @ factor.T)
     rank = int((values > values[-1] * 1e-12).sum())
     if k > rank:
-        raise InputError(f"method.k is {k}; expected 1 to {rank}, the rank of F_s")
+        raise InputError(f"{key} is {k}; expected 1 to {rank}, the rank of F_s")
     return factor.T @ (vectors[:, -k:] / values[-k:].sqrt())
