@@ -37,19 +37,22 @@ def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: st
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:
-    """Check that adapters share a base, that common modules have one shape, and that there are common modules.
+    """Check that adapters share a base, that common modules have one shape, and that each shares some with others.
 
     Raises:
         InputError: they do not; the message names both adapters.
     """
     first = adapters[0]
-    for other in adapters[1:]:
+    owners: dict[str, Adapter] = {}
+    for other in adapters:
         check_base(other, first.base, first.fingerprint, what=f"that of {first.name}")
-        ours, theirs = first.updates, other.updates
-        common = [name for name in ours if name in theirs]
-        if not common:
-            raise InputError(f"{first.name} and {other.name}: adapters with no module in common cannot be merged")
-        for name in common:
-            shapes = ours[name].shape, theirs[name].shape
+        for name, update in other.updates.items():
+            owner = owners.setdefault(name, other)
+            shapes = owner.updates[name].shape, update.shape
             if shapes[0] != shapes[1]:
-                raise InputError(f"{first.name} and {other.name}: {name} has shapes {shapes[0]} and {shapes[1]}")
+                raise InputError(f"{owner.name} and {other.name}: {name} has shapes {shapes[0]} and {shapes[1]}")
+    for place, one in enumerate(adapters):
+        rest = [other for number, other in enumerate(adapters) if number != place]
+        if rest and not any(name in other.updates for other in rest for name in one.updates):
+            names = ", ".join(other.name for other in rest)
+            raise InputError(f"{one.name} and {names}: adapters with no module in common cannot be merged")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights
 from src.adapters.deltas import LazyDelta
 from src.adapters.pairs import LowRankPair
@@ -22,7 +23,7 @@ def base_weight(
     Raises:
         InputError: the base has none of this shape.
     """
-    key = base.key_of(module)
+    key = _key(base, module)
     if key is None:
         raise InputError(f"{path}: {module} is not a weight of the base {base.folder}")
     stored = base.shape(key)
@@ -31,6 +32,28 @@ def base_weight(
         raise InputError(f"{path}: {module} has the shape {shape}, in the base {base.folder} it is {stored}")
     weight = base.get(key)
     return weight.T if flip else weight
+
+
+def _key(base: BaseWeights, module: str) -> str | None:
+    """The key of a module's weight; that of the embedding for a head that shares it."""
+    key, parts = base.key_of(module), read_architecture(base.folder)
+    if key is None and module == parts.head and parts.tied:
+        return next((key for name in sorted(parts.embeddings) if (key := base.key_of(name))), None)
+    return key
+
+
+def stored_weight(base: BaseWeights, module: str, shape: tuple[int, int]) -> torch.Tensor:
+    """(O, I) weight of a module of the base, a view where the architecture stores it transposed.
+
+    Raises:
+        InputError: the base has none of this shape.
+    """
+    key = _key(base, module)
+    flip = module in read_architecture(base.folder).transposed
+    stored = shape[::-1] if flip else shape
+    if key is None or base.shape(key) != stored:
+        raise InputError(f"{base.folder}: no weight of {module} with the shape {stored}")
+    return base.get(key).T if flip else base.get(key)
 
 
 def dora(weight: torch.Tensor, pair: LowRankPair, magnitude: torch.Tensor) -> LazyDelta:

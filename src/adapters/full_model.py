@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from src.adapters.architecture import CONFIG, read_architecture
 from src.adapters.base_weights import INDEX, BaseWeights
 from src.adapters.constant_input import split_dense
 from src.adapters.deltas import Delta, row_blocks
@@ -18,8 +19,6 @@ from src.errors import InputError
 from src.files import read_json, write_atomically, write_json
 
 BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
-EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
-HEAD = "lm_head"
 
 
 def write_model(
@@ -83,18 +82,19 @@ def _entries(
     """What to write, in the base's order, and whether a tied weight became two."""
     by_key: dict[str, Delta] = {}
     extra: list[Entry] = []
-    embedding = next((key for name in EMBEDDINGS if (key := base.key_of(name))), None)
-    tied = base.key_of(HEAD) is None and _ties(base.folder)
+    parts = read_architecture(base.folder)
+    embedding = next((key for name in sorted(parts.embeddings) if (key := base.key_of(name))), None)
+    tied = base.key_of(parts.head) is None and parts.tied
     for module, delta in deltas.items():
         key = base.key_of(module)
-        if key is None and module == HEAD and embedding is not None and tied:
-            extra.append(_entry(f"{HEAD}.weight", base, embedding, delta, transposed=False))
+        if key is None and module == parts.head and embedding is not None and tied:
+            extra.append(_entry(f"{parts.head}.weight", base, embedding, delta, transposed=False))
         elif key is None:
             raise InputError(f"{base.folder}: no weight of the module {module}, which the adapter updates")
         else:
             by_key[key] = delta
     if embedding in by_key and tied and not extra:
-        extra.append(_entry(f"{HEAD}.weight", base, str(embedding), None, transposed=False))
+        extra.append(_entry(f"{parts.head}.weight", base, str(embedding), None, transposed=False))
     entries = [
         _bias_entry(key, base, biases[key])
         if key in biases
@@ -102,11 +102,6 @@ def _entries(
         for key in base.handles
     ]
     return [*entries, *extra], bool(extra)
-
-
-def _ties(folder: Path) -> bool:
-    config = read_json(folder / "config.json", "the configuration of the base model")
-    return bool(config.get("tie_word_embeddings", True))
 
 
 def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, transposed: bool) -> Entry:
@@ -149,5 +144,5 @@ def _copy_beside(source: Path, folder: Path, *, untied: bool) -> None:
             if path.name != INDEX:
                 write_atomically(folder / path.name, lambda to, path=path: shutil.copyfile(path, to))  # type: ignore[misc]
     if untied:
-        config = read_json(folder / "config.json", "the configuration of the base model")
-        write_json(folder / "config.json", config | {"tie_word_embeddings": False})
+        config = read_json(folder / CONFIG, "the configuration of the base model")
+        write_json(folder / CONFIG, config | {"tie_word_embeddings": False})

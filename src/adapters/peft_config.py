@@ -7,6 +7,7 @@ always 1 (:mod:`src.adapters.constant_input`).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ UNSUPPORTED = {
     "layer_replication": "replicated layers",
     "arrow_config": "routed updates",
 }
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of the names of initialisations that subtract the adapter's start from the base."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None
     Raises:
         InputError: they cannot; the message names the file and the key.
     """
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds a {type(config).__name__}; expected the settings of a PEFT LoRA adapter")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: peft_type is {kind!r}; expected 'LORA'")
@@ -72,8 +77,22 @@ def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None
     for key, what in UNSUPPORTED.items():
         if config.get(key):
             raise InputError(f"{path}: {key} is set; {what} cannot be written as a low-rank update")
+    _check_alphas(path, config)
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(CHANGES_BASE):
+        raise InputError(
+            f"{path}: init_lora_weights is {start!r}, with which PEFT changes the base's weights too; save the adapter "
+            "with path_initial_model_for_weight_conversion, which makes it one of the unchanged base"
+        )
     if config.get("bias", "none") != "none":
         raise InputError(f"{path}: bias is {config['bias']!r}; trained biases are not a low-rank update")
+
+
+def _check_alphas(path: Path, config: Mapping[str, Any]) -> None:
+    alphas = {"lora_alpha": config.get("lora_alpha")} | (config.get("alpha_pattern") or {})
+    for key, value in alphas.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise InputError(f"{path}: the alpha of {key} is {value!r}; expected a finite number")
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

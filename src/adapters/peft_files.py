@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
@@ -80,7 +81,10 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         # The table's rows are looked up, so its factors are stored for the transposed weight.
         pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
     _add_biases(path / WEIGHTS, found, pairs, config)
-    layout = Layout(frozenset(found.embeddings), bool(config.get("fan_in_fan_out")), frozenset(found.biases))
+    # A fully trained embedding is one too; only the base knows which module that is.
+    tables = read_architecture(base.folder).embeddings & set(found.saved) if base is not None and found.saved else set()
+    embeddings = frozenset(found.embeddings | tables)
+    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")), frozenset(found.biases))
     return Adapter(
         name=str(folder),
         pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},

@@ -17,6 +17,7 @@ from src.experiments.rows import by_suite
 from src.experiments.settings import layered
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
+from src.merge.sweep import point_name
 from src.provenance import versions
 
 Execute = Callable[[Sequence[str], Path], Cost]
@@ -99,7 +100,7 @@ class Stages:
         cost, arguments = self._run("merge", name, settings, ["--output", str(output), "--overwrite", "true"])
         found = {}
         for cell, value in zip(batch, values, strict=True):
-            folder = output if option == "none" else output / f"{option}-{value:g}"
+            folder = output if option == "none" else output / point_name(option, value)
             manifest = read_json(folder / "manifest.json", "the manifest of a merge")
             found[cell.key] = {key: manifest.get(key) for key in ("method", "settings", "alpha")} | _size(manifest)
             found[cell.key] |= kept_pencil(manifest)

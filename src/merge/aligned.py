@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from src.adapters.base_weights import BaseWeights, open_base
+from src.adapters.constant_input import without_bias
+from src.adapters.convert import stored_weight
 from src.adapters.deltas import Delta, LazyDelta, row_blocks, squared_norm
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, read_adapter
@@ -48,17 +50,16 @@ def _checked(found: dict[str, Delta], modules: Mapping[str, Delta], what: str) -
     for name, delta in modules.items():
         if name not in found:
             raise InputError(f"{what}: has no update of {name}, so it gives no direction of alignment there")
+        if found[name].shape == (delta.shape[0], delta.shape[1] - 1):
+            # The utility update has a LoRA bias, and this one has none.
+            found[name] = without_bias(found[name])
         if found[name].shape != delta.shape:
             raise InputError(f"{what}: {name} has the shape {found[name].shape}; the utility update has {delta.shape}")
     return found
 
 
 def _difference(name: str, aligned: BaseWeights, base: BaseWeights, shape: tuple[int, int]) -> LazyDelta:
-    keys = aligned.key_of(name), base.key_of(name)
-    for key, weights in zip(keys, (aligned, base), strict=True):
-        if key is None or weights.shape(key) != shape:
-            raise InputError(f"{weights.folder}: no weight of {name} with the shape {shape}")
-    one, two = aligned.get(str(keys[0])), base.get(str(keys[1]))
+    one, two = stored_weight(aligned, name, shape), stored_weight(base, name, shape)
     return LazyDelta(shape, lambda rows: one[rows].float() - two[rows].float())
 
 

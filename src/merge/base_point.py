@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.adapters.base_weights import BaseWeights
+from src.adapters.convert import stored_weight
 from src.adapters.deltas import Delta, DenseDelta
 from src.errors import InputError
 from src.merge.base import MergeMethod
@@ -59,10 +60,4 @@ def weights_of(base: BaseWeights, modules: Mapping[str, tuple[int, int]]) -> dic
     Raises:
         InputError: it has none of that shape.
     """
-    found: dict[str, Delta] = {}
-    for name, shape in modules.items():
-        key = base.key_of(name)
-        if key is None or base.shape(key) != shape:
-            raise InputError(f"{base.folder}: no weight of {name} with the shape {shape}")
-        found[name] = DenseDelta(base.get(key))
-    return found
+    return {name: DenseDelta(stored_weight(base, name, shape)) for name, shape in modules.items()}

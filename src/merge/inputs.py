@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from src.adapters.base_weights import BaseWeights
 from src.adapters.checks import check_compatible
@@ -128,6 +129,8 @@ def read_inputs(
     given = weights or [1.0] * len(utility)
     if len(given) != len(utility):
         raise InputError(f"utility_weights: {len(given)} weights for {len(utility)} adapters")
+    if not all(isfinite(weight) for weight in given):
+        raise InputError(f"utility_weights are {given}; expected finite numbers")
     adapters = read_adapters([*utility, *([safety] if safety is not None else [])], base)
     experts, patcher = adapters[: len(utility)], adapters[-1] if safety is not None else None
     check_compatible(adapters)

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -40,10 +41,15 @@ def inspect_stage(*, adapters: list[str], output: str | None = None, overwrite: 
         return
     with new_directory(Path(output)) as folder:
         write_text(folder / "table.md", table)
-        matrices = {key: getattr(comparison, key).tolist() for key in PANELS.values()}
+        matrices = {key: _plain(getattr(comparison, key)) for key in PANELS.values()}
         write_json(folder / "inspect.json", {"adapters": [asdict(s) for s in summaries], **matrices})
         draw_angles(comparison, folder / "angles.png")
     log.info("table and heat map written to %s", output)
+
+
+def _plain(matrix: torch.Tensor) -> list[list[float | None]]:
+    """Rows of numbers; nothing (JSON knows no NaN) for adapters that cannot be compared."""
+    return [[None if isnan(value) else value for value in row] for row in matrix.tolist()]
 
 
 def tables(summaries: Sequence[Summary], comparison: Comparison) -> str:

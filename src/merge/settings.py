@@ -19,16 +19,23 @@ def settings(method: MergeMethod) -> dict[str, Any]:
 
 
 def with_option(method: Method, option: str, value: Any) -> Method:
-    """The same method with one option changed.
+    """The same method with one option changed; ``inner.NAME`` is an option of the method in its option ``inner``.
 
     Raises:
         InputError: it has no such option, or the value is out of range.
     """
-    names = list(inspect.signature(type(method).__init__).parameters)[1:]
-    if option not in names:
+    if option == "alpha":
+        raise InputError("sweep.alpha: strengths are a list of their own: --alpha '[0.5, 1.0]'")
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(type(method).__init__).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    head, dot, rest = option.partition(".")
+    given = {name: getattr(method, name) for name in names}
+    if head not in names or (dot and not isinstance(given[head], MergeMethod)):
         expected = ", ".join(names) or "none (the method has no options)"
         raise InputError(f"sweep.{option}: {type(method).__name__} has no such option; expected one of {expected}")
-    given = {name: getattr(method, name) for name in names}
+    if dot:
+        return type(method)(**given | {head: with_option(given[head], rest, value)})
     if isinstance(given[option], int) and not isinstance(given[option], bool) and float(value).is_integer():
         value = int(value)
     return type(method)(**given | {option: value})

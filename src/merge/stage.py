@@ -28,7 +28,7 @@ from src.merge.inputs import Calibrated, Inputs, read_inputs
 from src.merge.parallel import one_thread_each
 from src.merge.pencil_plot import PLOT, plot_pencil
 from src.merge.record import manifest
-from src.merge.sweep import Variant, strengths, variants
+from src.merge.sweep import Variant, point_name, strengths, variants
 from src.merge.write import Target, write
 from src.models.base import weights_folder
 
@@ -138,7 +138,7 @@ def _write_point(
         merged: Deltas = total.deltas if alpha is None else combined([total.deltas, patch.pairs], [1.0, alpha])
         target.form.check(merged, _title(point))
         record = manifest(point, inputs, total, patch, alpha)
-        write(folder / f"alpha-{alpha:g}" if target.by_alpha else folder, merged, inputs, record, target)
+        write(folder / point_name("alpha", alpha) if target.by_alpha else folder, merged, inputs, record, target)
     if "kept_by_module" in patch.findings:
         plot_pencil(patch.findings, folder / PLOT)
 

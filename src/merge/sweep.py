@@ -30,6 +30,12 @@ class Variant:
     combine: Combination
 
 
+def point_name(option: str, value: float) -> str:
+    """Name of a point's directory: ``alpha-0.5``; different values have different names."""
+    short = f"{value:g}"
+    return f"{option}-{short if float(short) == value else repr(value)}"
+
+
 def strengths(alpha: list[float] | float) -> list[float]:
     """The strengths, checked.
 
@@ -82,5 +88,5 @@ def _changed(method: Method, options: Mapping[str, float]) -> Method:
 
 
 def _variant(point: Mapping[str, float], method: MergeMethod | None, combine: Combination) -> Variant:
-    folder = Path(*(f"{option}-{value:g}" for option, value in point.items()))
+    folder = Path(*(point_name(option, value) for option, value in point.items()))
     return Variant(", ".join(f"{option} = {value:g}" for option, value in point.items()), folder, method, combine)

@@ -1,0 +1,62 @@
+"""What a base model is made of where weights alone do not tell: its embedding, its output head, transposed layers.
+
+The model is built from its configuration without weights (on the device ``meta``), so names and classes are those that
+transformers gives them.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from src.files import read_json
+
+CONFIG = "config.json"
+EMBEDDINGS = frozenset({"model.embed_tokens", "transformer.wte", "gpt_neox.embed_in"})
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Parts of a model.
+
+    Attributes:
+        embeddings: Names that the module which looks tokens up may have.
+        head: Module that gives the logits.
+        tied: Whether both share one weight.
+        transposed: Modules that store their weight as (I, O), as GPT-2's Conv1D.
+    """
+
+    embeddings: frozenset[str]
+    head: str
+    tied: bool
+    transposed: frozenset[str] = frozenset()
+
+
+@lru_cache(maxsize=32)
+def read_architecture(folder: Path) -> Architecture:
+    """Parts of the model in a directory; the usual names where transformers cannot build it, or weights lie alone.
+
+    Raises:
+        InputError: its configuration is broken.
+    """
+    if not (folder / CONFIG).is_file():
+        return Architecture(EMBEDDINGS, HEAD, tied=True)
+    config = read_json(folder / CONFIG, "the configuration of the base model")
+    usual = Architecture(EMBEDDINGS, HEAD, bool(config.get("tie_word_embeddings", True)))
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, RuntimeError):
+        return usual
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = names.get(id(model.get_input_embeddings())), names.get(id(model.get_output_embeddings()))
+    return Architecture(
+        usual.embeddings if embedding is None else frozenset({embedding}),
+        head or HEAD,
+        usual.tied,
+        frozenset(name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"),
+    )

@@ -1,0 +1,175 @@
+"""Adapters and bases that are not the usual ones: trained embeddings, initialisations that change the base, other
+architectures, broken configurations, modules that only some adapters have."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from src.adapters.attach import attached
+from src.adapters.checks import check_compatible
+from src.adapters.pairs import LowRankPair
+from src.adapters.peft_files import read_adapter, write_adapter
+from src.errors import InputError
+from src.merge.combinations.core_space import CoreSpace
+from src.merge.combinations.dare import Dare
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
+from src.merge.combinations.tsv_m import TsvM
+from src.merge.safe_lora import SafeLora
+from src.merge.settings import with_option
+from src.merge.stage import merge
+from src.merge.sweep import point_name
+from tests.tiny import make_model, random_pairs
+
+IDS = torch.arange(12)[None]
+
+
+def trained(folder, model, base, **options):
+    """An adapter by PEFT with random weights; the model that has it."""
+    torch.manual_seed(4)
+    plain = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    peft = get_peft_model(model, LoraConfig(**plain | options))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+        if "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter) * 0.2
+    peft.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    return peft.eval()
+
+
+def saved(folder, model):
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize(("module", "tied"), [("embed_tokens", False), ("embed_tokens", True), ("lm_head", True)])
+def test_a_fully_trained_embedding_or_head_is_merged(tmp_path, module, tied):
+    base = saved(tmp_path / "base", make_model(tie_word_embeddings=tied))
+    peft = trained(tmp_path / "a", base, tmp_path / "base", modules_to_save=[module])
+    expected = peft(IDS).logits
+    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base")}
+    merge(**given, full_model=True, output=str(tmp_path / "m"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    torch.testing.assert_close(whole(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    merge(**given, rank=16, output=str(tmp_path / "r"))
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(bare, str(tmp_path / "r")).double().eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_is_subtracted_from_the_base_is_refused(tmp_path, start):
+    trained(tmp_path, make_model(dtype=torch.float32), "tiny", init_lora_weights=start)
+    with pytest.raises(InputError, match=f"init_lora_weights is '{start}'"):
+        read_adapter(tmp_path)
+
+
+def test_the_embedding_of_any_architecture_is_untied(tmp_path):
+    config = OPTConfig(
+        vocab_size=40, hidden_size=12, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=12
+    )
+    torch.manual_seed(0)
+    base = saved(tmp_path / "base", OPTForCausalLM(config))
+    peft = trained(tmp_path / "a", base, tmp_path / "base", target_modules=["q_proj", "embed_tokens"])
+    expected = peft(IDS).logits
+    merge(utility=str(tmp_path / "a"), full_model=True, output=str(tmp_path / "m"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64).eval()
+    torch.testing.assert_close(whole(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attn.c_proj", "attn.c_attn"])
+def test_an_aligned_model_of_transposed_layers_is_read_the_right_way_round(tmp_path, name):
+    config = GPT2Config(vocab_size=40, n_embd=12, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    base, aligned = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    base.save_pretrained(tmp_path / "base")
+    aligned.save_pretrained(tmp_path / "aligned")
+    module = f"transformer.h.0.{name}"
+    out, into = base.get_submodule(module).weight.shape[::-1]
+    pair = LowRankPair(torch.randn(2, into), torch.randn(out, 2))
+    direction = (aligned.get_submodule(module).weight - base.get_submodule(module).weight).T.double()
+    projected = direction @ direction.T @ pair.dense() / direction.norm()
+    cosine = (projected * pair.dense()).sum() / projected.norm() / pair.dense().norm()
+    method = SafeLora(aligned=str(tmp_path / "aligned"), base=str(tmp_path / "base"))
+    found = method.patch({module: pair}, {}, None).findings["cosines"][module]
+    assert found == pytest.approx(cosine.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"alpha_pattern": {"q": "x"}}, "alpha of q is 'x'"),
+        ([], "a list"),
+    ],
+)
+def test_a_broken_configuration_is_one_line(adapters, tmp_path, change, message):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((adapters["safety"] / name).read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change if change else change))
+    with pytest.raises(InputError, match=message):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0]])
+def test_weights_that_are_no_numbers_are_refused(adapters, tmp_path, weights):
+    both = [str(adapters["utility"]), str(adapters["safety"])]
+    with pytest.raises(InputError, match=r"utility_weights are .*; expected finite numbers"):
+        merge(utility=both, utility_weights=weights, output=str(tmp_path / "o"))
+    with pytest.raises(InputError, match="nothing to write: every weight is 0"):
+        merge(utility=both, utility_weights=[0.0, 0.0], output=str(tmp_path / "o"))
+
+
+def test_each_adapter_must_share_a_module_with_another_in_any_order(tmp_path):
+    pairs = random_pairs(make_model(), 2, 1)
+    first, second, *_ = pairs
+    parts = {"one": [first], "other": [second], "both": [first, second]}
+    for name, modules in parts.items():
+        kept = {module: pairs[module] for module in modules}
+        write_adapter(tmp_path / name, kept, base="tiny", manifest={}, seen=frozenset(), card="c")
+    one, other, both = (read_adapter(tmp_path / name) for name in parts)
+    for order in ([both, one, other], [one, other, both], [other, both, one]):
+        check_compatible(order)
+    for order in ([one, other], [other, one]):
+        with pytest.raises(InputError, match="no module in common"):
+            check_compatible(order)
+    wrong = {second: LowRankPair(torch.ones(1, 3), torch.ones(3, 1)), first: pairs[first]}
+    write_adapter(tmp_path / "wrong", wrong, base="tiny", manifest={}, seen=frozenset(), card="c")
+    with pytest.raises(InputError, match="has shapes"):
+        check_compatible([one, both, read_adapter(tmp_path / "wrong")])
+
+
+def test_points_of_a_sweep_never_share_a_directory(adapters, tmp_path):
+    assert point_name("alpha", 0.5) == "alpha-0.5"
+    experts = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"])}
+    merge(**experts, method=TaskArithmetic(), alpha=[1.0, 1.0000001], output=str(tmp_path / "o"))
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["alpha-1", "alpha-1.0000001"]
+
+
+def test_options_of_an_inner_method_can_be_swept():
+    assert with_option(CoreSpace(Ties(density=0.2)), "inner.density", 0.7).inner.density == 0.7
+    for method, option in ((Dare(0.5), "density.x"), (TsvM(), "args"), (TaskArithmetic(), "gamma")):
+        with pytest.raises(InputError, match="has no such option"):
+            with_option(method, option, 1.0)
+    with pytest.raises(InputError, match="--alpha"):
+        with_option(TaskArithmetic(), "alpha", 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias.*:UserWarning")
+def test_an_adapter_without_lora_biases_can_be_the_direction_of_one_with(tmp_path):
+    for name, biased in (("biased", True), ("plain", False)):
+        trained(tmp_path / name, make_model(), "tiny", lora_bias=biased)
+    method = SafeLora(aligned=str(tmp_path / "plain"))
+    merge(utility=str(tmp_path / "biased"), method=method, safety=None, output=str(tmp_path / "o"))
+    model = make_model()
+    with attached(model, read_adapter(tmp_path / "o").pairs):
+        assert torch.isfinite(model(IDS).logits).all()
