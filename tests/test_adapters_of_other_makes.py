@@ -2,6 +2,7 @@
 architectures, broken configurations, modules that only some adapters have."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,16 +13,19 @@ from src.adapters.attach import attached
 from src.adapters.checks import check_compatible
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter, write_adapter
+from src.cli import main
 from src.errors import InputError
 from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM
+from src.merge.inputs import Calibrated, read_inputs
 from src.merge.safe_lora import SafeLora
 from src.merge.settings import with_option
 from src.merge.stage import merge
 from src.merge.sweep import point_name
+from tests.commands import fisher_flags
 from tests.tiny import make_model, random_pairs
 
 IDS = torch.arange(12)[None]
@@ -173,3 +177,26 @@ def test_an_adapter_without_lora_biases_can_be_the_direction_of_one_with(tmp_pat
     model = make_model()
     with attached(model, read_adapter(tmp_path / "o").pairs):
         assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_equal_weights_of_another_scaling_are_another_adapter(adapters, base, rows, tmp_path, capsys):
+    strong = {}
+    for name, folder in adapters.items():
+        strong[name] = shutil.copytree(folder, tmp_path / name)
+        path = strong[name] / "adapter_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
+    plain, other = (read_adapter(folder["utility"]) for folder in (adapters, strong))
+    assert plain.sha256 == other.sha256
+    assert plain.identity != other.identity
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "fisher")) == 0
+    flags = ["merge", "--method", "Sst", "--alpha", "1.0", "--fisher", str(tmp_path / "fisher")]
+    for changed, message in ((strong["safety"], "measured for the safety adapter"), (None, "or another scaling")):
+        pair = adapters | ({"safety": changed} if changed else {"utility": strong["utility"]})
+        experts = [word for name in ("utility", "safety") for word in (f"--{name}", str(pair[name]))]
+        assert main([*flags, *experts, "--output", str(tmp_path / "o")]) == 2
+        assert message in capsys.readouterr().err
+    # What a combination keeps of each expert (thresholds, masks) goes by this name.
+    nothing = Calibrated([], None, None, Ties())
+    both = read_inputs([str(adapters["utility"]), str(strong["utility"])], None, None, nothing)
+    assert len({expert.key for expert in both.as_experts()}) == 2

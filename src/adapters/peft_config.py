@@ -23,6 +23,8 @@ UNSUPPORTED = {
     "layer_replication": "replicated layers",
     "arrow_config": "routed updates",
 }
+SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
+"""Settings that decide the factor of B A."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of the names of initialisations that subtract the adapter's start from the base."""
 

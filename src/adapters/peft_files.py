@@ -1,5 +1,6 @@
 """PEFT LoRA directories, read to and written from low-rank pairs. The only place that knows PEFT's key names."""
 
+import hashlib
 import json
 import re
 import tempfile
@@ -17,7 +18,7 @@ from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
 from src.adapters.pairs import LowRankPair, Pairs
-from src.adapters.peft_config import PLAIN, Layout, check_config, lora_config, scaling
+from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically
@@ -40,6 +41,7 @@ class Adapter:
         layout: Which modules are embeddings, and whether layers store transposed weights.
         full_rank: Updates of DoRA layers and of fully trained modules, in place of pairs; empty unless the base was
             at hand when the adapter was read.
+        scaling: Settings of its configuration that say by what B A is multiplied.
     """
 
     name: str
@@ -50,6 +52,13 @@ class Adapter:
     seen: frozenset[str] = frozenset()
     layout: Layout = PLAIN
     full_rank: Deltas = field(default_factory=dict)
+    scaling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that its updates are made of: equal weights with another ``lora_alpha`` are another adapter."""
+        made_of = json.dumps([self.sha256, self.scaling], sort_keys=True)
+        return hashlib.sha256(made_of.encode()).hexdigest()
 
     @property
     def updates(self) -> Deltas:
@@ -94,6 +103,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         seen=frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset(),
         layout=layout,
         full_rank=_full_rank(path / WEIGHTS, found, pairs, base, layout),
+        scaling={key: config.get(key) for key in SCALING},
     )
 
 

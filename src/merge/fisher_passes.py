@@ -1,6 +1,6 @@
 """One Fisher file of a merge, read and checked: its pass, its form, its adapters, its coordinates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,16 @@ class Pass:
         """
         record = self.file.record
         self.check_base(safety)
-        if record["safety"]["sha256"] != safety.sha256:
+        if not _same(record["safety"], safety):
             raise InputError(
                 f"{self.path}: measured for the safety adapter {record['safety']['path']}, not {safety.name}"
             )
-        if [entry["sha256"] for entry in record["utility"]] != [expert.sha256 for expert in experts]:
+        measured = record["utility"]
+        if len(measured) != len(experts) or not all(map(_same, measured, experts)):
             names = ", ".join(entry["path"] for entry in record["utility"])
             raise InputError(
-                f"{self.path}: measured at the utility adapters {names}; those of this merge have other weights"
+                f"{self.path}: measured at the utility adapters {names}; those of this merge have other weights or "
+                "another scaling"
             )
 
     def check_expert(self, expert: Adapter) -> None:
@@ -81,8 +83,9 @@ class Pass:
         """
         record = self.file.record
         self.check_base(expert)
-        measured = [(entry["sha256"], entry["weight"]) for entry in record["utility"]]
-        if measured != [(expert.sha256, 1.0)] or record["reference"] != "utility":
+        measured = record["utility"]
+        alone = len(measured) == 1 and _same(measured[0], expert) and measured[0]["weight"] == 1.0
+        if not alone or record["reference"] != "utility":
             raise InputError(
                 f"{self.path}: not measured at {expert.name} alone; expected a run of `python -m src fisher` with "
                 f"--model.utility {expert.name} and --model.reference_utility utility"
@@ -100,6 +103,11 @@ class Pass:
                 f"{self.path}: in other coordinates than {first.path}; measure both with the same adapters and the "
                 "same --model.basis"
             )
+
+
+def _same(entry: Mapping[str, Any], adapter: Adapter) -> bool:
+    """Whether a record's adapter is this one; records from before ``identity`` was kept tell by the weights alone."""
+    return entry["sha256"] == adapter.sha256 and entry.get("identity", adapter.identity) == adapter.identity
 
 
 def read_pass(folder: str, name: str, method: MergeMethod, weight: float = 1.0) -> Pass:

@@ -55,10 +55,10 @@ class Inputs:
         return total
 
     def as_experts(self) -> list[Expert]:
-        """What a combination works on; the weights' hash names an expert, whatever its position or path."""
+        """What a combination works on; its hash names an expert, whatever its position or path."""
         statistics = self.calibration.statistics or (None,) * len(self.experts)
         each = zip(self.experts, self.weights, statistics, strict=True)
-        return [Expert(e.sha256, w, e.updates, fisher) for e, w, fisher in each]
+        return [Expert(e.identity, w, e.updates, fisher) for e, w, fisher in each]
 
 
 @dataclass(frozen=True)

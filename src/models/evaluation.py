@@ -130,7 +130,7 @@ class EvaluationModule(LightningModule):
                 self._keys[model, number] = result_key(
                     base=self.base_fingerprint,
                     number_format=[self.base.dtype, self.base.quantization, self.base.attention, self.max_matmul_error],
-                    adapter=adapter and adapter.sha256,
+                    adapter=adapter and adapter.identity,
                     content=data.content(suite),
                     versions=[package[name] for name in NUMERICAL],
                 )

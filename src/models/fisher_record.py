@@ -17,7 +17,7 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
     """Provenance of one pass."""
 
     def entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-        return {"path": adapter.name, "sha256": adapter.sha256, "weight": weight}
+        return {"path": adapter.name, "sha256": adapter.sha256, "identity": adapter.identity, "weight": weight}
 
     rows = module.data.rows[name]
     return {
