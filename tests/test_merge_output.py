@@ -228,6 +228,26 @@ def test_a_dry_run_writes_nothing(adapters, tmp_path, caplog, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_what_the_real_one_would_do(base, adapters, tmp_path, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
+    caplog.set_level(logging.INFO, "src")
+    experts = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(tmp_path / "m")}
+    for refused in ({"method": Ties()}, {"combine": Ties(), "method": TaskArithmetic()}):
+        with pytest.raises(InputError, match="full-rank updates, which no adapter holds exactly"):
+            merge(**experts, **refused, dry_run=True)
+    size = (base / "model.safetensors").stat().st_size
+    merge(**experts, method=TaskArithmetic(), full_model=True, dry_run=True)
+    assert f"about {size / 1000:.0f} kB each" in caplog.text
+    caplog.clear()
+    fisher = write_fishers(tmp_path / "fisher", adapters, base)
+    merge(**experts, method=Sst(), fisher=str(fisher), dry_run=True)
+    assert "  5" in caplog.text
+    assert "of Fisher files" in caplog.text
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_combination_alone_needs_no_safety_adapter(adapters, tmp_path):
     merge(utility=both(adapters), utility_weights=[1.0, 0.5], license="mit", output=str(tmp_path / "m"))
     merged = read_adapter(tmp_path / "m")

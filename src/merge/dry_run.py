@@ -1,21 +1,26 @@
 """What a merge would write: shapes, ranks, memory and size, without writing it."""
 
-from src.adapters.deltas import BLOCK_ELEMENTS, combined
+from collections.abc import Mapping
+from pathlib import Path
+
+from src.adapters.deltas import BLOCK_ELEMENTS, Delta
 from src.adapters.pairs import LowRankPair
 from src.merge.forms import Form
 from src.merge.inputs import Inputs
-from src.merge.sweep import Variant
 
 FLOAT32 = 4
 
 
-def describe(inputs: Inputs, point: Variant, form: Form, alpha: float, count: int) -> str:
-    """A table of modules by shape, and totals."""
-    total = point.combine.combine(inputs.as_experts())
-    updates = [total.deltas]
-    if point.method is not None and inputs.safety is not None and not point.method.needs_fisher:
-        updates.append(inputs.safety.updates)
-    merged = combined(updates, [1.0, alpha][: len(updates)])
+def describe(inputs: Inputs, merged: Mapping[str, Delta], form: Form, count: int, base_bytes: int) -> str:
+    """A table of modules by shape, and totals.
+
+    Args:
+        inputs: The adapters.
+        merged: What would be written; of a method with Fisher files an update of the same shapes and ranks.
+        form: In which form.
+        count: How many times.
+        base_bytes: Size of the base's weights, for a full model.
+    """
     lines = ["shape            modules  rank"]
     groups: dict[tuple[tuple[int, int], str], int] = {}
     for delta in merged.values():
@@ -23,20 +28,21 @@ def describe(inputs: Inputs, point: Variant, form: Form, alpha: float, count: in
         groups[delta.shape, rank] = groups.get((delta.shape, rank), 0) + 1
     lines += [f"{f'{o} x {i}':<16} {number:>7}  {rank}" for ((o, i), rank), number in groups.items()]
     largest = max(delta.shape[0] * delta.shape[1] for delta in merged.values())
-    size = sum(_parameters(delta.shape, delta, form) for delta in merged.values()) * FLOAT32
+    factors = sum(_parameters(delta, form) for delta in merged.values()) * FLOAT32
+    size = base_bytes if form.full_model else factors
     memory = sum(a.a.nbytes + a.b.nbytes for adapter in inputs.adapters for a in adapter.pairs.values())
+    files = sum(Path(entry["path"]).stat().st_size for entry in inputs.calibration.files)
     work = BLOCK_ELEMENTS if form.exact else largest
     lines.append(f"{count} output(s) of form {form.label}: about {_human(size)} each")
-    lines.append(f"memory: {_human(memory)} for the adapters, about {_human(3 * work * FLOAT32)} per worker")
+    fisher = f", {_human(files)} of Fisher files" if files else ""
+    lines.append(f"memory: {_human(memory)} for the adapters{fisher}, about {_human(3 * work * FLOAT32)} per worker")
     lines.append("nothing was written")
     return "\n".join(lines)
 
 
-def _parameters(shape: tuple[int, int], delta: object, form: Form) -> int:
-    if form.full_model:
-        return shape[0] * shape[1]
-    rank = delta.rank if isinstance(delta, LowRankPair) else min(shape)
-    return min(rank, form.rank or rank) * sum(shape)
+def _parameters(delta: Delta, form: Form) -> int:
+    rank = delta.rank if isinstance(delta, LowRankPair) else min(delta.shape)
+    return min(rank, form.rank or rank) * sum(delta.shape)
 
 
 def _human(size: float) -> str:

@@ -101,12 +101,11 @@ def merge(
     with ExitStack() as stack:
         weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
         inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights)
-        count = len(points) * len(values)
+        count, place = len(points) * len(values), base or inputs.experts[0].base
         workers = stack.enter_context(one_thread_each())
         if dry_run:
-            log.info("%s", describe(inputs, points[0], form, values[-1], count))
+            log.info("%s", _description(points[0], inputs, form, values[-1], count, place))
             return
-        place = base or inputs.experts[0].base
         extra = {"flags": flags, "license": license}
         target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured)
         folder = stack.enter_context(new_directory(Path(output)))
@@ -117,6 +116,27 @@ def merge(
 
 def _listed(given: list[str] | str | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
+
+
+def _description(point: Variant, inputs: Inputs, form: Form, alpha: float, count: int, base: str) -> str:
+    """What a dry run says, after the checks of a real one.
+
+    A pencil is not solved: its patch has the shapes of the safety adapter's update, and at most its ranks.
+    """
+    safety: Deltas = inputs.safety.updates if inputs.safety else {}
+    if point.method is not None and point.method.needs_fisher:
+        total, patch = point.combine.combine(inputs.as_experts()), safety
+        _check_stages_fit(point, total, inputs)
+    else:
+        _, total, made = next(derived([point], inputs))
+        patch = dict(made.pairs)
+    merged = combined([total.deltas, patch], [1.0, alpha])
+    form.check(merged, _title(point))
+    size = 0
+    if form.full_model:
+        with open_base(weights_folder(base)) as weights:
+            size = sum(path.stat().st_size for path in weights.folder.glob("model*.safetensors"))
+    return describe(inputs, merged, form, count, size)
 
 
 def _check_stages(method: MergeMethod | None, safety: str | None, alpha: list[float] | float) -> None:
