@@ -74,9 +74,9 @@ class ExpertModule(LightningModule):
             those of this adapter; ``lora`` then says nothing.
         beside: Weight of each adapter that is there during training and stays as it is. It is no part of the result.
         seed: Seed of the adapter's initial weights.
-        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures. ``bfloat16`` multiplies by
-            bfloat16 copies of the frozen weights, and within attention; residuals, norms, the adapter and the logits
-            stay float32.
+        matmul: How float32 matrices are multiplied on this processor; ``auto`` takes ``bfloat16`` where the processor
+            has instructions for it, and measures elsewhere. ``bfloat16`` multiplies by bfloat16 copies of the frozen
+            weights, and within attention; residuals, norms, the adapter and the logits stay float32.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts (bfloat16 rounding is 0.003).
     """
 
