@@ -2,8 +2,8 @@
 
 Which mode of :func:`torch.set_float32_matmul_precision` is fast, and what it costs in accuracy, differs between
 processors: on one it picks another float32 library, on another it rounds to bfloat16. Some multiply bfloat16 fast only
-where the weights are stored so. So all are measured; but where a processor has instructions for bfloat16, a training takes
-them whatever the clock says.
+where the weights are stored so. So all are measured; but where a processor has instructions for bfloat16, a training
+takes them whatever the clock says.
 """
 
 import ctypes
