@@ -15,7 +15,7 @@ from src.adapters.constant_input import split, with_bias, without_bias
 from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
-from src.adapters.several import read_adapters
+from src.adapters.read_together import read_adapters
 from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from src.adapters.base_weights import BaseWeights
 from src.files import read_json
 
 CONFIG = "config.json"
@@ -32,6 +33,10 @@ class Architecture:
     head: str
     tied: bool
     transposed: frozenset[str] = frozenset()
+
+    def embedding_key(self, base: BaseWeights) -> str | None:
+        """The key of the embedding's weight."""
+        return next((key for name in sorted(self.embeddings) if (key := base.key_of(name))), None)
 
 
 @lru_cache(maxsize=32)

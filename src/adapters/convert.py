@@ -38,7 +38,7 @@ def _key(base: BaseWeights, module: str) -> str | None:
     """The key of a module's weight; that of the embedding for a head that shares it."""
     key, parts = base.key_of(module), read_architecture(base.folder)
     if key is None and module == parts.head and parts.tied:
-        return next((key for name in sorted(parts.embeddings) if (key := base.key_of(name))), None)
+        return parts.embedding_key(base)
     return key
 
 

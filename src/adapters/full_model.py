@@ -83,7 +83,7 @@ def _entries(
     by_key: dict[str, Delta] = {}
     extra: list[Entry] = []
     parts = read_architecture(base.folder)
-    embedding = next((key for name in sorted(parts.embeddings) if (key := base.key_of(name))), None)
+    embedding = parts.embedding_key(base)
     tied = base.key_of(parts.head) is None and parts.tied
     for module, delta in deltas.items():
         key = base.key_of(module)

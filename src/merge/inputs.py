@@ -9,7 +9,7 @@ from src.adapters.base_weights import BaseWeights
 from src.adapters.checks import check_compatible
 from src.adapters.peft_config import Layout
 from src.adapters.peft_files import Adapter
-from src.adapters.several import read_adapters
+from src.adapters.read_together import read_adapters
 from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod
 from src.merge.combination import Combination, Expert

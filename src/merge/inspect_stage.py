@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from src.adapters.checks import check_compatible
-from src.adapters.several import read_adapters
+from src.adapters.read_together import read_adapters
 from src.files import check_output, new_directory, write_atomically, write_json, write_text
 from src.merge.inspection import Comparison, Summary, inspect_adapters
 

@@ -17,7 +17,7 @@ from src.adapters.attach import attached, check_fits
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.checks import check_base, check_compatible
 from src.adapters.pairs import Pairs
-from src.adapters.several import read_adapters
+from src.adapters.read_together import read_adapters
 from src.data.batches import Batch
 from src.data.calibration import CalibrationData
 from src.errors import InputError

@@ -5,7 +5,7 @@ from typing import Literal
 
 from src.adapters.pairs import Pairs, weighted_sum
 from src.adapters.peft_files import Adapter, read_adapter
-from src.adapters.several import same_inputs
+from src.adapters.read_together import same_inputs
 from src.errors import InputError
 
 Reference = Literal["base", "utility", "patched"] | dict[str, float]
