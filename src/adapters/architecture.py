@@ -4,6 +4,7 @@ The model is built from its configuration without weights (on the device ``meta`
 transformers gives them.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from src.adapters.base_weights import BaseWeights
 from src.files import read_json
 
+log = logging.getLogger(__name__)
 CONFIG = "config.json"
 EMBEDDINGS = frozenset({"model.embed_tokens", "transformer.wte", "gpt_neox.embed_in"})
 HEAD = "lm_head"
@@ -55,7 +57,11 @@ def read_architecture(folder: Path) -> Architecture:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, RuntimeError):
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        log.warning(
+            "%s: transformers cannot build this model (%s); its parts are taken to have the usual names", folder, reason
+        )
         return usual
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = names.get(id(model.get_input_embeddings())), names.get(id(model.get_output_embeddings()))
