@@ -39,7 +39,7 @@ help:
 	@echo "make test    set up, then lint, type check and all tests"
 	@echo "make bench   measurements of speed, side by side with peers (long)"
 	@echo "make setup   only the environment (.venv)"
-	@echo "make oracles mergekit, lm-evaluation-harness (environments of their own) and curvlinops, for what compares with them"
+	@echo "make oracles mergekit, lm-evaluation-harness (environments of their own), curvlinops and bitsandbytes, for tests that need them"
 	@echo "make clean   delete the demo's outputs"
 
 setup: $(READY)
@@ -102,7 +102,7 @@ bench: $(READY)
 
 # The tools that tests compare with, each in an environment of its own; torch and the like come from $(VENV), behind its
 # own packages (mergekit pins an older pydantic).
-oracles: $(MERGEKIT)/.ready $(LM_EVAL)/.ready $(VENV)/.curvlinops
+oracles: $(MERGEKIT)/.ready $(LM_EVAL)/.ready $(VENV)/.oracles
 
 $(MERGEKIT)/.ready: | $(READY)
 	$(PY) -m venv $(MERGEKIT)
@@ -111,8 +111,8 @@ $(MERGEKIT)/.ready: | $(READY)
 	$(PY) $(SITE) > "$$($(MERGEKIT)/bin/python $(SITE))/host.pth"
 	@touch $@
 
-$(VENV)/.curvlinops: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt curvlinops-for-pytorch==3.0.1
+$(VENV)/.oracles: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt curvlinops-for-pytorch==3.0.1 bitsandbytes==0.50.2
 	@touch $@
 
 $(LM_EVAL)/.ready: | $(READY)

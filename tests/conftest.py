@@ -26,7 +26,7 @@ def encoded(tokenizer):
     return uneven_rows(tokenizer)
 
 
-def _adapter(folder, base, rank, seed, model):
+def random_adapter(folder, base, rank, seed, model):
     from src.adapters.peft_files import write_adapter
 
     manifest = {"kind": "expert", "method": "fit"}
@@ -42,8 +42,8 @@ def adapters(tmp_path_factory, base):
     root = tmp_path_factory.mktemp("adapters")
     tiny = make_model()
     return {
-        "utility": _adapter(root / "utility", base, 3, 1, tiny),
-        "safety": _adapter(root / "safety", base, 2, 2, tiny),
+        "utility": random_adapter(root / "utility", base, 3, 1, tiny),
+        "safety": random_adapter(root / "safety", base, 2, 2, tiny),
     }
 
 

@@ -39,7 +39,8 @@ class BaseSpec:
         gguf_file: The GGUF file inside a hub repository or directory, where the weights are in that form.
         revision: Git revision of a hub repository.
         dtype: Number format of the weights; ``auto`` is the one they are stored in.
-        quantization: Load in 8 or 4 bits through bitsandbytes (CUDA only).
+        quantization: Load in 8 or 4 bits through bitsandbytes (LLM.int8, 2208.07339; NF4 of QLoRA, 2305.14314, with
+            products in `dtype`, bfloat16 where that is ``auto``). On a CPU it saves memory and no time.
         attention: transformers' attention implementation, such as ``sdpa``, ``eager`` or ``flash_attention_2``.
         trust_remote_code: Run model code that comes with the weights.
     """
@@ -156,12 +157,16 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     _quiet()
     where, extra = _location(spec)
     if spec.quantization != "none":
-        extra["quantization_config"] = _bitsandbytes(spec.quantization)
+        extra["quantization_config"] = _bitsandbytes(spec)
     dtype = "auto" if spec.dtype == "auto" else DTYPES[spec.dtype]
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=spec.attention, **extra)
     except (OSError, ValueError) as error:
         raise InputError(f"base.name {spec.name}: the model cannot be loaded ({one_line(error)})") from None
+    for module in model.modules():
+        # A 4-bit layer that once ran without gradients on such a CPU repacks its weights and then passes none back.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.eval().requires_grad_(False)
     return model
 
@@ -183,17 +188,26 @@ def model_without_weights(spec: BaseSpec) -> torch.nn.Module:
         raise InputError(f"base.name {spec.name}: no configuration can be loaded ({one_line(error)})") from None
 
 
-def _bitsandbytes(bits: str) -> Any:
+def _bitsandbytes(spec: BaseSpec) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"base.quantization {bits}: needs the package bitsandbytes and a CUDA device")
+        raise InputError(f"base.quantization {spec.quantization}: needs bitsandbytes (pip install bitsandbytes)")
     from transformers import BitsAndBytesConfig
 
-    if bits == "8bit":
+    if spec.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    products = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=products)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
+    """:func:`weights_digest` of a model's weights; empty for a quantised one, whose own weights are not those it has.
+
+    An adapter fits a base and its quantised forms alike, so then the base's name decides.
+    """
+    return "" if getattr(model, "is_quantized", False) else weights_digest(model)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 over names, shapes and 64 evenly spaced values of each parameter: tells two bases apart in no time.
 
     It does not depend on the number format of the weights beyond rounding to bfloat16.

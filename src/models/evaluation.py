@@ -21,7 +21,7 @@ from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.models.adapter_swap import Swap
-from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import named_adapters
 from src.models.evaluation_checks import check_sampling, check_unseen
@@ -77,7 +77,7 @@ class EvaluationModule(LightningModule):
         self.output = Path()
         self.settings: dict[str, Any] = {}
         self.model: Any = None
-        self.base_fingerprint = ""
+        self.base_fingerprint = self.base_digest = ""
         self._computation: Computation
         self._progress: Progress
         self._parts: Parts
@@ -108,7 +108,7 @@ class EvaluationModule(LightningModule):
         modes = choose_modes(
             self.matmul, self.model, self.max_matmul_error, device=self.trainer.strategy.root_device.type
         )
-        self.base_fingerprint = fingerprint(self.model)
+        self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
         for adapter in self.models.values():
             if adapter is not None:
                 check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
@@ -128,7 +128,7 @@ class EvaluationModule(LightningModule):
         for model, adapter in enumerate(self.models.values()):
             for number, suite in enumerate(data.suites):
                 self._keys[model, number] = result_key(
-                    base=self.base_fingerprint,
+                    base=self.base_digest,
                     number_format=[self.base.dtype, self.base.quantization, self.base.attention, self.max_matmul_error],
                     adapter=adapter and adapter.identity,
                     content=data.content(suite),

@@ -27,7 +27,7 @@ from src.fisher.files import FisherFile
 from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
 from src.fisher.shards import Shards
-from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
 from src.models.estimate import Estimate, estimate
 from src.models.fisher_jobs import backward_jobs
 from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
@@ -133,7 +133,7 @@ class FisherModule(LightningModule):
         self.output = Path()
         self.settings: dict[str, Any] = {}
         self.model: Any = None
-        self.base_fingerprint = ""
+        self.base_fingerprint = self.base_digest = ""
         self._recorder: ScoreRecorder
         self._at: AbstractContextManager[None] | None = None
         self._running: dict[str, FisherPass] = {}
@@ -165,7 +165,7 @@ class FisherModule(LightningModule):
         self.model = load_model(self.base)
         device = self.trainer.strategy.root_device.type
         choose_matmul(self.matmul, self.model, max_error=self.max_matmul_error, device=device)
-        self.base_fingerprint = fingerprint(self.model)
+        self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
         for adapter in (*self.utility, self.safety):
             check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
             check_fits(self.model, adapter.pairs, adapter.name)

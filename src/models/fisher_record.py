@@ -50,6 +50,7 @@ def pass_key(module: "FisherModule", name: str) -> str:
         "coordinates": module.coordinates,
         "relearn": module.relearn,
         "halves": module.halves,
+        "base": module.base_digest,
         "dtype": module.base.dtype,
         "quantization": module.base.quantization,
         "precision": str(module.trainer.precision),

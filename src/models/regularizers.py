@@ -112,7 +112,7 @@ class AlignGuard(Regularizer):
         if not isinstance(file.fisher, LowRankFisher):
             raise InputError(f"{path}: {file.fisher.representation}; AlignGuard needs `--model.representation lowrank`")
         known = file.record["base"]["fingerprint"]
-        if known and known != fingerprint:
+        if known and fingerprint and known != fingerprint:
             raise InputError(f"{path}: measured on other weights of the base than those that are trained here")
         self._layers = trained_layers(model)
         basis = CoreBasis(file.u, file.v)
