@@ -6,10 +6,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from src.adapters.attach import attached, check_fits
 from src.adapters.pairs import LowRankPair
-from src.data.batches import EncodedRows
+from src.data.batches import Batch, EncodedRows
 from src.data.chat import Encoder
 from src.data.rows import Row
 from src.errors import InputError
+from src.models import packing
 from src.models.base import BaseSpec, fingerprint, load_model, load_tokenizer
 from src.models.fused_lora import fuse
 from src.models.generation import greedy, left_padded_prompts
@@ -53,6 +54,19 @@ def test_packing_is_not_used_where_the_model_ignores_its_inputs(model, batch, ig
     original = model.forward
     model.forward = lambda **given: original(**{k: v for k, v in given.items() if k != ignored})
     assert not can_pack(model, batch)
+
+
+def test_packed_rows_are_padded_to_rows_of_like_length_only(model):
+    lengths = torch.tensor([5, 40, 6, 38, 1, 39, 5])  # behind a prefix of ten tokens
+    ids = torch.randint(1, 250, (7, 50), generator=torch.Generator().manual_seed(0))
+    ids[:, :10] = ids[0, :10]
+    whole = Batch(torch.arange(7), ids, lengths + 10, lengths + 9, 1.0)
+    assert whole.common_prefix == 9
+    given, _ = packing.pack(whole)
+    groups = given["packed"].groups
+    assert [(group.rows, len(group.mask)) for group in groups] == [(3, 41), (3, 7), (1, 2)]
+    assert sum(group.rows * len(group.mask) for group in groups) < 1.05 * len(given["packed"].tokens)
+    torch.testing.assert_close(answer_logits(model, whole, pack=True), unpadded_logits(model, whole))
 
 
 def test_packing_leaves_the_models_own_attention_in_place(model, batch):

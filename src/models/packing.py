@@ -2,9 +2,11 @@
 
 Chat templates put the same system prompt in front of every row. Packed, its tokens are computed once and no padding is;
 each row's tokens attend to the prefix and to their own row, so hidden states, logits and gradients are those of the
-padded batch. Attention works row by row: its cost does not grow with the length of the whole sequence.
+padded batch. Attention works row by row: its cost does not grow with the length of the whole sequence. There, and only
+there, rows are padded, to the longest of a group of similar length: one long row does not make all of them long.
 
-Legend of shapes: N rows, S tokens of the sequence, P of the prefix, L of the longest rest, H heads, E head features.
+Legend of shapes: N rows, S tokens of the sequence, P of the prefix, H heads, E head features; M rows of a group, the
+longest of which has L tokens behind the prefix.
 """
 
 from collections.abc import Iterator
@@ -19,26 +21,41 @@ from src.data.batches import Batch
 NAME = "sst_packed_rows"
 
 
+MOST_PADDING = 0.1
+"""Share of a group's places in attention that may be padding, before shorter rows start a group of their own."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of similar length.
+
+    Attributes:
+        rows: M.
+        index: (M·L,) position behind the prefix of each row's tokens; padding points at 0.
+        mask: (L, P + L) bool: true where a token would look ahead; it sees the whole prefix.
+    """
+
+    rows: int
+    index: torch.Tensor
+    mask: torch.Tensor
+
+
 @dataclass(frozen=True)
 class PackedLayout:
     """Where the rows of a packed sequence lie.
 
     Attributes:
         start: P, tokens of the common prefix.
-        index: (N·L,) position behind the prefix of each row's tokens; padding points at 0.
-        tokens: (S − P,) which of the N·L are tokens.
-        rows: N.
+        groups: The rows, longest first.
+        tokens: (S − P,) place of each token behind the prefix among the ΣM·L of all groups.
         head_mask: (P, P) bool: true where a token of the prefix would look ahead.
-        rest_mask: (L, P + L) bool: the same for a row's tokens, which see the whole prefix.
         narrow: Whether attention's products are in bfloat16.
     """
 
     start: int
-    index: torch.Tensor
+    groups: tuple[RowGroup, ...]
     tokens: torch.Tensor
-    rows: int
     head_mask: torch.Tensor
-    rest_mask: torch.Tensor
     narrow: bool = False
 
 
@@ -56,25 +73,55 @@ def pack(batch: Batch, *, narrow: bool = False) -> tuple[dict[str, Any], torch.T
     ids = torch.cat([batch.ids[0, :start], rest[kept]])
     position = torch.cat([torch.arange(start, device=device), steps.expand_as(kept)[kept]])
     answers = torch.nn.functional.pad(batch.answer_mask[:, start : start + len(steps)][kept], (start, 0))
-    flat = kept.flatten()
-    index = torch.where(flat, flat.cumsum(0) - 1, 0)
+    groups, tokens = _groups(batch.lengths - start, start)
     given = {
         "input_ids": ids[None],
         "position_ids": position[None],
         # A mask of four dimensions is taken as it is: no other is built, and the packed attention needs none.
         "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
         "packed": PackedLayout(
-            start=start,
-            index=index,
-            tokens=flat.nonzero().squeeze(1),
-            rows=len(batch.ids),
-            head_mask=_ahead(start, device),
-            rest_mask=torch.nn.functional.pad(_ahead(len(steps), device), (start, 0)),
-            narrow=narrow,
+            start=start, groups=groups, tokens=tokens, head_mask=_ahead(start, device), narrow=narrow
         ),
     }
     # The prefix ends before the token that predicts a first answer token, so each predictor precedes its answer here.
     return given, torch.nn.functional.pad(answers[1:], (0, 1))[None]
+
+
+def _groups(lengths: torch.Tensor, start: int) -> tuple[tuple[RowGroup, ...], torch.Tensor]:
+    """Groups of rows, longest first, and the place of each token in them.
+
+    Args:
+        lengths: (N,) tokens of each row behind the prefix.
+        start: P.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    first = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
+    groups, places, before = [], torch.empty(int(lengths.sum()), dtype=torch.long, device=lengths.device), 0
+    for rows in order.split(_group_sizes(lengths[order].tolist())):
+        longest = int(lengths[rows[0]])
+        steps = torch.arange(longest, device=lengths.device)
+        kept = steps < lengths[rows, None]
+        index = torch.where(kept, first[rows, None] + steps, 0).flatten()
+        flat = kept.flatten()
+        places[index[flat]] = before + flat.nonzero().squeeze(1)
+        before += len(flat)
+        mask = torch.nn.functional.pad(_ahead(longest, lengths.device), (start, 0))
+        groups.append(RowGroup(len(rows), index, mask))
+    return tuple(groups), places
+
+
+def _group_sizes(lengths: list[int]) -> list[int]:
+    """Number of rows in each group, for lengths in descending order."""
+    sizes: list[int] = []
+    longest = total = 0
+    for length in lengths:
+        if sizes and total + length >= (1 - MOST_PADDING) * longest * (sizes[-1] + 1):
+            sizes[-1] += 1
+            total += length
+        else:
+            sizes.append(1)
+            longest = total = length
+    return sizes
 
 
 @contextmanager
@@ -113,28 +160,36 @@ def attend(
     if sliding_window is not None or softcap is not None or dropout:
         raise NotImplementedError("packed attention is causal attention without window, soft cap or dropout")
     dtype = query.dtype
+    query = query * scaling
     if packed.narrow:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     groups = query.shape[1] // key.shape[1]
     q, k, v = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
-    heads, start, rows = len(q), packed.start, packed.rows
+    start = packed.start
     q_head, k_head, v_head = q[:, :start], k[:, :start], v[:, :start]
-    head_scores = (q_head @ k_head.transpose(1, 2) * scaling).masked_fill(packed.head_mask, float("-inf"))
+    head_scores = (q_head @ k_head.transpose(1, 2)).masked_fill(packed.head_mask, float("-inf"))
     head = head_scores.softmax(-1) @ v_head
 
+    rests = [_rows(q, k, v, packed.start, group) for group in packed.groups]
+    rest = rests[0] if len(rests) == 1 else torch.cat(rests, dim=1)
+    out = torch.cat([head, rest.index_select(1, packed.tokens)], dim=1)
+    return out.transpose(0, 1)[None].to(dtype).contiguous(), None
+
+
+def _rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, group: RowGroup) -> torch.Tensor:
+    """(H, M·L, E) attention of a group's rows; q (scaled), k and v are (H, S, E)."""
+    heads, rows, length = len(q), group.rows, len(group.mask)
+
     def by_row(x: torch.Tensor) -> torch.Tensor:
-        return x[:, start:].index_select(1, packed.index).view(heads * rows, -1, x.shape[-1])
+        return x[:, start:].index_select(1, group.index).view(heads * rows, length, -1)
 
     q_rest, k_rest, v_rest = by_row(q), by_row(k), by_row(v)
-    length = q_rest.shape[1]
-    to_head = q_rest.view(heads, rows * length, -1) @ k_head.transpose(1, 2)
+    to_head = q_rest.view(heads, rows * length, -1) @ k[:, :start].transpose(1, 2)
     to_rest = q_rest @ k_rest.transpose(1, 2)
     scores = torch.cat([to_head.view(heads * rows, length, start), to_rest], dim=-1)
-    weights = (scores * scaling).masked_fill_(packed.rest_mask, float("-inf")).softmax(-1)
-    rest = (weights[..., :start].reshape(heads, rows * length, start) @ v_head).view_as(q_rest)
-    rest = torch.baddbmm(rest, weights[..., start:], v_rest)
-    out = torch.cat([head, rest.view(heads, rows * length, -1).index_select(1, packed.tokens)], dim=1)
-    return out.transpose(0, 1)[None].to(dtype).contiguous(), None
+    weights = scores.masked_fill_(group.mask, float("-inf")).softmax(-1)
+    rest = (weights[..., :start].reshape(heads, rows * length, start) @ v[:, :start]).view_as(q_rest)
+    return torch.baddbmm(rest, weights[..., start:], v_rest).view(heads, rows * length, -1)
 
 
 def _ahead(length: int, device: torch.device) -> torch.Tensor:
