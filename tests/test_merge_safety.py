@@ -14,6 +14,7 @@ from src.merge.masked import Masking
 from src.merge.resta import Resta
 from src.merge.safe_lora import SafeLora
 from src.merge.safe_merge import SafeMerge
+from src.merge.sst import Sst
 from src.merge.sst_diagonal import sst_diagonal
 from src.merge.sst_m import SstM
 from src.merge.sst_v import SstV
@@ -191,8 +192,49 @@ def test_settings_out_of_range_are_refused(make, message):
         make()
 
 
+FULL_RANK = {
+    "Safe LoRA": lambda: SafeLora(tau=0.2),
+    "Safe LoRA everywhere": lambda: SafeLora(tau=1.0),
+    "SafeMERGE": lambda: SafeMerge(tau=0.2),
+    "closest safe update": lambda: ClosestSafeUpdate(penalty=3.0, rank=2),
+    "AlignGuard": lambda: AlignGuardPosthoc(k=2),
+    "SST": Sst,
+    "SST interpolating": lambda: Sst(form="interpolating", filter="topk", k=3),
+}
+
+
+@pytest.mark.parametrize("make", FULL_RANK.values(), ids=FULL_RANK)
+def test_a_full_rank_update_is_treated_as_its_factors_are(make, updates):
+    utility, safety = updates
+    method = make()
+    union = weighted_sum([safety, utility], [1.0, 1.0])
+    fisher = weight_space_fishers(union, n_s=40, n_u=40) if method.needs_fisher else None
+    dense = {name: DenseDelta(pair.dense()) for name, pair in utility.items()}
+    expected, found = method.patch(utility, safety, fisher), method.patch(dense, safety, fisher)
+    assert any(pair.squared_norm() > 0 for pair in expected.pairs.values())
+    for (name, one), two in zip(merged(utility, expected).items(), merged(dense, found).values(), strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+    assert found.findings.keys() == expected.findings.keys()
+    for key in found.findings.keys() & {"cosines", "energy_outside", "utility_energy_critical", "patch_norm_kept"}:
+        assert found.findings[key] == pytest.approx(expected.findings[key])
+
+
+@pytest.mark.parametrize("method", [SafeLora, SafeMerge, ClosestSafeUpdate])
+def test_a_full_rank_update_and_an_aligned_model(method, aligned_models, updates):
+    utility, safety = updates
+    dense = {name: DenseDelta(pair.dense()) for name, pair in utility.items()}
+    aligned, base = aligned_models
+    patch = method(aligned=aligned, base=base).patch(dense, safety, None)
+    expected = merged(utility, method().patch(utility, safety, None))
+    for _ in range(2):  # read twice, as by a truncation and by a writer
+        for name, found in merged(dense, patch).items():
+            torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_zero_directions_project_to_zero():
     pair = LowRankPair(torch.ones(1, 3), torch.ones(2, 1))
     zero = LowRankPair(torch.zeros(1, 3), torch.zeros(2, 1))
     patch = SafeLora().patch({"m": pair}, {"m": zero}, None)
     assert merged({"m": pair}, patch)["m"].abs().max() == 0.0
+    dense = {"m": DenseDelta(pair.dense())}
+    assert merged(dense, SafeLora().patch(dense, {"m": zero}, None))["m"].abs().max() == 0.0

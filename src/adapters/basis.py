@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from src.adapters.deltas import Delta, left_product, squared_norm
 from src.adapters.pairs import LowRankPair, Pairs, weighted_sum
 
 RANK_TOLERANCE = 1e-6
@@ -49,15 +50,17 @@ class CoreBasis:
                 digest.update(matrix.to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def coordinates(self, pairs: Mapping[str, LowRankPair]) -> torch.Tensor:
+    def coordinates(self, deltas: Mapping[str, Delta]) -> torch.Tensor:
         """(D,) coordinates ``vec(Uᵀ ΔW V)`` of an update, projected on the core space; float64."""
         parts = []
         for name, (p, q) in self.shapes.items():
-            if name in pairs:
-                pair = pairs[name]
-                parts.append(((self.u[name].T @ pair.b.double()) @ (pair.a.double() @ self.v[name])).reshape(-1))
+            if name not in deltas:
+                core = torch.zeros(p, q, dtype=torch.float64)
+            elif isinstance(delta := deltas[name], LowRankPair):
+                core = (self.u[name].T @ delta.b.double()) @ (delta.a.double() @ self.v[name])
             else:
-                parts.append(torch.zeros(p * q, dtype=torch.float64))
+                core = left_product(self.u[name], delta) @ self.v[name]
+            parts.append(core.reshape(-1))
         return torch.cat(parts)
 
     def patch(self, coordinates: torch.Tensor) -> Pairs:
@@ -69,10 +72,10 @@ class CoreBasis:
             for name, core in zip(self.modules, cores, strict=True)
         }
 
-    def residual(self, pairs: Mapping[str, LowRankPair]) -> float:
+    def residual(self, deltas: Mapping[str, Delta]) -> float:
         """Share of an update's Frobenius norm outside the core space (0: written exactly; 1: entirely outside)."""
-        total = sum(pair.squared_norm() for pair in pairs.values())
-        inside = self.coordinates(pairs).square().sum().item()
+        total = sum(squared_norm(delta) for delta in deltas.values())
+        inside = self.coordinates(deltas).square().sum().item()
         return max(0.0, 1.0 - inside / total) ** 0.5 if total > 0 else 0.0
 
 

@@ -100,6 +100,16 @@ def squared_norm(delta: Delta) -> float:
     return sum(block.double().square().sum().item() for block in blocks(delta))
 
 
+def left_product(left: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """(K, I) ``leftᵀ ΔW`` for ``left`` (O, K), in float64."""
+    if isinstance(delta, LowRankPair):
+        return (left.T @ delta.b.double()) @ delta.a.double()
+    total = torch.zeros(left.shape[1], delta.shape[1], dtype=torch.float64)
+    for rows in row_blocks(delta.shape):
+        total.addmm_(left[rows].double().T, delta.block(rows).double())
+    return total
+
+
 def is_lowrank(deltas: Mapping[str, Delta]) -> bool:
     """Whether every update is held as factors."""
     return all(isinstance(delta, LowRankPair) for delta in deltas.values())

@@ -1,4 +1,4 @@
-"""Sizes and angles of low-rank updates, from their factors alone.
+"""Sizes and angles of updates; of low-rank ones from their factors alone.
 
     ⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ))
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from src.adapters.deltas import Delta, row_blocks
 from src.adapters.pairs import LowRankPair
 from src.adapters.truncate import singular_triplets
 
@@ -22,10 +23,19 @@ def inner(one: LowRankPair, two: LowRankPair) -> float:
     return (left * right).sum().item()
 
 
-def cosine(one: LowRankPair, two: LowRankPair) -> float:
+def cosine(one: Delta, two: Delta) -> float:
     """Cosine between two updates; 0 where one of them is zero."""
-    norms = (one.squared_norm() * two.squared_norm()) ** 0.5
-    return inner(one, two) / norms if norms > 0 else 0.0
+    if isinstance(one, LowRankPair) and isinstance(two, LowRankPair):
+        product, first, second = inner(one, two), one.squared_norm(), two.squared_norm()
+    else:
+        product = first = second = 0.0
+        for rows in row_blocks(one.shape):
+            x, y = one.block(rows).double(), two.block(rows).double()
+            product += (x * y).sum().item()
+            first += x.square().sum().item()
+            second += y.square().sum().item()
+    norms = (first * second) ** 0.5
+    return product / norms if norms > 0 else 0.0
 
 
 def whole_cosine(one: Mapping[str, LowRankPair], two: Mapping[str, LowRankPair]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.deltas import Delta, combined, squared_norm
 from src.errors import InputError
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
@@ -34,9 +34,7 @@ class AlignGuardPosthoc(MergeMethod):
             raise InputError(f"method.gamma is {gamma}; expected a number from 0 to 1")
         self.k, self.gamma, self.add_safety = k, gamma, add_safety
 
-    def patch(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
-    ) -> Patch:
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``ΔW_s − γ P ΔW_u``.
 
         Raises:
@@ -48,9 +46,9 @@ class AlignGuardPosthoc(MergeMethod):
         c = fisher.basis.coordinates(utility)
         critical = directions @ (directions.T @ c)
         removed = fisher.basis.patch(critical)
-        pairs = weighted_sum([dict(safety), removed], [float(self.add_safety), -self.gamma])
-        total = sum(pair.squared_norm() for pair in utility.values())
-        return Patch(pairs, {"utility_energy_critical": critical.square().sum().item() / total if total > 0 else 0.0})
+        deltas = combined([safety, removed], [float(self.add_safety), -self.gamma])
+        total = sum(squared_norm(delta) for delta in utility.values())
+        return Patch(deltas, {"utility_energy_critical": critical.square().sum().item() / total if total > 0 else 0.0})
 
 
 def leading_directions(fisher: LowRankFisher, k: int, key: str = "method.k") -> torch.Tensor:

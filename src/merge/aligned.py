@@ -13,7 +13,7 @@ import torch
 from src.adapters.base_weights import BaseWeights, open_base
 from src.adapters.constant_input import without_bias
 from src.adapters.convert import stored_weight
-from src.adapters.deltas import Delta, LazyDelta, row_blocks, squared_norm
+from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, read_adapter
 from src.errors import InputError
@@ -63,15 +63,57 @@ def _difference(name: str, aligned: BaseWeights, base: BaseWeights, shape: tuple
     return LazyDelta(shape, lambda rows: one[rows].float() - two[rows].float())
 
 
-def projected(direction: Delta, pair: LowRankPair) -> LowRankPair:
-    """``C ΔW`` with ``C = V Vᵀ / ‖V‖_F`` (2405.16833), as factors ``(A, C B)``; zero where V is zero."""
+def projected(direction: Delta, delta: Delta) -> Delta:
+    """``C ΔW`` with ``C = V Vᵀ / ‖V‖_F`` (2405.16833), as factors where V or ΔW is low-rank; zero where V is zero."""
     norm = squared_norm(direction) ** 0.5
-    b = pair.b.double()
+    if isinstance(delta, LowRankPair):
+        return LowRankPair(delta.a, _aligned_columns(direction, delta.b.double(), norm))
     if norm == 0.0:
-        return LowRankPair(pair.a, b * 0)
+        return LazyDelta(delta.shape, lambda rows: torch.zeros_like(delta.block(rows)))
     if isinstance(direction, LowRankPair):
         va, vb = direction.a.double(), direction.b.double()
-        return LowRankPair(pair.a, vb @ ((va @ va.T) @ (vb.T @ b)) / norm)
-    rows = row_blocks(direction.shape)
-    inner = torch.stack([direction.block(block).double().T @ b[block] for block in rows]).sum(0)
-    return LowRankPair(pair.a, torch.cat([direction.block(block).double() @ inner for block in rows]) / norm)
+        return LowRankPair((va @ va.T) @ left_product(vb, delta) / norm, vb)
+    return _Projection(direction, delta, norm)
+
+
+def _aligned_columns(direction: Delta, columns: torch.Tensor, norm: float) -> torch.Tensor:
+    """``C X`` for X (O, R)."""
+    if norm == 0.0:
+        return columns * 0
+    if isinstance(direction, LowRankPair):
+        va, vb = direction.a.double(), direction.b.double()
+        return vb @ ((va @ va.T) @ (vb.T @ columns)) / norm
+    inner = left_product(columns, direction).T
+    return torch.cat([block.double() @ inner for block in blocks(direction)]) / norm
+
+
+class _Projection:
+    """``C ΔW`` of two full-rank matrices. What it holds, (I, I), is made for the first block and let go with the last.
+
+    Args:
+        direction: V.
+        delta: ΔW.
+        norm: ``‖V‖_F``, above 0.
+    """
+
+    def __init__(self, direction: Delta, delta: Delta, norm: float) -> None:
+        self.direction, self.delta, self.norm = direction, delta, norm
+        self._inner: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.delta.shape
+
+    def block(self, rows: slice) -> torch.Tensor:
+        """Some rows, float64."""
+        if self._inner is None:
+            self._inner = left_product(matrix(self.direction), self.delta)
+        found = self.direction.block(rows).double() @ self._inner / self.norm
+        if rows.stop is None or rows.stop >= self.shape[0]:
+            self._inner = None
+        return found
+
+    def dense(self) -> torch.Tensor:
+        """The whole, float64."""
+        return matrix(self)

@@ -9,7 +9,6 @@ import torch
 
 from src.adapters.basis import CoreBasis
 from src.adapters.deltas import Delta
-from src.adapters.pairs import LowRankPair
 from src.fisher.base import Fisher, Representation
 
 Coordinates = Literal["core", "weight"]
@@ -69,8 +68,8 @@ class MergeMethod(ABC):
     """Coordinates of its Fisher files."""
     representations: ClassVar[tuple[Representation, ...]] = ALL
     """Representations of Fisher matrices that it can work with."""
-    takes_full_rank = False
-    """Whether ΔW_u may be full rank, such as a TIES merge of several experts."""
+    takes_full_rank = True
+    """Whether updates may be full rank, such as a TIES merge of several experts."""
 
     @property
     def name(self) -> str:
@@ -92,9 +91,7 @@ class MergeMethod(ABC):
         return None
 
     @abstractmethod
-    def patch(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
-    ) -> Patch:
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Derive the patch.
 
         Args:
@@ -106,8 +103,8 @@ class MergeMethod(ABC):
     def patches(
         self,
         variants: Sequence["MergeMethod"],
-        utility: Mapping[str, LowRankPair],
-        safety: Mapping[str, LowRankPair],
+        utility: Mapping[str, Delta],
+        safety: Mapping[str, Delta],
         fisher: FisherPair | None,
     ) -> Iterator[Patch]:
         """Patches of several methods of this class that differ in settings only, one after the other.

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import torch
 
-from src.adapters.deltas import Delta
+from src.adapters.deltas import Delta, Deltas, combined, left_product, squared_norm
 from src.adapters.geometry import spaces
-from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.pairs import LowRankPair
 from src.adapters.truncate import truncate
 from src.errors import InputError
 from src.merge.aligned import alignment
@@ -46,22 +46,25 @@ class ClosestSafeUpdate(MergeMethod):
         """Only where it stands for the direction of alignment."""
         return self.aligned is None
 
-    def patch(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
-    ) -> Patch:
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``−μ/(1 + μ) · (ΔW_u − P ΔW_u)``."""
         share = 1.0 if self.penalty == float("inf") else self.penalty / (1 + self.penalty)
-        pairs: Pairs = {}
+        changes: Deltas = {}
         outside: dict[str, float] = {}
         with alignment(self.aligned, self.base, safety, utility) as directions:
-            for name, pair in utility.items():
+            for name, delta in utility.items():
                 basis = self._basis(directions[name])
-                b = pair.b.double()
-                rest = LowRankPair(pair.a.double(), b - basis @ (basis.T @ b))
-                norm = pair.squared_norm()
-                outside[name] = rest.squared_norm() / norm if norm > 0 else 0.0
-                pairs[name] = rest.scaled(-share)
-        return Patch(pairs, {"energy_outside": outside})
+                norm = squared_norm(delta)
+                if isinstance(delta, LowRankPair):
+                    b = delta.b.double()
+                    rest = LowRankPair(delta.a.double(), b - basis @ (basis.T @ b))
+                    away, changes[name] = rest.squared_norm(), rest.scaled(-share)
+                else:
+                    inside = LowRankPair(left_product(basis, delta), basis)
+                    away = norm - inside.squared_norm()
+                    changes |= combined([{name: delta}, {name: inside}], [-share, share])
+                outside[name] = max(0.0, away) / norm if norm > 0 else 0.0
+        return Patch(changes, {"energy_outside": outside})
 
     def _basis(self, direction: Delta) -> torch.Tensor:
         pair = truncate(direction, rank=self.rank, energy=None).pair

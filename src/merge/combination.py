@@ -43,8 +43,6 @@ class Combined:
 class Combination(MergeMethod):
     """A way to combine experts."""
 
-    takes_full_rank = True
-
     @abstractmethod
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """Combine experts, in their order.

@@ -47,7 +47,6 @@ class Led(MergeMethod):
     needs_fisher = True
     coordinates = "weight"
     representations = ("magnitude",)
-    takes_full_rank = True
 
     def __init__(
         self,

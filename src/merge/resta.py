@@ -21,8 +21,6 @@ class Resta(MergeMethod):
         seed: Seed of DARE's mask.
     """
 
-    takes_full_rank = True
-
     def __init__(self, gamma: float = 1.0, density: float | None = None, seed: int = 0) -> None:
         self.gamma, self.seed = gamma, seed
         self.density = None if density is None else share(density, "method.density")

@@ -5,8 +5,9 @@ V = W_aligned − W_base,   C = V Vᵀ / ‖V‖_F,   ΔW ← C ΔW where cos(C 
 
 from collections.abc import Mapping
 
+from src.adapters.deltas import Delta, Deltas, combined
 from src.adapters.geometry import cosine
-from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.merge.aligned import alignment, projected
 from src.merge.base import FisherPair, MergeMethod, Patch
@@ -32,16 +33,21 @@ class SafeLora(MergeMethod):
         """Only where it stands for the direction of alignment."""
         return self.aligned is None
 
-    def patch(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
-    ) -> Patch:
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``C ΔW_u − ΔW_u`` in the modules that are projected."""
-        pairs: Pairs = {}
+        inside: Deltas = {}
         cosines: dict[str, float] = {}
         with alignment(self.aligned, self.base, safety, utility) as directions:
-            for name, pair in utility.items():
-                inside = projected(directions[name], pair)
-                cosines[name] = cosine(inside, pair)
-                if cosines[name] <= self.tau:
-                    pairs[name] = LowRankPair(pair.a.double(), inside.b - pair.b.double())
-        return Patch(pairs, {"projected": list(pairs), "cosines": cosines})
+            for name, delta in utility.items():
+                inside[name] = projected(directions[name], delta)
+                cosines[name] = cosine(inside[name], delta)
+        drifted = [name for name, value in cosines.items() if value <= self.tau]
+        changes = {name: _change(inside[name], utility[name]) for name in drifted}
+        return Patch(changes, {"projected": drifted, "cosines": cosines})
+
+
+def _change(inside: Delta, delta: Delta) -> Delta:
+    """``C ΔW − ΔW``, in the factors of ΔW where it has some."""
+    if isinstance(inside, LowRankPair) and isinstance(delta, LowRankPair):
+        return LowRankPair(delta.a.double(), inside.b - delta.b.double())
+    return combined([{"": inside}, {"": delta}], [1.0, -1.0])[""]

@@ -5,8 +5,8 @@
 
 from collections.abc import Mapping
 
+from src.adapters.deltas import Delta, combined
 from src.adapters.geometry import cosine
-from src.adapters.pairs import LowRankPair, weighted_sum
 from src.errors import InputError
 from src.merge.aligned import alignment, projected
 from src.merge.base import FisherPair, MergeMethod, Patch
@@ -33,13 +33,10 @@ class SafeMerge(MergeMethod):
         self.tau, self.keep = tau, share(keep, "method.keep", zero=True)
         self.aligned, self.base = aligned, base
 
-    def patch(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
-    ) -> Patch:
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``(1 − a)(ΔW_s − ΔW_u)`` in the modules that are merged."""
         with alignment(self.aligned, self.base, safety, utility) as directions:
-            cosines = {name: cosine(projected(directions[name], pair), pair) for name, pair in utility.items()}
+            cosines = {name: cosine(projected(directions[name], delta), delta) for name, delta in utility.items()}
         merged = [name for name, value in cosines.items() if value < self.tau]
-        both = [{name: pairs[name] for name in merged if name in pairs} for pairs in (safety, utility)]
-        pairs = weighted_sum(both, [1.0 - self.keep, self.keep - 1.0])
-        return Patch(pairs, {"merged": merged, "cosines": cosines})
+        both = [{name: deltas[name] for name in merged if name in deltas} for deltas in (safety, utility)]
+        return Patch(combined(both, [1.0 - self.keep, self.keep - 1.0]), {"merged": merged, "cosines": cosines})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.deltas import Delta, combined
 from src.errors import InputError
 from src.fisher.base import Fisher
 from src.gevp.controls import random_projection
@@ -91,9 +91,7 @@ class Sst(MergeMethod):
         """Whether mean scores and the benign pass are needed."""
         return self.coefficients == "relearn"
 
-    def patch(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair | None
-    ) -> Patch:
+    def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Solve the pencil and filter the patch, or learn its coefficients anew.
 
         Raises:
@@ -104,8 +102,8 @@ class Sst(MergeMethod):
     def patches(
         self,
         variants: Sequence[MergeMethod],
-        utility: Mapping[str, LowRankPair],
-        safety: Mapping[str, LowRankPair],
+        utility: Mapping[str, Delta],
+        safety: Mapping[str, Delta],
         fisher: FisherPair | None,
     ) -> Iterator[Patch]:
         """Patches of several settings; those that share ridges, control, form and split of rows share one solve."""
@@ -124,11 +122,9 @@ class Sst(MergeMethod):
             norm = (made.norm() / whole.norm()).item()
             yield Patch(fisher.basis.patch(made), findings | {"patch_norm_kept": norm, "kept_by_module": kept})
 
-    def _whole(
-        self, utility: Mapping[str, LowRankPair], safety: Mapping[str, LowRankPair], fisher: FisherPair
-    ) -> torch.Tensor:
+    def _whole(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair) -> torch.Tensor:
         """(D,) the patch before the filter."""
-        patch = weighted_sum([safety, utility], [1.0, -1.0]) if self.form == "interpolating" else safety
+        patch = combined([safety, utility], [1.0, -1.0]) if self.form == "interpolating" else safety
         outside = fisher.basis.residual(patch)
         if outside > OUTSIDE_TOLERANCE and self.form == "interpolating":
             raise InputError(

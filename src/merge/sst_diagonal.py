@@ -34,7 +34,6 @@ class SstDiagonal(MergeMethod):
     needs_fisher = True
     coordinates = "weight"
     representations = ("diagonal",)
-    takes_full_rank = True
 
     def __init__(
         self,

@@ -179,7 +179,7 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
             continue
         _check_stages_fit(same[0], total, inputs)
         variants = [point.method for point in same if point.method is not None]
-        patches = method.patches(variants, total.deltas, safety, inputs.fisher)  # type: ignore[arg-type]
+        patches = method.patches(variants, total.deltas, safety, inputs.fisher)
         for point, patch in zip(same, patches, strict=True):
             yield point, total, patch
 
