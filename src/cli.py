@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from src.errors import InputError
@@ -111,6 +112,18 @@ def resolve_names(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
+def name_in_help(arguments: Sequence[str]) -> list[str]:
+    """``--method Ties --method.help`` as jsonargparse wants it, ``--method.help Ties``; other arguments as they are."""
+    given: dict[str, str] = {}
+    for argument, following in pairwise([*arguments, "--"]):
+        flag, equals, value = argument.partition("=")
+        given[flag] = value if equals else "" if following.startswith("--") else following
+    for flag, value in given.items():
+        if flag.endswith(".help") and not value and (named := given.get(flag.removesuffix(".help"))):
+            return [flag, named]
+    return list(arguments)
+
+
 def _found(flag: str, name: str) -> str:
     folder = FOLDERS[flag]
     places = [Path(name), Path(folder) / name, PROJECT / folder / name]
@@ -158,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> str | None:
     """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
     try:
-        runner(command)(resolve_names(with_default_config(command, arguments)))
+        runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
     except InputError as error:
         return str(error)
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from src.cli import COMMANDS, main, resolve_names
+from src.cli import COMMANDS, main, name_in_help, resolve_names
 from src.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,11 +200,26 @@ def test_an_interrupt_or_a_full_disk_is_one_line(adapters, tmp_path, capsys, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_method_help_explains_its_settings():
-    command = [sys.executable, "-m", "src", "merge", "--method.help", "Sst"]
+@pytest.mark.parametrize("given", [["--method.help", "Sst"], ["--method", "Sst", "--method.help"]])
+def test_method_help_explains_its_settings(given):
+    command = [sys.executable, "-m", "src", "merge", *given]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "F_s v = λ (F_u + εI) v" in found.stdout
     assert "--method.rho_s" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--method=Ties --method.help", "--method.help Ties"),
+        ("--method.help --combine Dare --method Ties", "--method.help Ties"),
+        ("--method.help Ties --method Dare", None),
+        ("--method.help --config merge.yaml", None),
+        ("--method Ties --alpha -1", None),
+    ],
+)
+def test_the_name_of_what_help_is_asked_for_may_stand_before(given, expected):
+    assert name_in_help(given.split()) == (expected or given).split()
 
 
 RANK = {

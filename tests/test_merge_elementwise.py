@@ -170,6 +170,8 @@ def test_blocks_cover_every_row_once():
         (lambda: Dare(density=1.5), "Dare density is 1.5"),
         (lambda: Della(density=0.5, epsilon=0.6), "Della epsilon is 0.6"),
         (lambda: Breadcrumbs(density=0.9, gamma=0.2), "sum of at most 1"),
+        (lambda: Ties(scale=float("nan")), "Ties scale is nan"),
+        (lambda: Della(scale=float("inf")), "Della scale is inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):

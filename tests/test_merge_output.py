@@ -158,6 +158,24 @@ def test_a_full_model_of_a_full_rank_merge_equals_its_truncation_at_full_rank(ad
     torch.testing.assert_close(loaded(IDS).logits, peft(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Dare", "Della"])
+def test_masks_are_those_of_the_adapter_whatever_its_role(adapters, tmp_path, name):
+    """The safety adapter as one more expert of ``combine``, and as what ``method`` merges: one and the same merge."""
+    from src.merge.combinations.della import Della
+
+    chosen = {"Dare": Dare(0.6, seed=5), "Della": Della(0.6, 0.2, seed=5)}[name]
+    one, two = both(adapters)
+    merge(utility=[one, two], combine=chosen, rank=16, output=str(tmp_path / "combine"))
+    for utility, safety in ((one, two), (two, one)):
+        merge(utility=utility, safety=safety, method=chosen, rank=16, output=str(tmp_path / f"m{Path(safety).name}"))
+    folders = list(tmp_path.glob("m*"))
+    assert len(folders) == 2
+    for folder in folders:
+        found = read_adapter(folder).pairs
+        for module, pair in read_adapter(tmp_path / "combine").pairs.items():
+            torch.testing.assert_close(found[module].dense(), pair.dense(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_bfloat16_base_is_rounded_once_and_keeps_its_format(tmp_path):
     model = make_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")

@@ -185,6 +185,9 @@ def test_the_diagonal_variant_ranks_by_the_ratio_of_fishers(updates):
         (lambda: SstV(epsilon=0.0), "method.epsilon is 0.0"),
         (lambda: SstM(top=0.0), "method.top is 0.0"),
         (lambda: AlignGuardPosthoc(k=0), "method.k is 0"),
+        (lambda: Resta(gamma=float("nan")), "method.gamma is nan"),
+        (lambda: SstM(tau=float("nan")), "method.tau is nan"),
+        (lambda: SstV(gamma=float("inf")), "method.gamma is inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):

@@ -7,6 +7,7 @@ adapter changes in the combination, ``combine(ΔW_u, ΔW_s) − ΔW_u``: strengt
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from src.adapters.deltas import Delta, Deltas, combined
@@ -32,6 +33,24 @@ class Expert:
     fisher: Fisher | None = None
 
 
+class KeyedDeltas(Deltas):
+    """An update per module, and the name from which random masks are drawn for it.
+
+    Args:
+        deltas: Update per module.
+        key: As :attr:`Expert.key`.
+    """
+
+    def __init__(self, deltas: Mapping[str, Delta], key: str) -> None:
+        super().__init__(deltas)
+        self.key = key
+
+
+def as_expert(deltas: Mapping[str, Delta], role: str, fisher: Fisher | None = None) -> Expert:
+    """An update as an expert of weight 1; one without a name of its own goes by its role."""
+    return Expert(deltas.key if isinstance(deltas, KeyedDeltas) else role, 1.0, deltas, fisher)
+
+
 @dataclass(frozen=True)
 class Combined:
     """The combined update and what the method found on the way (numbers for the manifest)."""
@@ -54,7 +73,7 @@ class Combination(MergeMethod):
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """What the safety adapter changes when it is one more expert, of weight 1."""
         f_u, f_s = (None, None) if fisher is None else (fisher.utility, fisher.safety)
-        merged = self.combine([Expert("utility", 1.0, utility, f_u), Expert("safety", 1.0, safety, f_s)])
+        merged = self.combine([as_expert(utility, "utility", f_u), as_expert(safety, "safety", f_s)])
         return Patch(combined([merged.deltas, utility], [1.0, -1.0]), merged.findings)
 
 
@@ -73,6 +92,17 @@ def common_shape(name: str, experts: Sequence[Expert]) -> tuple[int, int]:
     if len(shapes) > 1:
         raise ValueError(f"{name}: updates of shapes {shapes[0]} and {shapes[1]} cannot be merged")
     return shapes[0]
+
+
+def finite(value: float, key: str) -> float:
+    """Check that a setting is a finite number.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isfinite(value):
+        raise InputError(f"{key} is {value}; expected a finite number")
+    return value
 
 
 def share(value: float, key: str, *, zero: bool = False) -> float:

@@ -60,6 +60,11 @@ class Inputs:
         each = zip(self.experts, self.weights, statistics, strict=True)
         return [Expert(e.identity, w, e.updates, fisher) for e, w, fisher in each]
 
+    @property
+    def combined_key(self) -> str:
+        """The name of the utility adapters as one expert: that of the only one, or one of all, in any order."""
+        return "+".join(sorted(expert.identity for expert in self.experts))
+
 
 @dataclass(frozen=True)
 class Calibrated:

@@ -15,7 +15,7 @@ import torch
 from src.adapters.deltas import Delta, Deltas, LazyDelta, combined, row_blocks
 from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import share
+from src.merge.combination import finite, share
 from src.merge.selection import at_least, kth_magnitude
 
 Mask = Literal["hard", "soft"]
@@ -43,8 +43,9 @@ class Masking:
 
     def __post_init__(self) -> None:
         share(self.top, "method.top")
-        if not self.gamma > 0:
-            raise InputError(f"method.gamma is {self.gamma}; expected a number above 0")
+        finite(self.tau, "method.tau")
+        if not 0 < self.gamma < float("inf"):
+            raise InputError(f"method.gamma is {self.gamma}; expected a finite number above 0")
 
 
 def whole_patch(utility: Mapping[str, Delta], safety: Mapping[str, Delta], form: Form) -> Deltas:
@@ -105,8 +106,8 @@ class RatioMask(MergeMethod):
         form: Form = "additive",
         epsilon: float = 1e-12,
     ) -> None:
-        if not epsilon > 0:
-            raise InputError(f"method.epsilon is {epsilon}; expected a number above 0")
+        if not 0 < epsilon < float("inf"):
+            raise InputError(f"method.epsilon is {epsilon}; expected a finite number above 0")
         self._masking = Masking(mask, top, tau, gamma, form)
         self.mask, self.top, self.tau, self.gamma, self.form, self.epsilon = mask, top, tau, gamma, form, epsilon
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from src.adapters.deltas import Delta, combined
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import Expert, share
+from src.merge.combination import as_expert, finite, share
 from src.merge.combinations.dare import Dare
 
 
@@ -22,12 +22,12 @@ class Resta(MergeMethod):
     """
 
     def __init__(self, gamma: float = 1.0, density: float | None = None, seed: int = 0) -> None:
-        self.gamma, self.seed = gamma, seed
+        self.gamma, self.seed = finite(gamma, "method.gamma"), seed
         self.density = None if density is None else share(density, "method.density")
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``γ ΔW_s``, and ``DARE(ΔW_u) − ΔW_u`` where a density is given."""
         if self.density is None:
             return Patch(combined([safety], [self.gamma]))
-        thinned = Dare(self.density, seed=self.seed).combine([Expert("utility", 1.0, utility)]).deltas
+        thinned = Dare(self.density, seed=self.seed).combine([as_expert(utility, "utility")]).deltas
         return Patch(combined([safety, thinned, utility], [self.gamma, 1.0, -1.0]))

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from src.adapters.base_weights import open_base
-from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
+from src.adapters.deltas import Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_output, new_directory
 from src.merge.base import MergeMethod, Patch
-from src.merge.combination import Combination, Combined
+from src.merge.combination import Combination, Combined, KeyedDeltas
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.dry_run import describe
 from src.merge.evaluation import Evaluation
@@ -169,7 +169,7 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
     Raises:
         InputError: a method cannot work on a full-rank combination.
     """
-    safety: dict[str, Delta] = inputs.safety.updates if inputs.safety else {}
+    safety = KeyedDeltas(inputs.safety.updates, inputs.safety.identity) if inputs.safety else KeyedDeltas({}, "")
     for _, group in groupby(points, key=lambda point: id(point.combine)):
         same = list(group)
         total = same[0].combine.combine(inputs.as_experts())
@@ -179,7 +179,8 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
             continue
         _check_stages_fit(same[0], total, inputs)
         variants = [point.method for point in same if point.method is not None]
-        patches = method.patches(variants, total.deltas, safety, inputs.fisher)
+        utility = KeyedDeltas(total.deltas, inputs.combined_key)
+        patches = method.patches(variants, utility, safety, inputs.fisher)
         for point, patch in zip(same, patches, strict=True):
             yield point, total, patch
 

@@ -1,8 +1,9 @@
 """Rows per second of a Fisher pass against per-example gradients, ``vmap(grad)``, curvlinops and a LoRA training step.
 
-SmolLM2-135M, all linear layers, r = 8, in float32 or with ``BENCH_DTYPE=bfloat16`` in bfloat16, the same rows and the
-same matrix-multiply mode for all, in one run. The peers' scores must equal ours; times are printed, never asserted. curvlinops (``make oracles``) has no pass that
-gives the matrix: its empirical Fisher is an operator, of which one product with one vector is measured.
+SmolLM2-135M, all linear layers, r = 8, in float32 or with ``BENCH_DTYPE=bfloat16`` in bfloat16 (without vmap and
+curvlinops, which do not run there), the same rows and the same matrix-multiply mode for all, in one run. The peers'
+scores must equal ours; times are printed, never asserted. curvlinops (``make oracles``) has no pass that gives the
+matrix: its empirical Fisher is an operator, of which one product with one vector is measured.
 """
 
 import os

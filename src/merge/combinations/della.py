@@ -2,7 +2,7 @@
 
 from src.adapters.deltas import Delta
 from src.errors import InputError
-from src.merge.combination import share
+from src.merge.combination import finite, share
 from src.merge.elementwise import Election, ElementWise, Rule, Sparsifier
 from src.merge.sparsify import Rescale, drop_by_rank
 
@@ -41,7 +41,7 @@ class Della(ElementWise):
                 f"(density is {density})"
             )
         self.epsilon, self.rescale, self.election = epsilon, rescale, election
-        self.normalise, self.scale, self.seed = normalise, scale, seed
+        self.normalise, self.scale, self.seed = normalise, finite(scale, "Della scale"), seed
         self._rule = Rule(election, normalise=normalise, scale=scale)
 
     def sparsifier(self, delta: Delta, key: str, module: str) -> Sparsifier:

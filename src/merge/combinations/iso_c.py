@@ -10,6 +10,7 @@ import torch
 
 from src.adapters.geometry import spaces
 from src.adapters.pairs import LowRankPair
+from src.merge.combination import finite
 from src.merge.subspace import Part, Subspace
 
 
@@ -21,7 +22,7 @@ class IsoC(Subspace):
     """
 
     def __init__(self, scale: float = 1.0) -> None:
-        self.scale = scale
+        self.scale = finite(scale, "IsoC scale")
 
     def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
         """Flatten the spectrum of the sum."""

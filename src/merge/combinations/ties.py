@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Literal
 
 from src.adapters.deltas import Delta, blocks
-from src.merge.combination import Expert, share
+from src.merge.combination import Expert, finite, share
 from src.merge.elementwise import ElementWise, Majority, Rule, Sparsifier
 from src.merge.selection import kth_magnitude
 from src.merge.sparsify import above, keep_largest
@@ -37,7 +37,7 @@ class Ties(ElementWise):
     ) -> None:
         self.density = share(density, "Ties density")
         self.convention, self.trim, self.majority = convention, trim, majority
-        self.normalise, self.scale = normalise, scale
+        self.normalise, self.scale = normalise, finite(scale, "Ties scale")
         self._rule = Rule(convention, majority, normalise, scale)
 
     def sparsifier(self, delta: Delta, key: str, module: str) -> Sparsifier:
