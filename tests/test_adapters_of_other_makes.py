@@ -67,6 +67,32 @@ def test_a_fully_trained_embedding_or_head_is_merged(tmp_path, module, tied):
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("module", ["c_proj", "c_attn"])
+@pytest.mark.filterwarnings("ignore:.*(lora_bias|fan_in_fan_out).*:UserWarning")
+def test_fully_trained_transposed_layers_with_biases_are_merged(tmp_path, module):
+    """Square and other Conv1D layers of GPT-2; their biases move as LoRA biases do."""
+    config = GPT2Config(vocab_size=40, n_embd=12, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    base = saved(tmp_path / "base", GPT2LMHeadModel(config))
+    peft = trained(tmp_path / "a", base, tmp_path / "base", target_modules=["c_fc"], modules_to_save=[module])
+    expected = peft(IDS).logits
+    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base")}
+    merge(**given, full_model=True, output=str(tmp_path / "m"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    torch.testing.assert_close(whole(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    merge(**given, rank=16, output=str(tmp_path / "r"))
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(bare, str(tmp_path / "r")).double().eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_of_fully_trained_modules_a_norm_is_refused(tmp_path):
+    base = saved(tmp_path / "base", make_model())
+    trained(tmp_path / "a", base, tmp_path / "base", modules_to_save=["norm"])
+    with pytest.raises(InputError, match=r"norm\.weight: of modules_to_save only linear layers and embeddings"):
+        merge(utility=str(tmp_path / "a"), base=str(tmp_path / "base"), rank=4, output=str(tmp_path / "m"))
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_an_adapter_whose_start_is_subtracted_from_the_base_is_refused(tmp_path, start):
     trained(tmp_path, make_model(dtype=torch.float32), "tiny", init_lora_weights=start)

@@ -20,10 +20,12 @@ from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.fisher.lowrank import LowRankAccumulator
+from src.merge.closest_safe_update import ClosestSafeUpdate
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.knots import Knots
 from src.merge.combinations.ties import Ties
 from src.merge.resta import Resta
+from src.merge.safe_lora import SafeLora
 from src.merge.stage import merge
 from tests.commands import fisher_flags, fit_flags
 from tests.fisher_pass import make_batch, run_pass, uneven_rows
@@ -200,6 +202,25 @@ def test_a_full_model_takes_the_bias_up(tmp_path):
     merge(utility=str(tmp_path / "a"), full_model=True, output=str(tmp_path / "m"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
     torch.testing.assert_close(loaded(IDS).logits, peft.merge_and_unload()(IDS).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "options"), [(SafeLora, {"tau": 1.0}), (ClosestSafeUpdate, {"rank": 2})])
+def test_an_aligned_model_has_their_direction_too(tmp_path, method, options):
+    """An aligned model whose difference to the base is an adapter with biases, and that adapter itself."""
+    make_biased_model().save_pretrained(tmp_path / "base")
+    for name, seed in (("aligned", 5), ("utility", 6)):
+        train_peft(tmp_path / name, make_biased_model(), seed, target_modules=["q_proj"])
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(tmp_path / "base")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    merge(utility=str(tmp_path / "aligned"), full_model=True, output=str(tmp_path / "model"))
+    utility, safety = read_adapters([tmp_path / "utility", tmp_path / "aligned"])
+    model = method(aligned=str(tmp_path / "model"), base=str(tmp_path / "base"), **options)
+    found = model.patch(utility.pairs, {}, None).pairs
+    expected = method(**options).patch(utility.pairs, safety.pairs, None).pairs
+    assert any(delta.dense()[:, -1].any() for delta in expected.values())
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name].dense(), delta.dense(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_full_model_without_bias_cannot(pair_of, tmp_path):

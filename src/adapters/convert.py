@@ -10,7 +10,7 @@ import torch
 
 from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights
-from src.adapters.deltas import LazyDelta
+from src.adapters.deltas import Delta, LazyDelta
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 
@@ -48,12 +48,51 @@ def stored_weight(base: BaseWeights, module: str, shape: tuple[int, int]) -> tor
     Raises:
         InputError: the base has none of this shape.
     """
+    key, flip = _key(base, module), module in read_architecture(base.folder).transposed
+    if key is None or not _has(base, module, shape):
+        raise InputError(f"{base.folder}: no weight of {module} with the shape {shape[::-1] if flip else shape}")
+    return base.get(key).T if flip else base.get(key)
+
+
+def weight_difference(one: BaseWeights, two: BaseWeights, module: str, shape: tuple[int, int]) -> Delta:
+    """A module's weight in one model less that in another, (O, I), read in blocks of rows.
+
+    Where the shape is (O, I + 1), the last column is the difference of the layer's biases
+    (:mod:`src.adapters.constant_input`); a model without a bias has zeros.
+
+    Raises:
+        InputError: a model has no weight of this shape.
+    """
+    inner = (shape[0], shape[1] - 1)
+    biased = any(_has(weights, module, inner) for weights in (one, two))
+    first, second = (stored_weight(weights, module, inner if biased else shape) for weights in (one, two))
+    return _change(second, first, _bias(one, module, shape[0]) - _bias(two, module, shape[0]) if biased else None)
+
+
+def _change(before: torch.Tensor, after: torch.Tensor, last: torch.Tensor | None) -> LazyDelta:
+    """``after − before`` (O, I), float32, with a last column (O, 1) where one is given."""
+
+    def evaluate(rows: slice) -> torch.Tensor:
+        change = after[rows].float() - before[rows].float()
+        return change if last is None else torch.cat([change, last[rows]], dim=1)
+
+    return LazyDelta((after.shape[0], after.shape[1] + (last is not None)), evaluate)
+
+
+def _has(base: BaseWeights, module: str, shape: tuple[int, int]) -> bool:
     key = _key(base, module)
     flip = module in read_architecture(base.folder).transposed
-    stored = shape[::-1] if flip else shape
-    if key is None or base.shape(key) != stored:
-        raise InputError(f"{base.folder}: no weight of {module} with the shape {stored}")
-    return base.get(key).T if flip else base.get(key)
+    return key is not None and base.shape(key) == (shape[::-1] if flip else shape)
+
+
+def _bias(base: BaseWeights, module: str, outputs: int) -> torch.Tensor:
+    """(O, 1) bias of a layer, float32; zeros where it has none."""
+    key = _bias_key(base, module)
+    return base.get(key).float()[:, None] if key in base.handles else torch.zeros(outputs, 1)
+
+
+def _bias_key(base: BaseWeights, module: str) -> str:
+    return (_key(base, module) or "").removesuffix("weight") + "bias"
 
 
 def dora(weight: torch.Tensor, pair: LowRankPair, magnitude: torch.Tensor) -> LazyDelta:
@@ -73,6 +112,26 @@ def dora(weight: torch.Tensor, pair: LowRankPair, magnitude: torch.Tensor) -> La
     return LazyDelta(pair.shape, evaluate)
 
 
-def trained(weight: torch.Tensor, saved: torch.Tensor) -> LazyDelta:
-    """The update of a fully trained module: (O, I) of the base to ``saved``."""
-    return LazyDelta((saved.shape[0], saved.shape[1]), lambda rows: saved[rows].float() - weight[rows].float())
+def trained(path: Path, module: str, saved: torch.Tensor, bias: torch.Tensor | None, base: BaseWeights) -> LazyDelta:
+    """The update of a fully trained module, (O, I); with a bias (O, I + 1), see :mod:`src.adapters.constant_input`.
+
+    Args:
+        path: The file that the module is from, for errors.
+        module: Its name.
+        saved: Its weight, stored as the base stores it.
+        bias: (O,) its bias.
+        base: The base.
+
+    Raises:
+        InputError: the base has no such weight, or no such bias.
+    """
+    flip = module in read_architecture(base.folder).transposed
+    after = saved.T if flip else saved
+    before = base_weight(path, module, (after.shape[0], after.shape[1]), base, transposed=flip)
+    if bias is None:
+        return _change(before, after, None)
+    if bias.shape != after.shape[:1] or _bias_key(base, module) not in base.handles:
+        raise InputError(
+            f"{path}: {module} has a bias of shape {tuple(bias.shape)}, in the base {base.folder} it has not"
+        )
+    return _change(before, after, bias.float()[:, None] - _bias(base, module, after.shape[0]))

@@ -36,7 +36,8 @@ def write_model(
         folder: Directory to fill.
         base: The base model's weights.
         deltas: Updates (O, I), or (O, I + 1) with LoRA biases, by module name.
-        transposed: Whether square weights are stored (I, O), as GPT-2's Conv1D layers are; others tell by their shape.
+        transposed: Whether square weights are stored (I, O), as GPT-2's Conv1D layers are, where the base's
+            configuration does not tell; others tell by their shape.
         shard_bytes: Largest size of a file.
         constant: Modules whose update is (O, I + 1): the last column is one of the layer's bias.
 
@@ -81,6 +82,7 @@ def _entries(
 ) -> tuple[list[Entry], bool]:
     """What to write, in the base's order, and whether a tied weight became two."""
     by_key: dict[str, Delta] = {}
+    flipped: set[str] = set()
     extra: list[Entry] = []
     parts = read_architecture(base.folder)
     embedding = parts.embedding_key(base)
@@ -93,12 +95,13 @@ def _entries(
             raise InputError(f"{base.folder}: no weight of the module {module}, which the adapter updates")
         else:
             by_key[key] = delta
+            flipped |= {key} if transposed or module in parts.transposed else set()
     if embedding in by_key and tied and not extra:
         extra.append(_entry(f"{parts.head}.weight", base, str(embedding), None, transposed=False))
     entries = [
         _bias_entry(key, base, biases[key])
         if key in biases
-        else _entry(key, base, key, by_key.get(key), transposed=transposed)
+        else _entry(key, base, key, by_key.get(key), transposed=key in flipped)
         for key in base.handles
     ]
     return [*entries, *extra], bool(extra)

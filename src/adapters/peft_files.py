@@ -93,7 +93,8 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     # A fully trained embedding is one too; only the base knows which module that is.
     tables = read_architecture(base.folder).embeddings & set(found.saved) if base is not None and found.saved else set()
     embeddings = frozenset(found.embeddings | tables)
-    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")), frozenset(found.biases))
+    constant = frozenset([*found.biases, *found.saved_biases])
+    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")), constant)
     return Adapter(
         name=str(folder),
         pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
@@ -124,7 +125,7 @@ def _add_biases(path: Path, found: AdapterWeights, pairs: Pairs, config: dict[st
 def _full_rank(path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeights | None, layout: Layout) -> Deltas:
     updates: Deltas = {}
     if base is None:
-        if found.magnitudes or found.saved:
+        if found.magnitudes or found.saved or found.saved_biases:
             raise InputError(f"{path}: holds DoRA or fully trained modules that its configuration does not name")
         return updates
     for module, magnitude in found.magnitudes.items():
@@ -133,8 +134,9 @@ def _full_rank(path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeight
         weight = base_weight(path, module, pairs[module].shape, base, transposed=layout.transposed)
         updates[module] = dora(weight, pairs[module], magnitude)
     for module, saved in found.saved.items():
-        weight = base_weight(path, module, (saved.shape[0], saved.shape[1]), base, transposed=False)
-        updates[module] = trained(weight, saved)
+        updates[module] = trained(path, module, saved, found.saved_biases.get(module), base)
+    if alone := set(found.saved_biases) - set(found.saved):
+        raise InputError(f"{path}: holds a fully trained bias of {min(alone)} without its weight")
     return updates
 
 

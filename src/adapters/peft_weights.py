@@ -15,7 +15,6 @@ KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)
 BIAS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_B\.bias$")
 MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
 FROZEN_COPY = ".base_layer.weight"
-WEIGHT = ".weight"
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +27,8 @@ class AdapterWeights:
         embeddings: Modules whose factors are those of an embedding.
         biases: (O,) biases of B (``lora_bias``).
         magnitudes: (O,) DoRA magnitudes.
-        saved: (O, I) weights of fully trained modules.
+        saved: (O, I) weights of fully trained modules, as they are stored.
+        saved_biases: (O,) their biases.
     """
 
     factors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -36,6 +36,7 @@ class AdapterWeights:
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, torch.Tensor] = field(default_factory=dict)
+    saved_biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
@@ -43,7 +44,7 @@ def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
 
     Args:
         path: The file.
-        modules_to_save: Last parts of the names of fully trained modules, from the configuration.
+        modules_to_save: Ends of the names of fully trained modules, from the configuration (PEFT's rule).
 
     Raises:
         InputError: the file is missing or broken, a tensor is none of these, or holds NaN or infinite values.
@@ -67,7 +68,8 @@ def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
 
 def _sort(path: Path, key: str, tensor: torch.Tensor, found: AdapterWeights, saved: list[str]) -> None:
     factor, magnitude, bias = KEY.match(key), MAGNITUDE.match(key), BIAS.match(key)
-    module = key.removeprefix(ROOT).removesuffix(WEIGHT)
+    module, _, part = key.removeprefix(ROOT).rpartition(".")
+    fully = module.endswith(tuple(saved))
     if factor is not None:
         found.factors.setdefault(factor["module"], {})[factor["factor"]] = tensor
         found.embeddings |= {factor["module"]} if factor["kind"] else set()
@@ -75,8 +77,12 @@ def _sort(path: Path, key: str, tensor: torch.Tensor, found: AdapterWeights, sav
         found.biases[bias["module"]] = tensor
     elif magnitude is not None:
         found.magnitudes[magnitude["module"]] = tensor
-    elif key.endswith(WEIGHT) and tensor.ndim == 2 and module.rpartition(".")[2] in saved:
+    elif fully and part == "weight" and tensor.ndim == 2:
         found.saved[module] = tensor
+    elif fully and part == "bias" and tensor.ndim == 1:
+        found.saved_biases[module] = tensor
+    elif fully:
+        raise InputError(f"{path}: {key}: of modules_to_save only linear layers and embeddings can be merged")
     else:
         raise InputError(f"{path}: {key} is not a LoRA factor of a linear layer or an embedding")
 

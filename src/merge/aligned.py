@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from src.adapters.base_weights import BaseWeights, open_base
+from src.adapters.base_weights import open_base
 from src.adapters.constant_input import without_bias
-from src.adapters.convert import stored_weight
+from src.adapters.convert import weight_difference
 from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, read_adapter
@@ -43,7 +43,7 @@ def alignment(
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")
     else:
         with open_base(weights_folder(aligned)) as one, open_base(weights_folder(base)) as two:
-            yield {name: _difference(name, one, two, delta.shape) for name, delta in modules.items()}
+            yield {name: weight_difference(one, two, name, delta.shape) for name, delta in modules.items()}
 
 
 def _checked(found: dict[str, Delta], modules: Mapping[str, Delta], what: str) -> dict[str, Delta]:
@@ -56,11 +56,6 @@ def _checked(found: dict[str, Delta], modules: Mapping[str, Delta], what: str) -
         if found[name].shape != delta.shape:
             raise InputError(f"{what}: {name} has the shape {found[name].shape}; the utility update has {delta.shape}")
     return found
-
-
-def _difference(name: str, aligned: BaseWeights, base: BaseWeights, shape: tuple[int, int]) -> LazyDelta:
-    one, two = stored_weight(aligned, name, shape), stored_weight(base, name, shape)
-    return LazyDelta(shape, lambda rows: one[rows].float() - two[rows].float())
 
 
 def projected(direction: Delta, delta: Delta) -> Delta:
