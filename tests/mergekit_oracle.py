@@ -13,7 +13,7 @@ def merged(case):
     deltas = case["deltas"]
     names = [str(i) for i in range(len(deltas))]
     parameters = {
-        name: {"weight": weight, "density": case["density"], "gamma": case.get("gamma", 0.0)}
+        name: {"weight": weight, **{key: case[key] for key in ("density", "gamma", "epsilon")}}
         for name, weight in zip(names, case["weights"], strict=True)
     }
     task = SimpleNamespace(
@@ -29,6 +29,8 @@ def merged(case):
         lambda_=case["scale"],
         rescale_norm=None,
     )
+    drawn = iter(case["drawn"])
+    torch.bernoulli = lambda probability: (next(drawn) < probability).float()
     tensors = dict(zip(names, (delta.clone() for delta in deltas), strict=True))
     return GTATask.execute(task, tensors | {"base": torch.zeros_like(deltas[0])})
 

@@ -49,7 +49,7 @@ def weight_fisher(shapes, kind, seed):
     return (DiagonalFisher if kind == "diagonal" else Magnitude)(shapes, counts, sums[0])
 
 
-def matching_fishers(method, utility, safety):
+def matching_fishers(method, utility, safety, model=None):
     """Fisher matrices in the coordinates and of a representation that a method takes."""
     if method.coordinates == "core":
         return weight_space_fishers(safety, n_s=40, n_u=40)
@@ -58,8 +58,10 @@ def matching_fishers(method, utility, safety):
     pairs = [FisherPair(*(weight_fisher(shapes, kind, 2 * i + j) for j in (1, 2)), CoreBasis({}, {})) for i in (0, 1)]
     if kind != "magnitude":
         return pairs[0]
-    model = make_model()
-    weights = {name: DenseDelta(model.get_submodule(name).weight.detach()) for name in shapes}
+    model = model or make_model()
+    modules = dict(model.named_modules())
+    drawn = {name: torch.randn(shape, generator=torch.Generator().manual_seed(8)) for name, shape in shapes.items()}
+    weights = {n: DenseDelta(modules[n].weight.detach() if n in modules else drawn[n]) for n in shapes}
     return FisherBesideBase(pairs[0].safety, pairs[0].utility, pairs[0].basis, base=pairs[1], weights=weights)
 
 
@@ -72,13 +74,13 @@ def regauged(pairs):
     return turned
 
 
-def write_fishers(folder, adapters, base, *, method=None, **rows):
+def write_fishers(folder, adapters, base, *, method=None, model=None, **rows):
     """Fisher files of the session's adapters with random scores in the right coordinates."""
     safety, utility = read_adapter(adapters["safety"]), read_adapter(adapters["utility"])
     if method is None:
         pair = weight_space_fishers(safety.pairs, **rows)
     else:
-        pair = matching_fishers(method, utility.pairs, safety.pairs)
+        pair = matching_fishers(method, utility.pairs, safety.pairs, model)
     matrices = [("safety", pair.safety, ""), ("utility", pair.utility, "")]
     if isinstance(pair, FisherBesideBase):
         matrices += [("safety", pair.base.safety, "base"), ("utility", pair.base.utility, "base")]

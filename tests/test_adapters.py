@@ -10,6 +10,8 @@ from src.adapters.checks import check_compatible, same_base_name
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.errors import InputError
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.stage import merge
 from tests.tiny import make_model, random_pairs
 
 IDS = torch.arange(10)[None]
@@ -325,3 +327,26 @@ def test_full_rank_adapters_are_refused_where_factors_are_needed(tmp_path):
         merge(**given, safety=str(tmp_path / "a"), method=TsvM())
     for method in (TaskArithmetic(), SafeLora()):
         merge(**given, safety=str(tmp_path / "a"), method=method, warn_below=0.0, overwrite=True)
+
+
+def test_a_hub_id_is_fetched_and_read(adapters, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(adapters["utility"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    merge(
+        utility="someone/an-expert", safety=str(adapters["safety"]), method=TaskArithmetic(), output=str(tmp_path / "m")
+    )
+    merge(
+        utility=str(adapters["utility"]),
+        safety=str(adapters["safety"]),
+        method=TaskArithmetic(),
+        output=str(tmp_path / "n"),
+    )
+    assert asked[0][0] == "someone/an-expert"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(asked[0][1])
+    assert len({(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "mn"}) == 1
+    assert json.loads((tmp_path / "m" / "manifest.json").read_text())["utility"][0]["path"] == "someone/an-expert"

@@ -110,6 +110,8 @@ def test_task_arithmetic_adds_biases_as_peft_would(pair_of, tmp_path):
     with attached(model, weighted_sum([plain.pairs, biased.pairs], [1.0, 0.5])):
         expected = model(IDS).logits
     torch.testing.assert_close(logits_of(make_model(), out), expected, rtol=1e-5, atol=1e-5)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["output"]["ranks"].values()) == {4}
     # The biased part alone, from PEFT: half of every bias at the layers' outputs.
     tensors, written = (load_file(folder / "adapter_model.safetensors") for folder in (pair_of["biased"], out))
     for key, bias in tensors.items():

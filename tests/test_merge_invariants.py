@@ -1,6 +1,5 @@
 """What every registered method must satisfy, whatever it computes."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from src.adapters.deltas import combined
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter
 from src.merge import registry  # noqa: F401 - fills the registry
+from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.base import MergeMethod
-from src.merge.combination import Combination, Expert
+from src.merge.combination import Combination, Expert, KeyedDeltas
 from src.merge.combinations.breadcrumbs import Breadcrumbs
 from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
@@ -29,16 +29,11 @@ from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM
 from src.merge.stage import merge
+from tests.every_method import concrete
 from tests.merging import anchored, matching_fishers, regauged, weight_fisher, write_fishers
 from tests.tiny import make_model, random_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def concrete(kind):
-    found = [c for c in kind.__subclasses__() if not inspect.isabstract(c)]
-    deeper = [d for c in kind.__subclasses__() for d in concrete(c)]
-    return list(dict.fromkeys([*found, *deeper]))
 
 
 METHODS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(MergeMethod)]
@@ -151,7 +146,8 @@ def test_strength_zero_is_the_utility_adapter_exactly(method, adapters, base, tm
 def test_what_is_written_is_what_peft_loads(method, adapters, base, tmp_path):
     # Rank 16 is full rank in every layer of the tiny model, so nothing is lost.
     run(adapters, base, tmp_path / "m", method=method, alpha=0.8, rank=16)
-    utility, safety = (read_adapter(adapters[name]).pairs for name in ("utility", "safety"))
+    read = [read_adapter(adapters[name]) for name in ("utility", "safety")]
+    utility, safety = (KeyedDeltas(adapter.pairs, adapter.identity) for adapter in read)
     patch = method.patch(utility, safety, matching_fishers(method, utility, safety)).pairs
     expected = make_model()
     for name, delta in combined([utility, patch], [1.0, 0.8]).items():
@@ -195,6 +191,27 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path):
         subprocess.run([sys.executable, "-c", MERGES, *given], check=True, cwd=ROOT)
     for name in ("Ties", "Dare", "Knots", "TsvM", "IsoC", "CoreSpace"):
         assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
+
+
+@pytest.mark.processes
+def test_the_bytes_of_no_method_depend_on_the_number_of_threads(tmp_path):
+    from tests.conftest import random_adapter
+
+    # Large enough that a threaded product would be split.
+    model = make_model(hidden_size=160, intermediate_size=320, num_attention_heads=4, head_dim=40, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "base")
+    for name, seed in (("utility", 1), ("safety", 2)):
+        random_adapter(tmp_path / name, tmp_path / "base", 4, seed, model)
+    adapters = {name: tmp_path / name for name in ("utility", "safety")}
+    for cls in concrete(MergeMethod):
+        write_fishers(tmp_path / "fisher" / cls.__name__, adapters, tmp_path / "base", method=cls(), model=model)
+    clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    for threads in ("1", "2"):
+        command = [sys.executable, "-m", "tests.every_method", threads, str(tmp_path), str(tmp_path / threads)]
+        subprocess.run(command, check=True, cwd=ROOT, env=clean)
+    for cls in concrete(MergeMethod):
+        one, two = (read_adapter(tmp_path / threads / cls.__name__).sha256 for threads in ("1", "2"))
+        assert one == two, cls.__name__
 
 
 SST = """
@@ -249,3 +266,41 @@ def test_sums_are_exact_for_any_ranks_shapes_and_scalings(shape, ranks, scalings
     for combination in (TaskArithmetic(), CoreSpace(TaskArithmetic()), Knots(TaskArithmetic())):
         merged = combination.combine(experts).deltas["m"]
         torch.testing.assert_close(merged.dense(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=8, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3),
+    ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    scales=st.tuples(st.floats(0.01, 50), st.floats(0.01, 50)),
+    seed=st.integers(0, 2**16),
+)
+def test_patches_of_any_ranks_shapes_and_scalings(method, shapes, ranks, scales, seed):
+    """Finite, of the updates' shapes, and the same for other factors and another order of modules."""
+    if isinstance(method, AlignGuardPosthoc):
+        method = AlignGuardPosthoc(k=1)
+    draw = torch.Generator().manual_seed(seed)
+    utility, safety = (
+        {
+            f"m{i}": LowRankPair(
+                torch.randn(rank, columns, generator=draw, dtype=torch.float64),
+                torch.randn(rows, rank, generator=draw, dtype=torch.float64) * scale,
+            )
+            for i, (rows, columns) in enumerate(shapes)
+        }
+        for rank, scale in zip(ranks, scales, strict=True)
+    )
+    fisher = matching_fishers(method, utility, safety)
+    found = method.patch(utility, safety, fisher).pairs
+    # Some change only the modules that they select.
+    assert set(found) <= set(safety)
+    for name, delta in found.items():
+        assert delta.shape == safety[name].shape
+        assert torch.isfinite(delta.dense()).all()
+    other = [regauged(dict(reversed(update.items()))) for update in (utility, safety)]
+    turned = method.patch(*other, fisher).pairs
+    assert set(turned) == set(found)
+    for name, delta in found.items():
+        size = max(utility[name].dense().norm(), safety[name].dense().norm()).item()
+        torch.testing.assert_close(turned[name].dense(), delta.dense(), rtol=1e-5, atol=1e-7 * size)

@@ -10,10 +10,11 @@ from src.adapters.deltas import DenseDelta, matrix
 from src.merge.combination import Expert
 from src.merge.combinations.breadcrumbs import Breadcrumbs
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.della import Della
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
-from src.merge.randomness import bernoulli
+from src.merge.randomness import bernoulli, uniform
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".oracles" / "mergekit" / "bin" / "python"
@@ -24,10 +25,12 @@ SPECS = {
     "ties_count": ("magnitude", "count", True, 1.0),
     "linear": (None, None, True, 1.0),
     "task_arithmetic": (None, None, False, 1.0),
+    "della": ("della_magprune", "sum", True, 1.3),
+    "della_linear": ("della_magprune", None, False, 1.0),
     "breadcrumbs": ("magnitude_outliers", None, False, 1.0),
     "breadcrumbs_ties": ("magnitude_outliers", "sum", False, 1.0),
 }
-DENSITY, GAMMA = 0.6, 0.1
+DENSITY, GAMMA, EPSILON, SEED = 0.6, 0.1, 0.2, 4
 
 
 def ours(name):
@@ -39,6 +42,9 @@ def ours(name):
         "ties_count": Ties(**mergekit, majority="frequency"),
         "linear": Linear(),
         "task_arithmetic": TaskArithmetic(),
+        # Mergekit restores magnitudes by no factor but the l1 norm, here switched off.
+        "della": Della(DENSITY, EPSILON, rescale="none", scale=1.3, seed=SEED),
+        "della_linear": Della(DENSITY, EPSILON, rescale="none", election="none", normalise=False, seed=SEED),
         "breadcrumbs": Breadcrumbs(DENSITY, GAMMA),
         "breadcrumbs_ties": Breadcrumbs(DENSITY, GAMMA, election="mergekit"),
     }[name]
@@ -74,6 +80,9 @@ def mergekits(tmp_path_factory):
                 "weights": weights,
                 "density": DENSITY,
                 "gamma": GAMMA,
+                "epsilon": EPSILON,
+                # What decides which elements DELLA keeps: the same numbers for both.
+                "drawn": [uniform(SEED, f"e{i}", "m", slice(0, len(d)), d.shape[1]) for i, d in enumerate(deltas)],
                 "sparsify": sparsify,
                 "consensus": consensus,
                 "normalise": normalise,

@@ -16,6 +16,7 @@ from src.adapters.peft_files import read_adapter, write_adapter
 from src.adapters.truncate import truncate
 from src.errors import InputError
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.sst import Sst
@@ -98,6 +99,65 @@ def test_full_rank_ties_is_pefts_ties_svd(adapters, tmp_path):
     for name, pair in read_adapter(tmp_path / "m").pairs.items():
         module = peft.get_submodule(f"base_model.model.{name}")
         torch.testing.assert_close(pair.dense().float(), module.get_delta_weight("both").float(), rtol=1e-4, atol=1e-5)
+
+
+def test_full_rank_magnitude_pruning_is_pefts_magnitude_prune_svd(adapters, tmp_path):
+    given = {"combine": MagnitudePrune(0.4), "utility_weights": [1.0, -0.7]}
+    merge(utility=both(adapters), **given, rank=8, warn_below=0.0, output=str(tmp_path / "m"))
+    found = weighted_adapter(adapters, [1.0, -0.7], combination_type="magnitude_prune_svd", svd_rank=8, density=0.4)
+    equal(read_adapter(tmp_path / "m").pairs, found)
+
+
+@pytest.mark.parametrize("kind", ["dare_linear_svd", "dare_ties_svd"])
+def test_full_rank_dare_is_pefts_under_our_masks(adapters, tmp_path, monkeypatch, kind):
+    """PEFT draws its masks from torch's generator; here it gets those of (seed, adapter, module)."""
+    from peft.utils import merge_utils
+
+    from src.merge.randomness import bernoulli
+
+    known = [
+        (adapter.identity, name, pair.dense().float())
+        for adapter in map(read_adapter, both(adapters))
+        for name, pair in adapter.pairs.items()
+    ]
+
+    def masked(tensor, density, rescale):
+        assert rescale
+        for key, name, dense in known:
+            if dense.shape == tensor.shape and torch.allclose(dense, tensor.float(), rtol=1e-4, atol=1e-6):
+                return tensor * bernoulli(density, 5, key, name, slice(0, dense.shape[0]), dense.shape[1]) / density
+        raise AssertionError("PEFT pruned something that is no adapter's update")
+
+    monkeypatch.setattr(merge_utils, "random_pruning", masked)
+    ties = {"election": "peft", "normalise": True} if kind == "dare_ties_svd" else {}
+    given = {"combine": Dare(0.6, seed=5, **ties), "utility_weights": [1.0, 1.0]}
+    merge(utility=both(adapters), **given, rank=8, warn_below=0.0, output=str(tmp_path / "m"))
+    found = weighted_adapter(adapters, [1.0, 1.0], combination_type=kind, svd_rank=8, density=0.6)
+    equal(read_adapter(tmp_path / "m").pairs, found)
+
+
+def weighted_adapter(adapters, weights, **options):
+    """PEFT's combination of both adapters: update per module."""
+    peft = PeftModel.from_pretrained(make_model(), str(adapters["utility"]), adapter_name="u")
+    peft.load_adapter(str(adapters["safety"]), adapter_name="s")
+    peft.add_weighted_adapter(["u", "s"], weights, "both", **options)
+    names = read_adapter(adapters["utility"]).pairs
+    return {n: peft.get_submodule(f"base_model.model.{n}").get_delta_weight("both").float() for n in names}
+
+
+def equal(pairs, theirs):
+    assert set(pairs) == set(theirs)
+    for name, pair in pairs.items():
+        torch.testing.assert_close(pair.dense().float(), theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_merged_can_be_merged_by_peft_with_adapters_of_other_ranks(adapters, tmp_path):
+    """Ranks that differ between modules of the written adapter and from those of the other."""
+    merge(utility=both(adapters), energy=0.9, warn_below=0.0, output=str(tmp_path / "m"))
+    written = read_adapter(tmp_path / "m").pairs
+    assert len({pair.rank for pair in written.values()}) > 1
+    found = weighted_adapter(adapters | {"utility": tmp_path / "m"}, [0.5, -1.5], combination_type="svd", svd_rank=8)
+    equal(weighted_sum([written, read_adapter(adapters["safety"]).pairs], [0.5, -1.5]), found)
 
 
 def test_a_kept_energy_under_the_threshold_warns(adapters, tmp_path, caplog, monkeypatch):

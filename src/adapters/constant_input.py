@@ -40,6 +40,11 @@ def split(pair: LowRankPair) -> tuple[LowRankPair, torch.Tensor]:
     return LowRankPair(a[used], pair.b[:, used]), bias
 
 
+def lora_rank(pair: LowRankPair, *, constant: bool) -> int:
+    """The rank that PEFT's configuration gives an update, which counts no factor of a bias."""
+    return split(pair)[0].rank if constant else pair.rank
+
+
 def split_dense(delta: Delta) -> tuple[Delta, torch.Tensor]:
     """The same of an update of any rank."""
     # The weight is read in blocks of rows of its own shape, which may differ from those of the update.

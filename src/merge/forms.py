@@ -59,8 +59,7 @@ class Form:
     def adapter(self, deltas: Mapping[str, Delta], workers: int) -> tuple[Pairs, dict[str, Any]]:
         """The updates as pairs, and what was kept of them."""
         if self.exact:
-            pairs = lowrank(deltas)
-            return pairs, {"form": "exact", "kept_energy": 1.0, "ranks": {name: p.rank for name, p in pairs.items()}}
+            return lowrank(deltas), {"form": "exact", "kept_energy": 1.0}
         names = list(deltas)
         cut = in_order(lambda name: truncate(deltas[name], rank=self.rank, energy=self.energy), names, workers)
         results = dict(zip(names, cut, strict=True))
@@ -72,8 +71,7 @@ class Form:
         if kept < self.warn_below:
             log.warning("only %.1f %% of the merged update's energy is kept (form %s)", 100 * kept, self.label)
         modules = {name: r.kept / r.total if r.total > 0 else 1.0 for name, r in results.items()}
-        ranks = {name: r.pair.rank for name, r in results.items()}
-        return {"form": self.label, "kept_energy": kept, "kept_energy_by_module": modules, "ranks": ranks}
+        return {"form": self.label, "kept_energy": kept, "kept_energy_by_module": modules}
 
     @property
     def label(self) -> str:

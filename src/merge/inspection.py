@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from src.adapters.constant_input import lora_rank
 from src.adapters.geometry import principal_cosines, spaces, whole_cosine
 from src.adapters.peft_files import Adapter
 from src.gevp.diagnostics import effective_rank
@@ -65,7 +66,8 @@ def inspect_adapters(adapters: Sequence[Adapter]) -> tuple[list[Summary], Compar
 
 def _summary(adapter: Adapter, found: Spaces) -> Summary:
     norms = {name: sigma.square().sum().item() ** 0.5 for name, (_, sigma, _) in found.items()}
-    ranks = [pair.rank for pair in adapter.pairs.values()]
+    constant = adapter.layout.constant
+    ranks = [lora_rank(pair, constant=name in constant) for name, pair in adapter.pairs.items()]
     effective = [effective_rank(sigma) for _, sigma, _ in found.values()]
     return Summary(
         name=adapter.name,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from src.adapters.base_weights import open_base
+from src.adapters.constant_input import lora_rank
 from src.adapters.deltas import Delta
 from src.adapters.full_model import write_model
 from src.adapters.peft_files import CARD, WEIGHTS, write_adapter, write_provenance
@@ -67,6 +68,8 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     if not deltas:
         raise InputError("nothing to write: every weight is 0, or no adapter updates any module")
     pairs, report = target.form.adapter(deltas, target.workers)
+    constant = inputs.layout.constant
+    report["ranks"] = {name: lora_rank(pair, constant=name in constant) for name, pair in pairs.items()}
     made = record | {"output": report} | target.record
     write_adapter(
         folder,

@@ -3,15 +3,19 @@
     diagonal    ΔW = Σ λ_i F_i ⊙ ΔW_i / Σ λ_i F_i
     Kronecker   Σ λ_i L_i ΔW R_i = Σ λ_i L_i ΔW_i R_i,   F_i = L_i ⊗ R_i
 
-with λ_i ← λ_i / ‖F_i‖₂ where normalised. The base's weights cancel, so updates are averaged directly. The Kronecker
-system has no closed form for more than two experts; it is symmetric positive definite and solved by conjugate
-gradients. ‖F_i‖₂ is the norm of the whole diagonal of expert i.
+with λ_i ← λ_i / ‖F_i‖₂ where normalised. The base's weights cancel, so updates are averaged directly. ‖F_i‖₂ is the
+norm of the whole diagonal of expert i.
+
+The Kronecker system is solved by conjugate gradients, in coordinates Y of ``ΔW = V Y Wᵀ`` in which the factors of the
+first expert and the sums of all are diagonal (generalised eigenvectors: ``Vᵀ L_1 V = diag``, ``Vᵀ (Σ λ_i L_i) V = I``,
+the same with R and W), preconditioned by its diagonal. For two experts the diagonal is the whole: one step solves it.
 
 Legend of shapes: O output features, I input features.
 """
 
 from collections.abc import Callable, Sequence
 
+import scipy.linalg
 import torch
 
 from src.adapters.deltas import Delta, Deltas, LazyDelta
@@ -21,9 +25,11 @@ from src.fisher.kronecker import KroneckerFisher
 from src.merge.combination import Combination, Combined, Expert, common_shape, module_names
 from src.merge.weight_fishers import Latest, diagonal_norm, fishers_of, module_fisher, per_weight
 
-FLOOR = 1e-6
+FLOOR, RIDGE = 1e-6, 1e-3
 MOST_STEPS = 1000
-TOLERANCE = 1e-12
+TOLERANCE = 1e-9
+"""Smallest residual in units of the first, in the norm of the preconditioner."""
+TINY = 1e-300
 
 
 class FisherAverage(Combination):
@@ -36,16 +42,17 @@ class FisherAverage(Combination):
 
     Args:
         normalise: Divide each weight by the norm of its expert's Fisher matrix (``diagonal`` only).
-        floor: ``diagonal``: smallest Fisher information of a weight, after normalising; ``kronecker``: ridge of each
-            factor, relative to its mean eigenvalue. Above 0: what no data has seen is averaged.
+        floor: ``diagonal``: smallest Fisher information of a weight, after normalising (unset means 1e-6);
+            ``kronecker``: ridge of each factor, relative to its mean eigenvalue (unset means 1e-3). Above 0: what no
+            data has seen is averaged.
     """
 
     needs_fisher = True
     coordinates = "weight"
     representations = ("diagonal", "kronecker")
 
-    def __init__(self, normalise: bool = True, floor: float = FLOOR) -> None:
-        if not 0 < floor < float("inf"):
+    def __init__(self, normalise: bool = True, floor: float | None = None) -> None:
+        if floor is not None and not 0 < floor < float("inf"):
             raise InputError(f"FisherAverage floor is {floor}; expected a number above 0")
         self.normalise, self.floor = normalise, floor
 
@@ -87,7 +94,7 @@ class FisherAverage(Combination):
         def evaluate(rows: slice) -> torch.Tensor:
             scaled = [d.block(rows) / (n or 1.0) for d, n in zip(diagonals, norms, strict=True)]
             blocks = [update.block(rows) for update in updates]
-            return diagonal_average(blocks, scaled, weights, normalise=False, floor=self.floor)
+            return diagonal_average(blocks, scaled, weights, normalise=False, floor=self.floor or FLOOR)
 
         return LazyDelta(shape, evaluate)
 
@@ -101,8 +108,12 @@ class FisherAverage(Combination):
         latest: Latest,
     ) -> LazyDelta:
         def compute() -> torch.Tensor:
+            ridge = self.floor or RIDGE
             left, right = zip(*(fisher.factors(name) for fisher in fishers), strict=True)
-            return kronecker_average([d.dense() for d in updates], left, right, weights, ridge=self.floor)
+            try:
+                return kronecker_average([d.dense() for d in updates], left, right, weights, ridge=ridge)
+            except ValueError as error:
+                raise InputError(f"FisherAverage floor is {ridge:g}: {name}: {error}") from None
 
         return LazyDelta(shape, lambda rows: latest.rows(name, compute, rows))
 
@@ -140,7 +151,7 @@ def kronecker_average(
     inputs: Sequence[torch.Tensor],
     weights: Sequence[float] | None = None,
     *,
-    ridge: float = FLOOR,
+    ridge: float = RIDGE,
 ) -> torch.Tensor:
     """(O, I) merged update, float64.
 
@@ -154,10 +165,30 @@ def kronecker_average(
     given = weights or [1.0] * len(updates)
     left = [w * _ridged(m, ridge) for w, m in zip(given, outputs, strict=True)]
     right = [_ridged(m, ridge) for m in inputs]
-    pairs = list(zip(left, right, strict=True))
-    target = torch.stack([f @ d.double() @ r for (f, r), d in zip(pairs, updates, strict=True)]).sum(0)
-    start = torch.stack([d.double() for d in updates]).mean(0)
-    return _conjugate_gradients(lambda x: torch.stack([f @ x @ r for f, r in pairs]).sum(0), target, start)
+    v, w = _common_basis(left), _common_basis(right)
+    pairs = [(v.T @ f @ v, w.T @ r @ w) for f, r in zip(left, right, strict=True)]
+    diagonal = torch.stack([torch.outer(f.diagonal(), r.diagonal()) for f, r in pairs]).sum(0)
+    mean = torch.stack([d.double() for d in updates]).mean(0)
+    rest = torch.stack([f @ (d.double() - mean) @ r for f, r, d in zip(left, right, updates, strict=True)]).sum(0)
+    change = _conjugate_gradients(
+        lambda y: torch.stack([f @ y @ r for f, r in pairs]).sum(0), v.T @ rest @ w, diagonal.clamp(min=TINY)
+    )
+    return mean + v @ change @ w.T
+
+
+def _common_basis(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(n, n) V with ``Vᵀ F_1 V`` diagonal and ``Vᵀ (Σ F_i) V = I``; all zero where no factor is anything.
+
+    Raises:
+        ValueError: the sum is singular.
+    """
+    total = torch.stack(list(factors)).sum(0)
+    if not total.any():
+        return torch.zeros_like(total)
+    try:
+        return torch.from_numpy(scipy.linalg.eigh(factors[0].numpy(), total.numpy())[1])
+    except scipy.linalg.LinAlgError:
+        raise ValueError("the sum of the Kronecker factors is singular; expected a ridge above 0") from None
 
 
 def _ridged(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -166,17 +197,19 @@ def _ridged(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def _conjugate_gradients(
-    apply: Callable[[torch.Tensor], torch.Tensor], target: torch.Tensor, start: torch.Tensor
+    apply: Callable[[torch.Tensor], torch.Tensor], target: torch.Tensor, diagonal: torch.Tensor
 ) -> torch.Tensor:
-    x, residual = start, target - apply(start)
-    direction, energy = residual, residual.square().sum()
-    goal = TOLERANCE**2 * target.square().sum()
+    x, residual = torch.zeros_like(target), target
+    step_to = residual / diagonal
+    direction, energy = step_to, (residual * step_to).sum()
+    goal = TOLERANCE**2 * energy
     for _ in range(MOST_STEPS):
         if energy <= goal:
             return x
         image = apply(direction)
         step = energy / (direction * image).sum()
         x, residual = x + step * direction, residual - step * image
-        before, energy = energy, residual.square().sum()
-        direction = residual + energy / before * direction
+        step_to = residual / diagonal
+        before, energy = energy, (residual * step_to).sum()
+        direction = step_to + energy / before * direction
     raise ValueError(f"conjugate gradients did not converge in {MOST_STEPS} steps; a larger ridge helps")
