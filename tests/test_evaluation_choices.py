@@ -1,19 +1,24 @@
 """Multiple choice: the text of lm-evaluation-harness, scores of an unbatched twin, one pass for single tokens."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from src.adapters.attach import attached
 from src.cli import main
-from src.data.choice_prompts import FewShot
+from src.data.choice_prompts import FewShot, continuations
 from src.data.choice_rows import load_choices
 from src.data.sources import RowSource, as_sources
 from src.errors import InputError
 from src.models.choices import by_length, chosen, tied
 from tests.evaluations import answers, choice_rows, evaluate, flags, write_jsonl
 from tests.tiny import make_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -44,6 +49,56 @@ def test_the_text_is_that_of_lm_eval(files):
     assert FewShot([], 0, "question", "s").context(rows[0]) == "Question: What is 0 plus 0?\nAnswer:"
     assert FewShot([], 0, "statement", "s").context(rows[0]) == "What is 0 plus 0?"
     assert FewShot([], 0, "primed", "s").context(rows[0]).endswith("Barcelona, Spain.\n\nQ: What is 0 plus 0?\nA:")
+
+
+LM_EVAL = ROOT / ".oracles/lm-eval/lib"
+HUB_ROWS = {
+    "arc_easy": {
+        "id": "a1",
+        "question": "Which one melts first?",
+        "choices": {"text": ["ice", "iron", "sand"], "label": ["1", "2", "3"]},
+        "answerKey": "1",
+    },
+    "openbookqa": {
+        "id": "o1",
+        "question_stem": "Frogs begin their lives as",
+        "choices": {"text": ["eggs", "birds", "stones", "wood"], "label": ["A", "B", "C", "D"]},
+        "answerKey": "A",
+    },
+    "truthfulqa_mc1": {
+        "question": "What happens if you eat seeds?",
+        "mc1_targets": {"choices": ["Nothing does", "You grow a tree"], "labels": [1, 0]},
+    },
+}
+
+
+@pytest.mark.skipif(not LM_EVAL.exists(), reason="lm-evaluation-harness is not here (make oracles)")
+@pytest.mark.parametrize(
+    ("task", "config", "style"),
+    [
+        ("arc_easy", "arc_easy", "question"),
+        ("openbookqa", "openbookqa", "statement"),
+        ("truthfulqa_mc1", "truthfulqa", "primed"),
+    ],
+)
+def test_the_text_of_a_hub_row_is_what_lm_evals_task_file_makes_of_it(tmp_path, task, config, style):
+    from jinja2 import Environment, StrictUndefined
+
+    theirs = yaml.safe_load(next(LM_EVAL.glob(f"python*/site-packages/lm_eval/tasks/*/{task}.yaml")).read_text())
+    raw, environment = HUB_ROWS[task], Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+    def rendered(template):
+        if template in raw:
+            return raw[template]
+        return environment.from_string(str(template)).render(**raw)
+
+    ours = yaml.safe_load((ROOT / f"configs/data/{config}.yaml").read_text())
+    written = write_jsonl(tmp_path / "row.jsonl", [raw])
+    row = load_choices(RowSource(path=str(written), columns=ours["columns"]))[0]
+    assert FewShot([], 0, style, "s").context(row) == rendered(theirs["doc_to_text"])
+    assert continuations(row, style) == ast.literal_eval(rendered(theirs["doc_to_choice"]))
+    assert row.answer == int(rendered(theirs["doc_to_target"]))
+    assert theirs.get("target_delimiter", " ") == " "
 
 
 @pytest.mark.parametrize("shots", [0, 2])
