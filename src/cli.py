@@ -5,6 +5,7 @@ are imported once a command is chosen, so that ``--help`` answers at once.
 """
 
 import errno
+import json
 import logging
 import os
 import sys
@@ -124,6 +125,30 @@ def name_in_help(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 
+ALIASES = {"--adapters": "--model.adapters", "--allow_code_execution": "--model.allow_code_execution"}
+"""Options of ``test`` and ``predict`` that may be written without the module's name."""
+
+
+def evaluation_options(arguments: Sequence[str]) -> list[str]:
+    """``--adapters a b c`` as ``--model.adapters=["a", "b", "c"]``, and the other short form."""
+    found: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        option = ALIASES.get(flag, flag)
+        if option not in ALIASES.values() or equals:
+            found.append(f"{option}{equals}{value}")
+            continue
+        values = []
+        while waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        if option == ALIASES["--allow_code_execution"]:
+            values = values or ["true"]
+        written = values[0] if len(values) == 1 else json.dumps(values)
+        found.append(f"{option}={written}" if values else option)
+    return found
+
+
 def _found(flag: str, name: str) -> str:
     folder = FOLDERS[flag]
     places = [Path(name), Path(folder) / name, PROJECT / folder / name]
@@ -134,8 +159,13 @@ def _found(flag: str, name: str) -> str:
 
 
 def with_default_config(command: str, arguments: list[str]) -> list[str]:
-    """Put the command's default configuration in front where none is named."""
-    named = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    """Put the command's default configuration in front where none is named.
+
+    Merge's default is one merge of the demo's adapters: it is left out where ``--utility`` names other ones, so that no
+    method, safety adapter or strength of the demo gets into them.
+    """
+    flags = {argument.partition("=")[0] for argument in arguments}
+    named = "--config" in flags or (command == "merge" and "--utility" in flags)
     asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
     if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:
         return arguments
@@ -171,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> str | None:
     """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
     try:
+        if command in ("test", "predict"):
+            arguments = evaluation_options(arguments)
         runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
     except InputError as error:
         return str(error)

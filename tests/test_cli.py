@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from src.cli import COMMANDS, main, name_in_help, resolve_names
+from src.cli import COMMANDS, evaluation_options, main, name_in_help, resolve_names
 from src.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +206,22 @@ def test_method_help_explains_its_settings(given):
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "F_s v = λ (F_u + εI) v" in found.stdout
     assert "--method.rho_s" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--adapters a b --output o", ['--model.adapters=["a", "b"]', "--output", "o"]),
+        ("--adapters a", ["--model.adapters=a"]),
+        (
+            "--model.adapters=[a,b] --allow_code_execution",
+            ["--model.adapters=[a,b]", "--model.allow_code_execution=true"],
+        ),
+        ("--allow_code_execution false --adapters", ["--model.allow_code_execution=false", "--model.adapters"]),
+    ],
+)
+def test_adapters_may_be_listed_behind_their_option(given, expected):
+    assert evaluation_options(given.split()) == expected
 
 
 @pytest.mark.parametrize(

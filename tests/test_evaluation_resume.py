@@ -1,9 +1,11 @@
 """Interrupted and repeated evaluations: only what is missing is computed, and nothing stale is served."""
 
 import json
+import shutil
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from src.cli import main
 from src.models.evaluation import EvaluationModule
@@ -76,6 +78,8 @@ def test_a_finished_run_computes_nothing_again_and_a_changed_one_its_change_only
         ["--data.template", "raw"],
         ["--data.max_length", "32"],
         ["--model.adapters", "utility"],
+        ["--model.matmul", "highest"],
+        ["--trainer.precision", "bf16-true"],
     ],
 )
 def test_another_model_template_or_length_is_computed_anew(base, adapters, tmp_path, computed, change):
@@ -93,6 +97,60 @@ def test_another_base_is_computed_anew(base, tmp_path, computed):
     evaluate(base, tmp_path, [suite])
     evaluate(make_base(tmp_path / "base", seed=8), tmp_path, [suite], "--overwrite", "true")
     assert computed["rows"] == 10
+
+
+def test_a_base_of_which_one_weight_or_a_setting_changed_is_computed_anew(base, tmp_path, computed):
+    copy = shutil.copytree(base, tmp_path / "copy")
+    suite = {"name": "a", "kind": "benign", "rows": str(write_rows(tmp_path / "a.jsonl", 5, what="a"))}
+    evaluate(copy, tmp_path, [suite])
+    weights = load_file(copy / "model.safetensors")
+    weights["model.embed_tokens.weight"][7, 3] *= 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    evaluate(copy, tmp_path, [suite], "--overwrite", "true")
+    assert computed["rows"] == 10
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    evaluate(copy, tmp_path, [suite], "--overwrite", "true")
+    assert computed["rows"] == 15
+
+
+def test_adapters_of_one_name_in_two_folders_are_both_evaluated(base, adapters, tmp_path, capsys):
+    for name, source in (("m", "utility"), ("n", "safety")):
+        shutil.copytree(adapters[source], tmp_path / name / "sweep" / "alpha-1")
+    folders = [str(tmp_path / name / "sweep") for name in "mn"]
+    suite = {"name": "a", "kind": "benign", "rows": str(write_rows(tmp_path / "a.jsonl", 5, what="a"))}
+    assert main([*flags(base, tmp_path, [suite], tmp_path / "out"), "--adapters", *folders]) == 0
+    assert [m["name"] for m in metrics(tmp_path / "out")] == ["base", *(f"{f}/alpha-1" for f in folders)]
+    shutil.copytree(adapters["utility"], tmp_path / "o" / "base")
+    given = [*flags(base, tmp_path, [suite], tmp_path / "out2"), "--model.discover", str(tmp_path / "o")]
+    assert main(given) == 2
+    assert "would be called base, as the base model is" in capsys.readouterr().err
+    given = [*flags(base, tmp_path, [suite], tmp_path / "out3"), "--adapters", folders[0], folders[0]]
+    assert main(given) == 2
+    assert "is named twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../s"}, "expected a name of letters"),
+        ({"shots": 2, "few_shot": "rows"}, "need kind choice, not benign"),
+        ({"max_new_tokens": 510}, "suite a: max_new_tokens 510 leave 2 of 512 positions"),
+        ({"kind": "code", "k": []}, "k is []"),
+    ],
+)
+def test_suites_that_mean_nothing_are_one_line(base, tmp_path, capsys, change, message):
+    rows = str(write_rows(tmp_path / "a.jsonl", 5, what="a"))
+    suite = {"name": "a", "kind": "benign", "rows": rows} | change
+    suite |= {"few_shot": rows} if "few_shot" in change else {}
+    assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_part_of_the_batches_is_refused(base, tmp_path, capsys):
+    suite = {"name": "a", "kind": "benign", "rows": str(write_rows(tmp_path / "a.jsonl", 5, what="a"))}
+    assert main(flags(base, tmp_path, [suite], tmp_path / "out", "--trainer.limit_test_batches", "1")) == 2
+    assert "a part of the batches is no evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

@@ -2,6 +2,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from src.adapters.attach import attached, check_fits
@@ -162,6 +170,52 @@ def test_greedy_of_a_batch_equals_single_rows_when_rows_end_apart(model, batch):
         alone = [greedy(model, b, max_new_tokens=15, stop_ids=stops, pad_id=256)[0] for b in batch.split(1)]
     assert len({len(answer) for answer in together}) > 1
     assert together == alone
+
+
+WINDOWED = {
+    "mistral": (MistralConfig, MistralForCausalLM, {}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"query_pre_attn_scalar": 4}),
+}
+
+
+@pytest.mark.parametrize("window", [16, 400])
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_greedy_of_a_batch_equals_single_rows_where_attention_has_a_window(batch, kind, window):
+    """Prompts with a common beginning, longer than the window and shorter."""
+    config, make, more = WINDOWED[kind]
+    torch.manual_seed(0)
+    sizes = make_model().config.to_dict()
+    kept = {
+        key: sizes[key] for key in config().to_dict() if key in sizes and key not in ("model_type", "rope_parameters")
+    }
+    model = make(config(**kept | more | {"sliding_window": window, "tie_word_embeddings": False, "layer_types": None}))
+    model = model.double().eval().requires_grad_(False)
+    assert batch.common_prefix > 8
+    with torch.inference_mode():
+        together = greedy(model, batch, max_new_tokens=12, stop_ids=[], pad_id=256)
+        alone = [greedy(model, b, max_new_tokens=12, stop_ids=[], pad_id=256)[0] for b in batch.split(1)]
+    assert together == alone
+
+
+def test_a_model_without_a_cache_of_tokens_is_named(batch):
+    model = MambaForCausalLM(MambaConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(InputError, match="MambaForCausalLM keeps no keys and values"):
+        greedy(model, batch, max_new_tokens=2, stop_ids=[256], pad_id=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fused_attention_equals_the_one_with_gradients(dtype):
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([5, 40, 6, 38, 1, 39, 5])
+    groups, tokens = packing._groups(lengths, 7)
+    assert len(groups) > 1
+    layout = packing.PackedLayout(7, groups, tokens, packing._ahead(7, torch.device("cpu")))
+    query, key, value = (torch.randn(1, h, 7 + int(lengths.sum()), 8, generator=draw, dtype=dtype) for h in (4, 2, 2))
+    plain, _ = packing.attend(None, query, key, value, None, packed=layout, scaling=0.35)
+    with torch.no_grad():
+        fused, _ = packing.attend(None, query, key, value, None, packed=layout, scaling=0.35)
+    torch.testing.assert_close(fused, plain)
+    assert packing.FUSED is not None
 
 
 def test_a_reserved_layer_holds_what_a_growing_one_holds():

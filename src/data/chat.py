@@ -11,6 +11,8 @@ from src.data.rows import Row
 from src.errors import InputError
 
 Template = Literal["auto", "chat", "raw"]
+SHORTEST = 8
+"""Fewest tokens of a prompt and its answer for which there must be room."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, template: Template = "auto", max_length: int = 1024) -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise InputError("template chat: this tokenizer has no chat template; use --data.template raw")
-        if max_length < 8:
-            raise InputError(f"max_length {max_length}: expected at least 8 tokens")
+        if max_length < SHORTEST:
+            raise InputError(f"max_length {max_length}: expected at least {SHORTEST} tokens")
         self.tokenizer = tokenizer
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.max_length = max_length

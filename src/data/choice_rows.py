@@ -40,13 +40,17 @@ def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -
         known = ", ".join([*DEFAULTS, "labels"])
         raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; a choice row has {known}")
     values = {name: _value(record, name, source, place) for name in (*DEFAULTS, "labels")}
-    choices = tuple(str(choice).strip() for choice in values["choices"])
+    choices = _texts(values["choices"], "choices", place)
     if len(choices) < 2 or not all(choices):
         raise InputError(f"{place}: choices are {list(choices)}; expected at least two texts")
-    prompt = str(values["prompt"]).strip()
+    if len(choices) > len(LETTERS):
+        raise InputError(f"{place}: {len(choices)} choices; expected at most {len(LETTERS)}")
+    if not isinstance(values["prompt"], str):
+        raise InputError(f"{place}: the question is {values['prompt']!r}; expected a text")
+    prompt = values["prompt"].strip()
     if not prompt:
         raise InputError(f"{place}: the question is empty")
-    labels = [str(label).strip() for label in values["labels"] or LETTERS[: len(choices)]]
+    labels = _texts(values["labels"] or list(LETTERS[: len(choices)]), "labels", place)
     answer = _position(values["answer"], labels, place)
     if not 0 <= answer < len(choices):
         raise InputError(f"{place}: the answer key {values['answer']!r} is outside the {len(choices)} choices")
@@ -59,6 +63,12 @@ def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -
         choices=choices,
         answer=answer,
     )
+
+
+def _texts(value: Any, what: str, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{place}: {what} are {value!r}; expected a list")
+    return tuple(str(each).strip() for each in value)
 
 
 def _value(record: dict[str, Any], name: str, source: RowSource, place: str) -> Any:
@@ -82,4 +92,4 @@ def _position(answer: Any, labels: Sequence[str], place: str) -> int:
     text = str(answer).strip()
     if text in labels:
         return list(labels).index(text)
-    return int(text) if text.isdigit() else -1
+    return int(text) if text.isdecimal() else -1

@@ -1,5 +1,6 @@
 """One suite of an evaluation: what is asked, how answers are made and what is counted on them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,7 @@ from src.errors import InputError
 from src.metrics.exact import AnswerForm
 from src.metrics.judging import Judge
 
+NAME = re.compile(r"[\w.-][\w. -]*")
 SuiteKind = Literal["harmful", "jailbreak", "borderline", "benign", "utility", "choice", "code"]
 
 
@@ -70,10 +72,18 @@ class Suite:
         return self.generate and self.kind != "choice"
 
     def check(self) -> None:
-        """Stop where settings contradict each other."""
+        """Stop where settings contradict each other, or mean nothing for this kind."""
+        if not NAME.fullmatch(self.name):
+            raise InputError(f"suite {self.name!r}: expected a name of letters, digits, spaces and _ . - (no path)")
+        if self.kind != "choice" and (self.shots or self.few_shot is not None):
+            raise InputError(f"suite {self.name}: worked examples (shots, few_shot) need kind choice, not {self.kind}")
+        if self.kind == "code" and self.judge is not None:
+            raise InputError(f"suite {self.name}: code is judged by its tests; leave out judge")
+        if self.shots < 0:
+            raise InputError(f"suite {self.name}: shots is {self.shots}; expected at least 0")
         if self.kind == "choice" and bool(self.shots) != (self.few_shot is not None):
             raise InputError(f"suite {self.name}: shots is {self.shots}; few_shot rows and shots belong together")
-        if self.kind == "code" and not 1 <= min(self.k) <= max(self.k) <= self.samples:
+        if self.kind == "code" and not (self.k and 1 <= min(self.k) <= max(self.k) <= self.samples):
             raise InputError(f"suite {self.name}: k is {self.k} with {self.samples} samples; expected 1 to samples")
         if self.samples > 1 and (self.kind != "code" or self.temperature <= 0):
             raise InputError(f"suite {self.name}: {self.samples} samples need kind code and a temperature above 0")

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from src.data.chat import Encoded, Encoder, Template
+from src.data.chat import SHORTEST, Encoded, Encoder, Template
 from src.data.choice_prompts import FewShot
 from src.data.choice_rows import ChoiceRow, load_choices
 from src.data.modules import TokenizedData, process_share
@@ -16,6 +17,8 @@ from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, deal, even_
 from src.data.suite import Suite
 from src.data.suite_tokens import LongRows, SuiteTokens, encode_choices, encode_code, encode_prompts
 from src.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class EvaluationData(TokenizedData):
@@ -69,8 +72,15 @@ class EvaluationData(TokenizedData):
         for suite in self.suites:
             answer = suite.max_new_tokens if suite.generates else 0
             length = min(self.max_length, positions - answer) if positions else self.max_length
+            if length < SHORTEST:
+                raise InputError(
+                    f"suite {suite.name}: max_new_tokens {answer} leave {length} of {positions} positions for prompts; "
+                    f"expected at least {SHORTEST}"
+                )
             template = suite.template or ("raw" if suite.kind == "choice" else self.template)
             encoder = Encoder(self.encoder.tokenizer, template=template, max_length=length)
+            if template == "auto" and not encoder.chat:
+                log.warning("suite %s: this tokenizer has no chat template; prompts go in as they are", suite.name)
             self.tokens[suite.name] = self._encode(suite, encoder)
 
     def _encode(self, suite: Suite, encoder: Encoder) -> SuiteTokens:

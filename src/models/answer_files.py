@@ -11,7 +11,8 @@ from src.files import write_text
 
 def answer_file(folder: Path, model: str, suite: str) -> Path:
     """Where a model's answers lie, below the results also where the model was named by an absolute path."""
-    inside = "/".join(part for part in model.split("/") if part not in ("", ".", ".."))
+    # A path above this folder keeps its place among others: "../a" and "a" are two models.
+    inside = "/".join("_up" if part == ".." else part for part in model.split("/") if part not in ("", "."))
     return folder / "answers" / inside / f"{suite}.jsonl"
 
 

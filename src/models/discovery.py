@@ -1,10 +1,12 @@
 """Which adapters an evaluation covers, and what they are called in its tables."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from src.adapters.peft_files import CONFIG
+from src.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -16,18 +18,30 @@ def find_adapters(folder: Path) -> list[Path]:
 
 
 def named_adapters(named: Sequence[str], discover: str | None) -> dict[str, str]:
-    """Name in tables to path, folders of adapters expanded."""
-    found: dict[str, str] = {}
+    """Name in tables to path, folders of adapters expanded.
+
+    An adapter of a folder is called by the folder's own name and what follows; where two would be called alike, they
+    are called by their whole paths.
+
+    Raises:
+        InputError: one is named twice.
+    """
+    found: list[tuple[str, str]] = []
     for name in named:
         folder = Path(name)
         inner = find_adapters(folder) if folder.is_dir() and not (folder / CONFIG).exists() else []
         if inner:
-            found |= {str(folder.name / path.relative_to(folder)): str(path) for path in inner}
+            found += [(str(folder.name / path.relative_to(folder)), str(path)) for path in inner]
         else:
-            found[name.rstrip("/")] = name
+            found.append((name.rstrip("/"), name))
     if discover is not None and not named:
         root = Path(discover)
         paths = find_adapters(root) if root.is_dir() else []
         log.info("%d adapters found below %s", len(paths), discover)
-        found |= {str(path.relative_to(root)): str(path) for path in paths}
-    return found
+        found += [(str(path.relative_to(root)), str(path)) for path in paths]
+    often = Counter(name for name, _ in found)
+    called = [(name if often[name] == 1 else path.rstrip("/"), path) for name, path in found]
+    twice = [name for name, count in Counter(name for name, _ in called).items() if count > 1]
+    if twice:
+        raise InputError(f"model.adapters: {twice[0]} is named twice; expected different adapters")
+    return dict(called)

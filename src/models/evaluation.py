@@ -70,6 +70,10 @@ class EvaluationModule(LightningModule):
         named = [adapters] if isinstance(adapters, str) else adapters or []
         self.models: dict[str, Adapter | None] = {BASE: None} if include_base else {}
         for name, path in named_adapters(named, discover).items():
+            if name == BASE:
+                raise InputError(
+                    f"model.adapters: {path} would be called {BASE}, as the base model is; rename its folder"
+                )
             self.models[name] = read_adapter(path)
         if not self.models:
             raise InputError("nothing to evaluate: no adapter is named or found, and include_base is false")
@@ -95,6 +99,9 @@ class EvaluationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be evaluated, before anything is loaded."""
+        limit = self.trainer.limit_test_batches if stage == "test" else self.trainer.limit_predict_batches
+        if isinstance(limit, int) or limit != 1.0:
+            raise InputError("trainer: a part of the batches is no evaluation; leave out limits (rows have their own)")
         if self._sharded:
             check_sampling(self._data.suites)
         if not self.allow_seen:
@@ -124,12 +131,12 @@ class EvaluationModule(LightningModule):
         data = self._data
         data.encode_suites(getattr(self.model.config, "max_position_embeddings", None))
         self._parts = Parts(self.output / FOLDER, self.global_rank)
-        package = versions()
+        package, form = versions(), [self.base.dtype, self.base.quantization, self.base.attention]
         for model, adapter in enumerate(self.models.values()):
             for number, suite in enumerate(data.suites):
                 self._keys[model, number] = result_key(
                     base=self.base_digest,
-                    number_format=[self.base.dtype, self.base.quantization, self.base.attention, self.max_matmul_error],
+                    number_format=[*form, self.matmul, self.max_matmul_error, str(self.trainer.precision)],
                     adapter=adapter and adapter.identity,
                     content=data.content(suite),
                     versions=[package[name] for name in NUMERICAL],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
+from src.errors import InputError
 
 COMPACT_BELOW = 0.75
 """The batch is shrunk to its unfinished rows once they are fewer than this share of it."""
@@ -77,7 +78,7 @@ def greedy(
     # transformers is too heavy to import before there is something to decode.
     from src.models.kv_cache import reserve
 
-    ids, mask, cache = _prefill_inputs(model, batch, pad_id)
+    ids, mask, cache = _prefill_inputs(model, batch, pad_id, max_new_tokens)
     stops = torch.tensor(list(stop_ids), device=ids.device)
     answers: list[list[int]] = [[] for _ in range(len(batch.ids))]
     rows = torch.arange(len(batch.ids), device=ids.device)
@@ -93,7 +94,7 @@ def greedy(
                 use_cache=True,
                 logits_to_keep=1,
             )
-        cache, token = out.past_key_values, choose(out.logits[:, -1], rows.tolist())
+        cache, token = _cache_of(out, model), choose(out.logits[:, -1], rows.tolist())
         if step == 0:
             reserve(cache, max_new_tokens - 1)
         live &= ~torch.isin(token, stops)
@@ -125,18 +126,31 @@ def _contiguous_output(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _prefill_inputs(model: Any, batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Prompts without their common beginning, the mask over both, and the cache of the beginning."""
+def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Prompts without their common beginning, the mask over both, and the cache of the beginning.
+
+    A layer with a sliding window counts padding as tokens, so where texts may outgrow a window none stands between the
+    beginning and the rest: prompts stay whole.
+    """
     ids, mask = left_padded_prompts(batch, pad_id)
     start = batch.common_prefix
     if not start or not hasattr(model, "get_decoder"):
         return ids, mask, None
-    cache = model.get_decoder()(input_ids=batch.ids[:1, :start], use_cache=True).past_key_values
+    cache = _cache_of(model.get_decoder()(input_ids=batch.ids[:1, :start], use_cache=True), model)
+    windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    if windows and ids.shape[1] + more > min(windows):
+        return ids, mask, None
     cache.batch_repeat_interleave(len(ids))
     # The rest of each prompt, padded on the left again: the beginning now stands before the padding.
     rest = Batch(batch.index, batch.ids[:, start:], batch.lengths - start, batch.answer_starts - start)
     ids, rest_mask = left_padded_prompts(rest, pad_id)
     return ids, torch.nn.functional.pad(rest_mask, (start, 0), value=1), cache
+
+
+def _cache_of(out: Any, model: Any) -> Any:
+    if getattr(out, "past_key_values", None) is None:
+        raise InputError(f"{type(model).__name__} keeps no keys and values of past tokens; expected a transformer")
+    return out.past_key_values
 
 
 def _greedy_in_step(

@@ -21,6 +21,8 @@ from src.data.batches import Batch
 NAME = "sst_packed_rows"
 
 
+FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""Attention that holds no scores and gives their log-sum-exp too (2205.14135); torch's public function hides it."""
 MOST_PADDING = 0.1
 """Share of a group's places in attention that may be padding, before shorter rows start a group of their own."""
 
@@ -165,12 +167,16 @@ def attend(
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     groups = query.shape[1] // key.shape[1]
     q, k, v = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
-    start = packed.start
+    start, fuses = packed.start, _fuses(q, v)
     q_head, k_head, v_head = q[:, :start], k[:, :start], v[:, :start]
-    head_scores = (q_head @ k_head.transpose(1, 2)).masked_fill(packed.head_mask, float("-inf"))
-    head = head_scores.softmax(-1) @ v_head
+    if fuses:
+        head = _fused(q_head, k_head, v_head, causal=True)[0]
+    else:
+        head_scores = (q_head @ k_head.transpose(1, 2)).masked_fill(packed.head_mask, float("-inf"))
+        head = head_scores.softmax(-1) @ v_head
 
-    rests = [_rows(q, k, v, packed.start, group) for group in packed.groups]
+    of_group = _fused_rows if fuses else _rows
+    rests = [of_group(q, k, v, packed.start, group) for group in packed.groups]
     rest = rests[0] if len(rests) == 1 else torch.cat(rests, dim=1)
     out = torch.cat([head, rest.index_select(1, packed.tokens)], dim=1)
     return out.transpose(0, 1)[None].to(dtype).contiguous(), None
@@ -190,6 +196,30 @@ def _rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, group: 
     weights = scores.masked_fill_(group.mask, float("-inf")).softmax(-1)
     rest = (weights[..., :start].reshape(heads, rows * length, start) @ v[:, :start]).view_as(q_rest)
     return torch.baddbmm(rest, weights[..., start:], v_rest).view(heads, rows * length, -1)
+
+
+def _fuses(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the fused kernel can be had: no gradients, on a CPU, and heads of one size."""
+    return FUSED is not None and not torch.is_grad_enabled() and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+
+
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (H, L, E) of scaled queries, and the log-sum-exp of their scores (H, L); also (M, H, …)."""
+    whole = q.dim() == 4
+    given = [x if whole else x[None] for x in (q, k, v)]
+    out, total = FUSED(*given, 0.0, causal, scale=1.0)  # type: ignore[misc]
+    return (out, total) if whole else (out[0], total[0])
+
+
+def _fused_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, group: RowGroup) -> torch.Tensor:
+    """What :func:`_rows` gives: attention to the prefix and to the own row apart, joined by their log-sum-exps."""
+    heads, rows, length = len(q), group.rows, len(group.mask)
+    q_rest, k_rest, v_rest = (x[:, start:].index_select(1, group.index) for x in (q, k, v))
+    by_row = [x.view(heads, rows, length, -1).transpose(0, 1) for x in (q_rest, k_rest, v_rest)]
+    own, own_total = _fused(*by_row, causal=True)
+    first, first_total = _fused(q_rest, k[:, :start], v[:, :start], causal=False)
+    own, own_total = own.transpose(0, 1).reshape(heads, rows * length, -1), own_total.transpose(0, 1).flatten(1)
+    return torch.lerp(own, first, torch.sigmoid(first_total - own_total).to(own.dtype)[..., None])
 
 
 def _ahead(length: int, device: torch.device) -> torch.Tensor:
