@@ -147,6 +147,28 @@ def test_suites_that_mean_nothing_are_one_line(base, tmp_path, capsys, change, m
     assert message in capsys.readouterr().err
 
 
+def test_predict_writes_every_sample_and_every_choice(base, tmp_path):
+    suites = [suite for suite in suites_of_every_kind(tmp_path) if suite["name"] in ("arc", "mmlu", "code")]
+    suites[-1] |= {"samples": 3, "temperature": 1.0}
+    given = flags(base, tmp_path, suites, tmp_path / "out")
+    given[0] = "predict"
+    assert main(given) == 0
+    assert {len(row["scores"]) for name in ("arc", "mmlu") for row in answers(tmp_path / "out", name)} == {4}
+    assert {len(row["answers"]) for row in answers(tmp_path / "out", "code")} == {3}
+
+
+def test_programs_that_cannot_be_run_are_refused_before_anything_is_generated(
+    base, tmp_path, computed, monkeypatch, capsys
+):
+    from src.sandbox import run
+
+    monkeypatch.setattr(run, "missing_isolation", lambda: "no namespaces")
+    code = [suite for suite in suites_of_every_kind(tmp_path) if suite["name"] == "code"]
+    assert main(flags(base, tmp_path, code, tmp_path / "out")) == 2
+    assert "cannot be isolated on this machine (no namespaces)" in capsys.readouterr().err
+    assert computed["rows"] == 0
+
+
 def test_a_part_of_the_batches_is_refused(base, tmp_path, capsys):
     suite = {"name": "a", "kind": "benign", "rows": str(write_rows(tmp_path / "a.jsonl", 5, what="a"))}
     assert main(flags(base, tmp_path, [suite], tmp_path / "out", "--trainer.limit_test_batches", "1")) == 2

@@ -24,7 +24,7 @@ from src.models.adapter_swap import Swap
 from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import named_adapters
-from src.models.evaluation_checks import check_sampling, check_unseen
+from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
 from src.models.partial import FOLDER, Parts, Record, result_key
 from src.models.progress import Progress
 from src.models.results import Results
@@ -104,6 +104,8 @@ class EvaluationModule(LightningModule):
             raise InputError("trainer: a part of the batches is no evaluation; leave out limits (rows have their own)")
         if self._sharded:
             check_sampling(self._data.suites)
+        if stage == "test":
+            check_programs(self._data.suites, allow=self.allow_code_execution)
         if not self.allow_seen:
             check_unseen(self.models, self._data.rows)
 

@@ -6,6 +6,7 @@ from src.adapters.peft_files import Adapter
 from src.data.rows import Row
 from src.data.suite import Suite
 from src.errors import InputError
+from src.sandbox.run import check_isolation
 
 
 def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequence[Row]]) -> None:
@@ -22,6 +23,16 @@ def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequen
                     f"suite {suite}: {len(both)} prompts, the first {both[0].id}, were used to train or calibrate "
                     f"{name}; evaluate on other rows (or pass --model.allow_seen true)"
                 )
+
+
+def check_programs(suites: Sequence[Suite], *, allow: bool) -> None:
+    """Check that programs can be run in the end, before answers are generated.
+
+    Raises:
+        InputError: a suite has programs, this machine cannot isolate them and ``allow`` is false.
+    """
+    if not allow and any(suite.kind == "code" and suite.generates for suite in suites):
+        check_isolation()
 
 
 def check_sampling(suites: Sequence[Suite]) -> None:

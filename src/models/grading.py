@@ -5,12 +5,14 @@ come with bootstrap intervals over rows.
 """
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 
 from src.data.choice_rows import ChoiceRow
 from src.data.rows import Row
 from src.data.suite import Suite
+from src.errors import InputError
 from src.metrics.agreement import count_pairs, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference
 from src.metrics.code import pass_at_k
@@ -56,9 +58,16 @@ def graded_answer(suite: Suite, row: Row, record: Record, judgement: Judgement |
     return found
 
 
+def choice_scores(records: Sequence[Record]) -> list[float]:
+    """Log-likelihood of each choice of a row, from its one sequence or from one per choice."""
+    return records[0]["scores"] if "scores" in records[0] else [record["score"] for record in records]
+
+
 def graded_choice(row: ChoiceRow, records: Sequence[Record]) -> Record:
     """A multiple-choice row: scores of all choices, the chosen one and whether it is right."""
-    scores = records[0]["scores"] if "scores" in records[0] else [record["score"] for record in records]
+    scores = choice_scores(records)
+    if not all(map(isfinite, scores)):
+        raise InputError(f"{row.id}: the log-likelihoods of its choices are {scores}; expected finite numbers")
     choice, fair = chosen(scores), chosen(by_length(scores, row.choices))
     return {
         "scores": scores,
@@ -152,4 +161,5 @@ def safety_summary(suites: Mapping[str, Record]) -> Record:
 def safety_line(safety: Mapping[str, Record]) -> str:
     """Refusal, attack success, over-refusal and collapse on one line."""
     shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
-    return ", ".join(shares) or "no suite of prompts to refuse or to answer"
+    unjudged = ", attack success not judged" if "refusal" in safety and "attack_success" not in safety else ""
+    return ", ".join(shares) + unjudged or "no suite of prompts to refuse or to answer"

@@ -19,6 +19,7 @@ from src.metrics.code import program
 from src.metrics.judging import Judgement
 from src.models.answer_files import answer_file, remove_other_answers, write_answers
 from src.models.grading import (
+    choice_scores,
     compared,
     graded_answer,
     graded_choice,
@@ -200,8 +201,17 @@ class Results:
         for (model, number), records in self.records.items():
             suite = self.data.suites[number]
             units = self.data.tokens[suite.name].units
-            each = self.graded.get((model, number)) or [records[unit[0]] for unit in units]
+            each = self.graded.get((model, number)) or [_raw(suite, [records[i] for i in unit]) for unit in units]
             path = answer_file(self.output, self.models[model], suite.name)
             write_answers(path, self.data.rows[suite.name], each)
         names = [(self.models[model], self.data.suites[number].name) for model, number in self.records]
         remove_other_answers(self.output, {answer_file(self.output, *each) for each in names})
+
+
+def _raw(suite: Suite, records: Sequence[Record]) -> Record:
+    """What was found on a row, ungraded: its answer or answers, or the scores of its choices."""
+    if suite.kind == "choice":
+        return {"scores": choice_scores(records)}
+    if suite.kind == "code":
+        return {"answers": [record["answer"] for record in records]}
+    return records[0]

@@ -69,13 +69,22 @@ def run_program(program: str, limits: Limits | None = None, *, allow_code_execut
     Raises:
         InputError: this machine cannot isolate it, and ``allow_code_execution`` is false.
     """
-    missing = missing_isolation()
-    if missing and not allow_code_execution:
+    if not allow_code_execution:
+        check_isolation()
+    return _run(program, limits or Limits(), isolate=not missing_isolation())
+
+
+def check_isolation() -> None:
+    """Check that this machine can isolate programs.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if missing := missing_isolation():
         raise InputError(
             f"programs cannot be isolated on this machine ({missing}); pass --model.allow_code_execution true to run "
             "them with resource limits only"
         )
-    return _run(program, limits or Limits(), isolate=not missing)
 
 
 @cache
