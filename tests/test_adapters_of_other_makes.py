@@ -52,19 +52,23 @@ def saved(folder, model):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
+def check_merges(folder, expected):
+    """A full model and an adapter of full rank, from the adapter ``a`` of the base ``base``, give these logits."""
+    given = {"utility": str(folder / "a"), "base": str(folder / "base")}
+    merge(**given, full_model=True, output=str(folder / "m"))
+    whole = AutoModelForCausalLM.from_pretrained(folder / "m", dtype=torch.float64)
+    torch.testing.assert_close(whole(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    merge(**given, rank=16, output=str(folder / "r"))
+    bare = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(bare, str(folder / "r")).double().eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("module", "tied"), [("embed_tokens", False), ("embed_tokens", True), ("lm_head", True)])
 def test_a_fully_trained_embedding_or_head_is_merged(tmp_path, module, tied):
     base = saved(tmp_path / "base", make_model(tie_word_embeddings=tied))
     peft = trained(tmp_path / "a", base, tmp_path / "base", modules_to_save=[module])
-    expected = peft(IDS).logits
-    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base")}
-    merge(**given, full_model=True, output=str(tmp_path / "m"))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
-    torch.testing.assert_close(whole(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-    merge(**given, rank=16, output=str(tmp_path / "r"))
-    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    loaded = PeftModel.from_pretrained(bare, str(tmp_path / "r")).double().eval()
-    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    check_merges(tmp_path, peft(IDS).logits)
 
 
 @pytest.mark.parametrize("module", ["c_proj", "c_attn"])
@@ -75,15 +79,7 @@ def test_fully_trained_transposed_layers_with_biases_are_merged(tmp_path, module
     torch.manual_seed(0)
     base = saved(tmp_path / "base", GPT2LMHeadModel(config))
     peft = trained(tmp_path / "a", base, tmp_path / "base", target_modules=["c_fc"], modules_to_save=[module])
-    expected = peft(IDS).logits
-    given = {"utility": str(tmp_path / "a"), "base": str(tmp_path / "base")}
-    merge(**given, full_model=True, output=str(tmp_path / "m"))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
-    torch.testing.assert_close(whole(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-    merge(**given, rank=16, output=str(tmp_path / "r"))
-    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    loaded = PeftModel.from_pretrained(bare, str(tmp_path / "r")).double().eval()
-    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    check_merges(tmp_path, peft(IDS).logits)
 
 
 def test_of_fully_trained_modules_a_norm_is_refused(tmp_path):
