@@ -138,6 +138,12 @@ def test_zero_and_rank_deficient_updates_drop_directions(model):
         ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
         ({"bias": "all"}, "trained biases"),
         ({"trainable_token_indices": [1]}, "trained tokens"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is set; BD-LoRA"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected a list"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5; expected the name"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\]; expected a mapping"),
+        ({"rank_pattern": "q_proj"}, "rank_pattern is 'q_proj'; expected a mapping"),
+        ({"alpha_pattern": {"*q_proj": 8}}, r"alpha_pattern has '\*q_proj', which is no regular expression"),
     ],
 )
 def test_what_low_rank_pairs_cannot_express_is_refused(adapters, tmp_path, change, message):
@@ -164,11 +170,41 @@ def test_incompatible_adapters_are_named(adapters, tmp_path):
     safety = read_adapter(adapters["safety"])
     other = {"model.layers.9.x": LowRankPair(torch.ones(1, 2), torch.ones(2, 1))}
     write_adapter(tmp_path / "o", other, base=safety.base, manifest={}, seen=frozenset(), card="c")
-    with pytest.raises(InputError, match="no module in common"):
-        check_compatible([safety, read_adapter(tmp_path / "o")])
+    check_compatible([safety, read_adapter(tmp_path / "o")])
+    for name, pairs in (("n", safety.pairs), ("o", other)):
+        write_adapter(tmp_path / name, pairs, base="", manifest={}, seen=frozenset(), card="c")
+    with pytest.raises(InputError, match="no module in common cannot be merged where they name no base"):
+        check_compatible([read_adapter(tmp_path / "n"), read_adapter(tmp_path / "o")])
     write_adapter(tmp_path / "p", safety.pairs, base="other/base", manifest={}, seen=frozenset(), card="c")
     with pytest.raises(InputError, match="trained on the base 'other/base'"):
         check_compatible([safety, read_adapter(tmp_path / "p")])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "message"),
+    [
+        (torch.int8, 2, r"x.lora_A.weight is stored as torch.int8; expected float16"),
+        (torch.float8_e4m3fn, 2, r"x.lora_A.weight is stored as torch.float8_e4m3fn; expected float16"),
+        (torch.float32, 0, "x has factors of rank 0; expected at least 1"),
+    ],
+)
+def test_factors_that_are_no_numbers_or_none_are_named(adapters, tmp_path, dtype, rank, message):
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(adapters["safety"], tmp_path / "copy")
+    shapes = {"A": (rank, 4), "B": (4, rank)}
+    factors = {f"base_model.model.x.lora_{k}.weight": torch.zeros(shape).to(dtype) for k, shape in shapes.items()}
+    save_file(factors, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"base": "tiny"}'])
+def test_a_manifest_that_is_no_mapping_is_named(adapters, tmp_path, text):
+    folder = shutil.copytree(adapters["safety"], tmp_path / "copy")
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest.json: not a manifest; expected a mapping"):
+        read_adapter(folder)
 
 
 def test_base_names_may_differ_as_hub_id_and_directory(tmp_path):

@@ -15,16 +15,18 @@ from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
 from src.errors import InputError
-from src.merge.combinations.core_space import CoreSpace
+from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM
 from src.merge.inputs import Calibrated, read_inputs
+from src.merge.resta import Resta
 from src.merge.safe_lora import SafeLora
 from src.merge.settings import with_option
+from src.merge.sst import Sst
 from src.merge.stage import merge
-from src.merge.sweep import point_name
+from src.merge.sweep import point_name, variants
 from tests.commands import fisher_flags
 from tests.tiny import make_model, random_pairs
 
@@ -68,6 +70,14 @@ def check_merges(folder, expected):
 def test_a_fully_trained_embedding_or_head_is_merged(tmp_path, module, tied):
     base = saved(tmp_path / "base", make_model(tie_word_embeddings=tied))
     peft = trained(tmp_path / "a", base, tmp_path / "base", modules_to_save=[module])
+    check_merges(tmp_path, peft(IDS).logits)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_of_tied_weights_that_are_trained_together_one_need_be_listed(tmp_path, module):
+    base = saved(tmp_path / "base", make_model())
+    peft = trained(tmp_path / "a", base, tmp_path / "base", modules_to_save=[module], ensure_weight_tying=True)
+    assert torch.equal(peft.base_model.model.lm_head.weight, peft.base_model.model.model.embed_tokens.weight)
     check_merges(tmp_path, peft(IDS).logits)
 
 
@@ -155,13 +165,13 @@ def test_weights_that_are_no_numbers_are_refused(adapters, tmp_path, weights):
         merge(utility=both, utility_weights=[0.0, 0.0], output=str(tmp_path / "o"))
 
 
-def test_each_adapter_must_share_a_module_with_another_in_any_order(tmp_path):
+def test_adapters_of_no_named_base_must_share_a_module_with_another_in_any_order(tmp_path):
     pairs = random_pairs(make_model(), 2, 1)
     first, second, *_ = pairs
     parts = {"one": [first], "other": [second], "both": [first, second]}
     for name, modules in parts.items():
         kept = {module: pairs[module] for module in modules}
-        write_adapter(tmp_path / name, kept, base="tiny", manifest={}, seen=frozenset(), card="c")
+        write_adapter(tmp_path / name, kept, base="", manifest={}, seen=frozenset(), card="c")
     one, other, both = (read_adapter(tmp_path / name) for name in parts)
     for order in ([both, one, other], [one, other, both], [other, both, one]):
         check_compatible(order)
@@ -169,9 +179,29 @@ def test_each_adapter_must_share_a_module_with_another_in_any_order(tmp_path):
         with pytest.raises(InputError, match="no module in common"):
             check_compatible(order)
     wrong = {second: LowRankPair(torch.ones(1, 3), torch.ones(3, 1)), first: pairs[first]}
-    write_adapter(tmp_path / "wrong", wrong, base="tiny", manifest={}, seen=frozenset(), card="c")
+    write_adapter(tmp_path / "wrong", wrong, base="", manifest={}, seen=frozenset(), card="c")
     with pytest.raises(InputError, match="has shapes"):
         check_compatible([one, both, read_adapter(tmp_path / "wrong")])
+
+
+def test_adapters_of_other_modules_of_one_base_are_merged(tmp_path, capsys):
+    """What only one of them updates the other leaves as it is."""
+    pairs = random_pairs(make_model(), 2, 1)
+    parts = {part: {n: pair for n, pair in pairs.items() if part in n} for part in ("self_attn", "mlp")}
+    for name, kept in parts.items():
+        write_adapter(tmp_path / name, kept, base="tiny", manifest={}, seen=frozenset(), card="c")
+    folders = [str(tmp_path / name) for name in parts]
+    for number, combine in enumerate((TaskArithmetic(), CoreSpace(TaskArithmetic()))):
+        merge(utility=folders, combine=combine, output=str(tmp_path / f"m{number}"))
+        merged = read_adapter(tmp_path / f"m{number}").pairs
+        assert set(merged) == set(pairs)
+        for name, pair in pairs.items():
+            torch.testing.assert_close(merged[name].dense(), pair.dense(), rtol=1e-5, atol=1e-6)
+    assert main(["inspect", *folders, "--output", str(tmp_path / "i")]) == 0
+    table = capsys.readouterr().out
+    assert "| 1 | 1.000 | 0.000 |" in table
+    assert "| 1 | 1.000 | — |" in table
+    assert "nan" not in table
 
 
 def test_points_of_a_sweep_never_share_a_directory(adapters, tmp_path):
@@ -188,6 +218,48 @@ def test_options_of_an_inner_method_can_be_swept():
             with_option(method, option, 1.0)
     with pytest.raises(InputError, match="--alpha"):
         with_option(TaskArithmetic(), "alpha", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        (TsvM(), "keep", 1.5),
+        (Dare(), "seed", 0.5),
+        (Sst(filter="topk", k=2), "k", 2.5),
+        (CompressThenMerge(), "rank", float("nan")),
+        (CoreSpace(Dare()), "inner.seed", 0.5),
+    ],
+)
+def test_options_that_are_counted_are_swept_over_whole_numbers(method, option, value):
+    with pytest.raises(InputError, match=rf"sweep\.{option} is {value}; expected a whole number"):
+        with_option(method, option, value)
+    head, _, rest = option.partition(".")
+    found = getattr(with_option(method, option, 3.0), head)
+    found = getattr(found, rest) if rest else found
+    assert (found, type(found)) == (3, int)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (Dare(), "rescale"),
+        (Ties(), "convention"),
+        (Ties(), "normalise"),
+        (SafeLora(), "aligned"),
+        (CoreSpace(), "inner"),
+    ],
+)
+def test_options_that_are_no_numbers_are_not_swept(method, option):
+    with pytest.raises(InputError, match=rf"sweep.combine.{option} is 1.0; the option takes no numbers"):
+        with_option(method, option, 1.0, prefix="sweep.combine.")
+
+
+def test_options_that_are_unset_or_numbers_are_swept():
+    assert with_option(Resta(), "density", 0.5).density == 0.5
+    assert with_option(Sst(filter="energy", share=0.2), "share", 1).share == 1
+    assert with_option(Ties(), "normalise", False).normalise is False
+    with pytest.raises(InputError, match=r"sweep.combine.keep is 1.5"):
+        variants(None, TsvM(), {"combine.keep": [1.5]})
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias.*:UserWarning")

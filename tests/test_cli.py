@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from src.cli import COMMANDS, evaluation_options, main, name_in_help, resolve_names
+from src.cli import COMMANDS, evaluation_options, main, name_in_help, resolve_names, with_default_config
 from src.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +78,15 @@ def test_names_are_found_as_given_then_in_their_folder(tmp_path, monkeypatch):
     assert resolve_names(["--config", "expert.yaml"]) == ["--config", "expert.yaml"]
     with pytest.raises(InputError, match=r"--config nowhere.yaml: no such file here or under configs/"):
         resolve_names(["--config", "nowhere.yaml"])
+
+
+def test_the_demos_merge_does_not_get_into_one_of_other_adapters(adapters, tmp_path):
+    assert with_default_config("merge", ["--alpha", "1"]) == ["--config", "merge.yaml", "--alpha", "1"]
+    assert with_default_config("merge", ["--utility=a"]) == ["--utility=a"]
+    assert with_default_config("test", ["--utility=a"])[:2] == ["--config", "test.yaml"]
+    both = f"[{adapters['utility']}, {adapters['safety']}]"
+    given = ["merge", "--combine", "Ties", "--utility", both, "--rank", "32"]
+    assert main([*given, "--output", str(tmp_path / "m")]) == 0
 
 
 def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):

@@ -22,6 +22,7 @@ from src.merge.combinations.breadcrumbs import Breadcrumbs
 from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.fisher_average import FisherAverage
 from src.merge.combinations.knots import Knots
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.magnitude_prune import MagnitudePrune
@@ -246,6 +247,41 @@ def test_the_bytes_of_sst_do_not_depend_on_the_number_of_threads(tmp_path):
         subprocess.run([sys.executable, "-c", SST, *given], check=True, cwd=ROOT, env=clean)
     for name in ("soft/alpha-0.5", "soft/alpha-1", "energy"):
         assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
+
+
+KRONECKER = """
+import sys
+from src.merge.combinations.fisher_average import FisherAverage
+from src.merge.parallel import one_thread_each
+from src.merge.stage import merge
+from threadpoolctl import threadpool_info
+def blas():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+before = blas()
+with one_thread_each():
+    assert set(blas()) == {1}
+given = {"utility": sys.argv[2], "safety": sys.argv[3], "fisher": sys.argv[4]}
+merge(**given, method=FisherAverage(), rank=4, warn_below=0.0, output=sys.argv[1])
+assert blas() == before
+"""
+
+
+@pytest.mark.processes
+def test_the_bytes_of_scipys_decompositions_do_not_depend_on_the_number_of_blas_threads(tmp_path):
+    from src.adapters.peft_files import write_adapter
+
+    adapters = {name: tmp_path / name for name in ("utility", "safety")}
+    for seed, folder in enumerate(adapters.values()):
+        # Large enough that OpenBLAS splits an eigendecomposition.
+        draw = torch.Generator().manual_seed(seed)
+        pair = LowRankPair(torch.randn(8, 901, generator=draw), torch.randn(901, 8, generator=draw))
+        write_adapter(folder, {"model.x": pair}, base="t", manifest={}, seen=frozenset(), card="c")
+    fisher = write_fishers(tmp_path / "fisher", adapters, "t", method=FisherAverage())
+    for threads in ("1", "2"):
+        given = [str(tmp_path / threads), *map(str, adapters.values()), str(fisher)]
+        few = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": threads}
+        subprocess.run([sys.executable, "-c", KRONECKER, *given], check=True, cwd=ROOT, env=few, timeout=200)
+    assert read_adapter(tmp_path / "1").sha256 == read_adapter(tmp_path / "2").sha256
 
 
 @settings(max_examples=25, deadline=None)

@@ -13,15 +13,20 @@ from transformers import AutoModelForCausalLM
 from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
+from src.adapters.safetensors_stream import NAMES
 from src.adapters.truncate import truncate
 from src.errors import InputError
+from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.knots import Knots
 from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
+from src.merge.led import Led
 from src.merge.sst import Sst
+from src.merge.sst_diagonal import SstDiagonal
 from src.merge.stage import merge
-from tests.merging import write_fishers
+from tests.merging import anchored, weight_space_fishers, write_fishers
 from tests.tiny import make_base, make_model, random_pairs
 
 IDS = torch.arange(12)[None]
@@ -180,6 +185,11 @@ def test_a_full_rank_merge_cannot_be_an_exact_adapter(adapters, tmp_path):
         ({"rank": 2, "energy": 0.5}, "exclude each other"),
         ({"rank": 0}, "rank is 0"),
         ({"energy": 1.5}, "energy is 1.5"),
+        ({"warn_below": float("nan")}, "warn_below is nan; expected a number from 0 to 1"),
+        ({"warn_below": 95.0}, "warn_below is 95.0; expected a number from 0 to 1"),
+        ({"full_model": True, "shard_size": float("nan")}, "shard_size is nan; expected a finite number of GB"),
+        ({"full_model": True, "shard_size": float("inf")}, "shard_size is inf; expected"),
+        ({"full_model": True, "shard_size": 0.0}, "shard_size is 0.0; expected"),
         ({"alpha": 2.0}, "need a method"),
         ({"method": TaskArithmetic()}, "needs the safety adapter"),
         ({"sweep": {"t": [1.0]}}, "no method is given"),
@@ -247,6 +257,34 @@ def test_a_bfloat16_base_is_rounded_once_and_keeps_its_format(tmp_path):
         expected = (before[f"{name}.weight"].float() + pair.dense().float()).to(torch.bfloat16)
         assert torch.equal(after[f"{name}.weight"], expected)
     assert set(before) == set(after)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 1}, {"combine": Ties(), "rank": 1}, {"combine": Knots()}, {"full_model": True}]
+)
+def test_weights_that_are_not_finite_are_not_written(adapters, tmp_path, options):
+    given = {"utility": both(adapters), "utility_weights": [1e300, 1.0], "output": str(tmp_path / "m")}
+    with pytest.raises(InputError, match=r"model\.layers\..*: holds NaN or infinite values after the merge"):
+        merge(**given, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_of_every_number_format_are_copied_into_a_full_model(adapters, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    formats = (torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e5m2fnuz, torch.bool)
+    more = {f"extra.{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(formats)}
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"})
+    merge(utility=both(adapters), full_model=True, base=str(folder), output=str(tmp_path / "m"))
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    for key, values in more.items():
+        assert written[key].dtype == values.dtype
+        assert written[key].tolist() == values.tolist()
+
+
+def test_a_number_format_that_cannot_be_written_is_named(adapters, base, tmp_path, monkeypatch):
+    monkeypatch.delitem(NAMES, torch.float64)
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight is stored as torch.float64; a number format"):
+        merge(utility=both(adapters), full_model=True, output=str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
@@ -324,6 +362,35 @@ def test_a_dry_run_says_what_the_real_one_would_do(base, adapters, tmp_path, cap
     assert "  5" in caplog.text
     assert "of Fisher files" in caplog.text
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("options", [{"full_model": True}, {}])
+def test_a_dry_run_without_updates_ends_as_the_real_one(adapters, tmp_path, options):
+    given = {"utility": str(adapters["utility"]), "utility_weights": [0.0], "output": str(tmp_path / "m"), **options}
+    for dry_run in (True, False):
+        if options:
+            merge(**given, dry_run=dry_run)
+        else:
+            with pytest.raises(InputError, match="nothing to write: every weight is 0"):
+                merge(**given, dry_run=dry_run)
+
+
+@pytest.mark.parametrize("method", [SstDiagonal(), Led()])
+def test_a_dry_run_of_a_full_rank_fisher_method_ends_as_the_real_one(base, adapters, tmp_path, method):
+    fisher = write_fishers(tmp_path / "fisher", adapters, base, method=method)
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(tmp_path / "m")}
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match="gives full-rank updates, which no adapter holds exactly"):
+            merge(**given, method=anchored(method, fisher), fisher=str(fisher), dry_run=dry_run)
+
+
+@pytest.mark.parametrize("method", [Sst(), Sst(form="interpolating"), AlignGuardPosthoc(k=2)])
+def test_a_dry_run_gives_the_ranks_of_the_patch(method):
+    model = make_model()
+    utility, safety = random_pairs(model, 3, 1), random_pairs(model, 2, 2)
+    fisher = weight_space_fishers(weighted_sum([safety, utility], [1.0, 1.0]), n_s=20, n_u=20)
+    found, expected = (part(utility, safety, fisher) for part in (method.outline, lambda *a: method.patch(*a).pairs))
+    assert {name: (p.shape, p.rank) for name, p in found.items()} == {n: (p.shape, p.rank) for n, p in expected.items()}
 
 
 def test_a_combination_alone_needs_no_safety_adapter(adapters, tmp_path):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from src.adapters.deltas import DenseDelta, combined
 from src.adapters.pairs import LowRankPair, weighted_sum
-from src.adapters.peft_files import read_adapter
+from src.adapters.peft_files import read_adapter, write_adapter
 from src.errors import InputError
 from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.closest_safe_update import ClosestSafeUpdate
@@ -15,9 +15,10 @@ from src.merge.resta import Resta
 from src.merge.safe_lora import SafeLora
 from src.merge.safe_merge import SafeMerge
 from src.merge.sst import Sst
-from src.merge.sst_diagonal import sst_diagonal
+from src.merge.sst_diagonal import SstDiagonal, sst_diagonal
 from src.merge.sst_m import SstM
 from src.merge.sst_v import SstV
+from src.merge.stage import merge
 from tests.merging import weight_space_fishers
 from tests.tiny import make_model, random_pairs
 
@@ -96,6 +97,14 @@ def test_an_adapter_can_hold_the_alignment(adapters, updates):
         torch.testing.assert_close(one[name], two[name])
 
 
+@pytest.mark.parametrize("method", [SafeLora, SafeMerge, ClosestSafeUpdate])
+def test_an_adapter_of_another_base_gives_no_direction(adapters, updates, tmp_path, method):
+    write_adapter(tmp_path / "a", updates[1], base="other/base", manifest={}, seen=frozenset(), card="c")
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(tmp_path / "m")}
+    with pytest.raises(InputError, match=r"/a: trained on the base 'other/base'; that of .*utility is"):
+        merge(**given, method=method(aligned=str(tmp_path / "a")))
+
+
 def test_missing_directions_are_named(updates):
     utility, safety = updates
     name = next(iter(utility))
@@ -171,6 +180,8 @@ def test_the_diagonal_variant_ranks_by_the_ratio_of_fishers(updates):
     threshold = ratio.reshape(-1).sort(descending=True).values[int(0.25 * ratio.numel()) - 1]
     expected = 0.5 * safety[name].dense() * (ratio >= threshold)
     torch.testing.assert_close(patch[name].dense(), expected, rtol=1e-5, atol=1e-7)
+    without = sst_diagonal(utility, safety, *fishers, masking, epsilon=0.1, layer_weights={name: 0.0})
+    assert set(without) == set(safety) - {name}
     with pytest.raises(ValueError, match="no diagonal Fisher"):
         sst_diagonal(utility, safety, {}, {}, masking, epsilon=0.1)
 
@@ -188,6 +199,7 @@ def test_the_diagonal_variant_ranks_by_the_ratio_of_fishers(updates):
         (lambda: Resta(gamma=float("nan")), "method.gamma is nan"),
         (lambda: SstM(tau=float("nan")), "method.tau is nan"),
         (lambda: SstV(gamma=float("inf")), "method.gamma is inf"),
+        (lambda: SstDiagonal(layer_weights={"m": float("nan")}), "method.layer_weights.m is nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):

@@ -196,3 +196,10 @@ def test_settings_out_of_range_are_refused():
         TsvM(keep=0)
     with pytest.raises(InputError, match="CompressThenMerge rank is 0"):
         CompressThenMerge(rank=0)
+
+
+@pytest.mark.parametrize("method", [Knots, CoreSpace, CompressThenMerge])
+def test_what_trims_whole_updates_is_no_inner_method(method):
+    with pytest.raises(InputError, match=rf"{method.__name__} inner is Ties with trim 'global'; expected 'tensor'"):
+        method(inner=Ties(trim="global"))
+    assert method().inner.trim == "tensor"

@@ -37,7 +37,10 @@ def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: st
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:
-    """Check that adapters share a base, that common modules have one shape, and that each shares some with others.
+    """Check that adapters share a base, and that common modules have one shape.
+
+    What updates other modules of one base may be merged: a module that an adapter lacks has the update zero. Where they
+    name no base, only common modules tell that they are of one.
 
     Raises:
         InputError: they do not; the message names both adapters.
@@ -51,8 +54,11 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
             shapes = owner.updates[name].shape, update.shape
             if shapes[0] != shapes[1]:
                 raise InputError(f"{owner.name} and {other.name}: {name} has shapes {shapes[0]} and {shapes[1]}")
-    for place, one in enumerate(adapters):
+    for place, one in enumerate(adapters) if not first.base else []:
         rest = [other for number, other in enumerate(adapters) if number != place]
         if rest and not any(name in other.updates for other in rest for name in one.updates):
             names = ", ".join(other.name for other in rest)
-            raise InputError(f"{one.name} and {names}: adapters with no module in common cannot be merged")
+            raise InputError(
+                f"{one.name} and {names}: adapters with no module in common cannot be merged where they name no base; "
+                "expected base_model_name_or_path in their configurations, which tells that they are of one model"
+            )

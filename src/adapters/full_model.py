@@ -14,7 +14,8 @@ from src.adapters.architecture import CONFIG, read_architecture
 from src.adapters.base_weights import INDEX, BaseWeights
 from src.adapters.constant_input import split_dense
 from src.adapters.deltas import Delta, row_blocks
-from src.adapters.safetensors_stream import Entry, shards, write_stream
+from src.adapters.pairs import finite
+from src.adapters.safetensors_stream import NAMES, Entry, shards, write_stream
 from src.errors import InputError
 from src.files import read_json, write_atomically, write_json
 
@@ -42,7 +43,8 @@ def write_model(
         constant: Modules whose update is (O, I + 1): the last column is one of the layer's bias.
 
     Raises:
-        InputError: an updated module is not in the base, has another shape there, or no bias to take up a LoRA bias.
+        InputError: an updated module is not in the base, has another shape there, or no bias to take up a LoRA bias; a
+            weight is of a number format that cannot be written, or not finite after the update.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: split_dense(deltas[name]) for name in deltas if name in constant}
@@ -110,6 +112,8 @@ def _entries(
 def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, transposed: bool) -> Entry:
     shape = base.shape(source)
     dtype = base.get(source).dtype
+    if dtype not in NAMES:
+        raise InputError(f"{base.folder}: {source} is stored as {dtype}; a number format that cannot be written")
     if delta is None:
         return Entry(key, dtype, shape, lambda: base.get(source))
     flip = shape == delta.shape[::-1] and (shape != delta.shape or transposed)
@@ -117,12 +121,12 @@ def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, tra
         raise InputError(f"{base.folder}: {source} has the shape {shape}, the update of it {delta.shape}")
     if not dtype.is_floating_point or dtype.itemsize == 1:
         raise InputError(f"{base.folder}: {source} is stored as {dtype}; a quantised weight cannot take an update")
-    return Entry(key, dtype, shape, lambda: added(base.get(source), delta, flip=flip))
+    return Entry(key, dtype, shape, lambda: finite(key, added(base.get(source), delta, flip=flip)))
 
 
 def _bias_entry(key: str, base: BaseWeights, update: torch.Tensor) -> Entry:
     dtype = base.get(key).dtype
-    return Entry(key, dtype, base.shape(key), lambda: (base.get(key).to(update.dtype) + update).to(dtype))
+    return Entry(key, dtype, base.shape(key), lambda: finite(key, (base.get(key).to(update.dtype) + update).to(dtype)))
 
 
 def added(weight: torch.Tensor, delta: Delta, *, flip: bool) -> torch.Tensor:

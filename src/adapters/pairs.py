@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from src.errors import InputError
+
 Pairs = dict[str, "LowRankPair"]
 
 
@@ -48,6 +50,20 @@ class LowRankPair:
         """Squared Frobenius norm of the update, without forming it: tr((BᵀB)(AAᵀ))."""
         a, b = self.a.double(), self.b.double()
         return ((b.T @ b) * (a @ a.T)).sum().item()
+
+
+NOT_FINITE = "holds NaN or infinite values after the merge; expected weights and strengths that keep it finite"
+
+
+def finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    """The values that are to be written under this name.
+
+    Raises:
+        InputError: they are not all finite numbers.
+    """
+    if not torch.isfinite(values).all():
+        raise InputError(f"{name}: {NOT_FINITE}")
+    return values
 
 
 def weighted_sum(adapters: Sequence[Mapping[str, LowRankPair]], weights: Sequence[float]) -> Pairs:

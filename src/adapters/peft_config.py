@@ -20,6 +20,7 @@ UNSUPPORTED = {
     "target_parameters": "updates of bare parameters",
     "alora_invocation_tokens": "an update that is active from some token on",
     "use_qalora": "QALoRA's pooled inputs",
+    "use_bdlora": "BD-LoRA's block-diagonal factor",
     "layer_replication": "replicated layers",
     "arrow_config": "routed updates",
 }
@@ -70,6 +71,7 @@ def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: peft_type is {kind!r}; expected 'LORA'")
+    _check_types(path, config)
     for key, what in FULL_RANK.items():
         if config.get(key) and not full_rank:
             raise InputError(
@@ -90,6 +92,33 @@ def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None
         raise InputError(f"{path}: bias is {config['bias']!r}; trained biases are not a low-rank update")
 
 
+def _check_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Check the types of the settings that are read, and that patterns are regular expressions.
+
+    Raises:
+        InputError: one is not; the message names the key.
+    """
+    base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
+    if base is not None and not isinstance(base, str):
+        raise InputError(f"{path}: base_model_name_or_path is {base!r}; expected the name of a model")
+    if saved and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise InputError(f"{path}: modules_to_save is {saved!r}; expected a list of modules")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise InputError(f"{path}: {key} is {patterns!r}; expected a mapping from patterns of modules to numbers")
+        for pattern in patterns:
+            try:
+                re.compile(_regex(pattern))
+            except re.error as error:
+                raise InputError(f"{path}: {key} has {pattern!r}, which is no regular expression ({error})") from None
+
+
+def _regex(pattern: str) -> str:
+    """PEFT's pattern of the ends of modules' names."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _check_alphas(path: Path, config: Mapping[str, Any]) -> None:
     alphas = {"lora_alpha": config.get("lora_alpha")} | (config.get("alpha_pattern") or {})
     for key, value in alphas.items():
@@ -106,7 +135,7 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the module's name."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_regex(pattern), module):
             return value
     return default
 

@@ -17,7 +17,7 @@ from src.adapters.base_weights import BaseWeights
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
-from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.pairs import LowRankPair, Pairs, finite
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
@@ -84,7 +84,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     path = _local_folder(folder)
     config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
     check_config(path / CONFIG, config, full_rank=base is not None)
-    found = read_weights(path / WEIGHTS, config.get("modules_to_save") or [])
+    found = read_weights(path / WEIGHTS, _fully_trained(config, base))
     pairs = {module: _pair(path / WEIGHTS, module, both, config) for module, both in found.factors.items()}
     for module in found.embeddings:
         # The table's rows are looked up, so its factors are stored for the transposed weight.
@@ -100,12 +100,32 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
         base=config.get("base_model_name_or_path") or "",
         sha256=sha256_file(path / WEIGHTS),
-        manifest=read_json(path / MANIFEST, "a manifest") if (path / MANIFEST).exists() else {},
+        manifest=_manifest(path / MANIFEST),
         seen=frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset(),
         layout=layout,
         full_rank=_full_rank(path / WEIGHTS, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
     )
+
+
+def _fully_trained(config: dict[str, Any], base: BaseWeights | None) -> list[str]:
+    """Ends of the names of fully trained modules.
+
+    With ``ensure_weight_tying`` PEFT trains and writes both ends of a tied weight, though only one of them is listed.
+    """
+    listed = config.get("modules_to_save") or []
+    if not listed or base is None or not config.get("ensure_weight_tying"):
+        return listed
+    parts = read_architecture(base.folder)
+    return [*listed, *sorted(parts.embeddings), parts.head]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What made an adapter; empty without the file."""
+    found = read_json(path, "a manifest") if path.exists() else {}
+    if not isinstance(found, dict) or not isinstance(found.get("base", {}), dict):
+        raise InputError(f"{path}: not a manifest; expected a mapping, and one under its key 'base'")
+    return found
 
 
 def _add_biases(path: Path, found: AdapterWeights, pairs: Pairs, config: dict[str, Any]) -> None:
@@ -148,6 +168,8 @@ def _pair(path: Path, module: str, both: dict[str, torch.Tensor], config: dict[s
         raise InputError(
             f"{path}: {module} has factors of {a.ndim} dimensions; only linear layers and embeddings are read"
         )
+    if not a.shape[0]:
+        raise InputError(f"{path}: {module} has factors of rank 0; expected at least 1")
     if a.shape[0] != b.shape[1]:
         raise InputError(f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}: ranks differ")
     return LowRankPair(a, b * scaling(config, module, a.shape[0]))
@@ -187,7 +209,8 @@ def write_adapter(
     directory that has one is whole.
 
     Raises:
-        InputError: there are LoRA biases beside embeddings, which PEFT does not have in one adapter.
+        InputError: there are LoRA biases beside embeddings, which PEFT does not have in one adapter, or a factor holds
+            NaN or infinite values.
     """
     if not pairs:
         raise ValueError("nothing to write: no module has an update")
@@ -199,9 +222,9 @@ def write_adapter(
     for name, both in sorted(pairs.items()):
         pair, bias = split(both) if name in layout.constant else (both, torch.zeros(both.shape[0]))
         ranks[name] = pair.rank
-        a, b = pair.a.to(torch.float32), pair.b.to(torch.float32)
+        a, b = (finite(name, factor.to(torch.float32)) for factor in (pair.a, pair.b))
         if layout.constant:
-            tensors[f"base_model.model.{name}.lora_B.bias"] = bias.to(torch.float32)
+            tensors[f"base_model.model.{name}.lora_B.bias"] = finite(name, bias.to(torch.float32))
         if name in layout.embeddings:
             tensors[f"base_model.model.{name}.lora_embedding_A"] = b.T.contiguous()
             tensors[f"base_model.model.{name}.lora_embedding_B"] = a.T.contiguous()

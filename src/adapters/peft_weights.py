@@ -15,6 +15,8 @@ KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)
 BIAS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_B\.bias$")
 MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
 FROZEN_COPY = ".base_layer.weight"
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Number formats of which every tensor must be one."""
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,8 @@ def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
         modules_to_save: Ends of the names of fully trained modules, from the configuration (PEFT's rule).
 
     Raises:
-        InputError: the file is missing or broken, a tensor is none of these, or holds NaN or infinite values.
+        InputError: the file is missing or broken, a tensor is none of these, of another number format, or holds NaN or
+            infinite values.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the weights of a PEFT LoRA adapter")
@@ -89,6 +92,8 @@ def _sort(path: Path, key: str, tensor: torch.Tensor, found: AdapterWeights, sav
 
 def _finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32 at least."""
+    if tensor.dtype not in FORMATS:
+        raise InputError(f"{path}: {key} is stored as {tensor.dtype}; expected float16, bfloat16, float32 or float64")
     if not torch.isfinite(tensor).all():
         raise InputError(f"{path}: {key} holds NaN or infinite values")
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -21,15 +21,22 @@ NAMES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.complex64: "C64",
 }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: its key, dtype and shape now, its values when its turn comes."""
+    """A tensor to write: its key, dtype (one of ``NAMES``) and shape now, its values when its turn comes."""
 
     key: str
     dtype: torch.dtype

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from src.adapters.deltas import Delta, combined, squared_norm
+from src.adapters.deltas import Delta, Deltas, combined, squared_norm
 from src.errors import InputError
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
+
+NO_FISHER = "method AlignGuardPosthoc needs Fisher files of the representation lowrank: --fisher"
 
 
 class AlignGuardPosthoc(MergeMethod):
@@ -41,14 +43,25 @@ class AlignGuardPosthoc(MergeMethod):
             InputError: the Fisher file does not hold scores, or k exceeds their number.
         """
         if fisher is None or not isinstance(fisher.safety, LowRankFisher):
-            raise InputError("method AlignGuardPosthoc needs Fisher files of the representation lowrank: --fisher")
+            raise InputError(NO_FISHER)
         directions = leading_directions(fisher.safety, self.k)
         c = fisher.basis.coordinates(utility)
         critical = directions @ (directions.T @ c)
         removed = fisher.basis.patch(critical)
-        deltas = combined([safety, removed], [float(self.add_safety), -self.gamma])
+        deltas = self._added(safety, removed)
         total = sum(squared_norm(delta) for delta in utility.values())
         return Patch(deltas, {"utility_energy_critical": critical.square().sum().item() / total if total > 0 else 0.0})
+
+    def outline(
+        self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None
+    ) -> Mapping[str, Delta]:
+        """The safety update and zeros in the core space: no eigenvectors are computed."""
+        if fisher is None:
+            raise InputError(NO_FISHER)
+        return self._added(safety, fisher.basis.patch(torch.zeros(fisher.basis.dim, dtype=torch.float64)))
+
+    def _added(self, safety: Mapping[str, Delta], removed: Mapping[str, Delta]) -> Deltas:
+        return combined([safety, removed], [float(self.add_safety), -self.gamma])
 
 
 def leading_directions(fisher: LowRankFisher, k: int, key: str = "method.k") -> torch.Tensor:

@@ -17,7 +17,23 @@ from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, 
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, read_adapter
 from src.errors import InputError
+from src.merge.base import MergeMethod
 from src.models.base import weights_folder
+
+
+class Aligned(MergeMethod):
+    """A method that takes the direction of alignment from ``aligned``, its own setting."""
+
+    aligned: str | None
+    base: str | None
+
+    def adapters(self) -> list[str]:
+        """The adapter that holds the direction, where one does."""
+        return [self.aligned] if self.aligned is not None and _is_adapter(self.aligned) else []
+
+
+def _is_adapter(folder: str) -> bool:
+    return (Path(folder) / CONFIG).exists()
 
 
 @contextmanager
@@ -37,7 +53,7 @@ def alignment(
     """
     if aligned is None:
         yield _checked(dict(safety), modules, "the safety adapter")
-    elif (Path(aligned) / CONFIG).exists():
+    elif _is_adapter(aligned):
         yield _checked(dict(read_adapter(aligned).pairs), modules, aligned)
     elif base is None:
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")

@@ -90,6 +90,10 @@ class MergeMethod(ABC):
         """Directory of Fisher files measured at the base, where it needs them too (:class:`FisherBesideBase`)."""
         return None
 
+    def adapters(self) -> list[str]:
+        """Directories of further adapters that it reads; they must be of the base of the merge."""
+        return []
+
     @abstractmethod
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Derive the patch.
@@ -99,6 +103,18 @@ class MergeMethod(ABC):
             safety: The safety update ΔW_s.
             fisher: Both Fisher matrices, where the method needs them.
         """
+
+    def outline(
+        self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None
+    ) -> Mapping[str, Delta]:
+        """An update with the patch's shapes and ranks, for a dry run; the patch itself, as most of them cost little.
+
+        Args:
+            utility: The (summed) utility update ΔW_u.
+            safety: The safety update ΔW_s.
+            fisher: Both Fisher matrices, where the method needs them.
+        """
+        return self.patch(utility, safety, fisher).pairs
 
     def patches(
         self,

@@ -14,11 +14,11 @@ from src.adapters.geometry import spaces
 from src.adapters.pairs import LowRankPair
 from src.adapters.truncate import truncate
 from src.errors import InputError
-from src.merge.aligned import alignment
-from src.merge.base import FisherPair, MergeMethod, Patch
+from src.merge.aligned import Aligned, alignment
+from src.merge.base import FisherPair, Patch
 
 
-class ClosestSafeUpdate(MergeMethod):
+class ClosestSafeUpdate(Aligned):
     """Shrink what of ΔW_u lies outside the subspace of W_aligned − W_base, by minimum change (after 2605.30640).
 
     The paper's text was not at hand: that the penalty is quadratic, that P acts on outputs only, and that the subspace

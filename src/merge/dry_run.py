@@ -16,7 +16,7 @@ def describe(inputs: Inputs, merged: Mapping[str, Delta], form: Form, count: int
 
     Args:
         inputs: The adapters.
-        merged: What would be written; of a method with Fisher files an update of the same shapes and ranks.
+        merged: What would be written, or an update of the same shapes and ranks.
         form: In which form.
         count: How many times.
         base_bytes: Size of the base's weights, for a full model.
@@ -27,7 +27,7 @@ def describe(inputs: Inputs, merged: Mapping[str, Delta], form: Form, count: int
         rank = str(delta.rank) if isinstance(delta, LowRankPair) else "full"
         groups[delta.shape, rank] = groups.get((delta.shape, rank), 0) + 1
     lines += [f"{f'{o} x {i}':<16} {number:>7}  {rank}" for ((o, i), rank), number in groups.items()]
-    largest = max(delta.shape[0] * delta.shape[1] for delta in merged.values())
+    largest = max((delta.shape[0] * delta.shape[1] for delta in merged.values()), default=0)
     factors = sum(_parameters(delta, form) for delta in merged.values()) * FLOAT32
     size = base_bytes if form.full_model else factors
     memory = sum(a.a.nbytes + a.b.nbytes for adapter in inputs.adapters for a in adapter.pairs.values())

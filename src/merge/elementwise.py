@@ -13,6 +13,7 @@ Results are full rank. They are evaluated in blocks of rows, so the number of up
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import copysign, inf
 from typing import Literal
 
 import torch
@@ -92,8 +93,13 @@ def weighted(blocks: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.
     """``Σ w_i S_i``."""
     total = blocks[0] * weights[0]
     for block, weight in zip(blocks[1:], weights[1:], strict=True):
-        total.add_(block, alpha=weight)
+        total.add_(block, alpha=_factor(weight, total))
     return total
+
+
+def _factor(weight: float, like: torch.Tensor) -> float:
+    """The weight, infinite where the number format of a tensor cannot hold it (torch refuses such a factor)."""
+    return weight if abs(weight) <= torch.finfo(like.dtype).max else copysign(inf, weight)
 
 
 def elect_and_sum(
@@ -120,8 +126,9 @@ def elect_and_sum(
     for voter, weight in zip(voters, weights, strict=True):
         # Magnitudes where the sign agrees, zeros elsewhere; then ones where it agrees.
         agreeing = (voter * side).clamp_(min=0)
-        total.add_(agreeing, alpha=weight if election == "peft" else 1.0)
-        divisor.add_(agreeing.sign_(), alpha=weight if election == "mergekit" else 1.0)
+        factor = _factor(weight, total)
+        total.add_(agreeing, alpha=factor if election == "peft" else 1.0)
+        divisor.add_(agreeing.sign_(), alpha=factor if election == "mergekit" else 1.0)
     total.mul_(side)
     if not normalise:
         return total

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from src.adapters.deltas import Delta, is_lowrank, lowrank
-from src.adapters.pairs import Pairs
+from src.adapters.pairs import NOT_FINITE, Pairs
 from src.adapters.truncate import Truncated, truncate
 from src.errors import InputError
 from src.merge.card import FULL_MODEL
@@ -36,6 +38,8 @@ class Form:
             raise InputError("rank, energy and full_model exclude each other; give one of them")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"rank is {self.rank}; expected at least 1")
+        if not 0 <= self.warn_below <= 1:
+            raise InputError(f"warn_below is {self.warn_below}; expected a number from 0 to 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise InputError(f"energy is {self.energy}; expected a number above 0 to 1")
 
@@ -48,8 +52,10 @@ class Form:
         """Check that this form can hold the updates.
 
         Raises:
-            InputError: an exact adapter is asked for and the update is full rank.
+            InputError: an adapter is asked for and there is no update, or an exact one and the update is full rank.
         """
+        if not deltas and not self.full_model:
+            raise InputError("nothing to write: every weight is 0, or no adapter updates any module")
         if self.exact and not is_lowrank(deltas):
             raise InputError(
                 f"{name} gives full-rank updates, which no adapter holds exactly; give --rank 16, --energy 0.9 or "
@@ -57,13 +63,23 @@ class Form:
             )
 
     def adapter(self, deltas: Mapping[str, Delta], workers: int) -> tuple[Pairs, dict[str, Any]]:
-        """The updates as pairs, and what was kept of them."""
+        """The updates as pairs, and what was kept of them.
+
+        Raises:
+            InputError: an update that is to be truncated is not finite.
+        """
         if self.exact:
             return lowrank(deltas), {"form": "exact", "kept_energy": 1.0}
         names = list(deltas)
-        cut = in_order(lambda name: truncate(deltas[name], rank=self.rank, energy=self.energy), names, workers)
+        cut = in_order(lambda name: self._truncated(name, deltas[name]), names, workers)
         results = dict(zip(names, cut, strict=True))
         return {name: result.pair for name, result in results.items()}, self._report(results)
+
+    def _truncated(self, name: str, delta: Delta) -> Truncated:
+        try:
+            return truncate(delta, rank=self.rank, energy=self.energy)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise InputError(f"{name}: {NOT_FINITE}") from None
 
     def _report(self, results: Mapping[str, Truncated]) -> dict[str, Any]:
         total = sum(result.total for result in results.values())

@@ -72,8 +72,14 @@ def tables(summaries: Sequence[Summary], comparison: Comparison) -> str:
 def _square(title: str, matrix: torch.Tensor) -> list[str]:
     numbers = range(1, len(matrix) + 1)
     head = [f"| {title} | {' | '.join(map(str, numbers))} |", f"|---|{'---:|' * len(matrix)}"]
-    rows = [f"| {i} | {' | '.join(f'{value:.3f}' for value in row)} |" for i, row in zip(numbers, matrix, strict=True)]
+    cells = [[_number(value, 3) for value in row] for row in matrix.tolist()]
+    rows = [f"| {i} | {' | '.join(row)} |" for i, row in zip(numbers, cells, strict=True)]
     return head + rows
+
+
+def _number(value: float, digits: int) -> str:
+    """A number in a table; a dash where adapters have nothing to compare."""
+    return "—" if isnan(value) else f"{value:.{digits}f}"
 
 
 def draw_angles(comparison: Comparison, path: Path) -> None:
@@ -95,7 +101,7 @@ def draw_angles(comparison: Comparison, path: Path) -> None:
         for i in range(count):
             for j in range(count):
                 colour = "white" if abs(matrix[i, j]) > 0.6 else "black"
-                axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                axis.text(j, i, _number(matrix[i, j], 2), ha="center", va="center", fontsize=8, color=colour)
     figure.tight_layout()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)

@@ -1,7 +1,8 @@
 """Modules in parallel, each on one thread: the same bits whatever the number of threads.
 
 A threaded matrix product or factorisation adds up in an order that depends on the number of threads. So inside a merge
-every such call runs on one thread, and the processors work on different modules instead.
+every such call runs on one thread (torch's own, and those of the BLAS libraries that numpy and scipy bring along), and
+the processors work on different modules instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+# A BLAS library that is loaded later would not be limited.
+import scipy.linalg  # noqa: F401
 import torch
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,11 +23,12 @@ MOST_WORKERS = 8
 
 @contextmanager
 def one_thread_each() -> Iterator[int]:
-    """Run every torch call of the block on one thread; yields the number of workers to use instead."""
+    """Run every torch and scipy call of the block on one thread; yields the number of workers to use instead."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield min(before, MOST_WORKERS)
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield min(before, MOST_WORKERS)
     finally:
         torch.set_num_threads(before)
 

@@ -9,11 +9,11 @@ from src.adapters.deltas import Delta, Deltas, combined
 from src.adapters.geometry import cosine
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
-from src.merge.aligned import alignment, projected
-from src.merge.base import FisherPair, MergeMethod, Patch
+from src.merge.aligned import Aligned, alignment, projected
+from src.merge.base import FisherPair, Patch
 
 
-class SafeLora(MergeMethod):
+class SafeLora(Aligned):
     """Safe LoRA (2405.16833): replace ΔW_u by ``C ΔW_u`` in modules where both differ; no safety adapter is added.
 
     Args:

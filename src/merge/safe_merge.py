@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from src.adapters.deltas import Delta, combined
 from src.adapters.geometry import cosine
 from src.errors import InputError
-from src.merge.aligned import alignment, projected
-from src.merge.base import FisherPair, MergeMethod, Patch
+from src.merge.aligned import Aligned, alignment, projected
+from src.merge.base import FisherPair, Patch
 from src.merge.combination import share
 
 
-class SafeMerge(MergeMethod):
+class SafeMerge(Aligned):
     """SafeMERGE (2503.17239): interpolate with the safety adapter in the modules that drifted from alignment.
 
     Args:

@@ -26,6 +26,7 @@ from src.merge.sst_settings import Coefficients, Control, FilterName, check_filt
 from src.merge.sst_solved import Solved, solve_once
 
 OUTSIDE_TOLERANCE = 1e-3
+NO_FISHER = "method Sst needs both Fisher files: pass --fisher"
 
 
 class Sst(MergeMethod):
@@ -99,6 +100,15 @@ class Sst(MergeMethod):
         """
         return next(self.patches([self], utility, safety, fisher))
 
+    def outline(
+        self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None
+    ) -> Mapping[str, Delta]:
+        """Zeros in the core space: no pencil is solved."""
+        if fisher is None:
+            raise InputError(NO_FISHER)
+        self._whole(utility, safety, fisher)
+        return fisher.basis.patch(torch.zeros(fisher.basis.dim, dtype=torch.float64))
+
     def patches(
         self,
         variants: Sequence[MergeMethod],
@@ -108,7 +118,7 @@ class Sst(MergeMethod):
     ) -> Iterator[Patch]:
         """Patches of several settings; those that share ridges, control, form and split of rows share one solve."""
         if fisher is None:
-            raise InputError("method Sst needs both Fisher files: pass --fisher")
+            raise InputError(NO_FISHER)
         known: dict[tuple[Any, ...], Solved] = {}
         for method in variants:
             if not isinstance(method, Sst):

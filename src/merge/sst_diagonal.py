@@ -11,6 +11,7 @@ from src.adapters.deltas import Delta, Deltas, combined
 from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
+from src.merge.combination import finite
 from src.merge.masked import Form, Mask, Masking, masked_patch, whole_patch
 from src.merge.weight_fishers import per_weight
 
@@ -28,7 +29,7 @@ class SstDiagonal(MergeMethod):
         gamma: Width of ``soft``, above 0.
         form: ``additive`` masks ΔW_s, ``interpolating`` masks ΔW_s − ΔW_u.
         rho: Ridge on F_u, relative to its mean: ε = rho · tr(F_u)/D. Above 0.
-        layer_weights: Factor of the patch of modules by name; others have 1.
+        layer_weights: Factor of the patch of modules by name, finite; others have 1, and 0 leaves a module out.
     """
 
     needs_fisher = True
@@ -47,6 +48,8 @@ class SstDiagonal(MergeMethod):
     ) -> None:
         if not 0 < rho < float("inf"):
             raise InputError(f"method.rho is {rho}; expected a number above 0")
+        for name, weight in (layer_weights or {}).items():
+            finite(weight, f"method.layer_weights.{name}")
         self._masking = Masking(mask, top, tau, gamma, form)
         self.mask, self.top, self.tau, self.gamma, self.form = mask, top, tau, gamma, form
         self.rho, self.layer_weights = rho, layer_weights
@@ -103,7 +106,7 @@ def sst_diagonal(
         fisher_utility: Diagonal of F_u.
         masking: How a ratio becomes a weight.
         epsilon: Ridge on F_u, above 0, in units of Fisher information.
-        layer_weights: Factor of each module's patch; a module that is not named has 1.
+        layer_weights: Factor of each module's patch; a module that is not named has 1, and 0 leaves it out.
 
     Raises:
         ValueError: a module of the patch has no Fisher information.
@@ -118,4 +121,7 @@ def sst_diagonal(
 
     patch = masked_patch(whole, ratio, masking)
     factors = layer_weights or {}
-    return {name: combined([{name: delta}], [factors.get(name, 1.0)]).get(name, delta) for name, delta in patch.items()}
+    total: Deltas = {}
+    for name, delta in patch.items():
+        total |= combined([{name: delta}], [factors.get(name, 1.0)])
+    return total

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src.adapters.base_weights import open_base
-from src.adapters.deltas import Deltas, combined, is_lowrank
+from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_output, new_directory
 from src.merge.base import MergeMethod, Patch
@@ -92,6 +92,8 @@ def merge(
     """
     flags = {key: value for key, value in locals().items() if key not in ("combine", "method")}
     form = Form(rank, energy, full_model, warn_below)
+    if not 0 < shard_size < float("inf"):
+        raise InputError(f"shard_size is {shard_size}; expected a finite number of GB above 0")
     values, combination = strengths(alpha), combine or TaskArithmetic()
     points = variants(method, combination, sweep)
     _check_stages(method, safety, alpha)
@@ -104,7 +106,7 @@ def merge(
         count, place = len(points) * len(values), base or inputs.experts[0].base
         workers = stack.enter_context(one_thread_each())
         if dry_run:
-            log.info("%s", _description(points[0], inputs, form, values[-1], count, place))
+            log.info("%s", _description(points[0], inputs, form, max(values), count, place))
             return
         extra = {"flags": flags, "license": license}
         target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured)
@@ -121,15 +123,12 @@ def _listed(given: list[str] | str | None) -> list[str]:
 def _description(point: Variant, inputs: Inputs, form: Form, alpha: float, count: int, base: str) -> str:
     """What a dry run says, after the checks of a real one.
 
-    A pencil is not solved: its patch has the shapes of the safety adapter's update, and at most its ranks.
+    What costs much, such as a pencil, is not solved: its patch is known by shapes and ranks (``MergeMethod.outline``).
     """
-    safety: Deltas = inputs.safety.updates if inputs.safety else {}
-    if point.method is not None and point.method.needs_fisher:
-        total, patch = point.combine.combine(inputs.as_experts()), safety
+    total, patch = point.combine.combine(inputs.as_experts()), dict[str, Delta]()
+    if point.method is not None:
         _check_stages_fit(point, total, inputs)
-    else:
-        _, total, made = next(derived([point], inputs))
-        patch = dict(made.pairs)
+        patch |= point.method.outline(*_both(total, inputs), inputs.fisher)
     merged = combined([total.deltas, patch], [1.0, alpha])
     form.check(merged, _title(point))
     size = 0
@@ -169,7 +168,6 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
     Raises:
         InputError: a method cannot work on a full-rank combination.
     """
-    safety = KeyedDeltas(inputs.safety.updates, inputs.safety.identity) if inputs.safety else KeyedDeltas({}, "")
     for _, group in groupby(points, key=lambda point: id(point.combine)):
         same = list(group)
         total = same[0].combine.combine(inputs.as_experts())
@@ -179,10 +177,15 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
             continue
         _check_stages_fit(same[0], total, inputs)
         variants = [point.method for point in same if point.method is not None]
-        utility = KeyedDeltas(total.deltas, inputs.combined_key)
-        patches = method.patches(variants, utility, safety, inputs.fisher)
+        patches = method.patches(variants, *_both(total, inputs), inputs.fisher)
         for point, patch in zip(same, patches, strict=True):
             yield point, total, patch
+
+
+def _both(total: Combined, inputs: Inputs) -> tuple[KeyedDeltas, KeyedDeltas]:
+    """ΔW_u and ΔW_s as a method takes them."""
+    safety = KeyedDeltas(inputs.safety.updates, inputs.safety.identity) if inputs.safety else KeyedDeltas({}, "")
+    return KeyedDeltas(total.deltas, inputs.combined_key), safety
 
 
 def _check_stages_fit(point: Variant, total: Combined, inputs: Inputs) -> None:

@@ -15,6 +15,7 @@ from src.adapters.geometry import spaces
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.merge.combination import Combination, Combined, Expert, common_shape, module_names
+from src.merge.combinations.ties import Ties
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,21 @@ class Subspace(Combination):
                 deltas[name], found = self.module(name, parts, shape)
                 findings |= {name: found} if found else {}
         return Combined(deltas, {"modules": findings} if findings else {})
+
+
+def checked_inner(inner: Combination | None, owner: str) -> Combination:
+    """The combination that merges coordinates; unset means ``Ties``.
+
+    Args:
+        inner: The user's choice.
+        owner: Whose ``inner`` it is, for the message.
+
+    Raises:
+        InputError: it needs a look at whole updates, and coordinates are merged one module at a time.
+    """
+    if isinstance(inner, Ties) and inner.trim == "global":
+        raise InputError(f"{owner} inner is Ties with trim 'global'; expected 'tensor': modules are merged one by one")
+    return inner or Ties()
 
 
 def merge_coordinates(

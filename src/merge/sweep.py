@@ -57,7 +57,8 @@ def variants(
     """Every combination of swept values. ``combine.NAME`` sweeps an option of the combination.
 
     Raises:
-        InputError: an option is unknown, a value out of range, or a list empty or with equal values.
+        InputError: an option is unknown or takes no such number, a value is out of range, or a list is empty or has
+            equal values.
     """
     for option, values in (sweep or {}).items():
         if not values or len(set(values)) < len(values):
@@ -68,7 +69,7 @@ def variants(
     found = []
     for one in _points(outer):
         # One object for all variants below it: what they share is computed once.
-        chosen = _changed(combine, {option.removeprefix(COMBINE): value for option, value in one.items()})
+        chosen = _changed(combine, {option.removeprefix(COMBINE): value for option, value in one.items()}, COMBINE)
         for two in _points(inner):
             if method is None and two:
                 raise InputError(f"sweep.{next(iter(two))}: no method is given; {COMBINE}NAME sweeps the combination")
@@ -81,9 +82,9 @@ def _points(options: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
     return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
 
 
-def _changed(method: Method, options: Mapping[str, float]) -> Method:
+def _changed(method: Method, options: Mapping[str, float], part: str = "") -> Method:
     for option, value in options.items():
-        method = with_option(method, option, value)
+        method = with_option(method, option, value, prefix=f"sweep.{part}")
     return method
 
 

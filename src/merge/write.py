@@ -10,7 +10,6 @@ from src.adapters.constant_input import lora_rank
 from src.adapters.deltas import Delta
 from src.adapters.full_model import write_model
 from src.adapters.peft_files import CARD, WEIGHTS, write_adapter, write_provenance
-from src.errors import InputError
 from src.files import sha256_file, write_text
 from src.merge.card import merge_card
 from src.merge.evaluation import Evaluation
@@ -65,8 +64,6 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
         made = record | {"output": {"form": target.form.label}} | target.record
         write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
         return
-    if not deltas:
-        raise InputError("nothing to write: every weight is 0, or no adapter updates any module")
     pairs, report = target.form.adapter(deltas, target.workers)
     constant = inputs.layout.constant
     report["ranks"] = {name: lora_rank(pair, constant=name in constant) for name, pair in pairs.items()}

@@ -12,8 +12,7 @@ from src.adapters.geometry import orthonormal
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.merge.combination import Combination
-from src.merge.combinations.ties import Ties
-from src.merge.subspace import Part, Subspace, merge_coordinates
+from src.merge.subspace import Part, Subspace, checked_inner, merge_coordinates
 
 
 class CoreSpace(Subspace):
@@ -23,10 +22,11 @@ class CoreSpace(Subspace):
 
     Args:
         inner: How core matrices are merged, such as ``Ties``, ``Dare`` or ``TaskArithmetic``; unset means ``Ties``.
+            ``Ties`` trims per module here.
     """
 
     def __init__(self, inner: Combination | None = None) -> None:
-        self.inner = inner or Ties()
+        self.inner = checked_inner(inner, "CoreSpace")
 
     def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
         """Merge the cores."""
@@ -41,13 +41,13 @@ class CompressThenMerge(Subspace):
 
     Args:
         rank: Shared directions r on each side, at least 1.
-        inner: How coordinates are merged; unset means ``Ties``.
+        inner: How coordinates are merged; unset means ``Ties``, which trims per module here.
     """
 
     def __init__(self, rank: int = 16, inner: Combination | None = None) -> None:
         if rank < 1:
             raise InputError(f"CompressThenMerge rank is {rank}; expected at least 1")
-        self.rank, self.inner = rank, inner or Ties()
+        self.rank, self.inner = rank, checked_inner(inner, "CompressThenMerge")
 
     def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
         """Compress, merge, and report what the compression kept."""

@@ -9,8 +9,7 @@ from typing import Any
 from src.adapters.geometry import orthonormal
 from src.adapters.pairs import LowRankPair
 from src.merge.combination import Combination
-from src.merge.combinations.ties import Ties
-from src.merge.subspace import Part, Subspace, merge_coordinates
+from src.merge.subspace import Part, Subspace, checked_inner, merge_coordinates
 
 
 class Knots(Subspace):
@@ -20,10 +19,11 @@ class Knots(Subspace):
 
     Args:
         inner: How coordinates are merged, such as ``Ties`` or ``Dare``; unset means ``Ties`` with its defaults.
+            ``Ties`` trims per module here.
     """
 
     def __init__(self, inner: Combination | None = None) -> None:
-        self.inner = inner or Ties()
+        self.inner = checked_inner(inner, "Knots")
 
     def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
         """Merge ``Uᵀ ΔW_i = Σ V_iᵀ``."""

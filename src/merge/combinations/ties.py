@@ -20,7 +20,8 @@ class Ties(ElementWise):
         density: Share of elements that each update keeps, above 0 to 1 (the paper's 20 %).
         convention: ``peft`` elects by unweighted updates and divides by the number of agreeing ones; ``mergekit``
             elects by weighted updates and divides by the agreeing weights. Equal where all weights are 1.
-        trim: Keep the largest elements of each module (``tensor``) or of the whole update (``global``, the paper's).
+        trim: Keep the largest elements of each module (``tensor``) or of the whole update (``global``, the paper's;
+            not as ``inner`` of another combination, which sees one module at a time).
         majority: ``total`` elects the sign of the sum, ``frequency`` that of most updates.
         normalise: Divide by the agreeing updates or weights; false adds them up.
         scale: Factor λ of the result; 1 leaves it.
