@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.experiments.equal_refusal import common_levels, cost_at, equal_refusal_table, gaps, sentences
+from src.experiments.equal_refusal import common_levels, cost_at, covered, equal_refusal_table, gaps, sentences
 from src.experiments.scores import Scores
 from src.metrics.bootstrap import resampled_means
 
@@ -49,6 +49,20 @@ def test_levels_are_those_that_both_paths_reach():
     assert common_levels([np.array([0.0, 0.72]), np.array([0.58, 1.0])]).tolist() == pytest.approx([0.6, 0.65, 0.7])
     assert len(common_levels([np.array([0.0, 0.4]), np.array([0.6, 1.0])])) == 0
     assert common_levels([np.array([0.0, 1.0])]).tolist() == pytest.approx([0.5 + 0.05 * i for i in range(10)])
+
+
+def test_a_wide_gap_between_neighbours_is_no_path():
+    levels = np.array([0.5, 0.85, 0.9, 0.95])
+    assert covered(levels, np.array([0.97, 0.06, 0.0, 0.89])).tolist() == [False, False, True, True]
+    assert covered(levels, np.array([0.4, 0.9])).tolist() == [True, True, True, False]
+    assert covered(levels, np.array([0.9])).tolist() == [False] * 4
+    sparse = scores({"u": 0.02, "a1": 0.4, "a2": 0.7, "a3": 0.97, "d1": 0.9, "d2": 0.96}, 3)
+    over = scores({"u": 0.02, "a1": 0.1, "a2": 0.3, "a3": 0.6, "d1": 0.6, "d2": 0.7}, 4)
+    curves = {"A": ["u", "a1", "a2", "a3"], "D": ["u", "d1", "d2"]}
+    (gap,) = gaps({"refusal": sparse, "over_refusal": over}, curves, "A")
+    reached = sparse.values.mean(0)[sparse.models.index("d1")].item()
+    assert gap.levels
+    assert min(gap.levels) >= reached - 1e-9
 
 
 def test_the_difference_and_its_interval_are_those_of_a_loop_over_draws():

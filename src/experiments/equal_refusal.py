@@ -18,10 +18,13 @@ from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
+MOST_APART = 0.5
+"""Refusal by which two neighbours on a path may differ: a line across a wider gap says nothing of what lies there."""
 COSTS: tuple[Measure, ...] = ("over_refusal", "utility", "answer_nll")
 NOTE = (
     f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
-    "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points."
+    "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points; "
+    f"neighbours more than {MOST_APART:g} apart leave a gap."
 )
 
 
@@ -59,7 +62,10 @@ def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], 
         return []
     found = []
     for other in (name for name in curves if name != ours):
-        levels = common_levels([_means(scores["refusal"], curves[name]) for name in (ours, other)])
+        refusals = [_means(scores["refusal"], curves[name]) for name in (ours, other)]
+        levels = common_levels(refusals)
+        for path in refusals:
+            levels = levels[covered(levels, path)]
         parts = {m: _difference(scores["refusal"], scores[m], curves[ours], curves[other], levels) for m in measures}
         found.append(Gap(other, tuple(levels.tolist()), {m: one for m, one in parts.items() if one is not None}))
     return found
@@ -70,6 +76,15 @@ def common_levels(refusals: Sequence[np.ndarray]) -> np.ndarray:
     low, high = max(r.min() for r in refusals), min(r.max() for r in refusals)
     levels = np.arange(round((HIGHEST - LOWEST) / STEP) + 1) * STEP + LOWEST
     return levels[(levels >= low - 1e-12) & (levels <= high + 1e-12)]
+
+
+def covered(levels: np.ndarray, refusals: np.ndarray) -> np.ndarray:
+    """(L,) bool: whether a path has two neighbours around a level that are at most :data:`MOST_APART` apart."""
+    points = np.sort(refusals)
+    near = np.diff(points) <= MOST_APART + 1e-12
+    inside = (levels[:, None] >= points[:-1] - 1e-12) & (levels[:, None] <= points[1:] + 1e-12)
+    found: np.ndarray = (inside & near).any(1)
+    return found
 
 
 def cost_at(levels: np.ndarray, refusals: np.ndarray, costs: np.ndarray) -> np.ndarray:
