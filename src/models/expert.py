@@ -22,6 +22,7 @@ from src.adapters.peft_files import Adapter, is_trained, read_adapter, write_tra
 from src.data.batches import Batch
 from src.errors import InputError, one_line
 from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.checkpointing import checkpoint_layers
 from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
@@ -74,6 +75,8 @@ class ExpertModule(LightningModule):
             those of this adapter; ``lora`` then says nothing.
         beside: Weight of each adapter that is there during training and stays as it is. It is no part of the result.
         seed: Seed of the adapter's initial weights.
+        gradient_checkpointing: Compute each layer's activations again in the backward pass: less memory, more time.
+            Nothing is packed then.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` takes ``bfloat16`` where the processor
             has instructions for it, and measures elsewhere. ``bfloat16`` multiplies by bfloat16 copies of the frozen
             weights, and within attention; residuals, norms, the adapter and the logits stay float32.
@@ -94,6 +97,7 @@ class ExpertModule(LightningModule):
         core: str | None = None,
         beside: dict[str, float] | None = None,
         seed: int = 0,
+        gradient_checkpointing: bool = False,
         matmul: TrainingMode = "auto",
         max_matmul_error: float = 5e-3,
     ) -> None:
@@ -101,8 +105,10 @@ class ExpertModule(LightningModule):
         if not 0 <= warmup < 1:
             raise InputError(f"model.warmup is {warmup}; expected a share in [0, 1)")
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
-        self.schedule, self.warmup, self.pack, self.seed = schedule, warmup, pack, seed
-        self.regularizer = regularizer
+        self.schedule, self.warmup, self.seed = schedule, warmup, seed
+        # Layers that are computed again in the backward pass meet the packed attention no more.
+        self.pack = pack and not gradient_checkpointing
+        self.regularizer, self.gradient_checkpointing = regularizer, gradient_checkpointing
         self.core = None if core is None else Core(read_adapter(core))
         for name, weight in (beside or {}).items():
             if not isfinite(weight):
@@ -149,6 +155,8 @@ class ExpertModule(LightningModule):
             check_fits(self.model.get_base_model(), adapter.pairs, adapter.name)
             attach(self.model.get_base_model(), weighted_sum([adapter.pairs], [weight]))
         self.model.train()
+        if self.gradient_checkpointing:
+            checkpoint_layers(self.model.get_base_model())
         trainable, total = self.model.get_nb_trainable_parameters()
         log.info("training %.2f M of %.1f M parameters (%s)", trainable / 1e6, total / 1e6, self._trained())
         if self.regularizer is not None:
