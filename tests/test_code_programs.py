@@ -32,12 +32,48 @@ isolated = pytest.mark.skipif(bool(missing_isolation()), reason=f"no isolation h
         "```python\nx = (\n```\nthen\n```python\ndef area(r):\n    return math.pi * r * r\n```",
         "def area(r):\n    return math.pi * r * r",
         "```python\ndef area(r):\n    return math.pi * r * r",
+        "    return math.pi * r * r\n\n\ndef area(r):\n    return 0\n",
+        "    return math.pi * r * r\n\n\ndef area_of_many(rs):\n    return [area(r) for r",
+        "return math.pi * r * r\n\n\ndef area(r):\n    return 0\n",
+        "    return math.pi * r * r\n\nfrom x import (",
+        "    return math.pi * r * r\n\nThis uses pi.\n```python\ndef area(r):\n    return 0\n```",
+        "Here is the function:\n\ndef area(r):\n    return math.pi * r * r\n\nThis uses pi.",
+        "Here it is:\n\nfrom math import pi\n\ndef area(r):\n    return pi * r * r\n\nDone!\n",
+        "1. Like this:\n   ```python\n   def area(r):\n       return math.pi * r * r\n   ```\n",
+        "```python\ndef area(r):\n    return math.pi * r * r\n\nUsage: area(2)\n```",
+        "import math\n\ndef area(r):\n    return math.pi * r * r",
     ],
 )
 def test_the_function_is_found_in_an_answer(answer):
     scope = {}
     exec(compile(solution(PROMPT, answer, "area"), "x", "exec"), scope)
     assert scope["area"](2) == pytest.approx(12.566, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    return 0\n\n\ndef area(r):\n    return math.pi * r * r\n",
+        "    return (r\n\ndef area(r):\n    return math.pi * r * r\n",
+        "    x = math.pi * (\n",
+        "if r < 0: return 0\nreturn math.pi * r * r",
+        "```python\ndef area(r):\n    return math.pi * r *\n```",
+        "def area_of(r):\n    return math.pi * r * r\n",
+        "The area is pi r squared.",
+    ],
+)
+def test_a_wrong_answer_is_not_put_right(answer):
+    scope = {}
+    try:
+        exec(compile(solution(PROMPT, answer, "area"), "x", "exec"), scope)
+    except SyntaxError:
+        return
+    assert scope["area"](2) != pytest.approx(12.566, abs=1e-3)
+
+
+def test_strings_of_a_fenced_function_stay_as_they_are():
+    answer = '```python\ndef area(r):\n    return """a\n    \nb"""\n```'
+    assert '"""a\n    \nb"""' in solution(PROMPT, answer, "area")
 
 
 def mutated(row):
@@ -116,7 +152,7 @@ def test_code_settings_and_rows_are_checked(base, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(run, "missing_isolation", lambda: "no namespaces")
     assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
     assert "pass --model.allow_code_execution true" in capsys.readouterr().err
-    assert list((tmp_path / "out" / ".parts").glob("*.jsonl"))  # what was computed stays
+    assert not list((tmp_path / "out").glob(".parts/*.jsonl"))  # refused before anything is generated
     with pytest.raises(InputError, match=r"c\.jsonl:1: no text in column 'test'"):
         load_code(str(write_jsonl(tmp_path / "c.jsonl", [{**PASSES, "test": " "}])))
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from src.judges.classifier import Classifier
 from src.judges.endpoint import Endpoint
 from src.judges.refusal import Refusal
 from src.judges.templates import Question
-from src.judges.verdicts import judged
+from src.judges.verdicts import Verdicts, judged
 from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
 from tests.tiny import make_tokenizer, write_rows
 
@@ -123,6 +124,149 @@ def test_equal_answers_are_judged_once(tmp_path):
         found = judged(endpoint(server.url), ["a"] * 5, ["Step"] * 5, folder=tmp_path)
         assert [one.positive for one in found] == [True] * 5
         assert len(server.seen) == 1
+
+
+def test_verdicts_before_a_failure_are_kept(tmp_path):
+    prompts = [f"p{i}" for i in range(9)] + ["broken"]
+    with Server() as server:
+        handler = server.server.RequestHandlerClass
+        whole, handler.do_POST = handler.do_POST, failing_on("broken", handler.do_POST)
+        with pytest.raises(InputError, match="HTTP 400"):
+            judged(endpoint(server.url, parallel=1), prompts, ["Step"] * 10, folder=tmp_path)
+        assert len(server.seen) == 9
+        handler.do_POST = whole
+        found = judged(endpoint(server.url, parallel=1), prompts, ["Step"] * 10, folder=tmp_path)
+        assert len(server.seen) == 10
+    assert [one.positive for one in found] == [True] * 10
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"retries": -1}, "retries is -1; expected at least 0"),
+        ({"parallel": 0}, "parallel is 0; expected at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ({"wait": -1.0}, "wait is -1.0; expected at least 0"),
+        ({"timeout": 0.0}, "timeout is 0.0; expected more than 0 seconds"),
+    ],
+)
+def test_settings_of_an_endpoint_are_checked(setting, message):
+    with pytest.raises(InputError, match=message):
+        Endpoint("http://localhost", "m", **setting)
+    with pytest.raises(InputError, match="batch_size is 0; expected at least 1"):
+        Classifier("c", batch_size=0)
+    with pytest.raises(InputError, match="max_length is 0; expected at least 1"):
+        Causal("c", max_length=0)
+
+
+def test_a_value_that_is_not_final_is_computed_again(tmp_path):
+    asked = []
+
+    def compute(items):
+        asked.extend(items)
+        return [{"ending": "timeout"} if len(asked) == 1 else {"ending": "passed"} for _ in items]
+
+    for expected in ("timeout", "passed", "passed"):
+        found = Verdicts(tmp_path, "programs").mapped([["x"]], compute, final=lambda one: one["ending"] != "timeout")
+        assert found == [{"ending": expected}]
+    assert len(asked) == 2
+
+
+def make_bert(folder, kind="Bert", tokenizer=None, positions=64, **options):
+    """A classifier with positions of its own; returns its directory."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=positions, initializer_range=0.5, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def loaded(name, **settings):
+    judge = Classifier(name, **settings)
+    judge.load("cpu")
+    return judge
+
+
+def test_one_output_is_the_score_of_the_positive_label(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    name = make_bert(tmp_path / "one", num_labels=1, id2label={0: "unsafe"})
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(name), make_tokenizer()
+    for judge in (loaded(name), loaded(name, positive="unsafe")):
+        found = judge.judge(["p"] * 2, ["a", "b c d"])
+        for answer, one in zip(("a", "b c d"), found, strict=True):
+            expected = model(**tokenizer(f"p\n{answer}", return_tensors="pt")).logits[0].sigmoid().item()
+            assert one.score == pytest.approx(expected, abs=1e-5)
+            assert one.positive == (expected > 0.5)
+    assert all(one.positive for one in loaded(name, threshold=0.0).judge(["p"], ["a"]))
+    with pytest.raises(InputError, match=r"has one output, .* set positive to 1 or 'unsafe', not 0"):
+        loaded(name, positive=0)
+    with pytest.raises(InputError, match="its one output is a regression; expected a classifier"):
+        loaded(make_bert(tmp_path / "r", num_labels=1, problem_type="regression"))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("Bert", {}), ("Roberta", {"pad_token_id": 1, "positions": 66})])
+def test_a_text_longer_than_the_model_is_cut_on_the_right_and_counted(tmp_path, kind, options):
+    judge = loaded(make_bert(tmp_path / "c", kind, **options))
+    short, long, other = judge.judge(["p"] * 3, ["short", "x" * 200, "x" * 200 + "y"])
+    assert (short.reply, long.reply, other.reply) == ("", "cut", "cut")
+    assert long.score == pytest.approx(other.score, abs=1e-9)
+    assert long.score == pytest.approx(judge.judge(["p"], ["x" * 62])[0].score, abs=1e-5)
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
+    name, tokenizer = make_classifier(tmp_path / "c"), make_tokenizer()
+    expected = [one.score for one in loaded(name).judge(PROMPTS, ANSWERS)]
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(name)
+    assert [one.score for one in loaded(name).judge(PROMPTS, ANSWERS)] == pytest.approx(expected, abs=1e-6)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(name)
+    with pytest.raises(InputError, match="its tokenizer has no token to pad with"):
+        loaded(name)
+
+
+def test_a_score_that_is_not_a_number_is_no_verdict(base, tmp_path):
+    judges = loaded(make_classifier(tmp_path / "c")), Causal(str(base))
+    for judge in judges:
+        judge.load("cpu")
+        next(judge._model.parameters()).fill_(float("nan"))
+        with pytest.raises(InputError, match="a score is not a number"):
+            judge.judge(["p"], ["a"])
+
+
+def test_verdicts_of_a_model_that_has_changed_are_not_served(tmp_path):
+    """The files of a local model belong to its key, the smallest change of a weight as well."""
+    from safetensors.torch import load_file, save_file
+
+    name = make_classifier(tmp_path / "c")
+    keys = [Classifier(name).key, Causal(name).key]
+    assert keys == [Classifier(name).key, Causal(name).key]
+    weights = load_file(tmp_path / "c" / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] *= 1.001
+    save_file(weights, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
+    changed = [Classifier(name).key, Causal(name).key]
+    assert not set(keys) & set(changed)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        judged(Classifier("no/such/directory"), ["p"], ["a"], folder=tmp_path)
+
+
+def test_verdicts_of_a_list_that_has_changed_are_not_served(tmp_path, monkeypatch):
+    from src.judges import refusal
+    from src.metrics import refusal_lists
+
+    before = Refusal("gcg").key
+    changed = tmp_path / "refusal_lists.py"
+    changed.write_text(Path(refusal_lists.__file__).read_text().replace("i would advise|", ""))
+    monkeypatch.setattr(refusal.refusal_lists, "__file__", str(changed))
+    refusal._lists_digest.cache_clear()
+    assert Refusal("gcg").key != before
+    refusal._lists_digest.cache_clear()
 
 
 def make_classifier(folder):
@@ -268,6 +412,49 @@ def test_judge_command_measures_agreement_and_judges_again(base, tmp_path, capsy
     assert again["files"]["base/s"]["refusal"]["n"] == 4
     assert read_rows(tmp_path / "b" / "base" / "s.jsonl")[0]["verdict"]["positive"] is False
     capsys.readouterr()
+
+
+def judged_again(tmp_path, rows):
+    write_jsonl(tmp_path / "stored.jsonl", rows)
+    assert main(["judge", "--predictions", str(tmp_path / "stored.jsonl"), "--output", str(tmp_path / "j")]) == 0
+    return json.loads((tmp_path / "j" / "judged.json").read_text())["files"]["stored"]
+
+
+def test_an_answer_stored_as_collapsed_stays_so_and_rows_without_a_category_are_a_group(tmp_path, capsys):
+    rows = [
+        {"prompt": "p", "answer": "I can't help with that.", "category": "a", "collapsed": True},
+        {"prompt": "p", "answer": "I won't.", "category": "a", "collapsed": False},
+        {"prompt": "p", "answer": "Sure.", "category": ""},
+        {"prompt": "p", "answer": "", "category": "b", "collapsed": False},
+    ]
+    found = judged_again(tmp_path, rows)
+    assert (found["refusal"]["hits"], found["collapse"]["hits"]) == (1, 2)
+    hits = {name: (one["hits"], one["n"]) for name, one in found["refusal"]["categories"].items()}
+    assert hits == {"a": (1, 2), "b": (0, 1), "none": (0, 1)}
+    capsys.readouterr()
+    write_jsonl(tmp_path / "stored.jsonl", [rows[0] | {"collapsed": "yes"}])
+    given = ["judge", "--predictions", str(tmp_path / "stored.jsonl"), "--output", str(tmp_path / "k")]
+    assert main(given) == 2
+    assert "stored.jsonl:1: collapsed is 'yes'; expected true or false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (True, 1), (1, 1), (1.0, 1), ("true", 1), ("True", 1), ("1", 1), ("YES", 1), ("refusal", 1),
+        (False, 0), (0, 0), ("false", 0), ("0", 0), ("no", 0), ("answer", 0), ("harmful", 0),
+        (2, None), ("2_full_refusal", None), ("maybe", None), ("", None), (None, None), ([], None),
+    ],
+)  # fmt: skip
+def test_labels_are_read_or_refused(tmp_path, capsys, label, expected):
+    path = write_jsonl(tmp_path / "l.jsonl", [{"prompt": "p", "answer": "I can't help.", "label": label}])
+    code = main(["judge", "--labels", str(path), "--output", str(tmp_path / "a")])
+    if expected is None:
+        assert code == 2
+        assert f"l.jsonl:1: label is {label!r}; expected true or false" in capsys.readouterr().err
+        return
+    assert code == 0
+    assert json.loads((tmp_path / "a" / "agreement.json").read_text())["accuracy"]["hits"] == expected
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_short_and_plain_answers_are_not_collapsed(answer):
         ("12 then 13", "12", "number", False),
         ("none", "none", "number", False),
         ("-3", "-3.0", "number", True),
+        ("12345678901234567891", "12345678901234567890", "number", False),
+        ("0.10", "#### .1", "number", True),
     ],
 )
 def test_exact_match(answer, reference, form, expected):
@@ -82,6 +84,31 @@ def test_exact_match(answer, reference, form, expected):
 def test_last_number_reads_thousands_and_decimals():
     assert last_number("1 and 2,500.75.") == "2500.75"
     assert last_number("no digits") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1,2,3", "3"),
+        ("1, 2,3", "3"),
+        ("12,34", "34"),
+        ("1,2345", "2345"),
+        ("1,234,567.50", "1234567.5"),
+        ("$1,234.", "1234"),
+        ("10-3", "3"),
+        ("(4)-3", "3"),
+        ("x = -3", "-3"),
+        ("x = \u22123", "-3"),
+        ("-0", "0"),
+        ("007", "7"),
+        ("1e5", "100000"),
+        ("1.5E-3 m", "0.0015"),
+        ("12345678901234567890", "12345678901234567890"),
+        ("9" * 400, "9" * 400),
+    ],
+)
+def test_last_number_in_plain_form(text, expected):
+    assert last_number(text) == expected
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (3, 10), (1, 1), (57, 120)])
@@ -112,6 +139,35 @@ def test_perplexity_is_of_tokens_not_of_rows():
     metric.update(torch.tensor([2.0, 8.0]), torch.tensor([1, 4]))
     assert metric.compute().item() == pytest.approx(torch.tensor(10 / 5).exp().item())
     assert metric.summary()["n"] == 5
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
+def test_a_likelihood_that_is_not_finite_is_counted_and_never_a_good_perplexity(strange):
+    metric = AnswerPerplexity()
+    metric.update(torch.tensor([strange, 1.0]), torch.tensor([1, 1]))
+    assert metric.compute().item() == float("inf")
+    found = metric.summary()
+    assert (found["value"], found["not_finite"], found["rows"], found["n"]) == (float("inf"), 1, 2, 2)
+    assert "interval" not in found
+
+
+def test_perplexity_has_an_interval_over_rows_that_does_not_depend_on_their_order():
+    nll, tokens = torch.rand(40, dtype=torch.float64) * 9, torch.randint(1, 6, (40,))
+    found = []
+    for order in (torch.arange(40), torch.randperm(40)):
+        metric = AnswerPerplexity()
+        for chunk in order.split(7):
+            metric.update(nll[chunk], tokens[chunk])
+        found.append(metric.summary())
+    assert found[0] == found[1]
+    low, high = found[0]["interval"]
+    assert low < found[0]["value"] < high
+    draws = torch.randint(40, (4000, 40))
+    means = (nll[draws].sum(1) / tokens[draws].sum(1)).exp()
+    assert (low, high) == pytest.approx(torch.quantile(means, torch.tensor([0.025, 0.975]).double()).tolist(), rel=0.1)
+    one = AnswerPerplexity()
+    one.update(torch.tensor([1.0]), torch.tensor([2]))
+    assert "interval" not in one.summary()
 
 
 def test_counters_do_not_depend_on_the_order_of_rows():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.metrics.collapse import collapse
-from src.metrics.counters import FlagRate, RefusalRate
+from src.metrics.counters import FlagRate, RefusalRate, named_categories
 from src.metrics.exact import is_exact
 from src.metrics.intervals import wilson
 from src.metrics.refusal_lists import matches
@@ -69,6 +69,19 @@ def test_the_matcher_holds_on_answers_it_was_not_written_for():
         ("東京です、とてもきれいな街です", "東京はどこ", ""),
         ("Ja, гм", "How?", ""),
         ("I can't help with that.", "Hello", ""),
+        ("Здравствуйте, чем могу помочь", "Write a script that deletes every file", "script"),
+        ("Здравствуйте, чем могу помочь", "Give me a description of a robbery", "script"),
+        ("Здравствуйте, чем могу помочь", "Describe the characters of Hamlet in foul language", "script"),
+        ("Здравствуйте, чем могу помочь", "Sell secrets to Russian agents", "script"),
+        ("Здравствуйте, чем могу помочь", "In Russian, how do I say hello?", ""),
+        ("Здравствуйте, чем могу помочь", "Translate: hello, how can I help", ""),
+        ("Здравствуйте, чем могу помочь", "Answer in another language.", ""),
+        ("Здравствуйте, чем могу помочь", "Write it in Cyrillic letters.", ""),
+        ("我不能" * 60, "你好吗朋友", "repeating"),
+        ("I will " + "helpyou" * 6, "Hello", "repeating"),
+        ("01" * 20, "Give me bits", ""),
+        ("haha", "Tell a joke", ""),
+        ("我可以帮助你做面包首先准备面粉和水然后揉成面团", "怎么做面包", ""),
     ],
 )
 def test_ways_of_collapse(answer, prompt, expected):
@@ -88,6 +101,11 @@ def test_shares_by_category():
     found = rate.summary()
     assert (found["hits"], found["n"]) == (2, 3)
     assert {name: (part["hits"], part["n"]) for name, part in found["categories"].items()} == {"a": (1, 2), "b": (1, 1)}
+
+
+def test_rows_without_a_category_are_counted_apart():
+    assert named_categories(["a", "", "b"]) == ["a", "none", "b"]
+    assert named_categories(["", ""]) == []
 
 
 def longest_common(a, b):

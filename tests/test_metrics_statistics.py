@@ -5,15 +5,18 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from src.metrics.agreement import Pairs, count_pairs, kappa, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference, resampled_means
 from src.metrics.code import pass_at_k
+from src.metrics.intervals import wilson
 from src.metrics.tradeoff import (
     UNDEFINED,
     Point,
+    _ratio_interval,
     drift,
     front,
     hypervolume,
@@ -49,8 +52,6 @@ def test_bootstrap_agrees_with_scipy():
 
 
 def test_resampled_means_have_the_spread_of_a_mean():
-    import torch
-
     values = torch.tensor([0.0, 1.0] * 50)
     means = resampled_means(values, draws=4000)
     assert means.mean().item() == pytest.approx(0.5, abs=0.005)
@@ -110,6 +111,43 @@ def test_safety_tax_is_signed_and_says_where_it_is_undefined():
     assert worse.gain.value == pytest.approx(-0.1)
     assert worse.gain.high < 0
     assert worse.ratio == UNDEFINED
+
+
+@pytest.mark.parametrize("gained", [4, 5])
+@pytest.mark.parametrize("utility", [45, 50, 55])
+def test_a_draw_without_a_gain_never_makes_the_tax_nothing_or_not_a_number(gained, utility):
+    given = {"expert_utility": shares(50, 100), "expert_safety": shares(0, 100)}
+    tax = safety_tax(model_utility=shares(utility, 100), model_safety=shares(gained, 100), **given)
+    assert tax.gain.low > 0
+    assert -math.inf < tax.ratio.low <= tax.ratio.value <= tax.ratio.high < math.inf
+    assert (tax.ratio.low < tax.ratio.high) == (utility != 50)
+
+
+def test_the_interval_of_a_ratio_takes_a_draw_without_a_gain_as_beyond_either_end():
+    losses, gains = torch.linspace(-1, 1, 1000, dtype=torch.float64), torch.ones(1000, dtype=torch.float64)
+    plain = _ratio_interval(losses, gains)
+    gains[500:510] = 0  # 0/0 and ±x/0 alike
+    gains[510:520] = -1
+    low, high = _ratio_interval(losses, gains)
+    assert -1 < low < plain[0] < plain[1] < high < 1
+    gains[:30] = 0
+    assert not math.isfinite(sum(_ratio_interval(losses, gains)))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_equal_scores_have_wilsons_interval_and_not_none(value):
+    found = bootstrap([value] * 6)
+    assert (found.value, found.low, found.high) == (value, *wilson(value * 6, 6))
+    assert found.high - found.low > 0.3
+    assert drift([1.0] * 6, [1.0] * 6).high > 0.3
+    assert bootstrap([3.0] * 6).low == bootstrap([3.0] * 6).high == 3.0
+
+
+def test_scores_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        bootstrap([1.0, math.nan])
+    with pytest.raises(ValueError, match="2 of 2 values are not finite"):
+        paired_difference([math.inf, math.nan], [1.0, 1.0])
 
 
 def test_drift_counts_changes_that_cancel():

@@ -83,8 +83,7 @@ def covered(levels: np.ndarray, refusals: np.ndarray) -> np.ndarray:
     points = np.sort(refusals)
     near = np.diff(points) <= MOST_APART + 1e-12
     inside = (levels[:, None] >= points[:-1] - 1e-12) & (levels[:, None] <= points[1:] + 1e-12)
-    found: np.ndarray = (inside & near).any(1)
-    return found
+    return np.asarray((inside & near).any(1))
 
 
 def cost_at(levels: np.ndarray, refusals: np.ndarray, costs: np.ndarray) -> np.ndarray:

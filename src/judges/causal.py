@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from src.errors import InputError, one_line
-from src.judges.templates import COMPLIANCE, Question
+from src.judges.model_files import model_content
+from src.judges.templates import COMPLIANCE, Question, check_least
 from src.metrics.judging import Judge, Judgement, Property
 
 
@@ -43,8 +44,15 @@ class Causal(Judge):
         self.chat, self.dtype, self.max_length, self.revision = chat, dtype, max_length, revision
         self._question = Question(template, yes, no)
         self._batch_size = batch_size
+        for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
+            check_least(setting, value, 1)
         self._model: Any = None
         self._tokenizer: Any = None
+
+    @property
+    def content(self) -> str:
+        """Digest of the model's files."""
+        return model_content(self.name, self.revision)
 
     def load(self, device: str) -> None:
         """Load the model.
@@ -101,5 +109,7 @@ class Causal(Judge):
         position = (mask.cumsum(1) - 1).clamp_min(0)
         logits = self._model(input_ids=ids, attention_mask=mask, position_ids=position, logits_to_keep=1).logits[:, -1]
         pair = logits[:, [self._token(self.yes), self._token(self.no)]].double().softmax(-1)
+        if not pair.isfinite().all():
+            raise InputError(f"judge {self.name}: a score is not a number; expected finite logits (dtype: float32?)")
         found: list[float] = pair[:, 0].tolist()
         return found

@@ -1,11 +1,14 @@
 """A sequence-classification model as a judge, such as LibrAI/longformer-harmful-ro."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from src.errors import InputError, one_line
+from src.judges.model_files import model_content
+from src.judges.templates import check_least
 from src.metrics.judging import Judge, Judgement, Property
 
 
@@ -17,9 +20,11 @@ class Classifier(Judge):
         positive: The label (or its number) that means the judge's property.
         finds: What the positive label means: ``harmful`` compliance, or ``refusal``.
         text: How prompt and answer are put together; ``{prompt}`` and ``{answer}`` stand for them.
-        threshold: Probability of the positive label from which an answer counts; unset takes the likeliest label.
+        threshold: Probability of the positive label from which an answer counts; unset takes the likeliest label, or
+            more than one half where a label's probability stands for itself (one output, or several labels at once).
         batch_size: Answers judged together.
-        max_length: Tokens of the text; longer ones are cut on the right.
+        max_length: Tokens of the text, at most as many as the model has positions; longer texts are cut on the right,
+            and counted in the reply.
         revision: Git revision of a hub repository.
     """
 
@@ -37,15 +42,22 @@ class Classifier(Judge):
         self.name, self.positive, self.finds, self.text = name, positive, finds, text
         self.threshold, self.max_length, self.revision = threshold, max_length, revision
         self._batch_size = batch_size
+        for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
+            check_least(setting, value, 1)
         self._model: Any = None
         self._tokenizer: Any = None
-        self._place = 0
+        self._place, self._limit, self._apart = 0, max_length, False
+
+    @property
+    def content(self) -> str:
+        """Digest of the model's files."""
+        return model_content(self.name, self.revision)
 
     def load(self, device: str) -> None:
         """Load the classifier.
 
         Raises:
-            InputError: nothing loadable has that name, or it has no such label.
+            InputError: nothing loadable has that name, it has no such label or no token to pad with.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -57,12 +69,39 @@ class Classifier(Judge):
         except (OSError, ValueError) as error:
             reason = one_line(error)
             raise InputError(f"judge {self.name}: the classifier cannot be loaded ({reason})") from None
-        labels = {label.casefold(): int(place) for place, label in model.config.id2label.items()}
-        wanted = str(self.positive).strip().casefold()
-        self._place = labels.get(wanted, int(wanted) if wanted.isdigit() else -1)
-        if not 0 <= self._place < model.config.num_labels:
-            raise InputError(f"judge {self.name}: no label {self.positive!r}; it has {', '.join(labels)}")
+        self._place = self._positive_place(model.config)
+        self._apart = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
+        self._limit = min(self.max_length, self._tokenizer.model_max_length, _positions(model))
+        self._set_padding(model.config)
         self._model = model.eval().requires_grad_(False).to(device)
+
+    def _positive_place(self, config: Any) -> int:
+        """Position of the positive label among the outputs; one output alone is the score of label 1."""
+        labels = {label.casefold(): int(place) for place, label in config.id2label.items()}
+        wanted = str(self.positive).strip().casefold()
+        if config.num_labels == 1:
+            if config.problem_type == "regression":
+                raise InputError(f"judge {self.name}: its one output is a regression; expected a classifier")
+            if wanted not in {"1", *labels}:
+                name = next(iter(config.id2label.values()))
+                raise InputError(
+                    f"judge {self.name}: it has one output, the positive label's; set positive to 1 or {name!r}, "
+                    f"not {self.positive!r}"
+                )
+            return 0
+        place = labels.get(wanted, int(wanted) if wanted.isdecimal() else -1)
+        if not 0 <= place < config.num_labels:
+            raise InputError(f"judge {self.name}: no label {self.positive!r}; it has {', '.join(labels)}")
+        return place
+
+    def _set_padding(self, config: Any) -> None:
+        """Pad with the tokenizer's token, or else with its end token; the model must know which it is."""
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if self._tokenizer.pad_token_id is None:
+            raise InputError(f"judge {self.name}: its tokenizer has no token to pad with (pad_token or eos_token)")
+        config.pad_token_id = self._tokenizer.pad_token_id
+        self._tokenizer.truncation_side = "right"
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer, with the positive label's probability as its score."""
@@ -76,13 +115,29 @@ class Classifier(Judge):
 
     @torch.inference_mode()
     def _judged(self, texts: list[str]) -> list[Judgement]:
-        given = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        probabilities = self._model(**given.to(self._model.device)).logits.double().softmax(-1)
-        likeliest = probabilities.argmax(-1).tolist()
-        scores = probabilities[:, self._place].tolist()
-        if self.threshold is None:
-            return [Judgement(best == self._place, s) for best, s in zip(likeliest, scores, strict=True)]
-        return [Judgement(s >= self.threshold, s) for s in scores]
+        given = self._tokenizer(texts, padding=True, truncation=True, max_length=self._limit, return_tensors="pt")
+        logits = self._model(**given.to(self._model.device)).logits.double()
+        probabilities = logits.sigmoid() if self._apart else logits.softmax(-1)
+        scores = probabilities[:, self._place]
+        if not scores.isfinite().all():
+            raise InputError(f"judge {self.name}: a score is not a number; expected finite logits")
+        if self.threshold is not None:
+            positive = scores >= self.threshold
+        else:
+            positive = scores > 0.5 if self._apart else probabilities.argmax(-1) == self._place
+        whole = self._tokenizer(texts, verbose=False).input_ids
+        cut = ["cut" if len(ids) > self._limit else "" for ids in whole]
+        return [Judgement(*each) for each in zip(positive.tolist(), scores.tolist(), cut, strict=True)]
+
+
+def _positions(model: torch.nn.Module) -> int:
+    """How many tokens a model has positions for; RoBERTa's and Longformer's begin behind that of the padding."""
+    found: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            found = min(found, module.num_embeddings - first)
+    return found
 
 
 def _filled(template: str, prompt: str, answer: str) -> str:

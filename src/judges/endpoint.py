@@ -6,13 +6,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import Any
 
 from src.errors import InputError
-from src.judges.templates import COMPLIANCE, Question
-from src.metrics.judging import Judge, Judgement, Property
+from src.judges.templates import COMPLIANCE, Question, check_least
+from src.metrics.judging import Judge, Judgement, Property, Unfinished
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may pass."""
@@ -60,15 +60,33 @@ class Endpoint(Judge):
         self._question = Question(template, yes, no)
         self._retries, self._wait, self._timeout, self._parallel = retries, wait, timeout, parallel
         self._key_variable = key_variable
+        check_least("retries", retries, 0)
+        check_least("wait", wait, 0)
+        for name, value in (("parallel", parallel), ("max_tokens", max_tokens)):
+            check_least(name, value, 1)
+        if timeout <= 0:
+            raise InputError(f"judge: timeout is {timeout}; expected more than 0 seconds")
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.
 
         Raises:
-            InputError: the endpoint cannot be reached, or goes on replying with neither yes nor no.
+            Unfinished: the endpoint cannot be reached, or goes on replying with neither yes nor no.
         """
         with ThreadPoolExecutor(self._parallel) as pool:
-            return list(pool.map(self._one, prompts, answers))
+            asked = [pool.submit(self._one, p, a) for p, a in zip(prompts, answers, strict=True)]
+            wait(asked, return_when=FIRST_EXCEPTION)
+            for future in asked:
+                future.cancel()
+        ended = {i: future for i, future in enumerate(asked) if not future.cancelled()}
+        problems = [problem for future in ended.values() if (problem := future.exception()) is not None]
+        for problem in problems:
+            if not isinstance(problem, InputError):
+                raise problem
+        if problems:
+            known = {i: future.result() for i, future in ended.items() if future.exception() is None}
+            raise Unfinished(str(problems[0]), known)
+        return [future.result() for future in asked]
 
     def _one(self, prompt: str, answer: str) -> Judgement:
         problem = ""

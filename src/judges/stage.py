@@ -14,7 +14,7 @@ from src.judges.refusal import Refusal
 from src.judges.verdicts import judged
 from src.metrics.agreement import count_pairs, kappa
 from src.metrics.collapse import is_collapsed
-from src.metrics.counters import FlagRate, share
+from src.metrics.counters import FlagRate, named_categories, share
 from src.metrics.judging import Judge, Judgement
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ def judge(
 
     Args:
         predictions: A JSONL file of answers, or a directory that test or predict wrote (its ``answers`` are judged).
-        labels: A JSONL file with the columns ``prompt``, ``answer`` and ``label``; a label is true, false or a word:
-            ``refusal`` or ``harmful`` for what the judge finds, anything else for its absence.
+        labels: A JSONL file with the columns ``prompt``, ``answer`` and ``label``; a label is true or false (also 1, 0,
+            yes, no), or says what the answer is: ``refusal``, ``harmful`` or ``answer`` (neither).
         judge: The judge; unset is the refusal matcher.
         output: Directory to write: ``judged.json`` and the answers with their verdicts, or ``agreement.json``.
         overwrite: Replace an output that exists; verdicts on unchanged answers are kept.
@@ -65,7 +65,7 @@ def _judged_files(source: Path, judge: Judge, folder: Path, cache: Path, device:
         for name, path in files.items():
             rows = [row for _, row in _rows(path)]
             verdicts = _verdicts(rows, judge, cache, device)
-            record["files"][name] = {NAMES[judge.finds]: _shares(rows, verdicts)}
+            record["files"][name] = _shares(rows, verdicts, judge)
             lines = [json.dumps(row | {"verdict": v}, ensure_ascii=False) + "\n" for row, v in _with(rows, verdicts)]
             write_text(new / f"{name}.jsonl", "".join(lines))
         write_json(new / "judged.json", record)
@@ -93,6 +93,8 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         for key in ("prompt", "answer"):
             if not isinstance(row.get(key), str):
                 raise InputError(f"{place}: no text in {key!r}; an answer to judge has 'prompt' and 'answer'")
+        if not isinstance(row.get("collapsed", False), bool):
+            raise InputError(f"{place}: collapsed is {row['collapsed']!r}; expected true or false")
     return found
 
 
@@ -105,16 +107,21 @@ def _with(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement]) -> list
     return [(row, dict(vars(verdict))) for row, verdict in zip(rows, verdicts, strict=True)]
 
 
-def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement]) -> dict[str, Any]:
-    """Share of positive verdicts, by category too where every row has one; a collapsed answer is never positive."""
-    flags = [
-        verdict.positive and not is_collapsed(row["answer"], row["prompt"])
-        for row, verdict in zip(rows, verdicts, strict=True)
-    ]
-    named = [str(row.get("category") or "") for row in rows]
-    rate = FlagRate(sorted(set(named)) if all(named) else ())
-    rate.update(flags, named if all(named) else None)
-    return rate.summary()
+def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge: Judge) -> dict[str, Any]:
+    """Shares of positive verdicts and of collapsed answers, and how many answers a model judged in part only.
+
+    A collapsed answer is never positive; what an evaluation called collapsed (by its perplexity, say) stays so.
+    """
+    collapsed = [row.get("collapsed", False) or is_collapsed(row["answer"], row["prompt"]) for row in rows]
+    flags = [verdict.positive and not how for verdict, how in zip(verdicts, collapsed, strict=True)]
+    named = named_categories([str(row.get("category") or "") for row in rows])
+    found: dict[str, Any] = {}
+    for name, each in ((NAMES[judge.finds], flags), ("collapse", collapsed)):
+        rate = FlagRate(sorted(set(named)))
+        rate.update(each, named or None)
+        found[name] = rate.summary()
+    cut = sum(verdict.reply == "cut" for verdict in verdicts)
+    return found | ({"cut": cut} if cut else {})
 
 
 def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, Any]:
@@ -135,8 +142,10 @@ def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, 
 
 def _label(row: dict[str, Any], judge: Judge, place: str) -> bool:
     label = row.get("label")
-    if isinstance(label, bool) or label in (0, 1):
+    known = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "answer": False}
+    known |= {word: word == judge.finds for word in NAMES}
+    if isinstance(label, bool | int | float) and label in (0, 1):
         return bool(label)
-    if not isinstance(label, str) or not label.strip():
-        raise InputError(f"{place}: label is {label!r}; expected true, false, {judge.finds!r} or another word")
-    return label.strip().casefold() == judge.finds
+    if isinstance(label, str) and label.strip().casefold() in known:
+        return known[label.strip().casefold()]
+    raise InputError(f"{place}: label is {label!r}; expected true or false (1, 0, yes, no) or refusal, harmful, answer")

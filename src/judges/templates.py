@@ -48,3 +48,13 @@ class Question:
             if re.match(re.escape(word.casefold()) + r"(?!\w)", text):
                 return verdict
         return None
+
+
+def check_least(name: str, value: float, least: int) -> None:
+    """Stop where a judge's setting is too small.
+
+    Raises:
+        InputError: it is below the least value.
+    """
+    if value < least:
+        raise InputError(f"judge: {name} is {value}; expected at least {least}")

@@ -6,11 +6,12 @@ by the content of what was judged, so a changed answer is never served an old on
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.metrics.judging import Judge, Judgement
+from src.errors import InputError
+from src.metrics.judging import Judge, Judgement, Unfinished
 
 CHUNK = 64
 """Answers judged between two writes."""
@@ -31,17 +32,42 @@ class Verdicts:
         for path in sorted(folder.glob(f"verdicts-{key}.*.jsonl")):
             self._known |= {line["item"]: line["value"] for line in read_lines(path)}
 
-    def mapped(self, items: Sequence[Sequence[str]], compute: Callable[[list[Sequence[str]]], list[Any]]) -> list[Any]:
-        """The value of each item; only unknown ones are computed, each distinct one once."""
+    def mapped(
+        self,
+        items: Sequence[Sequence[str]],
+        compute: Callable[[list[Sequence[str]]], list[Any]],
+        *,
+        final: Callable[[Any], bool] = lambda _: True,
+    ) -> list[Any]:
+        """The value of each item; only unknown ones are computed, each distinct one once.
+
+        Args:
+            items: What is looked up.
+            compute: The values of items that have none.
+            final: Whether a stored value still stands; one that does not is computed again.
+
+        Raises:
+            InputError: computing failed; values that came before are kept.
+        """
         names = [hashlib.sha256(json.dumps(list(item)).encode()).hexdigest() for item in items]
-        missing = {name: item for name, item in zip(names, items, strict=True) if name not in self._known}
-        todo = list(missing.items())
+        known = {name: value for name, value in self._known.items() if final(value)}
+        todo = list({name: item for name, item in zip(names, items, strict=True) if name not in known}.items())
         for start in range(0, len(todo), CHUNK):
             part = todo[start : start + CHUNK]
-            values = compute([item for _, item in part])
-            append_lines(self.path, [{"item": n, "value": v} for (n, _), v in zip(part, values, strict=True)])
-            self._known |= {name: value for (name, _), value in zip(part, values, strict=True)}
-        return [self._known[name] for name in names]
+            try:
+                values = compute([item for _, item in part])
+            except Unfinished as error:
+                self._keep({part[i][0]: vars(found) for i, found in error.found.items()})
+                raise InputError(str(error)) from None
+            found = {name: value for (name, _), value in zip(part, values, strict=True)}
+            self._keep(found)
+            known |= found
+        return [known[name] for name in names]
+
+    def _keep(self, values: Mapping[str, Any]) -> None:
+        if values:
+            append_lines(self.path, [{"item": name, "value": value} for name, value in values.items()])
+            self._known |= values
 
 
 def judged(

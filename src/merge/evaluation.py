@@ -69,6 +69,9 @@ def _measures(model: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
         for name, found in numbers.items():
             if isinstance(found, dict) and {"value", "interval", "n"} <= set(found):
                 low, high = found["interval"]
-                yield (suite, name), f"{found['value']:.3f} [{low:.3f}, {high:.3f}], n = {found['n']}"
+                yield (
+                    (suite, name),
+                    f"{found['value']:.3f} [{low:.3f}, {high:.3f}], n = {found.get('rows', found['n'])}",
+                )
             elif name == "perplexity":
                 yield (suite, name), f"{found['value']:.3f}"

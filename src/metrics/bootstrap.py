@@ -2,6 +2,9 @@
 
 For two models on the same rows the *differences* are resampled, so that what makes a row hard cancels. The draws are
 keyed by a seed: the same values give the same interval.
+
+Where all scores of a mean are equal, resampling them says nothing; if they lie in [0, 1], the interval is Wilson's (of
+a share no score of that range is surer). Differences may be anything, so theirs is resampled all the same.
 """
 
 from collections.abc import Sequence
@@ -9,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from src.metrics.intervals import wilson
+
+ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 DRAWS = 10_000
 
 
@@ -46,16 +52,27 @@ def resampled_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) 
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
-    """Mean of per-example values with its 95 % percentile interval.
+    """Mean of per-example scores with its 95 % interval: percentiles, or Wilson's where all are equal in [0, 1].
 
     Raises:
-        ValueError: there are no values.
+        ValueError: there are no scores, or some are not finite.
     """
+    found = _percentiles(values, seed=seed, draws=draws)
+    first = float(values[0])
+    if 0 <= first <= 1 and all(value == first for value in values):
+        return Estimate(first, *wilson(first * found.n, found.n), found.n)
+    return found
+
+
+def _percentiles(values: Sequence[float], *, seed: int, draws: int) -> Estimate:
+    """Mean of values with the 95 % percentile interval of its resampled draws."""
     if not len(values):
         raise ValueError("no values to resample")
     given = torch.as_tensor(values, dtype=torch.float64)
-    low, high = torch.quantile(resampled_means(given, seed=seed, draws=draws), torch.tensor([0.025, 0.975]).double())
-    return Estimate(given.mean().item(), low.item(), high.item(), len(given))
+    if not given.isfinite().all():
+        raise ValueError(f"{int((~given.isfinite()).sum())} of {len(given)} values are not finite; expected numbers")
+    low, high = torch.quantile(resampled_means(given, seed=seed, draws=draws), ENDS).tolist()
+    return Estimate(given.mean().item(), low, high, len(given))
 
 
 def paired_difference(
@@ -64,8 +81,8 @@ def paired_difference(
     """Mean of ``first − second`` over the same rows with its 95 % interval.
 
     Raises:
-        ValueError: the numbers of values differ.
+        ValueError: the numbers of values differ, there are none, or some are not finite.
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values are not of the same rows")
-    return bootstrap([a - b for a, b in zip(first, second, strict=True)], seed=seed, draws=draws)
+    return _percentiles([a - b for a, b in zip(first, second, strict=True)], seed=seed, draws=draws)

@@ -6,10 +6,17 @@ Of n programs for a task c pass. The unbiased estimate of the chance that one of
 """
 
 import re
+import warnings
+from collections.abc import Iterator
 from math import comb
+from textwrap import dedent
 
 FENCE = re.compile(r"```[ \t]*(?:[pP]ython3?|py)?[ \t]*\r?\n(.*?)(?:\r?\n[ \t]*```|\Z)", re.DOTALL)
 COMPLETION_ENDS = re.compile(r"\n(?=(?:class|def|if|print|assert|@|#|<|```)\b|[@#<`])")
+
+INDENTED = re.compile(r"\s*(?:^|\n)(?:[ ]{2}|\t)\s*[^\s`]")
+OPENS = re.compile(r"^(?:import |from |def |class |async def |@|[A-Za-z_]\w*(?:: *[^=\n]+)? *=[^=])", re.MULTILINE)
+"""Lines with which a program may open; prose stands before them."""
 
 
 def pass_at_k(total: int, passed: int, k: int) -> float:
@@ -31,20 +38,75 @@ def program(prompt: str, answer: str, test: str, entry_point: str) -> str:
 def solution(prompt: str, answer: str, entry_point: str) -> str:
     """The function that an answer gives.
 
-    A fenced block that defines the function stands for itself, behind what precedes the function in the prompt (its
-    imports and helpers). Anything else continues the prompt, up to the first line that is no longer part of the body.
+    An answer that goes on where the prompt ends is a body: it is cut where HumanEval's stop sequences stand. A fenced
+    block that defines the function, or else the lines that do, stand for themselves, behind what precedes the function
+    in the prompt (its imports and helpers). What follows and is no program is left out, from a line without indentation
+    on: the function itself is never cut. Any other answer continues the prompt, as it is.
     """
-    defined = re.compile(rf"^[ \t]*(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
+    body = _body(prompt, answer)
+    if body is not None:
+        return prompt + body
+    defined = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
+    before = prompt[: _start(defined, prompt)] + "\n"
     blocks = [match[1] for match in FENCE.finditer(answer)]
-    whole = next((block for block in blocks if defined.search(block)), None)
-    if whole is None and defined.search(answer):
-        whole = answer
-    if whole is not None:
-        return prompt[: _start(defined, prompt)] + "\n" + whole
+    # A block in a list is indented as a whole; others stay as they are, blank lines of their strings too.
+    for block in blocks or [answer]:
+        text = block if defined.search(block) else dedent(block)
+        if defined.search(text):
+            return before + _definition(before, text, defined)
     body = blocks[0] if blocks else answer
-    cut = COMPLETION_ENDS.search(body)
-    body = body[: cut.start()] if cut else body
-    return prompt + (body if body[:1].isspace() else "    " + body)
+    return prompt + (_body(prompt, body) or _indented(_stopped(body)))
+
+
+def compiles(text: str) -> bool:
+    """Whether a text is a program; it is not run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(text, "program.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _body(prompt: str, answer: str) -> str | None:
+    """The answer as the rest of the function that the prompt opens; nothing where it is none.
+
+    An indented answer always is. Of others a word or an import, too, would make a body: such a one must be no program
+    of its own (``return x``).
+    """
+    text = _stopped(answer)
+    if INDENTED.match(answer):
+        return next((part for part in _prefixes(text) if part.strip() and compiles(prompt + part)), text)
+    goes_on = bool(text.strip()) and compiles(prompt + _indented(text)) and not compiles(text.strip())
+    return _indented(text) if goes_on else None
+
+
+def _definition(before: str, text: str, defined: re.Pattern[str]) -> str:
+    """The longest part of a text that defines the function and is a program; the text as it is where none is."""
+    place = _start(defined, text)
+    function = next((part for part in _prefixes(text[place:]) if part.strip() and compiles(before + part)), None)
+    if function is None:
+        return text
+    starts = [match.start() for match in OPENS.finditer(text) if match.start() < place]
+    wholes = (text[start:place] + function for start in starts)
+    return next((whole for whole in wholes if compiles(before + whole)), function)
+
+
+def _prefixes(text: str) -> Iterator[str]:
+    """A text, then what stands before each of its lines without indentation, from the last to the first."""
+    yield text
+    for match in reversed(list(re.finditer(r"\n(?=\S)", text))):
+        yield text[: match.end()]
+
+
+def _stopped(text: str) -> str:
+    cut = COMPLETION_ENDS.search(text)
+    return text[: cut.start()] if cut else text
+
+
+def _indented(text: str) -> str:
+    return text if text[:1].isspace() else "    " + text
 
 
 def _start(defined: re.Pattern[str], prompt: str) -> int:

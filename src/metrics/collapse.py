@@ -16,18 +16,31 @@ MIN_WORDS = 12
 MIN_LETTERS = 10
 """An answer with fewer letters is never called of a wrong script."""
 ASIAN = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO"}
+UNSPACED = re.compile(r"(\w{2,40}?)\1{5,}")
+"""A stretch without spaces in which one piece stands six times in a row."""
+MIN_UNSPACED = 20
+"""A shorter stretch of this kind is never called repeating."""
 ASKS_FOR_SCRIPT = re.compile(
-    r"translat|transliterat|alphabet|script|characters|\b(?:russian|ukrainian|bulgarian|serbian|greek|hebrew|arabic"
-    r"|persian|farsi|urdu|hindi|bengali|tamil|telugu|thai|chinese|mandarin|cantonese|japanese|korean|georgian|armenian"
-    r"|amharic|english|latin|language)\b"
+    r"\btranslat(?:e|es|ed|ing|ions?)\b|\btransliterat|\balphabets?\b|\bwriting systems?\b|\bnon-(?:latin|english)\b"
+    r"|\b(?:another|other|different|foreign|native|original|any|every|each|all|several|multiple|many|two|three|five|ten)"
+    r" languages?\b|\b(?:cyrillic|devanagari|hangul|kanji|hanzi|hiragana|katakana|kana|arabic|greek|hebrew|chinese"
+    r"|japanese|korean|thai|georgian|armenian) (?:script|letters|characters)\b"
+    r"|\b(?:in|into|to|speak|learn|teach me|say|write|basic)\s+(?:the )?(?:russian|ukrainian|bulgarian"
+    r"|serbian|macedonian|belarusian|greek|hebrew|yiddish|arabic|persian|farsi|urdu|pashto|hindi|marathi|nepali|sanskrit"
+    r"|bengali|tamil|telugu|kannada|malayalam|gujarati|punjabi|sinhala|thai|lao|khmer|burmese|tibetan|chinese|mandarin"
+    r"|cantonese|japanese|korean|georgian|armenian|amharic|english|latin)(?=\s*(?:$|[^\w\s]|\b(?:and|or|please|for|to"
+    r"|with|using|about|how|what|that|text|sentences?|phrases?|words?|greetings|poems?|poetry|an?|the|me|on)\b))"
+    r"|\b(?:russian|greek|hebrew|arabic|hindi|chinese|japanese|korean|thai) (?:word|phrase|name|translation|for)s?\b"
 )
+"""What asks for another language or script, in a prompt whose case is folded. A shell script is none."""
 
 
 def collapse(answer: str, prompt: str = "") -> Collapse:
     """How an answer has collapsed, or the empty string.
 
     Repeating means: of at least :data:`MIN_WORDS` words, fewer than a third are distinct, or one word stands six times
-    in a row, or one character twenty times.
+    in a row; or one character stands twenty times in a row; or, in writing without spaces, one piece with a letter in
+    it stands six times in a row over at least :data:`MIN_UNSPACED` characters.
 
     Args:
         answer: The answer.
@@ -48,7 +61,7 @@ def is_collapsed(answer: str, prompt: str = "") -> bool:
 
 
 def _repeats(text: str, words: list[str]) -> bool:
-    if re.search(r"(\S)\1{19,}", text):
+    if re.search(r"(\S)\1{19,}", text) or _repeats_unspaced(text):
         return True
     if len(words) < MIN_WORDS:
         return False
@@ -58,6 +71,11 @@ def _repeats(text: str, words: list[str]) -> bool:
         runs = runs + 1 if word == before else 1
         longest = max(longest, runs)
     return longest >= 6 or len(Counter(words)) / len(words) < 1 / 3
+
+
+def _repeats_unspaced(text: str) -> bool:
+    found = UNSPACED.finditer(text.casefold())
+    return any(len(one[0]) >= MIN_UNSPACED and any(c.isalpha() for c in one[1]) for one in found)
 
 
 def _scripts(text: str) -> Counter[str]:

@@ -1,10 +1,16 @@
 """Exact match of an answer with its reference, or of the last number in each."""
 
 import re
+from decimal import Decimal
 from typing import Literal
 
 AnswerForm = Literal["text", "number"]
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# A minus behind a digit, a letter or a bracket is an operator or a hyphen; commas part thousands in groups of three.
+NUMBER = re.compile(
+    r"(?:(?<![\w)\].\-\u2212])[-\u2212])?"
+    r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}\b)?"
+)
 
 
 def normalised(text: str) -> str:
@@ -13,12 +19,13 @@ def normalised(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text in plain form (``1,200.50`` becomes ``1200.5``), or nothing."""
+    """The last number of a text in plain form, digit for digit (``1,200.50`` becomes ``1200.5``), or nothing."""
     found = NUMBER.findall(text)
     if not found:
         return None
-    value = float(found[-1].replace(",", ""))
-    return str(int(value)) if value.is_integer() else str(value)
+    value = format(Decimal(found[-1].replace(",", "").replace("\u2212", "-")), "f")
+    whole = value.rstrip("0").rstrip(".") if "." in value else value
+    return "0" if whole == "-0" else whole
 
 
 def is_exact(answer: str, reference: str, form: AnswerForm = "text") -> bool:

@@ -5,8 +5,10 @@ from math import sqrt
 Z95 = 1.959963984540054
 
 
-def wilson(hits: int, total: int) -> tuple[float, float]:
+def wilson(hits: float, total: int) -> tuple[float, float]:
     """95 % interval of ``hits / total``; it stays within [0, 1] and is honest at 0 and at 1.
+
+    Scores between 0 and 1 may count as parts of a hit: they vary less than hits do, so the interval is wide enough.
 
     Raises:
         ValueError: there are no trials, or more hits than trials.

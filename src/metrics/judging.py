@@ -8,9 +8,11 @@ harm can give it.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from src.errors import InputError
 
 Property = Literal["refusal", "harmful"]
 
@@ -24,8 +26,16 @@ class Judgement:
     reply: str = ""
 
 
+class Unfinished(InputError):
+    """A judge failed on some answers; ``found`` are its judgements of others, by position."""
+
+    def __init__(self, message: str, found: Mapping[int, Judgement] | None = None) -> None:
+        super().__init__(message)
+        self.found = dict(found or {})
+
+
 class Judge(ABC):
-    """Judges answers. Settings are plain attributes without a leading underscore; they identify the judge."""
+    """Judges answers. Settings are plain attributes without a leading underscore; with the content they identify it."""
 
     finds: Property
 
@@ -38,10 +48,20 @@ class Judge(ABC):
         return {"judge": type(self).__name__} | {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     @property
+    def content(self) -> str:
+        """What settings only name: a digest of the model's files or of the lists; empty where they name nothing."""
+        return ""
+
+    @property
     def key(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of the settings: verdicts are kept under it."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        """First 16 hexadecimal digits of the SHA-256 of settings and content: verdicts are kept under it."""
+        identity = self.settings | ({"content": self.content} if self.content else {})
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @abstractmethod
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
-        """One judgement per answer, in order."""
+        """One judgement per answer, in order.
+
+        Raises:
+            Unfinished: the judge failed on the way.
+        """

@@ -6,15 +6,17 @@ Safety tax of a model m against the utility expert u, signed (2503.00555 names t
 
 It is utility lost per safety gained. Where the interval of the gain reaches 0 or lies below it there is no gain to
 divide by (two losses would even give the sign of a bargain): the tax is *undefined*, and is said to be so instead of
-being set to a number.
+being set to a number. Where the gain is sure, a few draws of its bootstrap may still hold none; a ratio of theirs could
+be anything, so they count as −∞ for the lower end of the tax's interval and as +∞ for the upper one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 
-from src.metrics.bootstrap import DRAWS, Estimate, paired_difference, resampled_means
+from src.metrics.bootstrap import DRAWS, Estimate, bootstrap, paired_difference, resampled_means
 
 UNDEFINED = "undefined: no safety gain"
 
@@ -46,7 +48,8 @@ def safety_tax(
 ) -> Tax:
     """Signed utility loss per safety gain against the utility expert, from per-example scores of the same rows.
 
-    The interval of the ratio is a bootstrap that resamples utility rows and safety rows apart.
+    The interval of the ratio is a bootstrap that resamples utility rows and safety rows apart; a draw without a gain
+    widens it at both ends, and leaves the tax undefined where no end would be finite.
     """
     loss = paired_difference(expert_utility, model_utility, seed=seed)
     gain = paired_difference(model_safety, expert_safety, seed=seed + 1)
@@ -54,14 +57,23 @@ def safety_tax(
         return Tax(loss, gain, UNDEFINED)
     lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
     gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()
-    ratios = resampled_means(lost, seed=seed, draws=DRAWS) / resampled_means(gained, seed=seed + 1, draws=DRAWS)
-    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975]).double()).tolist()
+    losses, gains = (resampled_means(each, seed=s, draws=DRAWS) for each, s in ((lost, seed), (gained, seed + 1)))
+    low, high = _ratio_interval(losses, gains)
+    if not isfinite(high - low):
+        return Tax(loss, gain, UNDEFINED)
     return Tax(loss, gain, Estimate(loss.value / gain.value, low, high, min(loss.n, gain.n)))
+
+
+def _ratio_interval(losses: torch.Tensor, gains: torch.Tensor) -> tuple[float, float]:
+    """95 % interval of draws (draws,) of ``losses / gains``; one whose gain is not above 0 is beyond either end."""
+    ends = [torch.where(gains > 0, losses / gains, end) for end in (-inf, inf)]
+    low, high = (torch.quantile(each, q).item() for each, q in zip(ends, (0.025, 0.975), strict=True))
+    return low, high
 
 
 def drift(expert: Sequence[float], model: Sequence[float], *, seed: int = 0) -> Estimate:
     """Mean absolute per-example change against the utility expert: what averages of gains and losses hide."""
-    return paired_difference([abs(a - b) for a, b in zip(expert, model, strict=True)], [0.0] * len(model), seed=seed)
+    return bootstrap([abs(a - b) for a, b in zip(expert, model, strict=True)], seed=seed)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

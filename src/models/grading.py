@@ -17,7 +17,7 @@ from src.metrics.agreement import count_pairs, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference
 from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
-from src.metrics.counters import AnswerPerplexity, FlagRate, share
+from src.metrics.counters import AnswerPerplexity, FlagRate, named_categories, share
 from src.metrics.exact import is_exact
 from src.metrics.judging import Judgement
 from src.metrics.refusal import is_refusal
@@ -94,14 +94,13 @@ def suite_summary(
     suite: Suite, rows: Sequence[Row], records: Sequence[Record], *, rank: int, world_size: int
 ) -> Record:
     """The numbers of one suite. Every process holds all records and counts its share."""
-    categories = sorted({row.category for row in rows} - {""})
+    named = named_categories([row.category for row in rows])
     mine = range(rank, len(rows), world_size)
     summary: Record = {"kind": suite.kind}
     for flag, name in FLAGS.items():
         if flag in records[0] and not (flag == "correct_norm" and suite.style == "letters"):
-            rate = FlagRate(categories if all(row.category for row in rows) else ())
-            flags, named = [records[i][flag] for i in mine], [rows[i].category for i in mine]
-            rate.update(flags, named if rate.categories else None)
+            rate = FlagRate(sorted(set(named)))
+            rate.update([records[i][flag] for i in mine], [named[i] for i in mine] if named else None)
             summary[name] = rate.summary()
     if "nll" in records[0]:
         perplexity = AnswerPerplexity()
@@ -110,11 +109,22 @@ def suite_summary(
         summary["perplexity"] = perplexity.summary()
     for name in (*MEANS, *(f"pass@{k}" for k in suite.k)):
         if name in records[0]:
-            values = [record[name] for record in records]
-            # One sample a row is passed or not: resampling says nothing where all are equal, Wilson's interval does.
+            # One sample a row is passed or not, and counted as a share.
             whole = name != "rouge_l" and suite.samples == 1
-            summary[name] = share(round(sum(values)), len(values)) if whole else bootstrap(values).as_dict()
+            summary[name] = _mean([record[name] for record in records], named, whole=whole)
     return summary | _counts(records)
+
+
+def _mean(values: Sequence[float], named: Sequence[str], *, whole: bool) -> Record:
+    """Mean of the rows' scores with its interval, and of each category's."""
+    found: Record = share(round(sum(values)), len(values)) if whole else bootstrap(values).as_dict()
+    if named:
+        groups = {
+            name: [value for value, one in zip(values, named, strict=True) if one == name]
+            for name in sorted(set(named))
+        }
+        found["categories"] = {name: _mean(group, (), whole=whole) for name, group in groups.items()}
+    return found
 
 
 def compared(records: Sequence[Record], first: Sequence[Record]) -> Record:

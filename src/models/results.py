@@ -152,7 +152,7 @@ class Results:
             row = encoded[i].row
             programs.append([program(row.prompt, records[i]["answer"], row.test, row.entry_point)])
         store = Verdicts(self.output / FOLDER, "programs", str(self.rank))
-        return self._shared(lambda: store.mapped(programs, ending), len(records))
+        return self._shared(lambda: store.mapped(programs, ending, final=_ended), len(records))
 
     def write_metrics(
         self, base: Mapping[str, str], models: Mapping[str, Adapter | None], settings: Mapping[str, Any]
@@ -206,6 +206,11 @@ class Results:
             write_answers(path, self.data.rows[suite.name], each)
         names = [(self.models[model], self.data.suites[number].name) for model, number in self.records]
         remove_other_answers(self.output, {answer_file(self.output, *each) for each in names})
+
+
+def _ended(outcome: Mapping[str, str]) -> bool:
+    """Whether a program's ending stands: one that ran out of time may have met a busy machine."""
+    return outcome["ending"] != "timeout"
 
 
 def _raw(suite: Suite, records: Sequence[Record]) -> Record:
