@@ -15,7 +15,8 @@ from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
 from src.errors import InputError
-from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
+from src.merge.combinations.compress_then_merge import CompressThenMerge
+from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties

@@ -19,8 +19,9 @@ from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination, Expert, KeyedDeltas
 from src.merge.combinations.breadcrumbs import Breadcrumbs
+from src.merge.combinations.compress_then_merge import CompressThenMerge
 from src.merge.combinations.concatenate import Concatenate
-from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
+from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.fisher_average import FisherAverage
 from src.merge.combinations.knots import Knots

@@ -7,7 +7,8 @@ from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.merge.combination import Expert
-from src.merge.combinations.core_space import CompressThenMerge, CoreSpace
+from src.merge.combinations.compress_then_merge import CompressThenMerge
+from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.fisher_average import diagonal_average, kronecker_average
 from src.merge.combinations.iso_c import IsoC

@@ -14,6 +14,7 @@ from src.merge import (
 )
 from src.merge.combinations import (
     breadcrumbs,
+    compress_then_merge,
     concatenate,
     core_space,
     dare,
@@ -33,6 +34,7 @@ __all__ = [
     "align_guard",
     "breadcrumbs",
     "closest_safe_update",
+    "compress_then_merge",
     "concatenate",
     "core_space",
     "dare",
