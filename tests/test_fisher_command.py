@@ -291,3 +291,137 @@ def test_the_estimate_of_a_70b_model_is_its_arithmetic(tmp_path, rows, tokenizer
     assert weights.sums == 2 * 8 * weights.dim == weights.disk // 2
     assert weights.dim == 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert estimate(spec, shapes, data, representation="lowrank", **options, shards=8).weights == found.weights // 8
+
+
+def tokens_of(tokenizer, path):
+    encoder = Encoder(tokenizer, max_length=512)
+    encoded = [encoder.encode(row) for row in load_rows([str(path)], need_response=True)]
+    return sum(len(row.ids) - row.answer_start for row in encoded)
+
+
+def test_weighted_sources_at_token_granularity_give_the_weighted_mean(base, adapters, rows, tmp_path, tokenizer):
+    flags = [*DATA, "--model.granularity", "token"]
+    plain = run(base, adapters, rows, tmp_path / "plain", *flags)["utility"].fisher
+    benign, task = plain.scores[plain.groups < 9], plain.scores[plain.groups >= 9]
+    expected = (3 * benign.T @ benign / len(benign) + task.T @ task / len(task)) / 4
+    assert len(benign) == tokens_of(tokenizer, rows["benign"])
+    weights = ["--data.utility_weights", "[3,1]"]
+    exact = run(base, adapters, rows, tmp_path / "exact", *flags, *weights)["utility"].fisher
+    torch.testing.assert_close(exact.dense(), expected)
+    diagonal = ["--model.representation", "diagonal"]
+    found = run(base, adapters, rows, tmp_path / "found", *flags, *weights, *diagonal)["utility"].fisher
+    torch.testing.assert_close(found.diagonal(), expected.diagonal())
+    assert exact.count == found.count == len(plain.scores)
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "0.5"])
+def test_a_part_of_the_batches_is_refused(base, adapters, rows, tmp_path, capsys, limit):
+    flags = fisher_flags(base, adapters, rows, tmp_path / "out", "--trainer.limit_predict_batches", limit)
+    assert main(flags) == 2
+    assert f"trainer.limit_predict_batches is {limit}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def full_at(monkeypatch, name):
+    """A disk that is full when the file of a pass is written."""
+    from src.models.fisher import FisherModule
+
+    write = FisherModule._write
+
+    def failing(self, written, *rest):
+        if written == name:
+            raise OSError(28, "No space left on device")
+        write(self, written, *rest)
+
+    monkeypatch.setattr(FisherModule, "_write", failing)
+
+
+def test_files_appear_together_and_nothing_is_left_beside_them(base, adapters, rows, tmp_path, monkeypatch, capsys):
+    command, out = fisher_flags(base, adapters, rows, tmp_path / "out"), tmp_path / "out"
+    full_at(monkeypatch, "utility")
+    assert main(command) == 2
+    assert not list(out.glob("*.safetensors"))
+    monkeypatch.undo()
+    stale = out / ".parts" / "utility" / ".00000-000000.safetensors.x.tmp"
+    stale.write_bytes(b"what SIGKILL leaves")
+    capsys.readouterr()
+    full_at(monkeypatch, "safety")
+    assert main(command) == 2
+    assert (stale.parent.exists(), stale.exists()) == (True, False)
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert not (out / ".parts").exists()
+    assert "parts of an interrupted pass are kept" in capsys.readouterr().err
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["safety.safetensors", "utility.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [([], "highest"), (["--model.max_matmul_error", "1e-4"], "highest"), ([], "medium")],
+)
+def test_parts_of_another_arithmetic_are_not_read(
+    base, adapters, rows, tmp_path, capsys, monkeypatch, request, flags, chosen
+):
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    command = fisher_flags(base, adapters, rows, tmp_path / "out")
+    full_at(monkeypatch, "safety")
+    assert main(command) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("src.models.fisher.choose_matmul", lambda *_, **__: chosen)
+    capsys.readouterr()
+    assert main([*command, *flags]) == 0
+    same = not flags and chosen == "highest"
+    assert ("parts of an interrupted pass are kept" in capsys.readouterr().err) == same
+
+
+def test_a_part_that_is_damaged_before_the_end_is_measured_again(base, adapters, rows, tmp_path, capsys, monkeypatch):
+    from src.models.fisher import FisherModule
+
+    flags = [*DATA, "--model.representation", "block", "--model.shard_rows", "4"]
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *flags)) == 0
+    part = tmp_path / "out" / ".parts" / "utility" / "00000-000000.safetensors"
+    leave = FisherModule._leave
+
+    def damaging(self):
+        leave(self)
+        if part.exists():
+            damaged = bytearray(part.read_bytes())
+            damaged[-3] ^= 1
+            part.write_bytes(damaged)
+
+    monkeypatch.setattr(FisherModule, "_leave", damaging)
+    command = fisher_flags(base, adapters, rows, tmp_path / "out", *flags)
+    assert main(command) == 2
+    assert "F_utility hold 18 of 22 rows" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "F_utility: 5 parts of an interrupted pass are kept" in capsys.readouterr().err
+    for name, whole in tensors(tmp_path / "whole").items():
+        assert all(torch.equal(value, tensors(tmp_path / "out")[name][key]) for key, value in whole.items())
+
+
+def test_the_estimate_counts_answer_tokens_and_every_part(base, rows, tokenizer):
+    from src.data.calibration import CalibrationData
+    from src.models.base import BaseSpec
+    from src.models.estimate import estimate
+
+    data = CalibrationData(safety=str(rows["harmful"]), batch_size=2)
+    data.bind(tokenizer)
+    data.bind_passes({"safety": "safety"}, [])
+    data.setup("predict")
+    shapes = {"model.layers.0.self_attn.q_proj": (2, 3)}
+    options = {"draws": 1, "halves": True, "shard_rows": 4, "weight_coordinates": False}
+
+    def of(representation, **more):
+        spec = BaseSpec(name=str(base), dtype="float32")
+        return estimate(spec, shapes, data, representation=representation, **options | more)
+
+    tokens = of("lowrank", granularity="token")
+    assert tokens.shards == 4 * 6 * tokens_of(tokenizer, rows["harmful"])
+    assert of("lowrank").sums < tokens.sums < tokens.shards
+    # 7 rows are 4 batches: 2 parts of one process, 3 of three with a batch or two each.
+    assert of("diagonal").shards == 2 * (2 * 8 * 6)
+    assert of("diagonal", processes=3).shards == 3 * (2 * 8 * 6)
+    weights = of("diagonal", weight_coordinates=True)
+    assert weights.shards == 3 * weights.sums
+    assert weights.peak == weights.weights + weights.activations

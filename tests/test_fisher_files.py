@@ -164,3 +164,63 @@ def test_halves_that_cannot_be_told_apart_are_none():
     empty.begin(examples(torch.arange(2), ["same", "same"]))
     empty.update("m", torch.ones(2, 1, 1), torch.ones(2, 1, 1))
     assert empty.finish().halves(0) is None
+
+
+def test_a_row_of_two_data_sets_is_in_one_half():
+    one, two = random_fisher(LowRankAccumulator, 8, 1), random_fisher(LowRankAccumulator, 6, 2)
+    names = [f"r{i}" for i in range(8)]
+    assert one.named(names).halves(3)[0].rows == tuple(names[i] for i in chosen(one.halves(3)[0], one))
+    for other in (one.named(names), two.named([*names[4:], "s0", "s1"])):
+        pooled = weighted_mean([one.named(names), other], [1.0, 1.0])
+        first, second = pooled.halves(0)
+        assert not set(first.rows) & set(second.rows)
+        assert first.count + second.count == pooled.count
+    # Rows that are not known are told apart by position.
+    assert weighted_mean([one.named(names), two], [1.0, 1.0]).rows is None
+
+
+def chosen(half, whole):
+    """Positions of a half's scores."""
+    return [int((whole.scores == row).all(1).nonzero()) for row in half.scores]
+
+
+def test_tokens_of_a_row_keep_its_name():
+    fisher = LowRankFisher(torch.ones(4, 3), 4, torch.tensor([0, 0, 2, 2]))
+    assert fisher.named(["a", "b", "c"]).rows == ("a", "a", "c", "c")
+    assert fisher.named(["a", "b"]).rows is None
+    assert LowRankFisher(torch.ones(2, 3), 2).named(["a", "b", "c"]).rows is None
+
+
+def test_a_file_names_the_rows_of_its_scores(tmp_path):
+    names = [f"r{i}" for i in range(9)]
+    FisherFile(random_fisher(LowRankAccumulator), *bases(), {"rows": names}).save(tmp_path / "f.safetensors")
+    assert load_fisher(tmp_path / "f.safetensors").fisher.rows == tuple(names)
+
+
+def rewritten(path, tensors, metadata):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        kept = handle.metadata()
+    save_file(load_file(path) | tensors, path, metadata=kept | metadata)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"u.model.layers.0.a": torch.full((5, 2), float("nan"))}, {}, "vectors u of model.layers.0.a hold NaN"),
+        ({"v.model.layers.1.b": torch.full((6, 4), float("inf"))}, {}, "vectors v of model.layers.1.b hold NaN"),
+        ({"v.model.layers.1.b": torch.zeros(0)}, {}, r"v of model.layers.1.b has the shape \(0,\); expected \(·, 4\)"),
+        ({"u.model.layers.0.a": torch.zeros(5, 3)}, {}, r"u of model.layers.0.a has the shape \(5, 3\)"),
+        ({"scores": torch.zeros(90)}, {}, r"scores of shape \(90,\); expected \(rows, 10\)"),
+        ({"scores": torch.tensor(1.0)}, {}, r"scores of shape \(\); expected \(rows, 10\)"),
+        ({}, {RECORD: "{oops"}, "record is no JSON"),
+        ({}, {RECORD: "[]"}, "record is a list; expected a mapping"),
+    ],
+)
+def test_bases_scores_and_records_of_other_shapes_are_refused(tensors, metadata, message, tmp_path):
+    path = tmp_path / "f.safetensors"
+    FisherFile(random_fisher(LowRankAccumulator), *bases(), {}).save(path)
+    rewritten(path, tensors, metadata)
+    with pytest.raises(InputError, match=rf"f\.safetensors: .*{message}"):
+        load_fisher(path)

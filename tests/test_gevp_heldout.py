@@ -310,3 +310,8 @@ def test_the_map_has_a_row_per_layer_and_a_column_per_module():
 def test_a_relearned_merge_has_its_map_drawn(tmp_path):
     plot_pencil({"kept_by_module": {"model.layers.0.q": 1.2}, "held_out": None}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_a_ridge_that_drowns_in_rounding_is_named():
+    with pytest.raises(ValueError, match="raise the ridge rho_s"):
+        relearn(problem([LowRankAccumulator] * 3, sigma=1e-25), random_patch())

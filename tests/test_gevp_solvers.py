@@ -298,3 +298,10 @@ def test_memory_mapped_scores_are_read_block_by_block(tmp_path, monkeypatch):
     left, right = dense_pencil(*(f.dense().numpy() for f in held), rho=0.1, rho_s=1.0)
     direct = np.linalg.solve(left + pencil.trace_ratio * right, left @ patch.numpy())
     np.testing.assert_allclose(found.numpy(), direct, rtol=1e-7, atol=1e-10)
+
+
+def test_random_directions_without_a_projection():
+    utility, patch = random_fisher(LowRankAccumulator, rows=3), random_patch()
+    assert not random_projection(patch, utility, 0.5, k=0, seed=3).any()
+    with pytest.raises(ValueError, match="raise the ridge rho"):
+        random_projection(patch, utility, 1e-25, k=DIM - 1, seed=3)

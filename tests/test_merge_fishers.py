@@ -216,3 +216,48 @@ def test_every_tensor_of_a_merge_from_files_is_finite(adapters, measured, tmp_pa
     assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst") == 0
     tensors = load_file(tmp_path / "m" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() and tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("at-base", ["--model.reference_utility", "base"], "reference is base, that of"),
+        ("data", ["--model.labels", "data"], "labels is data, that of"),
+        ("token", ["--model.granularity", "token"], "granularity is token, that of"),
+    ],
+)
+def test_directories_that_were_measured_unlike_have_no_mean(adapters, measured, tmp_path, capsys, name, flags, message):
+    one, other = measured("lowrank"), measured(name, *flags)
+    assert run(adapters, f"[{one},{other}]", tmp_path / "m", "--method", "Sst") == 2
+    error = capsys.readouterr().err
+    assert f"{other}/utility.safetensors: {message} {one}/utility.safetensors" in error
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_set_in_two_directories_keeps_its_held_out_rows_apart(adapters, measured, tmp_path):
+    fisher = measured("lowrank")
+    for name, folders in (("one", str(fisher)), ("two", f"[{fisher},{fisher}]")):
+        assert run(adapters, folders, tmp_path / name, "--method", "Sst", "--method.rho", "1e-3") == 0
+    one, two = (read_adapter(tmp_path / name).manifest["findings"]["held_out"] for name in ("one", "two"))
+    assert two["utility_tax_kept"] == pytest.approx(one["utility_tax_kept"], rel=1e-4)
+
+
+@pytest.mark.parametrize("key", ["seen", "base", "pass"])
+def test_a_record_that_lacks_a_key_is_refused(adapters, measured, tmp_path, capsys, key):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    part = shutil.copytree(measured("lowrank"), tmp_path / "part")
+    path = part / "safety.safetensors"
+    with safe_open(path, "pt") as handle:
+        record = json.loads(handle.metadata()["sst_fisher"])
+    del record[key]
+    save_file(load_file(path), path, metadata={"sst_fisher": json.dumps(record)})
+    assert run(adapters, part, tmp_path / "m", "--method", "Sst") == 2
+    assert f"{path}: its record has no '{key}'" in capsys.readouterr().err
+
+
+def test_random_directions_of_an_empty_selection_are_refused(adapters, measured, tmp_path, capsys):
+    flags = ["--method.filter", "threshold", "--method.t", "1e9", "--method.control", "random"]
+    assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst", *flags) == 2
+    assert "method.t is 1000000000.0: the filter keeps no direction" in capsys.readouterr().err

@@ -63,7 +63,6 @@ class CalibrationData(TokenizedData):
         self.random_rows, self.random_seed = random_rows, random_seed
         self.random_prompt, self.random_answer = random_prompt, random_answer
         self.rows: dict[str, list[Row]] = {}
-        self.weights: dict[str, torch.Tensor] = {}
         self.encoded: dict[str, list[Encoded]] = {}
         self._passes: dict[str, str] = {}
         self._random: frozenset[str] = frozenset()
@@ -96,11 +95,8 @@ class CalibrationData(TokenizedData):
             if name in self._random:
                 self.encoded[name] = self._draw()
                 self.rows[name] = [encoded.row for encoded in self.encoded[name]]
-                self.weights[name] = torch.ones(len(self.rows[name]), dtype=torch.float64)
                 continue
-            sources = self.sources[of]
-            self.rows[name] = [row for rows in sources for row in rows]
-            self.weights[name] = row_weights([len(rows) for rows in sources], self.source_weights[of])
+            self.rows[name] = [row for rows in self.sources[of] for row in rows]
             self.encoded[name] = self.encode(self.rows[name], name)
 
     def _draw(self) -> list[Encoded]:

@@ -82,8 +82,8 @@ def load_fisher(path: Path) -> FisherFile:
     """Read and check a Fisher file. Tensors stay mapped: they take memory as they are read.
 
     Raises:
-        InputError: the file is missing or broken, is no Fisher file, or holds NaN or infinite values; the message
-            names the file and, for bad values, the module.
+        InputError: the file is missing or broken, is no Fisher file, or holds NaN or infinite values or bases of other
+            shapes; the message names the file and, for bad values, the module.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a Fisher file (made by `python -m src fisher`)")
@@ -92,18 +92,21 @@ def load_fisher(path: Path) -> FisherFile:
             metadata = handle.metadata() or {}
             if RECORD not in metadata:
                 raise InputError(f"{path}: not a Fisher file (no {RECORD} record in its metadata)")
-            record = json.loads(metadata[RECORD])
+            record = _record(path, metadata[RECORD])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     core = record.get("coordinates", "core") == "core"
     try:
         u, v = ({n: tensors.pop(f"{side}.{n}") for n in record["modules"] if core} for side in "uv")
-        shapes = _shapes(record, u, v)
+        shapes = _shapes(path, record, u, v)
+        _check_finite(path, {f"{s}.{n}": t for s, side in (("u", u), ("v", v)) for n, t in side.items()}, shapes)
         kind = REPRESENTATIONS[record.get("representation", "lowrank")]
         mean = tensors.pop("mean", None)
         _check_finite(path, tensors | ({} if mean is None else {"mean": mean}), shapes)
         fisher = kind.from_tensors(tensors, shapes=shapes, count=record["count"])
+        if isinstance(fisher, LowRankFisher):
+            fisher = fisher.named(record.get("rows") or [])
     except KeyError as error:
         raise InputError(f"{path}: has no {error}; expected a file written by `python -m src fisher`") from None
     except InputError:
@@ -113,12 +116,32 @@ def load_fisher(path: Path) -> FisherFile:
     return FisherFile(fisher, u, v, record, mean)
 
 
+def _record(path: Path, text: str) -> dict[str, Any]:
+    """The record of a file."""
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: its {RECORD} record is no JSON ({error}); expected a mapping") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: its {RECORD} record is a {type(record).__name__}; expected a mapping")
+    return record
+
+
 def _shapes(
-    record: Mapping[str, Any], u: Mapping[str, torch.Tensor], v: Mapping[str, torch.Tensor]
+    path: Path, record: Mapping[str, Any], u: Mapping[str, torch.Tensor], v: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[int, int]]:
+    """(p, q) of each module, by its bases where there are any."""
+    # Files from before there were representations hold no shapes.
+    stored = record["shapes"] if "shapes" in record or not u else [None] * len(u)
+    given = dict(zip(record["modules"], stored, strict=True))
+    for i, (side, bases) in enumerate((("u", u), ("v", v))):
+        for name, basis in bases.items():
+            wanted = "columns" if given[name] is None else given[name][i]
+            if basis.ndim != 2 or 0 in basis.shape or wanted not in ("columns", basis.shape[1]):
+                raise InputError(f"{path}: {side} of {name} has the shape {tuple(basis.shape)}; expected (·, {wanted})")
     if u:
         return {name: (u[name].shape[1], v[name].shape[1]) for name in u}
-    return {name: (p, q) for name, (p, q) in zip(record["modules"], record["shapes"], strict=True)}
+    return {name: (p, q) for name, (p, q) in given.items()}
 
 
 def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
@@ -126,9 +149,10 @@ def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Shape
     sizes = [p * q for p, q in shapes.values()]
     for key, tensor in tensors.items():
         kind, _, module = key.partition(".")
-        if kind in ("scores", "mean") and tensor.shape[-1] == sum(sizes):
+        if kind in ("scores", "mean") and tensor.ndim and tensor.shape[-1] == sum(sizes):
             for name, part in zip(shapes, tensor.split(sizes, dim=-1), strict=True):
                 if not torch.isfinite(part).all():
                     raise InputError(f"{path}: the {kind} of {name} hold NaN or infinite values")
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: the sums {kind} of {module or 'all modules'} hold NaN or infinite values")
+            what = "vectors" if kind in ("u", "v") else "sums"
+            raise InputError(f"{path}: the {what} {kind} of {module or 'all modules'} hold NaN or infinite values")

@@ -4,7 +4,8 @@ Legend of shapes: n examples, D coordinates, P vectors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ class LowRankFisher(Fisher):
         count: n, the number of examples.
         groups: (n,) int64 row of the data that each example is of, with one example per answer token: tokens of
             one row are never told apart by a split. Unset means one example per row.
+        rows: (n,) identifier of the row of each example, where known: a row that two data sets share is one row.
     """
 
     representation = "lowrank"
     scores: torch.Tensor
     count: int
     groups: torch.Tensor | None = None
+    rows: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         rows = self.scores.shape[0] if self.scores.ndim == 2 else 0
@@ -78,12 +81,29 @@ class LowRankFisher(Fisher):
         draws = self.scores.shape[0] // self.count
         rows = (examples[:, None] * draws + torch.arange(draws)).reshape(-1)
         groups = None if self.groups is None else self.groups[examples]
-        return LowRankFisher(self.scores[rows], len(examples), groups)
+        names = None if self.rows is None else tuple(self.rows[i] for i in examples.tolist())
+        return LowRankFisher(self.scores[rows], len(examples), groups, names)
+
+    def named(self, rows: Sequence[str]) -> "LowRankFisher":
+        """The matrix with the identifiers of its rows, given those of all rows of the data; as it is where they differ.
+
+        A file of one example per row does not say which rows have no answer; where there are any, rows go by position.
+        """
+        if self.groups is None:
+            return replace(self, rows=tuple(rows)) if len(rows) == self.count else self
+        owners = self.groups.tolist()
+        return replace(self, rows=tuple(rows[i] for i in owners)) if max(owners) < len(rows) else self
+
+    def _owners(self) -> torch.Tensor:
+        """(n,) int64 number of the row of each example, rows counted as they occur."""
+        if self.rows is not None:
+            numbers: dict[str, int] = {}
+            return torch.tensor([numbers.setdefault(row, len(numbers)) for row in self.rows])
+        return torch.arange(self.count) if self.groups is None else self.groups
 
     def halves(self, seed: int) -> "tuple[LowRankFisher, LowRankFisher] | None":
         """The Fisher matrices of two random halves of the rows; None for a single row."""
-        groups = torch.arange(self.count) if self.groups is None else self.groups
-        names, owners = groups.unique(return_inverse=True)
+        names, owners = self._owners().unique(return_inverse=True)
         if len(names) < 2:
             return None
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
@@ -99,11 +119,11 @@ class LowRankFisher(Fisher):
         """The inverse of :meth:`tensors`.
 
         Raises:
-            ValueError: scores and modules have different numbers of coordinates.
+            ValueError: scores are no table, or scores and modules have different numbers of coordinates.
         """
-        dim = sum(p * q for p, q in shapes.values())
-        if tensors["scores"].shape[1] != dim:
-            raise ValueError(f"scores have {tensors['scores'].shape[1]} coordinates, the bases {dim}")
+        dim, found = sum(p * q for p, q in shapes.values()), tuple(tensors["scores"].shape)
+        if len(found) != 2 or found[1] != dim:
+            raise ValueError(f"scores of shape {found}; expected (rows, {dim}), the bases' coordinates")
         return cls(tensors["scores"], count, tensors.get("groups"))
 
     @classmethod
@@ -123,7 +143,9 @@ class LowRankFisher(Fisher):
             own = torch.arange(fisher.count) if fisher.groups is None else fisher.groups
             groups.append(own + used)
             used += int(own.max()) + 1
-        return cls(scores, total, torch.cat(groups) if any(f.groups is not None for f in fishers) else None)
+        known = [fisher.rows for fisher in fishers if fisher.rows is not None]
+        rows = tuple(chain.from_iterable(known)) if len(known) == len(fishers) else None
+        return cls(scores, total, torch.cat(groups) if any(f.groups is not None for f in fishers) else None, rows)
 
     def _times(self, vectors: torch.Tensor) -> torch.Tensor:
         """(rows, P) products of the scores with vectors (P, D)."""

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from src.errors import InputError
 from src.files import write_atomically
 from src.fisher.accumulate import mapped_tensor
 from src.fisher.lowrank import LowRankFisher, score_order
@@ -63,14 +64,15 @@ class Shards:
             return None
         try:
             with safe_open(path, "pt") as handle:
-                record = json.loads((handle.metadata() or {}).get(RECORD, "{}"))
-                if record.get("key") != self.key:
+                record = dict(json.loads((handle.metadata() or {})[RECORD]))
+                if record["key"] != self.key:
                     return None
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            # Bits may have changed in the tensors' directory, in the record, or in the name of the record.
             log.warning("%s is damaged (%s): its rows are measured again", path, error)
             return None
-        if tensor_digest(tensors) != record["sha256"]:
+        if tensor_digest(tensors) != record.get("sha256"):
             log.warning("%s does not match its checksum: its rows are measured again", path)
             return None
         return tensors
@@ -80,9 +82,16 @@ class Shards:
         names = [path.stem.split("-") for path in self.folder.glob(f"{rank:05d}-*.safetensors")]
         return {int(number) for _, number in names if self.read(rank, int(number)) is not None}
 
+    def of(self, rank: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Sound shards of a process, in the order of steps."""
+        yield from self._sound(f"{rank:05d}-*")
+
     def all(self) -> Iterator[dict[str, torch.Tensor]]:
         """Sound shards of all processes, in the order of processes and steps."""
-        for path in sorted(self.folder.glob("*-*.safetensors")):
+        yield from self._sound("*-*")
+
+    def _sound(self, pattern: str) -> Iterator[dict[str, torch.Tensor]]:
+        for path in sorted(self.folder.glob(f"{pattern}.safetensors")):
             rank, number = path.stem.split("-")
             tensors = self.read(int(rank), int(number))
             if tensors is not None:
@@ -93,20 +102,22 @@ def join_scores(shards: Shards, rows: int) -> LowRankFisher:
     """One low-rank Fisher matrix of all shards; its scores are a mapped file in the shards' folder.
 
     Args:
-        shards: Shards with ``scores`` (k, D), ``keys`` (k, 2: row and answer token) and ``counts``.
+        shards: Shards with ``scores`` (k, D), ``keys`` (k, 2: row and answer token) and ``counts``; one of no row has
+            none of them.
         rows: Number of rows that must occur.
 
     Raises:
-        RuntimeError: a row is missing or occurs in two shards, such as when processes don't share the folder.
+        InputError: a row is missing or occurs in two shards, such as when processes don't share the folder.
     """
-    found = [(part["keys"], part["counts"].sum().item(), part["scores"]) for part in shards.all()]
+    parts = [part for part in shards.all() if "scores" in part]
+    found = [(part["keys"], part["counts"].sum().item(), part["scores"]) for part in parts]
     keys = torch.cat([keys for keys, _, _ in found]) if found else torch.zeros(0, 2, dtype=torch.int64)
     count = round(sum(count for _, count, _ in found))
     seen = len(keys[:, 0].unique())
     if seen != rows or len(keys) % max(count, 1) or len(keys.unique(dim=0)) != count:
-        raise RuntimeError(
-            f"{shards.folder}: {seen} of {rows} rows, {len(keys)} scores of {count} examples; each row must occur once "
-            "(all processes must write to one file system)"
+        raise InputError(
+            f"{shards.folder}: {seen} of {rows} rows, {len(keys)} scores of {count} examples; expected each row once "
+            "(all processes must write to one file system); run the same command again"
         )
     order, groups = score_order(keys, count)
     places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))

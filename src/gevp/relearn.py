@@ -85,6 +85,9 @@ def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float | None =
         problem: What the step is made of.
         start: c0.
         radius: Longest step ‖c − c0‖; unset takes the problem's σ as it is.
+
+    Raises:
+        ValueError: σ is too small to be seen beside the matrices.
     """
     target = problem.safety_mean.double() + problem.tau * problem.benign_mean.double()
     target = target - problem.trust * problem.utility.matvec(start)
@@ -125,7 +128,9 @@ def _steps(problem: RelearnProblem, target: torch.Tensor) -> Callable[[float], t
     def step_at(sigma: float) -> torch.Tensor:
         ridged = gram.clone()
         ridged.diagonal().add_(sigma)
-        lower = torch.linalg.cholesky(ridged)
+        lower, failed = torch.linalg.cholesky_ex(ridged)
+        if failed:
+            raise ValueError("the ridge drowns in rounding, and no step is defined: raise the ridge rho_s")
 
         def solve(right: torch.Tensor) -> torch.Tensor:
             inner = torch.cholesky_solve(stack.times(right)[:, None], lower).squeeze(1)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from src.merge.base import FisherBesideBase, FisherPair, MergeMethod, PatchedFis
 from src.merge.base_point import read_at_base, weights_of
 from src.merge.fisher_passes import Pass, read_pass
 from src.models.base import weights_folder
+from src.models.reference import reference_weights
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Calibration:
 
 
 NONE = Calibration()
+NEEDED = ("base", "basis_sha256", "safety", "seen", "utility")
+"""Keys of a record that every merge reads."""
 
 
 def read_pair(
@@ -81,23 +85,23 @@ def read_pair(
 
     Raises:
         InputError: a file is missing, of another pass, of other adapters or coordinates, or of a form that the method
-            cannot work with.
+            cannot work with; or directories were measured at different points, labels or granularities.
     """
     shares, at = checked_weights(folders, weights), method.base_folder()
     if at is not None and len(folders) > 1:
         raise InputError(f"fisher: {len(folders)} directories; {type(method).__name__} takes one, for one at the base")
-    first = read_pass(folders[0], "safety", method)
-    utilities = [read_pass(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
+    first = _read(folders[0], "safety", method)
+    utilities = [_read(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
     benign = [
-        read_pass(folder, "benign", method, share)
-        for folder, share in zip(folders, shares, strict=True)
-        if method.relearns
+        _read(folder, "benign", method, share) for folder, share in zip(folders, shares, strict=True) if method.relearns
     ]
     at_base = [] if at is None else read_at_base(at, [first, *utilities], method)
     passes = [first, *utilities, *benign, *at_base]
     for one in passes:
         one.check_adapters(experts, safety)
         one.check_coordinates(first)
+    for group in (utilities, benign):
+        _check_alike(group)
     basis, f_u = CoreBasis(first.file.u, first.file.v), _mean(utilities)
     pair = FisherPair(first.file.fisher, f_u, basis)
     if method.relearns:
@@ -125,7 +129,7 @@ def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: 
             f"fisher: {len(folders)} directories for {len(experts)} utility adapters; {type(method).__name__} needs "
             "one for each, in their order"
         )
-    passes = [read_pass(folder, "utility", method) for folder in folders]
+    passes = [_read(folder, "utility", method) for folder in folders]
     for one, expert in zip(passes, experts, strict=True):
         one.check_expert(expert)
         if one.file.fisher.representation != passes[0].file.fisher.representation:
@@ -145,6 +149,53 @@ def checked_weights(folders: Sequence[str], weights: Sequence[float] | None) -> 
     if min(given) < 0 or not 0 < sum(given) < float("inf"):
         raise InputError(f"fisher_weights is {given}; expected numbers of at least 0 with a positive sum")
     return given
+
+
+def _read(folder: str, name: str, method: MergeMethod, weight: float = 1.0) -> Pass:
+    """One pass of a directory, its record whole.
+
+    Raises:
+        InputError: as :func:`src.merge.fisher_passes.read_pass`, or the record lacks a key.
+    """
+    try:
+        found = read_pass(folder, name, method, weight)
+        for key in NEEDED:
+            found.file.record[key]
+    except KeyError as error:
+        path = Path(folder) / f"{name}.safetensors"
+        raise InputError(
+            f"{path}: its record has no {error}; expected a file written by `python -m src fisher`"
+        ) from None
+    return found
+
+
+def _check_alike(passes: Sequence[Pass]) -> None:
+    """Check that passes over several data sets have a mean: one reference point, one kind of label, one of example.
+
+    Raises:
+        InputError: they have not.
+    """
+    for one in passes[1:]:
+        for key, wanted in _measure(passes[0]).items():
+            if (found := _measure(one)[key]) != wanted:
+                raise InputError(
+                    f"{one.path}: {key} is {found}, that of {passes[0].path} is {wanted}; expected the same in all "
+                    "directories of a mean"
+                )
+
+
+def _measure(one: Pass) -> dict[str, Any]:
+    """What the Fisher matrices of a mean must have in common, by its key in the record."""
+    record = one.file.record
+    given = record.get("reference")
+    point = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
+    return {
+        "reference": None if given is None else point or "base",
+        "reference_sha256": record.get("reference_sha256"),
+        "utility weights": [entry.get("weight") for entry in record["utility"]] if "utility" in point else None,
+        "labels": record.get("labels"),
+        "granularity": record.get("granularity"),
+    }
 
 
 def _calibration(passes: Sequence[Pass], **parts: Any) -> Calibration:

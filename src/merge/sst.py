@@ -166,6 +166,11 @@ class Sst(MergeMethod):
         expansion, folds = solved.expansion, solved.folds
         where = self._position(solved)
         phi = self._phi(expansion.system, where)
+        if self.control == "random" and isinstance(phi, Cut) and phi.k == 0:
+            raise InputError(
+                f"method.t is {self.t}: the filter keeps no direction, so method.control 'random' has none to draw; "
+                "expected a smaller t"
+            )
         findings = solved.findings | {"directions_kept": phi.k if isinstance(phi, Cut) else None, "held_out": None}
         if folds is not None:
             systems = [(fold.expansion, self._phi(fold.expansion.system, where), fold.fitted) for fold in folds]

@@ -1,13 +1,17 @@
 """What a Fisher pass will take, from the model's configuration alone: no weight is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 
 from src.data.calibration import CalibrationData
+from src.data.chat import Encoded
 from src.errors import InputError
 from src.fisher.base import Representation, Shapes
+from src.fisher.scores import Granularity
 from src.models.base import DTYPES, BaseSpec, model_without_weights
 
 QUANTISED_BYTES = {"none": None, "8bit": 1.0, "4bit": 0.5625}
@@ -23,10 +27,11 @@ class Estimate:
         tokens: Tokens of the largest batch, padding included.
         dim: D, the number of coordinates.
         disk: Bytes of the Fisher files, bases included.
-        shards: Bytes of unfinished parts, on the disk until the pass ends.
+        shards: Bytes of unfinished parts, and of sums in mapped files, on the disk until the pass ends.
         weights: Bytes of the base model in one process.
         activations: Bytes kept for the backward pass of the largest batch (one layer's worth is freed at a time).
         sums: Bytes of what a process accumulates between two shards.
+        mapped: Whether those lie in mapped files instead of the memory.
     """
 
     rows: dict[str, int]
@@ -37,11 +42,12 @@ class Estimate:
     weights: int
     activations: int
     sums: int
+    mapped: bool = False
 
     @property
     def peak(self) -> int:
         """Bytes of memory in one process, the interpreter and its libraries not counted."""
-        return self.weights + self.activations + self.sums
+        return self.weights + self.activations + (0 if self.mapped else self.sums)
 
     def lines(self) -> list[str]:
         """The estimate, for people."""
@@ -52,7 +58,7 @@ class Estimate:
             f"largest batch {self.tokens} tokens",
             f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards)} of parts until the pass ends",
             f"memory        about {_size(self.peak)} a process: weights {_size(self.weights)}, activations "
-            f"{_size(self.activations)}, sums {_size(self.sums)}",
+            f"{_size(self.activations)}, sums {_size(self.sums)}{' in mapped files' if self.mapped else ''}",
         ]
 
 
@@ -65,7 +71,7 @@ def _size(count: float) -> str:
 
 
 def matrix_bytes(representation: Representation, shapes: Shapes, rows: int, *, draws: int, halves: bool) -> int:
-    """Bytes of one Fisher matrix: float32 scores, or float64 sums."""
+    """Bytes of one Fisher matrix: float32 scores of so many examples, or float64 sums."""
     sides = list(shapes.values())
     if representation == "lowrank":
         return 4 * rows * draws * sum(p * q for p, q in sides)
@@ -76,6 +82,13 @@ def matrix_bytes(representation: Representation, shapes: Shapes, rows: int, *, d
         "magnitude": sum(p * q for p, q in sides),
     }
     return 8 * entries[representation] * (2 if halves else 1)
+
+
+def part_count(rows: int, batch_size: int, shard_rows: int, processes: int) -> int:
+    """Parts that all processes leave on the disk; at most, as the last batches may be dealt unevenly."""
+    batches = ceil(rows / batch_size)
+    steps = ceil(batches / processes)
+    return min(batches, processes * ceil(steps / max(1, shard_rows // batch_size)))
 
 
 def _activation_bytes(model: Any, tokens: int, rows: int, answers: int, width: int) -> int:
@@ -100,6 +113,8 @@ def estimate(
     shard_rows: int,
     weight_coordinates: bool,
     shards: int = 1,
+    granularity: Granularity = "sequence",
+    processes: int = 1,
 ) -> Estimate:
     """Sizes of the passes over some data.
 
@@ -113,6 +128,8 @@ def estimate(
         shard_rows: Rows between two parts on the disk.
         weight_coordinates: Coordinates are the entries of the layers' weights, not of the cores.
         shards: Number of processes that the weights are sharded over.
+        granularity: What an example is; ``lowrank`` keeps one score of each.
+        processes: Number of processes.
 
     Raises:
         InputError: an adapted layer is not in the model.
@@ -131,18 +148,29 @@ def estimate(
         max(len(batch) * len(batch[0].ids) for batch in batches),
         max(sum(len(row.ids) - row.answer_start for row in batch) for batch in batches),
     )
-    size = [matrix_bytes(representation, sides, n, draws=draws, halves=halves) for n in rows.values()]
+    counts = [_examples(encoded, granularity) for encoded in data.encoded.values()]
+    size = [matrix_bytes(representation, sides, sum(each), draws=draws, halves=halves) for each in counts]
+    parts = list(size)
+    if representation != "lowrank":
+        left = [part_count(n, data.batch_size, shard_rows, processes) for n in rows.values()]
+        parts = [one * (n + (processes if weight_coordinates else 0)) for one, n in zip(size, left, strict=True)]
     bases = (
         0 if weight_coordinates else 8 * sum(whole[name][0] * p + whole[name][1] * q for name, (p, q) in shapes.items())
     )
-    open_rows = min(shard_rows, max(rows.values()))
+    open_examples = max(sum(sorted(each, reverse=True)[:shard_rows]) for each in counts)
     return Estimate(
         rows=rows,
         tokens=tokens,
         dim=sum(p * q for p, q in sides.values()),
         disk=sum(size) + bases * len(rows),
-        shards=sum(size),
+        shards=sum(parts),
         weights=int(sum(p.numel() for p in model.parameters()) * per_weight / shards),
         activations=_activation_bytes(model, tokens, data.batch_size, answers, width),
-        sums=matrix_bytes(representation, sides, open_rows, draws=draws, halves=halves),
+        sums=matrix_bytes(representation, sides, open_examples, draws=draws, halves=halves),
+        mapped=weight_coordinates,
     )
+
+
+def _examples(encoded: Sequence[Encoded], granularity: Granularity) -> list[int]:
+    """Number of examples of each row."""
+    return [1 if granularity == "sequence" else len(row.ids) - row.answer_start for row in encoded]

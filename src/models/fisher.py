@@ -28,10 +28,12 @@ from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
 from src.fisher.shards import Shards
 from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
+from src.models.checkpointing import checkpoint_layers
 from src.models.estimate import Estimate, estimate
 from src.models.fisher_jobs import backward_jobs
 from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
 from src.models.fisher_record import pass_key, pass_record
+from src.models.fisher_weights import pass_weights
 from src.models.logits import answer_logits, leaf_embeddings
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
@@ -74,6 +76,7 @@ class FisherModule(LightningModule):
         halves: Keep two halves of the rows apart, for diagnostics on held-out rows; twice the size of the sums.
             ``lowrank`` can always be split.
         shard_rows: Rows after which a process writes what it has: a killed pass goes on from there.
+        gradient_checkpointing: Compute each layer's activations again in the backward pass: less memory, more time.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts.
     """
@@ -97,6 +100,7 @@ class FisherModule(LightningModule):
         relearn: bool = False,
         halves: bool = True,
         shard_rows: int = 256,
+        gradient_checkpointing: bool = False,
         matmul: MatmulMode = "auto",
         max_matmul_error: float = 1e-5,
     ) -> None:
@@ -118,6 +122,7 @@ class FisherModule(LightningModule):
         self.relearn, self.halves, self.shard_rows = relearn, halves, shard_rows
         self.references: dict[str, Reference] = {"safety": reference_safety, "utility": reference_utility}
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
+        self.gradient_checkpointing = gradient_checkpointing
         *self.utility, self.safety = read_adapters([*([utility] if isinstance(utility, str) else utility), safety])
         if coordinates == "weight" and self.safety.layout.constant:
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
@@ -133,7 +138,7 @@ class FisherModule(LightningModule):
         self.output = Path()
         self.settings: dict[str, Any] = {}
         self.model: Any = None
-        self.base_fingerprint = self.base_digest = ""
+        self.base_fingerprint = self.base_digest = self.matmul_chosen = ""
         self._recorder: ScoreRecorder
         self._at: AbstractContextManager[None] | None = None
         self._running: dict[str, FisherPass] = {}
@@ -156,7 +161,18 @@ class FisherModule(LightningModule):
             shard_rows=self.shard_rows,
             weight_coordinates=self.coordinates == "weight",
             shards=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
+            granularity=self.granularity,
+            processes=trainer.world_size,
         )
+
+    def setup(self, stage: str) -> None:
+        """Refuse a part of the batches: it is no Fisher matrix of the rows."""
+        limit = self.trainer.limit_predict_batches
+        if isinstance(limit, int) or limit != 1.0:
+            raise InputError(
+                f"trainer.limit_predict_batches is {limit}: a part of the batches is no Fisher matrix of the rows; "
+                "leave it out (rows have limits of their own)"
+            )
 
     def configure_model(self) -> None:
         """Load the base, check the adapters against it, shard where the strategy asks for it."""
@@ -164,7 +180,10 @@ class FisherModule(LightningModule):
             return
         self.model = load_model(self.base)
         device = self.trainer.strategy.root_device.type
-        choose_matmul(self.matmul, self.model, max_error=self.max_matmul_error, device=device)
+        chosen = choose_matmul(self.matmul, self.model, max_error=self.max_matmul_error, device=device)
+        # What the first process finds fastest, on all of them: a pass has one arithmetic.
+        self.matmul_chosen = self.trainer.strategy.broadcast(chosen)
+        torch.set_float32_matmul_precision(self.matmul_chosen)
         self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
         for adapter in (*self.utility, self.safety):
             check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
@@ -193,9 +212,14 @@ class FisherModule(LightningModule):
 
     def on_predict_start(self) -> None:
         """Find what an earlier, killed pass has left, before any process writes."""
+        if self.gradient_checkpointing:
+            checkpoint_layers(self.model)
         self._running = {name: self._open(name) for name in self.passes}
         loaders: Any = self.trainer.predict_dataloaders
         self._progress = Progress(sum(len(rows) for loader in loaders for rows, weight in loader.sampler if weight))
+        if self.trainer.is_global_zero:
+            for stale in (self.output / PARTS).rglob(".*.tmp"):
+                stale.unlink()
         self.trainer.strategy.barrier("fisher shards")
 
     def _open(self, name: str) -> FisherPass:
@@ -206,13 +230,15 @@ class FisherModule(LightningModule):
         # Sharded processes must skip the same steps.
         watched = range(world) if self._sharded else [rank]
         finished = frozenset.intersection(*(frozenset(shards.numbers(other)) for other in watched))
+        weights = pass_weights(self, name)
         steps = max(1, self.shard_rows // self.data.batch_size)
         if finished:
             log.info("F_%s: %d parts of an interrupted pass are kept", name, len(finished))
         return FisherPass(
             name=name,
             rows=sum(len(row.ids) > row.answer_start for row in self.data.encoded[name]),
-            weights=self.data.weights[name],
+            weights=weights["sequence"],
+            token_weights=weights["token"],
             make=lambda: self._make(name, folder / f"rank-{rank}"),
             shards=shards,
             rank=rank,
@@ -250,13 +276,16 @@ class FisherModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take up the scores of a batch, unless they are on the disk already."""
         running = self._running[list(self.passes)[dataloader_idx]]
+        rows = len(batch.index) if batch.weight else 0
         if running.skips(batch_idx):
+            self._progress.skip(rows)
             return
         if batch.weight or self._sharded:
             with torch.enable_grad():
                 self._measure(running, batch)
-        running.end_step(batch_idx)
-        self._progress.advance(len(batch.index) if batch.weight else 0, f"F_{running.name}")
+        answered = int((batch.lengths > batch.answer_starts).sum())
+        running.end_step(batch_idx, answered if batch.weight else 0)
+        self._progress.advance(rows, f"F_{running.name}")
 
     def _measure(self, running: FisherPass, batch: Batch) -> None:
         ids = [self.data.rows[running.name][i].id for i in batch.index.tolist()]
@@ -280,7 +309,7 @@ class FisherModule(LightningModule):
                 self._recorder.complete()
 
     def on_predict_epoch_end(self) -> None:
-        """Bring the processes together and write one file per pass."""
+        """Bring the processes together and write one file per pass; all appear at once, when all are whole."""
         self._leave()
         self.trainer.strategy.barrier("fisher parts")
         for name, running in self._running.items():
@@ -289,10 +318,16 @@ class FisherModule(LightningModule):
                 self._write(name, fisher, mean)
         self.trainer.strategy.barrier("fisher files")
         if self.trainer.is_global_zero:
+            for name in self.passes:
+                self._ready(name).replace(self.output / f"{name}.safetensors")
             shutil.rmtree(self.output / PARTS)
+
+    def _ready(self, name: str) -> Path:
+        """Where the file of a pass waits for the others."""
+        return self.output / PARTS / f"{name}.safetensors"
 
     def _write(self, name: str, fisher: Fisher, mean: torch.Tensor | None) -> None:
         record = pass_record(self, name) | {"trace": fisher.trace(), "settings": self.settings}
         u, v = (self.core.u, self.core.v) if self.coordinates == "core" else ({}, {})
-        FisherFile(fisher, u, v, record, mean).save(self.output / f"{name}.safetensors")
+        FisherFile(fisher, u, v, record, mean).save(self._ready(name))
         log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])

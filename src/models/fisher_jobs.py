@@ -52,10 +52,11 @@ def backward_jobs(
         granularity: What an example is.
         seed: Seed of the draws.
     """
-    owners, weights = answer_rows(batch), running.weights[batch.index] * batch.weight
+    owners = answer_rows(batch)
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def jobs(chosen: torch.Tensor, unit: Granularity, count: int, sinks: Sequence[Accumulator[Any]]) -> list[Job]:
+        weights = running.weights_of(unit)[batch.index] * batch.weight
         parts = backward_parts(log_p.gather(1, chosen[:, None]).squeeze(1), owners, len(ids), unit)
         return [
             Job(total, examples(batch.index, ids, draws=count, present=present, token=j, row_weights=weights), sinks)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 
+from src.errors import InputError
 from src.fisher.accumulate import Accumulator, Allocate, MeanAccumulator, zeros
 from src.fisher.base import Fisher, Representation, Shapes
 from src.fisher.block import BlockAccumulator
@@ -13,8 +15,11 @@ from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
 from src.fisher.lowrank import LowRankAccumulator
 from src.fisher.magnitude import MagnitudeAccumulator
+from src.fisher.scores import Granularity
 from src.fisher.shards import Shards, join_scores
 
+ROWS = "rows"
+"""Number of rows of a shard."""
 Coordinates = Literal["core", "weight"]
 Make = Callable[[], tuple[Accumulator[Any], MeanAccumulator | None]]
 
@@ -52,6 +57,7 @@ class FisherPass:
         name: ``safety``, ``utility`` or ``benign``.
         rows: Number of its rows that have an answer token.
         weights: (n,) weight of each row of the data, mean 1.
+        token_weights: (n,) weight of each answer token of a row, mean 1 over the tokens; unset means 1.
         make: Makes fresh accumulators.
         shards: Where finished parts go.
         rank: This process.
@@ -67,46 +73,61 @@ class FisherPass:
     rank: int
     steps_per_shard: int
     finished: frozenset[int]
+    token_weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.fisher, self.mean = self.make()
         self._open: int | None = None
+        self._rows = 0
+
+    def weights_of(self, unit: Granularity) -> torch.Tensor:
+        """(n,) weight of each example of a row."""
+        if unit == "sequence":
+            return self.weights
+        return torch.ones_like(self.weights) if self.token_weights is None else self.token_weights
 
     def skips(self, step: int) -> bool:
         """Whether a step's rows are on the disk already."""
         return step // self.steps_per_shard in self.finished
 
-    def end_step(self, step: int) -> None:
-        """Mark a step as measured; write a shard when it is the last of one."""
+    def end_step(self, step: int, rows: int) -> None:
+        """Mark a step as measured, with its number of rows; write a shard when it is the last of one."""
         self._open = step // self.steps_per_shard
+        self._rows += rows
         if (step + 1) % self.steps_per_shard == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been accumulated since the last shard."""
+        """Write what has been accumulated since the last shard; no sums where there was no row."""
         if self._open is None:
             return
-        tensors = dict(self.fisher.state())
-        if self.mean is not None:
+        tensors = {ROWS: torch.tensor([self._rows])}
+        if self._rows:
+            tensors |= self.fisher.state()
+        if self._rows and self.mean is not None:
             tensors |= {f"mean.{name}": tensor for name, tensor in self.mean.state().items()}
-        if self.fisher.counts.sum() > 0:
-            self.shards.write(self.rank, self._open, tensors)
+        self.shards.write(self.rank, self._open, tensors)
         self.fisher, self.mean = self.make()
-        self._open = None
+        self._open, self._rows = None, 0
 
     def join(self, device: torch.device) -> tuple[Fisher | None, torch.Tensor | None]:
         """Fisher matrix and mean score of all processes; call it on every process, after all have flushed.
 
         Low-rank scores are joined from the disk, by the first process alone (None on the others). Sums are added up
         over this process's shards, then over processes, once; counts with them.
+
+        Raises:
+            InputError: a part was lost since it was written.
         """
         fisher, mean = self.make()
-        for number in sorted(self.shards.numbers(self.rank)):
-            tensors = self.shards.read(self.rank, number) or {}
-            if not isinstance(fisher, LowRankAccumulator):
+        rows = torch.zeros(1, dtype=torch.int64)
+        for tensors in self.shards.of(self.rank):
+            rows += tensors[ROWS]
+            if tensors[ROWS] and not isinstance(fisher, LowRankAccumulator):
                 fisher.absorb(tensors)
-            if mean is not None:
+            if tensors[ROWS] and mean is not None:
                 mean.absorb({k.removeprefix("mean."): v for k, v in tensors.items() if k.startswith("mean.")})
+        self._check_rows(rows.to(device))
         if mean is not None:
             mean.reduce(device)
         found = None if mean is None else mean.finish()
@@ -114,3 +135,13 @@ class FisherPass:
             return (join_scores(self.shards, self.rows) if self.rank == 0 else None), found
         fisher.reduce(device)
         return fisher.finish(), found
+
+    def _check_rows(self, found: torch.Tensor) -> None:
+        """Stop, on all processes alike, where their parts do not hold every row."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(found)
+        if found.item() != self.rows:
+            raise InputError(
+                f"{self.shards.folder}: the parts of F_{self.name} hold {found.item()} of {self.rows} rows: one was "
+                "damaged or lost since it was written; run the same command again, which measures its rows anew"
+            )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.adapters.peft_files import Adapter
 from src.data.rows import rows_sha256
+from src.models.fisher_weights import pass_weights
 from src.models.reference import reference_hashes
 from src.provenance import versions
 
@@ -54,7 +55,8 @@ def pass_key(module: "FisherModule", name: str) -> str:
         "dtype": module.base.dtype,
         "quantization": module.base.quantization,
         "precision": str(module.trainer.precision),
-        "weights": module.data.weights[name].tolist(),
+        "matmul": [module.matmul, module.max_matmul_error, module.matmul_chosen],
+        "weights": [weights.tolist() for weights in pass_weights(module, name).values()],
     }
     whole = json.dumps([pass_record(module, name), rows, settings])
     return hashlib.sha256(whole.encode()).hexdigest()

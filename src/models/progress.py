@@ -17,8 +17,12 @@ class Progress:
     """
 
     def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self.known = total, 0, 0
         self._started = self._told = time.monotonic()
+
+    def skip(self, rows: int) -> None:
+        """Leave out rows that an earlier run has done: they take no time."""
+        self.known += rows
 
     def advance(self, rows: int, where: str) -> None:
         """Count rows; says so where enough time has passed."""
@@ -30,6 +34,9 @@ class Progress:
 
     def line(self, seconds: float) -> str:
         """Progress after so many seconds."""
+        done = self.done + self.known
+        place = f"{done} of {self.total} rows"
+        if not self.done:
+            return place
         rate = self.done / seconds
-        left = (self.total - self.done) / rate
-        return f"{self.done} of {self.total} rows, {rate:.1f} rows/s, {left:.0f} s left"
+        return f"{place}, {rate:.1f} rows/s, {(self.total - done) / rate:.0f} s left"

@@ -1,0 +1,82 @@
+"""Parts of a pass on the disk, with every bit of their headers changed; a process without rows; progress."""
+
+import pytest
+import torch
+
+from src.errors import InputError
+from src.fisher.accumulate import examples
+from src.fisher.block import BlockAccumulator
+from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.shards import Shards
+from src.models.fisher_pass import FisherPass
+from src.models.fisher_weights import example_weights
+from src.models.progress import Progress
+
+
+def test_a_part_with_any_changed_bit_is_not_read(tmp_path, caplog):
+    shards = Shards(tmp_path, "key")
+    shards.write(0, 0, {"scores": torch.randn(2, 3), "rows": torch.tensor([2])})
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert shards.read(0, 0) is None
+    assert "its rows are measured again" in caplog.text
+    path.write_bytes(whole)
+    assert shards.numbers(0) == {0}
+
+
+def one_pass(folder, kind, rank, rows):
+    """A pass of which this process has two rows, or none."""
+    running = FisherPass(
+        name="safety",
+        rows=2,
+        weights=torch.ones(2, dtype=torch.float64),
+        make=lambda: (kind({"m": (1, 2)}), None),
+        shards=Shards(folder, "key"),
+        rank=rank,
+        steps_per_shard=1,
+        finished=frozenset(),
+    )
+    if rows:
+        running.fisher.begin(examples(torch.arange(rows), ["a", "b"][:rows]))
+        running.fisher.update("m", torch.ones(rows, 1, 1), torch.ones(rows, 1, 2))
+    running.end_step(0, rows)
+    return running
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
+def test_a_process_without_rows_leaves_parts_too(tmp_path, kind):
+    one_pass(tmp_path, kind, 1, 0)
+    running = one_pass(tmp_path, kind, 0, 2)
+    assert running.shards.numbers(1) == {0}
+    fisher, _ = running.join(torch.device("cpu"))
+    torch.testing.assert_close(fisher.dense(), torch.ones(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
+def test_parts_that_lack_a_row_are_refused(tmp_path, kind):
+    with pytest.raises(InputError, match=r"hold 1 of 2 rows.*run the same command again"):
+        one_pass(tmp_path, kind, 0, 1).join(torch.device("cpu"))
+
+
+def test_a_rows_weight_is_that_of_its_examples():
+    # Two sources of 2 and 3 rows: 4 and 6 tokens.
+    assert example_weights([1, 3, 2, 0, 4], [2, 3], None).tolist() == [1.0] * 5
+    found = example_weights([1, 3, 2, 0, 4], [2, 3], [3.0, 1.0])
+    torch.testing.assert_close(found[[0, 2]], torch.tensor([0.75 * 10 / 4, 0.25 * 10 / 6], dtype=torch.float64))
+    assert found[0] == found[1]
+    assert found[2] == found[4]
+    with pytest.raises(InputError, match="no row of source 2 has an answer token"):
+        example_weights([1, 0], [1, 1], None)
+
+
+def test_progress_without_rows_and_after_rows_that_are_known():
+    progress = Progress(10)
+    assert progress.line(1.0) == "0 of 10 rows"
+    progress.skip(6)
+    assert progress.line(1.0) == "6 of 10 rows"
+    progress.advance(2, "F_safety")
+    assert progress.line(4.0) == "8 of 10 rows, 0.5 rows/s, 4 s left"
