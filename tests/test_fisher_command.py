@@ -324,16 +324,16 @@ def test_a_part_of_the_batches_is_refused(base, adapters, rows, tmp_path, capsys
 
 def full_at(monkeypatch, name):
     """A disk that is full when the file of a pass is written."""
-    from src.models.fisher import FisherModule
+    from src.models import fisher
 
-    write = FisherModule._write
+    write = fisher.write_pass
 
-    def failing(self, written, *rest):
+    def failing(module, written, *rest):
         if written == name:
             raise OSError(28, "No space left on device")
-        write(self, written, *rest)
+        write(module, written, *rest)
 
-    monkeypatch.setattr(FisherModule, "_write", failing)
+    monkeypatch.setattr(fisher, "write_pass", failing)
 
 
 def test_files_appear_together_and_nothing_is_left_beside_them(base, adapters, rows, tmp_path, monkeypatch, capsys):

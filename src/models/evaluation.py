@@ -30,6 +30,7 @@ from src.models.progress import Progress
 from src.models.results import Results
 from src.models.sharding import shard
 from src.models.speed import MatmulMode
+from src.models.whole_data import check_whole
 from src.provenance import versions
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,8 @@ class EvaluationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be evaluated, before anything is loaded."""
-        limit = self.trainer.limit_test_batches if stage == "test" else self.trainer.limit_predict_batches
-        if isinstance(limit, int) or limit != 1.0:
-            raise InputError("trainer: a part of the batches is no evaluation; leave out limits (rows have their own)")
+        option = "limit_test_batches" if stage == "test" else "limit_predict_batches"
+        check_whole(getattr(self.trainer, option), option, "evaluation")
         if self._sharded:
             check_sampling(self._data.suites)
         if stage == "test":

@@ -22,8 +22,7 @@ from src.data.batches import Batch
 from src.data.calibration import CalibrationData
 from src.errors import InputError
 from src.fisher.accumulate import Allocate, mapped, zeros
-from src.fisher.base import Fisher, Representation, Shapes
-from src.fisher.files import FisherFile
+from src.fisher.base import Representation, Shapes
 from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
 from src.fisher.shards import Shards
@@ -32,19 +31,19 @@ from src.models.checkpointing import checkpoint_layers
 from src.models.estimate import Estimate, estimate
 from src.models.fisher_jobs import backward_jobs
 from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
-from src.models.fisher_record import pass_key, pass_record
+from src.models.fisher_record import pass_key, write_pass
+from src.models.fisher_settings import check_draws, check_representation
 from src.models.fisher_weights import pass_weights
 from src.models.logits import answer_logits, leaf_embeddings
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
+from src.models.whole_data import check_whole
 
 log = logging.getLogger(__name__)
 
 PARTS = ".parts"
-WEIGHTS = ("kronecker", "diagonal", "magnitude")
-"""Representations that exist in weight coordinates."""
 
 
 class FisherModule(LightningModule):
@@ -107,14 +106,8 @@ class FisherModule(LightningModule):
         super().__init__()
         self.labels: dict[str, LabelSource] = {"safety": labels, "utility": labels_utility or labels}
         self.labels["benign"] = self.labels["utility"]
-        if draws < 1 or (draws > 1 and "model" not in self.labels.values()):
-            raise InputError(f"model.draws is {draws} with labels {labels!r}; expected 1, or more with labels model")
-        if coordinates == "weight" and representation not in WEIGHTS:
-            raise InputError(
-                f"model.representation {representation} has no weight coordinates; expected {' or '.join(WEIGHTS)}"
-            )
-        if coordinates == "core" and representation == "magnitude":
-            raise InputError("model.representation magnitude has no core coordinates; pass --model.coordinates weight")
+        check_draws(draws, self.labels.values())
+        check_representation(representation, coordinates)
         if shard_rows < 1:
             raise InputError(f"model.shard_rows is {shard_rows}; expected at least 1")
         self.base, self.draws, self.granularity, self.seed = base, draws, granularity, seed
@@ -167,12 +160,7 @@ class FisherModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a part of the batches: it is no Fisher matrix of the rows."""
-        limit = self.trainer.limit_predict_batches
-        if isinstance(limit, int) or limit != 1.0:
-            raise InputError(
-                f"trainer.limit_predict_batches is {limit}: a part of the batches is no Fisher matrix of the rows; "
-                "leave it out (rows have limits of their own)"
-            )
+        check_whole(self.trainer.limit_predict_batches, "limit_predict_batches", "Fisher matrix of the rows")
 
     def configure_model(self) -> None:
         """Load the base, check the adapters against it, shard where the strategy asks for it."""
@@ -315,7 +303,7 @@ class FisherModule(LightningModule):
         for name, running in self._running.items():
             fisher, mean = running.join(self.trainer.strategy.root_device)
             if self.trainer.is_global_zero and fisher is not None:
-                self._write(name, fisher, mean)
+                write_pass(self, name, fisher, mean, self._ready(name))
         self.trainer.strategy.barrier("fisher files")
         if self.trainer.is_global_zero:
             for name in self.passes:
@@ -325,9 +313,3 @@ class FisherModule(LightningModule):
     def _ready(self, name: str) -> Path:
         """Where the file of a pass waits for the others."""
         return self.output / PARTS / f"{name}.safetensors"
-
-    def _write(self, name: str, fisher: Fisher, mean: torch.Tensor | None) -> None:
-        record = pass_record(self, name) | {"trace": fisher.trace(), "settings": self.settings}
-        u, v = (self.core.u, self.core.v) if self.coordinates == "core" else ({}, {})
-        FisherFile(fisher, u, v, record, mean).save(self._ready(name))
-        log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])

@@ -2,16 +2,24 @@
 
 import hashlib
 import json
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from src.adapters.peft_files import Adapter
 from src.data.rows import rows_sha256
+from src.fisher.base import Fisher
+from src.fisher.files import FisherFile
 from src.models.fisher_weights import pass_weights
 from src.models.reference import reference_hashes
 from src.provenance import versions
 
 if TYPE_CHECKING:
     from src.models.fisher import FisherModule
+
+log = logging.getLogger(__name__)
 
 
 def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
@@ -38,6 +46,22 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "seen": sorted({row.prompt_hash for row in rows}),
         "versions": versions(),
     }
+
+
+def write_pass(module: "FisherModule", name: str, fisher: Fisher, mean: torch.Tensor | None, path: Path) -> None:
+    """Write the file of one pass, with its record.
+
+    Args:
+        module: What measured.
+        name: The pass.
+        fisher: Its Fisher matrix.
+        mean: (D,) mean score, where it was measured.
+        path: The file.
+    """
+    record = pass_record(module, name) | {"trace": fisher.trace(), "settings": module.settings}
+    u, v = (module.core.u, module.core.v) if module.coordinates == "core" else ({}, {})
+    FisherFile(fisher, u, v, record, mean).save(path)
+    log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])
 
 
 def pass_key(module: "FisherModule", name: str) -> str:
