@@ -24,6 +24,13 @@ class OneLineErrors(ArgumentParser):
         """Raise the message as one line."""
         raise InputError(" ".join(_reason(message).split()))
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse; a flag of type bool alone is true: ``--dry_run`` is ``--dry_run true``."""
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is bool:
+                action.nargs, action.const = "?", True
+        return super().parse_args(*args, **kwargs)
+
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors, where the name of a file stands for itself."""

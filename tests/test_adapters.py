@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from src.adapters.base_weights import open_base
 from src.adapters.basis import core_basis
 from src.adapters.checks import check_compatible, same_base_name
 from src.adapters.pairs import LowRankPair, weighted_sum
@@ -346,6 +347,32 @@ def test_dora_and_trained_modules_are_converted_exactly_given_the_base(tmp_path)
     torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
     torch.testing.assert_close(full(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_full_rank_adapters_are_inspected_given_the_base(tmp_path, capsys):
+    from src.cli import main
+    from src.merge.stage import merge
+
+    save_dora(tmp_path / "base", tmp_path / "a")
+    base = ["--base", str(tmp_path / "base")]
+    merge(utility=str(tmp_path / "a"), base=base[1], rank=3, warn_below=0.0, output=str(tmp_path / "m"))
+    given = ["inspect", str(tmp_path / "a"), str(tmp_path / "m")]
+    assert main([*given, "--output", str(tmp_path / "i")]) == 2
+    assert "--base" in capsys.readouterr().err
+    assert main([*given, *base, "--output", str(tmp_path / "i")]) == 0
+    found = json.loads((tmp_path / "i" / "inspect.json").read_text())
+    with open_base(base[1]) as weights:
+        one = {name: delta.dense() for name, delta in read_adapter(tmp_path / "a", weights).updates.items()}
+    two = {name: pair.dense() for name, pair in read_adapter(tmp_path / "m").pairs.items()}
+    flat = [torch.cat([each[name].flatten() for name in one]) for each in (one, two)]
+    assert found["adapters"][0]["norm"] == pytest.approx(flat[0].norm().item())
+    assert found["cosines"][0][1] == pytest.approx(torch.cosine_similarity(*flat, dim=0).item())
+    assert found["columns"][0][1] == pytest.approx(1.0)  # the best of rank 3 lies in the leading directions
+    for name, delta in one.items():
+        energies = torch.linalg.svdvals(delta).square()
+        leading = int((energies.cumsum(0) < 0.99 * energies.sum()).sum()) + 1
+        assert len(found["angles"][0]["columns"][name]) == min(3, leading)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,9 +1,11 @@
 import json
+from statistics import median
 
 import pytest
 import torch
 
-from src.adapters.geometry import inner, principal_cosines
+from src.adapters.deltas import DenseDelta
+from src.adapters.geometry import cosine, inner, principal_angles, principal_cosines
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
@@ -18,7 +20,12 @@ def drawn(*shape, seed=0):
 def test_inner_products_need_no_dense_update():
     one = LowRankPair(drawn(2, 5), drawn(4, 2, seed=1))
     two = LowRankPair(drawn(3, 5, seed=2), drawn(4, 3, seed=3))
-    assert inner(one, two) == pytest.approx((one.dense() * two.dense()).sum().item())
+    expected = (one.dense() * two.dense()).sum().item()
+    assert inner(one, two) == pytest.approx(expected)
+    dense = DenseDelta(two.dense())
+    for pair in ((one, dense), (dense, one), (DenseDelta(one.dense()), dense)):
+        assert inner(*pair) == pytest.approx(expected)
+        assert cosine(*pair) == pytest.approx(cosine(one, two))
 
 
 def test_the_effective_rank_of_a_flat_spectrum_is_its_rank():
@@ -33,6 +40,7 @@ def test_principal_angles_are_scipys():
     one, two = torch.linalg.qr(drawn(9, 3)).Q, torch.linalg.qr(drawn(9, 4, seed=1)).Q
     expected = scipy.linalg.subspace_angles(one.numpy(), two.numpy())
     torch.testing.assert_close(principal_cosines(one, two).acos().flip(0), torch.from_numpy(expected))
+    torch.testing.assert_close(principal_angles(one, two).flip(0), torch.from_numpy(expected).rad2deg())
 
 
 def test_an_adapter_is_parallel_to_its_multiple_and_opposite_to_its_negative(adapters, tmp_path):
@@ -58,6 +66,18 @@ def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, cap
     assert (tmp_path / "i" / "angles.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "i" / "inspect.json").read_text())
     assert found["cosines"][0][1] == found["cosines"][1][0]
+    pair = found["angles"][0]
+    assert (pair["one"], pair["two"], len(pair["columns"]), len(pair["rows"])) == (0, 1, 14, 14)
+    by_hand = [
+        principal_cosines(*(torch.linalg.qr(read_adapter(folder).pairs[name].b.double()).Q for folder in given))
+        for name in pair["columns"]
+    ]
+    assert found["columns"][0][1] == pytest.approx(torch.stack([c.square().mean() for c in by_hand]).mean().item())
+    assert pair["columns"] == {
+        name: pytest.approx(cosines.acos().rad2deg().tolist(), abs=1e-5)
+        for name, cosines in zip(pair["columns"], by_hand, strict=True)
+    }
+    assert found["column_angles"][0][1] == pytest.approx(float(median(sum(pair["columns"].values(), []))))
     assert (tmp_path / "i" / "table.md").read_text() in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "no" / "where" / "x")]) == 2
     assert "no such directory" in capsys.readouterr().err
