@@ -193,7 +193,9 @@ def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, c
     more = [METHODS[0] | {"strength": {"values": [0.5, 1.0, 1.5]}}]
     capsys.readouterr()
     arguments = {"methods": more}
-    assert run_study(folder, recipe(base, rows), "SafetyTax", arguments, "--dry_run", name="tiny") == 0  # a flag alone is true
+    assert (
+        run_study(folder, recipe(base, rows), "SafetyTax", arguments, "--dry_run", name="tiny") == 0
+    )  # a flag alone is true
     lines = capsys.readouterr().out.splitlines()
     # base, two experts and their training, three merges, and the models' evaluations
     assert lines[-1].startswith("11 cells, 9 cached, 2 to do, ")

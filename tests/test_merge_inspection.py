@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 from statistics import median
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, cap
         name: pytest.approx(cosines.acos().rad2deg().tolist(), abs=1e-5)
         for name, cosines in zip(pair["columns"], by_hand, strict=True)
     }
-    assert found["column_angles"][0][1] == pytest.approx(float(median(sum(pair["columns"].values(), []))))
+    assert found["column_angles"][0][1] == pytest.approx(median(chain.from_iterable(pair["columns"].values())))
     assert (tmp_path / "i" / "table.md").read_text() in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "no" / "where" / "x")]) == 2
     assert "no such directory" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.adapters.safetensors_stream import NAMES
 from src.adapters.truncate import truncate
+from src.cli import main
 from src.errors import InputError
 from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.combinations.dare import Dare
@@ -26,6 +27,7 @@ from src.merge.led import Led
 from src.merge.sst import Sst
 from src.merge.sst_diagonal import SstDiagonal
 from src.merge.stage import merge
+from src.models.base import BaseSpec, fingerprint, load_model
 from tests.merging import anchored, weight_space_fishers, write_fishers
 from tests.tiny import make_base, make_model, random_pairs
 
@@ -203,6 +205,21 @@ def test_stages_and_forms_are_checked(adapters, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         merge(**{"utility": both(adapters), "output": str(tmp_path / "m")} | options)
     assert not (tmp_path / "m").exists()
+
+
+def test_a_full_model_of_other_weights_than_the_adapters_base_is_warned_of(base, adapters, tmp_path, capfd):
+    known = fingerprint(load_model(BaseSpec(str(base), dtype="float32")))
+    pairs = read_adapter(adapters["utility"]).pairs
+    manifest = {"base": {"name": str(base), "fingerprint": known}}
+    write_adapter(tmp_path / "a", pairs, base=str(base), manifest=manifest, seen=frozenset(), card="c")
+    flags = ["merge", "--utility", str(tmp_path / "a"), "--full_model", "--overwrite", "--output", str(tmp_path / "m")]
+    assert main(flags) == 0
+    assert "other weights" not in capfd.readouterr().err
+    shutil.copytree(base, tmp_path / "other")
+    weights = {key: weight * 1.1 for key, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    assert main([*flags, "--base", str(tmp_path / "other")]) == 0
+    assert "other weights than those that" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("shard_size", [5.0, 8e-6])

@@ -84,6 +84,26 @@ def test_an_aligned_model_and_its_difference_as_an_adapter_give_the_same(method,
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
+def test_an_aligned_model_that_is_no_fine_tuned_base_is_warned_of(aligned_models, updates, tmp_path, caplog):
+    import logging
+
+    aligned, base = aligned_models
+    utility, safety = updates
+    near = load_file(f"{base}/model.safetensors")
+    torch.manual_seed(0)
+    save_file({k: w + 0.01 * w.std() * torch.randn_like(w) for k, w in near.items()}, f"{aligned}/model.safetensors")
+    ours = logging.getLogger("src")
+    ours.addHandler(caplog.handler)
+    try:
+        SafeLora(aligned=aligned, base=base).patch(utility, safety, None)
+        assert not caplog.messages
+        save_file({k: torch.randn_like(w) for k, w in near.items()}, f"{aligned}/model.safetensors")
+        SafeLora(aligned=aligned, base=base).patch(utility, safety, None)
+    finally:
+        ours.removeHandler(caplog.handler)
+    assert "expected a model trained from it" in caplog.text
+
+
 def test_an_adapter_can_hold_the_alignment(adapters, updates):
     utility = read_adapter(adapters["utility"]).pairs
     safety = read_adapter(adapters["safety"]).pairs

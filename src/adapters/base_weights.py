@@ -1,7 +1,8 @@
 """The base model's weights as they lie on the disk: safetensors files, read one tensor at a time."""
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,24 @@ from safetensors import SafetensorError, safe_open
 from src.errors import InputError
 
 INDEX = "model.safetensors.index.json"
+
+
+SAMPLES = 64
+
+
+def samples(tensor: torch.Tensor) -> torch.Tensor:
+    """(64,) or fewer evenly spaced values of a weight, as it stores them."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+
+
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, shapes and 64 evenly spaced values of each weight, rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        values = samples(weight).to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,10 @@ class BaseWeights:
     def shape(self, key: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
         return tuple(self.handles[key].get_slice(key).get_shape())
+
+    def fingerprint(self) -> str:
+        """What :func:`src.models.base.fingerprint` gives the loaded model, where files and model use the same names."""
+        return fingerprint_of((key, self.get(key)) for key in self.handles)
 
     def key_of(self, module: str) -> str | None:
         """The key of a module's weight; hub files of some models leave the first part of the name out."""

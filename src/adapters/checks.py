@@ -1,10 +1,14 @@
 """Do these adapters belong together? Each answer is one clear error line."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from src.adapters.base_weights import BaseWeights
 from src.adapters.peft_files import Adapter
 from src.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def same_base_name(first: str, second: str) -> bool:
@@ -34,6 +38,17 @@ def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: st
             raise InputError(f"{adapter.name}: trained on other weights of {adapter.base!r} than those of {what}")
     elif not same_base_name(adapter.base, base):
         raise InputError(f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r}")
+
+
+def check_weights(adapters: Sequence[Adapter], base: BaseWeights) -> None:
+    """Warn where the weights of a base are not those on which adapters were trained, as far as that is known.
+
+    Only this project's adapters know. Some architectures' files name weights otherwise than the loaded model does, so
+    that equal weights can look different: hence no error.
+    """
+    known = {adapter.fingerprint: adapter.name for adapter in adapters if adapter.fingerprint}
+    if known and base.fingerprint() not in known:
+        log.warning("%s: other weights than those that %s was trained on", base.folder, next(iter(known.values())))
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:

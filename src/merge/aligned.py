@@ -4,13 +4,14 @@ An adapter directory holds V itself, as factors. A model directory holds W_align
 is read in blocks of rows, from files.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from src.adapters.base_weights import open_base
+from src.adapters.base_weights import BaseWeights, open_base, samples
 from src.adapters.constant_input import without_bias
 from src.adapters.convert import weight_difference
 from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
@@ -19,6 +20,9 @@ from src.adapters.peft_files import CONFIG, read_adapter
 from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.models.base import weights_folder
+
+log = logging.getLogger(__name__)
+STRANGE = 0.5
 
 
 class Aligned(MergeMethod):
@@ -59,7 +63,30 @@ def alignment(
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")
     else:
         with open_base(weights_folder(aligned)) as one, open_base(weights_folder(base)) as two:
-            yield {name: weight_difference(one, two, name, delta.shape) for name, delta in modules.items()}
+            found = {name: weight_difference(one, two, name, delta.shape) for name, delta in modules.items()}
+            _warn_of_strangers(one, two, list(modules))
+            yield found
+
+
+def _warn_of_strangers(aligned: BaseWeights, base: BaseWeights, modules: list[str]) -> None:
+    """Warn where a model differs from its base as no fine-tuned one does: by more than ``STRANGE`` of the norm.
+
+    By a sample of each module's weights. Two models of one architecture have equal shapes, so only their values tell.
+    """
+    change = norm = 0.0
+    for key in filter(None, map(base.key_of, modules)):
+        if key not in aligned.handles:
+            continue
+        one, two = (samples(weights.get(key)).double() for weights in (aligned, base))
+        change += (one - two).square().sum().item()
+        norm += two.square().sum().item()
+    if change > STRANGE**2 * norm:
+        log.warning(
+            "method.aligned %s: weights %.0f %% of their norm away from those of %s; expected a model trained from it",
+            aligned.folder,
+            100 * (change / norm) ** 0.5,
+            base.folder,
+        )
 
 
 def _checked(found: dict[str, Delta], modules: Mapping[str, Delta], what: str) -> dict[str, Delta]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src.adapters.base_weights import open_base
+from src.adapters.checks import check_weights
 from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_output, new_directory
@@ -104,6 +105,8 @@ def merge(
         weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
         inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights)
         count, place = len(points) * len(values), base or inputs.experts[0].base
+        if weights is not None or full_model:
+            check_weights(inputs.adapters, weights or stack.enter_context(open_base(weights_folder(place))))
         workers = stack.enter_context(one_thread_each())
         if dry_run:
             log.info("%s", _description(points[0], inputs, form, max(values), count, place))

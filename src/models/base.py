@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
+from src.adapters.base_weights import fingerprint_of
 from src.errors import InputError, one_line
 from src.files import new_directory, sha256_file
 
@@ -224,10 +225,4 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     if getattr(model, "is_quantized", False):
         return ""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
+    return fingerprint_of(model.named_parameters())
