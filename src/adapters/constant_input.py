@@ -3,8 +3,8 @@
     y = W x + s (B A x + b) = W x + ΔW' [x; 1],   ΔW' = [s B A, s b] = [s B, s b] [[A, 0], [0, 1]]
 
 The update of such a module is (O, I + 1), for every adapter of a merge: one without the bias has zeros there, which the
-densities of element-wise methods count as elements. Any pair of that shape is again LoRA with a bias of B: the last column of A,
-seen through B.
+densities of element-wise methods count as elements. Any pair of that shape is again LoRA with a bias of B: the last
+column of A, seen through B.
 
 Legend of shapes: O output features, I input features, R rank.
 """
