@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,13 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); expected {what}") from None
 
 
+def has_results(path: Path, beside: frozenset[str] = frozenset()) -> bool:
+    """Whether there is a file, or a directory with more than hidden files and those ``beside``."""
+    if path.is_dir():
+        return any(entry.name not in beside and not entry.name.startswith(".") for entry in path.iterdir())
+    return path.exists()
+
+
 def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozenset()) -> None:
     """Refuse a non-empty directory or an existing file, before any work is done.
 
@@ -93,12 +100,53 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozen
     Raises:
         InputError: ``path`` exists and ``overwrite`` is false.
     """
-    if path.is_dir():
-        exists = any(entry.name not in beside and not entry.name.startswith(".") for entry in path.iterdir())
-    else:
-        exists = path.exists()
-    if exists and not overwrite:
+    if has_results(path, beside) and not overwrite:
         raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
+
+
+def check_apart(output: Path, inputs: Iterable[str]) -> None:
+    """Refuse an output that is one of the inputs, or holds one: writing it would replace what is read.
+
+    Args:
+        output: What is to be written.
+        inputs: Names of inputs; those that are no path here, such as hub ids, are left out.
+
+    Raises:
+        InputError: an input would be lost.
+    """
+    place = output.resolve()
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(place):
+            raise InputError(f"--output {output}: {name}, which is read, lies there; name another directory")
+
+
+UNFINISHED = ".unfinished.json"
+"""Hidden file of an output: the settings of a run that found no result there and has not come to its end."""
+
+
+def begin_output(path: Path, settings: Any) -> None:
+    """Mark an output without results as one run's own: whatever lies there after a kill, that run may go on from.
+
+    Args:
+        path: The output.
+        settings: What makes a run the same, JSON.
+    """
+    write_json(path / UNFINISHED, settings)
+
+
+def is_begun(path: Path, settings: Any) -> bool:
+    """Whether what lies in an output was left by a run with these settings that was killed before its end.
+
+    Raises:
+        InputError: the mark cannot be read.
+    """
+    mark = path / UNFINISHED
+    return mark.is_file() and bool(read_json(mark, "settings of a run") == json.loads(json.dumps(settings)))
+
+
+def end_output(path: Path) -> None:
+    """Take the mark away: what lies there is a result."""
+    (path / UNFINISHED).unlink(missing_ok=True)
 
 
 @contextmanager

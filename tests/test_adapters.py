@@ -1,9 +1,11 @@
 import json
 import shutil
+from fractions import Fraction
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from src.adapters.base_weights import open_base
 from src.adapters.basis import core_basis
@@ -347,6 +349,52 @@ def test_dora_and_trained_modules_are_converted_exactly_given_the_base(tmp_path)
     torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
     torch.testing.assert_close(full(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pickled_weights_are_read_and_code_in_them_is_not_run(adapters, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(adapters["utility"], folder)
+    expected = read_adapter(folder)
+    (folder / "adapter_model.safetensors").rename(tmp_path / "weights")
+    torch.save(load_file(tmp_path / "weights"), folder / "adapter_model.bin")
+    found = read_adapter(folder)
+    assert all(torch.equal(found.pairs[name].dense(), pair.dense()) for name, pair in expected.pairs.items())
+    for content in ({"x": Fraction(1, 2)}, [torch.ones(2)]):
+        torch.save(content, folder / "adapter_model.bin")
+        with pytest.raises(InputError, match=r"adapter_model\.bin: not a (readable file of PyTorch|mapping from)"):
+            read_adapter(folder)
+    (folder / "adapter_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"adapter_model\.bin: not a readable file"):
+        read_adapter(folder)
+
+
+def test_the_kind_of_model_is_kept(adapters, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(adapters["utility"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "SEQ_2_SEQ_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    merge(utility=str(folder), output=str(tmp_path / "m"))
+    assert json.loads((tmp_path / "m" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_a_module_whose_name_ends_another_is_not_taken_for_it(tmp_path):
+    inner = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)])})
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(6, 5)]), "vision": inner})
+    draw = torch.Generator().manual_seed(0)
+    pairs = {
+        name: LowRankPair(torch.randn(rank, 6, generator=draw), torch.randn(5, rank, generator=draw))
+        for name, rank in (("layers.0", 2), ("vision.layers.0", 3))
+    }
+    write_adapter(tmp_path / "a", pairs, base="x/y", manifest={}, seen=frozenset(), card="c")
+    for name, pair in read_adapter(tmp_path / "a").pairs.items():
+        torch.testing.assert_close(pair.dense(), pairs[name].dense())
+    config = LoraConfig.from_pretrained(str(tmp_path / "a"))
+    config.task_type = None
+    peft = PeftModel.from_pretrained(model, str(tmp_path / "a"), config=config)
+    found = {n.removeprefix("base_model.model."): m for n, m in peft.named_modules() if hasattr(m, "get_delta_weight")}
+    assert set(found) == set(pairs)
+    for name, layer in found.items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), pairs[name].dense().float())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -14,9 +14,10 @@ from src.adapters.basis import core_basis
 from src.adapters.constant_input import split, with_bias, without_bias
 from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_config import Layout
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.adapters.read_together import read_adapters
-from src.cli import main
+from src.cli import main, start_logging
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.fisher.lowrank import LowRankAccumulator
@@ -99,6 +100,16 @@ def test_split_undoes_with_bias():
     padded = without_bias(DenseDelta(b @ a))
     assert torch.equal(padded.dense(), without_bias(LowRankPair(a, b)).dense())
     assert not padded.dense()[:, -1].any()
+
+
+def test_modules_without_a_bias_are_warned_of(tmp_path, capfd):
+    pairs = {"x": LowRankPair(torch.ones(1, 4), torch.ones(2, 1)), "y": LowRankPair(torch.ones(1, 3), torch.ones(2, 1))}
+    start_logging()
+    for constant, warned in (({"x", "y"}, False), ({"x"}, True)):
+        folder = tmp_path / "-".join(sorted(constant))
+        layout = Layout(constant=frozenset(constant))
+        write_adapter(folder, pairs, base="x/y", manifest={}, seen=frozenset(), card="c", layout=layout)
+        assert ("(no bias in y)" in capfd.readouterr().err) == warned
 
 
 def test_task_arithmetic_adds_biases_as_peft_would(pair_of, tmp_path):

@@ -100,6 +100,13 @@ def test_the_kth_magnitude_is_that_of_a_sort_in_any_blocks():
     assert kth_magnitude(lambda: [values], 999) == 0.0
 
 
+@pytest.mark.parametrize("method", [Ties(1e-6), Ties(1e-6, trim="global"), MagnitudePrune(1e-6), Breadcrumbs(1e-6, 0)])
+def test_one_element_at_least_is_kept(method):
+    found = merged(method, [torch.arange(1.0, 13.0).view(3, 4)])
+    assert found.count_nonzero() == 1
+    assert found.max() == 12.0
+
+
 def test_equal_magnitudes_share_one_fate():
     assert merged(MagnitudePrune(0.5), [torch.tensor([[1.0, -1.0, 1.0, 0.5]])]).tolist() == [[1.0, -1.0, 1.0, 0.0]]
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from src.adapters.base_weights import open_base
 from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
@@ -205,6 +206,82 @@ def test_stages_and_forms_are_checked(adapters, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         merge(**{"utility": both(adapters), "output": str(tmp_path / "m")} | options)
     assert not (tmp_path / "m").exists()
+
+
+def saved_in_shards(base, folder):
+    """The base in several files with an index; returns the files."""
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder, max_shard_size="8KB")
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def test_files_that_the_model_does_not_consist_of_are_left_alone(base, adapters, tmp_path):
+    flags = ["merge", "--utility", str(adapters["utility"]), "--full_model", "--overwrite"]
+    assert main([*flags, "--base", str(base), "--output", str(tmp_path / "m")]) == 0
+    expected = load_file(tmp_path / "m" / "model.safetensors")
+    parts = saved_in_shards(base, tmp_path / "other")
+    assert len(parts) > 2
+    for name in ("model_old.safetensors", "model.fp16.safetensors", "model.safetensors"):
+        save_file({key: weight * 0 for key, weight in expected.items()}, tmp_path / "other" / name)
+    assert main([*flags, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "m")]) == 0
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+    for name in ("model.safetensors", "model.safetensors.index.json"):  # a whole set of shards does without an index
+        (tmp_path / "other" / name).unlink()
+    assert main([*flags, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "m")]) == 0
+    assert load_file(tmp_path / "m" / "model.safetensors").keys() == expected.keys()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_missing_part_of_the_base_is_named(base, adapters, tmp_path, capfd, indexed):
+    lost = saved_in_shards(base, tmp_path / "other")[1]
+    lost.unlink()
+    if not indexed:
+        (tmp_path / "other" / "model.safetensors.index.json").unlink()
+    flags = ["merge", "--utility", str(adapters["utility"]), "--full_model", "--base", str(tmp_path / "other")]
+    assert main([*flags, "--output", str(tmp_path / "m")]) == 2
+    assert f"{lost}: no such file" in capfd.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_index_that_names_what_a_file_has_not_is_refused(base, tmp_path):
+    parts = saved_in_shards(base, tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.extra.weight"] = parts[0].name
+    (tmp_path / "other" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused = pytest.raises(InputError, match=r"has no model\.extra\.weight, which .*index.json says")
+    with refused, open_base(str(tmp_path / "other")):
+        pass
+    (tmp_path / "other" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="no weight_map"), open_base(str(tmp_path / "other")):
+        pass
+
+
+@pytest.mark.parametrize("held", ["utility", "base", "aligned"])
+def test_an_output_never_replaces_what_is_read(base, adapters, tmp_path, capfd, held):
+    shutil.copytree(adapters["utility"], tmp_path / "here" / "a")
+    shutil.copytree(base, tmp_path / "here" / "base")
+    utility = tmp_path / "here" / "a" if held == "utility" else adapters["utility"]
+    flags = ["merge", "--utility", str(utility), "--overwrite", "--safety", str(adapters["safety"])]
+    flags += {
+        "utility": ["--method", "SafeMerge"],
+        "base": ["--method", "SafeMerge", "--full_model", "--base", str(tmp_path / "here" / "base")],
+        "aligned": ["--method", "SafeMerge", "--method.aligned", str(tmp_path / "here" / "a")],
+    }[held]
+    for output in (tmp_path / "here", tmp_path / "here" / ("base" if held == "base" else "a")):
+        assert main([*flags, "--output", str(output)]) == 2
+        assert "which is read, lies there" in capfd.readouterr().err
+    assert (tmp_path / "here" / "a" / "adapter_config.json").exists()
+    assert (tmp_path / "here" / "base" / "model.safetensors").exists()
+
+
+def test_the_record_names_the_weights_that_were_read(base, adapters, tmp_path, capfd):
+    shutil.copytree(base, tmp_path / "elsewhere")
+    flags = ["merge", "--utility", str(adapters["utility"]), "--full_model", "--output", str(tmp_path / "m")]
+    assert main([*flags, "--base", str(tmp_path / "elsewhere")]) == 0
+    assert f"the weights are those of {tmp_path / 'elsewhere'}" in capfd.readouterr().err
+    record = json.loads((tmp_path / "m" / "manifest.json").read_text())["base_weights"]
+    assert record["path"] == str(tmp_path / "elsewhere")
+    assert record["fingerprint"] == fingerprint(load_model(BaseSpec(str(base), dtype="float32")))
 
 
 def test_a_full_model_of_other_weights_than_the_adapters_base_is_warned_of(base, adapters, tmp_path, capfd):

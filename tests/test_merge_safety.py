@@ -7,8 +7,10 @@ from safetensors.torch import load_file, save_file
 from src.adapters.deltas import DenseDelta, combined
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
+from src.cli import start_logging
 from src.errors import InputError
 from src.merge.align_guard import AlignGuardPosthoc
+from src.merge.aligned import projected
 from src.merge.closest_safe_update import ClosestSafeUpdate
 from src.merge.masked import Masking
 from src.merge.resta import Resta
@@ -125,11 +127,28 @@ def test_an_adapter_of_another_base_gives_no_direction(adapters, updates, tmp_pa
         merge(**given, method=method(aligned=str(tmp_path / "a")))
 
 
-def test_missing_directions_are_named(updates):
+@pytest.mark.parametrize("method", [SafeLora(tau=1.0), SafeMerge(tau=1.0), ClosestSafeUpdate()])
+def test_modules_without_a_direction_stay_as_they_are(method, updates, capfd):
     utility, safety = updates
-    name = next(iter(utility))
-    with pytest.raises(InputError, match=f"has no update of {name}"):
-        SafeLora().patch(utility, {key: pair for key, pair in safety.items() if key != name}, None)
+    name, other = list(utility)[:2]
+    zero = {other: safety[other].scaled(0.0)}
+    start_logging()
+    patch = method.patch(utility, {key: pair for key, pair in safety.items() if key != name} | zero, None)
+    expected = f"no direction of alignment in 2 of {len(utility)} modules, which stay as they are: {name}, {other}"
+    assert expected in capfd.readouterr().err
+    assert set(patch.pairs) == set(utility) - {name, other}
+    with pytest.raises(InputError, match=f"has no update of {name} or any other module"):
+        method.patch(utility, {}, None)
+
+
+def test_an_aligned_model_that_is_the_base_gives_no_direction(aligned_models, updates):
+    _, base = aligned_models
+    with pytest.raises(InputError, match="has no update of"):
+        SafeLora(aligned=base, base=base).patch(updates[0], {}, None)
+
+
+def test_a_model_that_holds_the_alignment_needs_the_base(updates):
+    utility, safety = updates
     with pytest.raises(InputError, match="name the base model's directory"):
         SafeLora(aligned="models/aligned").patch(utility, safety, None)
 
@@ -269,7 +288,6 @@ def test_a_full_rank_update_and_an_aligned_model(method, aligned_models, updates
 def test_zero_directions_project_to_zero():
     pair = LowRankPair(torch.ones(1, 3), torch.ones(2, 1))
     zero = LowRankPair(torch.zeros(1, 3), torch.zeros(2, 1))
-    patch = SafeLora().patch({"m": pair}, {"m": zero}, None)
-    assert merged({"m": pair}, patch)["m"].abs().max() == 0.0
-    dense = {"m": DenseDelta(pair.dense())}
-    assert merged(dense, SafeLora().patch(dense, {"m": zero}, None))["m"].abs().max() == 0.0
+    for direction in (zero, DenseDelta(zero.dense())):
+        assert projected(direction, pair).dense().abs().max() == 0.0
+        assert projected(direction, DenseDelta(pair.dense())).dense().abs().max() == 0.0

@@ -13,6 +13,7 @@ from src.merge.combinations.dare import Dare
 from src.merge.combinations.fisher_average import diagonal_average, kronecker_average
 from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.knots import Knots
+from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.regmean import regmean
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
@@ -69,6 +70,11 @@ def test_core_space_merges_in_the_bases_of_the_stacked_factors():
     cores = [u.T @ delta @ v for delta in dense]
     expected = u @ elementwise(Ties(0.4), cores, given) @ v.T
     torch.testing.assert_close(result(CoreSpace(Ties(0.4)), given), expected)
+
+
+@pytest.mark.parametrize("method", [CoreSpace(), CompressThenMerge(rank=1), CoreSpace(inner=MagnitudePrune())])
+def test_small_cores_are_not_trimmed_to_nothing(method):
+    assert result(method, experts(count=2, rank=1)).norm() > 0
 
 
 def test_compression_reports_the_energy_that_it_keeps():

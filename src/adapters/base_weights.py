@@ -12,8 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from src.errors import InputError
+from src.files import read_json
 
 INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 SAMPLES = 64
@@ -26,11 +29,15 @@ def samples(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes and 64 evenly spaced values of each weight, rounded to bfloat16."""
+    """SHA-256 over names, shapes and 64 evenly spaced values, rounded to bfloat16, of weights sorted by name.
+
+    Of what is no real number only the name and the shape count.
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(weights, key=lambda item: item[0]):
-        values = samples(weight).to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    for name, weight in weights:
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.is_floating_point():
+            digest.update(samples(weight).to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -56,7 +63,7 @@ class BaseWeights:
 
     def fingerprint(self) -> str:
         """What :func:`src.models.base.fingerprint` gives the loaded model, where files and model use the same names."""
-        return fingerprint_of((key, self.get(key)) for key in self.handles)
+        return fingerprint_of((key, self.get(key)) for key in sorted(self.handles))
 
     def key_of(self, module: str) -> str | None:
         """The key of a module's weight; hub files of some models leave the first part of the name out."""
@@ -70,21 +77,64 @@ def open_base(name: str) -> Iterator[BaseWeights]:
     """Open the safetensors files of a local directory or a hub repository.
 
     Raises:
-        InputError: there are none, or one is broken.
+        InputError: there are none, or one is broken or missing.
     """
     folder = _folder(name)
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise InputError(f"{folder}: no model*.safetensors in it; expected the weights of the base model")
     with ExitStack() as stack:
         handles: dict[str, Any] = {}
-        for path in paths:
+        for path, keys in weight_files(folder).items():
             try:
                 handle = stack.enter_context(safe_open(path, "pt"))
             except SafetensorError as error:
                 raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-            handles |= dict.fromkeys(handle.keys(), handle)
+            held = list(handle.keys())
+            if missing := keys - set(held):
+                raise InputError(f"{path}: has no {min(missing)}, which {folder / INDEX} says is in it")
+            handles |= dict.fromkeys(held, handle)
         yield BaseWeights(folder, handles)
+
+
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The files that make up the model in a directory, and what its index says is in each.
+
+    As transformers takes them: those of the index; without one ``model.safetensors``, or a whole set of shards. Other
+    files beside them (``model_fp16.safetensors``, an older set) are not the model.
+
+    Raises:
+        InputError: there are none, or one of them is missing.
+    """
+    if (folder / INDEX).is_file():
+        files = _indexed(folder)
+    elif (folder / WEIGHTS).is_file():
+        files = {folder / WEIGHTS: set()}
+    else:
+        files = {path: set() for path in _unindexed(folder)}
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected a part of the base model's weights")
+    return files
+
+
+def _indexed(folder: Path) -> dict[Path, set[str]]:
+    index = read_json(folder / INDEX, "the index of the base model's weights")
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{folder / INDEX}: no weight_map; expected weights and the files that they are in")
+    files: dict[Path, set[str]] = {folder / name: set() for name in sorted(set(where.values()))}
+    for key, name in where.items():
+        files[folder / name].add(key)
+    return files
+
+
+def _unindexed(folder: Path) -> list[Path]:
+    """Every shard of the one set that there is, also of those that are missing."""
+    counts = {found[1] for path in folder.glob("model-*.safetensors") if (found := SHARD.fullmatch(path.name))}
+    if not counts:
+        raise InputError(f"{folder}: no model*.safetensors in it; expected the weights of the base model")
+    if len(counts) > 1:
+        raise InputError(f"{folder}: shards of {len(counts)} sets and no {INDEX}; expected one model's weights")
+    count = counts.pop()
+    return [folder / f"model-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
 
 
 def _folder(name: str) -> Path:

@@ -40,15 +40,30 @@ def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: st
         raise InputError(f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r}")
 
 
-def check_weights(adapters: Sequence[Adapter], base: BaseWeights) -> None:
+def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str) -> str:
     """Warn where the weights of a base are not those on which adapters were trained, as far as that is known.
 
-    Only this project's adapters know. Some architectures' files name weights otherwise than the loaded model does, so
-    that equal weights can look different: hence no error.
+    This project's adapters know a fingerprint, others only the base's name. Some architectures' files name weights
+    otherwise than the loaded model does, so that equal weights can look different: hence no error.
+
+    Args:
+        adapters: The adapters.
+        base: The weights.
+        name: What the user calls them.
+
+    Returns:
+        Their fingerprint.
     """
+    found = base.fingerprint()
     known = {adapter.fingerprint: adapter.name for adapter in adapters if adapter.fingerprint}
-    if known and base.fingerprint() not in known:
+    if known and found not in known:
         log.warning("%s: other weights than those that %s was trained on", base.folder, next(iter(known.values())))
+    for adapter in adapters if not known else []:
+        if not same_base_name(adapter.base, name):
+            log.warning(
+                "%s: trained on the base %r; the weights are those of %s", adapter.name, adapter.base, name
+            )
+    return found
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:

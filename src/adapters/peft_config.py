@@ -38,16 +38,21 @@ class Layout:
         embeddings: Modules that look rows up; their update (V, d) is that of the table.
         transposed: Whether the model has layers that store their weight as (I, O), GPT-2's Conv1D.
         constant: Modules whose update (O, I + 1) has a last column for an input that is always 1: LoRA biases.
+        task: PEFT's ``task_type``, which decides the class that loads the adapter; unset where none is named.
     """
 
     embeddings: frozenset[str] = frozenset()
     transposed: bool = False
     constant: frozenset[str] = frozenset()
+    task: str | None = None
 
     def __or__(self, other: "Layout") -> "Layout":
         """The layout of a model that both fit."""
         return Layout(
-            self.embeddings | other.embeddings, self.transposed or other.transposed, self.constant | other.constant
+            self.embeddings | other.embeddings,
+            self.transposed or other.transposed,
+            self.constant | other.constant,
+            self.task or other.task,
         )
 
 
@@ -142,19 +147,22 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 def lora_config(ranks: Mapping[str, int], base: str, layout: Layout) -> dict[str, Any]:
     """PEFT's configuration of an adapter with these ranks and scaling 1."""
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     most = max(ranks.values())
-    other = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
+    # PEFT takes a name for the end of one: where it is the end of another's too, only a whole expression tells.
+    ambiguous = {name for name in ranks for other in ranks if other.endswith(f".{name}")}
+    whole = {name: "^" * (name in ambiguous) + re.escape(name) for name in ranks}
+    other = {whole[name]: rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(
         r=most,
         lora_alpha=most,
-        target_modules=list(ranks),
+        target_modules="|".join(map(re.escape, ranks)) if ambiguous else list(ranks),
         rank_pattern=dict(other),
         alpha_pattern=dict(other),
         fan_in_fan_out=layout.transposed,
         lora_bias=bool(layout.constant),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=layout.task or "CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
     ).to_dict()

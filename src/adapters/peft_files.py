@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,26 +87,27 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     path = _local_folder(folder)
     config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
     check_config(path / CONFIG, config, full_rank=base is not None)
-    found = read_weights(path / WEIGHTS, _fully_trained(config, base))
-    pairs = {module: _pair(path / WEIGHTS, module, both, config) for module, both in found.factors.items()}
+    file = weights_file(path)
+    found = read_weights(file, _fully_trained(config, base))
+    pairs = {module: _pair(file, module, both, config) for module, both in found.factors.items()}
     for module in found.embeddings:
         # The table's rows are looked up, so its factors are stored for the transposed weight.
         pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
-    _add_biases(path / WEIGHTS, found, pairs, config)
+    _add_biases(file, found, pairs, config)
     # A fully trained embedding is one too; only the base knows which module that is.
     tables = read_architecture(base.folder).embeddings & set(found.saved) if base is not None and found.saved else set()
     embeddings = frozenset(found.embeddings | tables)
     constant = frozenset([*found.biases, *found.saved_biases])
-    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")), constant)
+    layout = Layout(embeddings, bool(config.get("fan_in_fan_out")), constant, config.get("task_type"))
     return Adapter(
         name=str(folder),
         pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
         base=config.get("base_model_name_or_path") or "",
-        sha256=sha256_file(path / WEIGHTS),
+        sha256=sha256_file(file),
         manifest=_manifest(path / MANIFEST),
         seen=frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset(),
         layout=layout,
-        full_rank=_full_rank(path / WEIGHTS, found, pairs, base, layout),
+        full_rank=_full_rank(file, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
     )
 
@@ -175,6 +179,12 @@ def _pair(path: Path, module: str, both: dict[str, torch.Tensor], config: dict[s
     return LowRankPair(a, b * scaling(config, module, a.shape[0]))
 
 
+def weights_file(folder: Path) -> Path:
+    """The weights of an adapter: safetensors, or where there are none the pickled form that older PEFT wrote."""
+    pickled = folder / PICKLED
+    return pickled if pickled.is_file() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+
+
 def _local_folder(folder: str | Path) -> Path:
     path = Path(folder)
     if path.is_dir():
@@ -184,7 +194,7 @@ def _local_folder(folder: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, MANIFEST, SEEN]))
+            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN]))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(
@@ -217,6 +227,12 @@ def write_adapter(
     if layout.constant and layout.embeddings & set(pairs):
         raise InputError(
             "LoRA biases and updates of embeddings: PEFT knows no adapter with both; give --full_model true"
+        )
+    if layout.constant and (plain := sorted(set(pairs) - layout.constant)):
+        log.warning(
+            "PEFT gives every layer of an adapter with lora_bias a bias, and refuses to merge those whose layer in the "
+            "base has none into it: load the result without merging, or write --full_model (no bias in %s)",
+            shorten(", ".join(plain), 200, placeholder=" …"),
         )
     tensors, ranks = {}, {}
     for name, both in sorted(pairs.items()):

@@ -1,7 +1,9 @@
 """The weights file of a PEFT adapter, sorted by what its tensors are."""
 
 import logging
+import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,18 +57,34 @@ def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the weights of a PEFT LoRA adapter")
     found = AdapterWeights()
-    try:
-        with safe_open(path, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                if key.endswith(FROZEN_COPY):
-                    log.warning("%s: %s, a copy of the frozen base, is taken to equal the base and not read", path, key)
-                else:
-                    _sort(path, key, _finite(path, key, handle.get_tensor(key)), found, modules_to_save)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    for key, tensor in _tensors(path):
+        if key.endswith(FROZEN_COPY):
+            log.warning("%s: %s, a copy of the frozen base, is taken to equal the base and not read", path, key)
+        else:
+            _sort(path, key, _finite(path, key, tensor), found, modules_to_save)
     if not found.factors:
         raise InputError(f"{path}: no LoRA factors in it")
     return found
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file, one at a time, or of a pickled file, from which nothing else is loaded."""
+    if path.suffix != ".bin":
+        try:
+            with safe_open(path, "pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 - not a mapping
+                    yield key, handle.get_tensor(key)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a readable file of PyTorch tensors ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: not a mapping from names to tensors; expected the weights of a PEFT LoRA adapter")
+    yield from state.items()
 
 
 def _sort(path: Path, key: str, tensor: torch.Tensor, found: AdapterWeights, saved: list[str]) -> None:

@@ -6,8 +6,9 @@ is read in blocks of rows, from files.
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -44,42 +45,52 @@ def _is_adapter(folder: str) -> bool:
 def alignment(
     aligned: str | None, base: str | None, safety: Mapping[str, Delta], modules: Mapping[str, Delta]
 ) -> Iterator[dict[str, Delta]]:
-    """V of each module.
+    """V of each module that has one; a warning names the others, which the method leaves as they are.
 
     Args:
         aligned: Adapter or model directory (or hub id of a model); unset takes the safety adapter's update as V.
-        base: Directory or hub id of the base's weights, where ``aligned`` is a model.
+        base: Directory or hub id of the base's weights, where ``aligned`` is a model, or an adapter with full-rank
+            updates.
         safety: The safety update.
         modules: The updates for which V is wanted.
 
     Raises:
-        InputError: V is missing for a module or has another shape.
+        InputError: no module has a V, or one has another shape.
     """
     if aligned is None:
         yield _checked(dict(safety), modules, "the safety adapter")
     elif _is_adapter(aligned):
-        yield _checked(dict(read_adapter(aligned).pairs), modules, aligned)
+        with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
+            yield _checked(dict(read_adapter(aligned, weights).updates), modules, aligned)
     elif base is None:
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")
     else:
         with open_base(weights_folder(aligned)) as one, open_base(weights_folder(base)) as two:
             found = {name: weight_difference(one, two, name, delta.shape) for name, delta in modules.items()}
-            _warn_of_strangers(one, two, list(modules))
-            yield found
+            same = _warn_of_strangers(one, two, list(modules))
+            # Where a sample of the weights is the same, all of them are looked at.
+            zero = {name for name in same if squared_norm(found[name]) == 0.0}
+            yield _checked({name: delta for name, delta in found.items() if name not in zero}, modules, aligned)
 
 
-def _warn_of_strangers(aligned: BaseWeights, base: BaseWeights, modules: list[str]) -> None:
+def _warn_of_strangers(aligned: BaseWeights, base: BaseWeights, modules: list[str]) -> list[str]:
     """Warn where a model differs from its base as no fine-tuned one does: by more than ``STRANGE`` of the norm.
 
     By a sample of each module's weights. Two models of one architecture have equal shapes, so only their values tell.
+
+    Returns:
+        Modules whose samples are the same.
     """
     change = norm = 0.0
-    for key in filter(None, map(base.key_of, modules)):
-        if key not in aligned.handles:
+    same = []
+    for module in modules:
+        key = base.key_of(module)
+        if key is None or key not in aligned.handles:
             continue
         one, two = (samples(weights.get(key)).double() for weights in (aligned, base))
         change += (one - two).square().sum().item()
         norm += two.square().sum().item()
+        same += [module] if torch.equal(one, two) else []
     if change > STRANGE**2 * norm:
         log.warning(
             "method.aligned %s: weights %.0f %% of their norm away from those of %s; expected a model trained from it",
@@ -87,18 +98,34 @@ def _warn_of_strangers(aligned: BaseWeights, base: BaseWeights, modules: list[st
             100 * (change / norm) ** 0.5,
             base.folder,
         )
+    return same
 
 
 def _checked(found: dict[str, Delta], modules: Mapping[str, Delta], what: str) -> dict[str, Delta]:
+    """The directions of these modules, in their order; without those that there are none of."""
+    checked: dict[str, Delta] = {}
     for name, delta in modules.items():
-        if name not in found:
-            raise InputError(f"{what}: has no update of {name}, so it gives no direction of alignment there")
-        if found[name].shape == (delta.shape[0], delta.shape[1] - 1):
+        direction = found.get(name)
+        if direction is None or (isinstance(direction, LowRankPair) and direction.squared_norm() == 0.0):
+            continue
+        if direction.shape == (delta.shape[0], delta.shape[1] - 1):
             # The utility update has a LoRA bias, and this one has none.
-            found[name] = without_bias(found[name])
-        if found[name].shape != delta.shape:
-            raise InputError(f"{what}: {name} has the shape {found[name].shape}; the utility update has {delta.shape}")
-    return found
+            direction = without_bias(direction)
+        if direction.shape != delta.shape:
+            raise InputError(f"{what}: {name} has the shape {direction.shape}; the utility update has {delta.shape}")
+        checked[name] = direction
+    rest = [name for name in modules if name not in checked]
+    if not checked:
+        raise InputError(f"{what}: has no update of {rest[0]} or any other module of the utility adapters")
+    if rest:
+        log.warning(
+            "%s: gives no direction of alignment in %d of %d modules, which stay as they are: %s",
+            what,
+            len(rest),
+            len(modules),
+            shorten(", ".join(rest), 200, placeholder=" …"),
+        )
+    return checked
 
 
 def projected(direction: Delta, delta: Delta) -> Delta:

@@ -23,9 +23,11 @@ class ClosestSafeUpdate(Aligned):
 
     The paper's text was not at hand: that the penalty is quadratic, that P acts on outputs only, and that the subspace
     is that of the leading singular vectors are readings of its summary, not checked against it.
+    Strength 1 is the minimum; those below it lie on the line from ΔW_u to it.
 
     Args:
-        penalty: μ, price of one unit of squared norm outside, at least 0; 0 changes nothing, infinity projects.
+        penalty: μ, price of one unit of squared norm outside, at least 0; 0 changes nothing, infinity
+            (written ``.inf``) projects.
         rank: k, dimension of the subspace per module, at least 1.
         aligned: Directory of the aligned model or of an adapter that holds W_aligned − W_base; unset takes the
             safety adapter.
@@ -52,8 +54,8 @@ class ClosestSafeUpdate(Aligned):
         changes: Deltas = {}
         outside: dict[str, float] = {}
         with alignment(self.aligned, self.base, safety, utility) as directions:
-            for name, delta in utility.items():
-                basis = self._basis(directions[name])
+            for name, direction in directions.items():
+                delta, basis = utility[name], self._basis(direction)
                 norm = squared_norm(delta)
                 if isinstance(delta, LowRankPair):
                     b = delta.b.double()

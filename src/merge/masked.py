@@ -16,7 +16,7 @@ from src.adapters.deltas import Delta, Deltas, LazyDelta, combined, row_blocks
 from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod, Patch
 from src.merge.combination import finite, share
-from src.merge.selection import at_least, kth_magnitude
+from src.merge.selection import at_least, kept_count, kth_magnitude
 
 Mask = Literal["hard", "soft"]
 Form = Literal["additive", "interpolating"]
@@ -69,7 +69,7 @@ def _masked(name: str, delta: Delta, ratio: Ratio, masking: Masking) -> Delta:
 
     def threshold() -> float:
         if not thresholds:
-            count = int(masking.top * delta.shape[0] * delta.shape[1])
+            count = kept_count(masking.top, delta.shape[0] * delta.shape[1])
             rows = row_blocks(delta.shape)
             thresholds.append(kth_magnitude(lambda: (ratio(name, block) for block in rows), count))
         return thresholds[0]

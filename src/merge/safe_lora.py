@@ -16,6 +16,8 @@ from src.merge.base import FisherPair, Patch
 class SafeLora(Aligned):
     """Safe LoRA (2405.16833): replace ΔW_u by ``C ΔW_u`` in modules where both differ; no safety adapter is added.
 
+    Strength 1 is the paper's projection; those below it lie on the line from ΔW_u to it.
+
     Args:
         tau: Cosine between ``C ΔW_u`` and ΔW_u at or under which a module is projected, -1 to 1 (the code's .35).
         aligned: Directory of the aligned model or of an adapter that holds W_aligned − W_base; unset takes the
@@ -38,9 +40,9 @@ class SafeLora(Aligned):
         inside: Deltas = {}
         cosines: dict[str, float] = {}
         with alignment(self.aligned, self.base, safety, utility) as directions:
-            for name, delta in utility.items():
-                inside[name] = projected(directions[name], delta)
-                cosines[name] = cosine(inside[name], delta)
+            for name, direction in directions.items():
+                inside[name] = projected(direction, utility[name])
+                cosines[name] = cosine(inside[name], utility[name])
         drifted = [name for name, value in cosines.items() if value <= self.tau]
         changes = {name: _change(inside[name], utility[name]) for name in drifted}
         return Patch(changes, {"projected": drifted, "cosines": cosines})

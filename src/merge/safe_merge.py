@@ -16,6 +16,8 @@ from src.merge.combination import share
 class SafeMerge(Aligned):
     """SafeMERGE (2503.17239): interpolate with the safety adapter in the modules that drifted from alignment.
 
+    Strength 1 is the paper's merge; those below it lie on the line from ΔW_u to it.
+
     Args:
         tau: Cosine between ``C ΔW_u`` and ΔW_u under which a module is merged, -1 to 1 (the code's .35; the paper's
             .6 to .8).
@@ -36,7 +38,7 @@ class SafeMerge(Aligned):
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``(1 − a)(ΔW_s − ΔW_u)`` in the modules that are merged."""
         with alignment(self.aligned, self.base, safety, utility) as directions:
-            cosines = {name: cosine(projected(directions[name], delta), delta) for name, delta in utility.items()}
+            cosines = {name: cosine(projected(v, utility[name]), utility[name]) for name, v in directions.items()}
         merged = [name for name, value in cosines.items() if value < self.tau]
         both = [{name: deltas[name] for name in merged if name in deltas} for deltas in (safety, utility)]
         return Patch(combined(both, [1.0 - self.keep, self.keep - 1.0]), {"merged": merged, "cosines": cosines})

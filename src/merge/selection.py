@@ -13,6 +13,14 @@ LOW_BITS = 15
 Blocks = Callable[[], Iterable[torch.Tensor]]
 
 
+def kept_count(share: float, size: int) -> int:
+    """How many of ``size`` elements a share above 0 keeps: its whole part, but one at least.
+
+    PEFT and mergekit keep none where the whole part is 0, so that the update of a small module vanishes in silence.
+    """
+    return max(1, int(share * size))
+
+
 def magnitude_bits(block: torch.Tensor) -> torch.Tensor:
     """Magnitudes of a block, rounded to float32, as (n,) int32 in the same order."""
     return block.to(torch.float32).abs().contiguous().reshape(-1).view(torch.int32)

@@ -12,16 +12,16 @@ import torch
 from src.adapters.deltas import Delta, blocks, row_blocks
 from src.merge.elementwise import Sparsifier
 from src.merge.randomness import bernoulli, uniform
-from src.merge.selection import at_least, keep_above, kth_magnitude
+from src.merge.selection import at_least, keep_above, kept_count, kth_magnitude
 
 Rescale = Literal["1/p", "l1", "none"]
 
 
 def keep_largest(delta: Delta, density: float) -> Sparsifier:
-    """Keep the ``int(density · numel)`` largest magnitudes of an update."""
+    """Keep the ``int(density · numel)`` largest magnitudes of an update, one at least."""
     if density >= 1.0:
         return lambda block, _: block
-    count = int(density * delta.shape[0] * delta.shape[1])
+    count = kept_count(density, delta.shape[0] * delta.shape[1])
     return above(kth_magnitude(lambda: blocks(delta), count))
 
 

@@ -14,11 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from src.adapters.base_weights import open_base
+from src.adapters.base_weights import open_base, weight_files
 from src.adapters.checks import check_weights
 from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
-from src.files import check_output, new_directory
+from src.files import check_apart, check_output, new_directory
 from src.merge.base import MergeMethod, Patch
 from src.merge.combination import Combination, Combined, KeyedDeltas
 from src.merge.combinations.task_arithmetic import TaskArithmetic
@@ -99,24 +99,32 @@ def merge(
     points = variants(method, combination, sweep)
     _check_stages(method, safety, alpha)
     check_output(Path(output), overwrite=overwrite)
+    check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
     measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
     calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
         weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
         inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights)
         count, place = len(points) * len(values), base or inputs.experts[0].base
+        extra: dict[str, Any] = {"flags": flags, "license": license}
         if weights is not None or full_model:
-            check_weights(inputs.adapters, weights or stack.enter_context(open_base(weights_folder(place))))
+            read = weights or stack.enter_context(open_base(weights_folder(place)))
+            extra["base_weights"] = {"path": place, "fingerprint": check_weights(inputs.adapters, read, place)}
         workers = stack.enter_context(one_thread_each())
         if dry_run:
             log.info("%s", _description(points[0], inputs, form, max(values), count, place))
             return
-        extra = {"flags": flags, "license": license}
         target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured)
         folder = stack.enter_context(new_directory(Path(output)))
         for point, total, patch in derived(points, inputs):
             _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
     log.info("%s: %d merged %s(s) in %s", _title(points[0]), count, "model" if full_model else "adapter", output)
+
+
+def _paths(*given: Any) -> list[str]:
+    """Whatever of these may name something that is read."""
+    found = [name for each in given for name in (each if isinstance(each, list) else [each])]
+    return [name for name in found if isinstance(name, str)]
 
 
 def _listed(given: list[str] | str | None) -> list[str]:
@@ -137,7 +145,7 @@ def _description(point: Variant, inputs: Inputs, form: Form, alpha: float, count
     size = 0
     if form.full_model:
         with open_base(weights_folder(base)) as weights:
-            size = sum(path.stat().st_size for path in weights.folder.glob("model*.safetensors"))
+            size = sum(path.stat().st_size for path in weight_files(weights.folder))
     return describe(inputs, merged, form, count, size)
 
 

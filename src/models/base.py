@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from src.adapters.base_weights import fingerprint_of
 from src.errors import InputError, one_line
@@ -165,7 +166,7 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     dtype = "auto" if spec.dtype == "auto" else DTYPES[spec.dtype]
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=spec.attention, **extra)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"base.name {spec.name}: the model cannot be loaded ({one_line(error)})") from None
     for module in model.modules():
         # A 4-bit layer that once ran without gradients on such a CPU repacks its weights and then passes none back.
@@ -225,4 +226,4 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     if getattr(model, "is_quantized", False):
         return ""
-    return fingerprint_of(model.named_parameters())
+    return fingerprint_of(sorted(model.named_parameters(), key=lambda item: item[0]))

@@ -4,7 +4,7 @@ from src.adapters.deltas import Delta, blocks
 from src.errors import InputError
 from src.merge.combination import share
 from src.merge.elementwise import Election, ElementWise, Rule, Sparsifier
-from src.merge.selection import kth_magnitude
+from src.merge.selection import kept_count, kth_magnitude
 from src.merge.sparsify import between
 
 
@@ -31,7 +31,6 @@ class Breadcrumbs(ElementWise):
         """Keep magnitudes between two thresholds."""
         size = delta.shape[0] * delta.shape[1]
         outliers = int(self.gamma * size)
-        kept = outliers + int(self.density * size)
-
+        kept = outliers + kept_count(self.density, size)
         low, high = (kth_magnitude(lambda: blocks(delta), count) for count in (kept, outliers))
         return between(low, high)

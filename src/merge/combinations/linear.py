@@ -8,7 +8,10 @@ from src.merge.combination import Combination, Combined, Expert
 
 
 class Linear(Combination):
-    """Average the updates: ``Σ w_i ΔW_i / Σ w_i`` (model soups, 2203.05482). Exact."""
+    """Average the updates: ``Σ w_i ΔW_i / Σ w_i`` (model soups, 2203.05482). Exact.
+
+    As a method, the safety adapter is one more expert of weight 1: strength 1 is the mean of both.
+    """
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """The weighted mean."""

@@ -7,7 +7,9 @@ from src.merge.sparsify import keep_largest
 
 
 class MagnitudePrune(ElementWise):
-    """Keep each update's largest elements and sum: PEFT's ``magnitude_prune``, TIES without election. Full rank.
+    """Keep each update's largest elements and sum: PEFT's ``magnitude_prune``, TIES (2306.01708) without election.
+
+    Full rank. No paper of its own.
 
     Args:
         density: Share of elements that each update keeps, per module, above 0 to 1.

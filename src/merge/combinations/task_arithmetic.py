@@ -8,7 +8,10 @@ from src.merge.combination import Combination, Combined, Expert
 
 
 class TaskArithmetic(Combination):
-    """Add the updates: ``Σ w_i ΔW_i`` of experts, ``ΔW_u + α ΔW_s`` of the safety adapter (2212.04089). Exact."""
+    """Add the updates: ``Σ w_i ΔW_i`` of experts, ``ΔW_u + α ΔW_s`` of the safety adapter (2212.04089). Exact.
+
+    Strength alpha is the paper's scaling coefficient λ of the safety adapter; those of experts are utility_weights.
+    """
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """The weighted sum."""

@@ -7,7 +7,7 @@ from typing import Literal
 from src.adapters.deltas import Delta, blocks
 from src.merge.combination import Expert, finite, share
 from src.merge.elementwise import ElementWise, Majority, Rule, Sparsifier
-from src.merge.selection import kth_magnitude
+from src.merge.selection import kept_count, kth_magnitude
 from src.merge.sparsify import above, keep_largest
 
 
@@ -58,5 +58,5 @@ class Ties(ElementWise):
 
     def _global(self, expert: Expert) -> Sparsifier:
         deltas = list(expert.deltas.values())
-        count = int(self.density * sum(delta.shape[0] * delta.shape[1] for delta in deltas))
+        count = kept_count(self.density, sum(delta.shape[0] * delta.shape[1] for delta in deltas))
         return above(kth_magnitude(lambda: chain.from_iterable(map(blocks, deltas)), count))
