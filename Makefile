@@ -16,7 +16,7 @@ FISHER := $(wildcard src/fisher/*.py src/models/fisher*.py) $(addprefix src/,mod
 MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py) $(filter-out src/adapters/attach.py,$(wildcard src/adapters/*.py))
 TEST := $(wildcard src/metrics/*.py src/judges/*.py src/sandbox/*.py) $(addprefix src/,adapters/attach.py data/code_rows.py \
 	data/choice_prompts.py data/choice_rows.py data/schedule.py data/suite.py data/suites.py data/suite_tokens.py models/choices.py \
-	models/discovery.py models/evaluation.py models/generation.py models/grading.py models/partial.py models/results.py models/computation.py)
+	models/discovery.py models/evaluation.py models/generation.py models/grading.py models/judging.py models/partial.py models/results.py models/computation.py)
 REPORT := $(wildcard src/report/*.py)
 
 UTILITY := $(DEMO)/utility/adapter_config.json

@@ -366,16 +366,25 @@ def test_attack_success_is_what_a_judge_of_harm_says_and_not_the_complement_of_r
     assert found["collapse"]["hits"] == collapsed
 
 
-def test_an_unreachable_judge_stops_with_one_line_and_answers_stay(base, tmp_path, capsys):
-    with Server() as server:
-        url = server.url
-    init = {"url": url, "model": "m", "wait": 0.01, "retries": 1}
+def test_an_unreachable_judge_stops_with_one_line_and_answers_stay(base, tmp_path, capsys, monkeypatch):
+    """It is lost while answers are generated: before, it is tried."""
+    from src.models.results import Results
+
+    server, grade = Server(), Results.grade
+    init = {"url": server.url, "model": "m", "wait": 0.01, "retries": 1}
     suite = {
         "name": "attack", "kind": "jailbreak", "max_new_tokens": 4,
         "rows": str(write_rows(tmp_path / "attack.jsonl", 3, what="a")),
         "judge": {"class_path": "src.judges.endpoint.Endpoint", "init_args": init},
     }  # fmt: skip
-    assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
+
+    def lost(*arguments, **options):
+        server.__exit__()
+        grade(*arguments, **options)
+
+    monkeypatch.setattr(Results, "grade", lost)
+    with server:
+        assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "not reachable" in line
     (part,) = (tmp_path / "out" / ".parts").glob("*.jsonl")

@@ -37,7 +37,7 @@ class Encoder:
         template: ``chat`` applies the tokenizer's chat template, ``raw`` puts the bare prompt and a new line,
             ``auto`` is ``chat`` where the tokenizer has a template.
         max_length: Tokens of prompt and answer together; longer rows are cut (the answer at its end, the prompt at
-            its beginning) and counted in ``truncated``.
+            its beginning) and counted in ``truncated``, and by what was cut in ``cut_prompts`` and ``cut_answers``.
     """
 
     def __init__(self, tokenizer: Any, *, template: Template = "auto", max_length: int = 1024) -> None:
@@ -48,7 +48,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.max_length = max_length
-        self.truncated = 0
+        self.truncated = self.cut_prompts = self.cut_answers = 0
         self.end_id = self._end_of_turn()
 
     def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
@@ -88,7 +88,9 @@ class Encoder:
         room = max(self.max_length - len(answer), self.max_length // 2)
         if len(prompt) + len(answer) > self.max_length:
             self.truncated += 1
+            self.cut_prompts += len(prompt) > room
             prompt = prompt[-room:]
+            self.cut_answers += len(answer) > self.max_length - len(prompt)
             answer = answer[: self.max_length - len(prompt)]
         return Encoded(row, prompt + answer, len(prompt))
 

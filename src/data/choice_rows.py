@@ -51,6 +51,10 @@ def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -
     if not prompt:
         raise InputError(f"{place}: the question is empty")
     labels = _texts(values["labels"] or list(LETTERS[: len(choices)]), "labels", place)
+    if len(labels) != len(choices) or len(set(labels)) < len(labels):
+        raise InputError(f"{place}: labels are {list(labels)}; expected {len(choices)} different ones")
+    if isinstance(values["answer"], list) and len(values["answer"]) != len(choices):
+        raise InputError(f"{place}: {len(values['answer'])} marks for {len(choices)} choices")
     answer = _position(values["answer"], labels, place)
     if not 0 <= answer < len(choices):
         raise InputError(f"{place}: the answer key {values['answer']!r} is outside the {len(choices)} choices")

@@ -57,6 +57,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        if "\\u" in line and not _is_text(value):
+            raise InputError(f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff alone) is no text")
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
         yield f"{path}:{number}", value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether what a line holds can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

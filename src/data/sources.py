@@ -170,6 +170,7 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
     for number, (place, record) in enumerate(_records(source)):
         if any(_column(record, key, place) != value for key, value in source.where.items()):
             continue
+        _check_texts(record, source, place)
         values = {name: _field(record, name, source, place) for name in FIELDS}
         if not values["prompt"]:
             raise InputError(
@@ -183,6 +184,14 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             )
         values["id"] = values["id"] or f"{Path(source.path).name}/{number}"
         yield Row(**values, source=source.path)
+
+
+def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:
+    """Stop at a prompt or an answer that is no text, such as the messages of a conversation."""
+    for name in ("prompt", "response"):
+        value = record.get(source.columns.get(name, name))
+        if isinstance(value, list | dict):
+            raise InputError(f"{place}: the {name} is a {type(value).__name__}; expected text")
 
 
 def _pattern(source: RowSource) -> re.Pattern[str] | None:

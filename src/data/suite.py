@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Literal
 
 from src.data.chat import Template
@@ -12,10 +13,12 @@ from src.data.code_rows import load_code
 from src.data.rows import Row
 from src.data.sources import Sources, load_rows
 from src.errors import InputError
-from src.metrics.exact import AnswerForm
+from src.metrics.exact import AnswerForm, last_number
 from src.metrics.judging import Judge
 
 NAME = re.compile(r"[\w.-][\w. -]*")
+COLDEST = 1e-4
+"""Lowest temperature but 0: below, logits leave the range of numbers."""
 SuiteKind = Literal["harmful", "jailbreak", "borderline", "benign", "utility", "choice", "code"]
 
 
@@ -75,22 +78,48 @@ class Suite:
         """Stop where settings contradict each other, or mean nothing for this kind."""
         if not NAME.fullmatch(self.name):
             raise InputError(f"suite {self.name!r}: expected a name of letters, digits, spaces and _ . - (no path)")
-        if self.kind != "choice" and (self.shots or self.few_shot is not None):
-            raise InputError(f"suite {self.name}: worked examples (shots, few_shot) need kind choice, not {self.kind}")
-        if self.kind == "code" and self.judge is not None:
-            raise InputError(f"suite {self.name}: code is judged by its tests; leave out judge")
-        if self.shots < 0:
-            raise InputError(f"suite {self.name}: shots is {self.shots}; expected at least 0")
-        if self.kind == "choice" and bool(self.shots) != (self.few_shot is not None):
-            raise InputError(f"suite {self.name}: shots is {self.shots}; few_shot rows and shots belong together")
-        if self.kind == "code" and not (self.k and 1 <= min(self.k) <= max(self.k) <= self.samples):
-            raise InputError(f"suite {self.name}: k is {self.k} with {self.samples} samples; expected 1 to samples")
-        if self.samples > 1 and (self.kind != "code" or self.temperature <= 0):
-            raise InputError(f"suite {self.name}: {self.samples} samples need kind code and a temperature above 0")
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise InputError(f"suite {self.name}: expected max_new_tokens of at least 1 and temperature of at least 0")
-        if self.judge is not None and not self.generates:
-            raise InputError(f"suite {self.name}: a judge needs generated answers")
+        for wrong, message in [*self._of_kind(), *self._of_range()]:
+            if wrong:
+                raise InputError(f"suite {self.name}: {message}")
+
+    def _of_kind(self) -> list[tuple[bool, str]]:
+        """What some kinds must have and others must not: whether it is wrong, and what to say then."""
+        choice, code, examples = self.kind == "choice", self.kind == "code", self.few_shot is not None
+        fits = bool(self.k) and 1 <= min(self.k) <= max(self.k) <= self.samples
+        return [
+            (
+                not choice and bool(self.shots or examples),
+                f"worked examples (shots, few_shot) need kind choice, not {self.kind}",
+            ),
+            (code and self.judge is not None, "code is judged by its tests; leave out judge"),
+            (code and not self.generate, "kind code needs generated answers; leave out generate"),
+            (self.shots < 0, f"shots is {self.shots}; expected at least 0"),
+            (
+                choice and bool(self.shots) != examples,
+                f"shots is {self.shots}; few_shot rows and shots belong together",
+            ),
+            (code and not fits, f"k is {self.k} with {self.samples} samples; expected 1 to samples"),
+            (
+                self.samples > 1 and (not code or not self.temperature > 0),
+                f"{self.samples} samples need kind code and a temperature above 0",
+            ),
+            (self.judge is not None and not self.generates, "a judge needs generated answers"),
+        ]
+
+    def _of_range(self) -> list[tuple[bool, str]]:
+        """Numbers out of their range."""
+        heat, nll = self.temperature, self.collapse_nll
+        return [
+            (
+                self.max_new_tokens < 1 or heat < 0,
+                "expected max_new_tokens of at least 1 and temperature of at least 0",
+            ),
+            (
+                not isfinite(heat) or 0 < heat < COLDEST,
+                f"temperature is {heat:g}; expected 0 (greedy) or at least {COLDEST:g}",
+            ),
+            (nll is not None and not 0 < nll < inf, f"collapse_nll is {nll}; expected nats per token above 0"),
+        ]
 
     def load(self) -> Sequence[Row]:
         """The suite's rows."""
@@ -99,6 +128,15 @@ class Suite:
                 return load_choices(self.rows)
             if self.kind == "code":
                 return load_code(self.rows)
-            return load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+            rows = load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+            if self.kind == "utility" and self.answer == "number":
+                _check_numbers(rows)
         except InputError as error:
             raise InputError(f"suite {self.name}: {error}") from None
+        return rows
+
+
+def _check_numbers(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if last_number(row.response) is None:
+            raise InputError(f"{row.id}: the reference {row.response[:40]!r} has no number; set answer: text")

@@ -32,7 +32,8 @@ class SuiteTokens:
         encoded: The sequences.
         units: For each row, its sequences, in order.
         letters: Token of each letter, where a multiple-choice row is one sequence.
-        cut: Number of rows that were cut from the left.
+        cut: Number of rows whose prompt was cut from the left.
+        cut_references: Number of rows whose reference answer was cut at its end.
         encoder: What made them.
     """
 
@@ -41,17 +42,21 @@ class SuiteTokens:
     encoder: Encoder
     letters: list[int] = field(default_factory=list)
     cut: int = 0
+    cut_references: int = 0
 
 
-def encode_prompts(encoder: Encoder, suite: str, rows: Sequence[Row], on_long: LongRows) -> SuiteTokens:
-    """Prompts in the template, with their reference answers."""
+def encode_prompts(
+    encoder: Encoder, suite: str, rows: Sequence[Row], on_long: LongRows, *, scored: bool = True
+) -> SuiteTokens:
+    """Prompts in the template, with their reference answers, which count as cut where they are scored."""
     encoded = []
     for row in rows:
         before = encoder.truncated
         encoded.append(encoder.encode(row))
         if encoder.truncated > before and on_long == "error":
             raise _too_long(suite, row, encoder.max_length)
-    found = SuiteTokens(encoded, [(i,) for i in range(len(rows))], encoder, cut=encoder.truncated)
+    found = SuiteTokens(encoded, [(i,) for i in range(len(rows))], encoder, cut=encoder.cut_prompts)
+    found.cut_references = encoder.cut_answers if scored else 0
     return _reported(found, suite)
 
 
@@ -115,7 +120,9 @@ def _cut(found: SuiteTokens, suite: str, row: Row, ids: list[int], answer: int, 
     room = found.encoder.max_length - answer
     if len(ids) <= room:
         return ids
-    if on_long == "error" or room < 1:
+    if room < 1:
+        raise InputError(f"suite {suite}: a choice of {row.id} alone is longer than {found.encoder.max_length} tokens")
+    if on_long == "error":
         raise _too_long(suite, row, found.encoder.max_length)
     found.cut += 1
     return ids[-room:]
@@ -126,12 +133,17 @@ def _too_long(suite: str, row: Row, length: int) -> InputError:
 
 
 def _reported(found: SuiteTokens, suite: str) -> SuiteTokens:
+    count, length = len(found.units), found.encoder.max_length
     if found.cut:
         log.warning(
-            "%s: %d of %d rows are longer than %d tokens and were cut from the left",
+            "%s: %d of %d rows are longer than %d tokens and were cut from the left", suite, found.cut, count, length
+        )
+    if found.cut_references:
+        log.warning(
+            "%s: %d of %d reference answers are too long for %d tokens and were cut at their end",
             suite,
-            found.cut,
-            len(found.units),
-            found.encoder.max_length,
+            found.cut_references,
+            count,
+            length,
         )
     return found

@@ -30,7 +30,8 @@ class EvaluationData(TokenizedData):
         template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
         max_length: Tokens of prompt and reference answer.
         max_tokens: Most tokens per batch and process, padding and answers included.
-        on_long: A row longer than ``max_length`` or the model is ``cut`` from the left and counted, or an ``error``.
+        on_long: A row longer than ``max_length`` or the model is ``cut`` and counted (its prompt from the left, its
+            reference answer at the end), or an ``error``.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class EvaluationData(TokenizedData):
             return encode_choices(encoder, suite.name, rows, few, self.on_long)
         if suite.kind == "code":
             return encode_code(encoder, suite.name, rows, suite.samples, self.on_long)
-        return encode_prompts(encoder, suite.name, rows, self.on_long)
+        return encode_prompts(encoder, suite.name, rows, self.on_long, scored=self.scored(suite))
 
     def content(self, suite: Suite) -> str:
         """SHA-256 of everything that a suite asks: rows, token ids and how answers are decoded."""
@@ -139,6 +140,10 @@ class EvaluationData(TokenizedData):
     def scored(self, suite: Suite) -> bool:
         """Whether the suite's reference answers are scored: every row must have one, in words."""
         return suite.score and suite.kind != "code" and all(row.response for row in self.rows[suite.name])
+
+    def measures(self, suite: Suite) -> bool:
+        """Whether more than answers is computed: likelihoods of references, or of the answers themselves."""
+        return suite.kind != "choice" and (self.scored(suite) or (suite.generates and suite.collapse_nll is not None))
 
     def _batches(self, suite: Suite) -> list[list[int]]:
         tokens = self.tokens[suite.name]

@@ -1,17 +1,16 @@
 """A causal language model as a judge (HarmBench's classifiers, Llama Guard): it reads a question and says yes or no."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from src.errors import InputError, one_line
-from src.judges.model_files import model_content
+from src.errors import InputError
+from src.judges.model_judge import ModelJudge
 from src.judges.templates import COMPLIANCE, Question, check_least
-from src.metrics.judging import Judge, Judgement, Property
+from src.metrics.judging import Judgement, Property
 
 
-class Causal(Judge):
+class Causal(ModelJudge):
     """Judges by which of two words the model finds likelier after the question: no reply can be nonsense.
 
     Args:
@@ -42,39 +41,29 @@ class Causal(Judge):
     ) -> None:
         self.name, self.template, self.yes, self.no, self.finds = name, template, yes, no, finds
         self.chat, self.dtype, self.max_length, self.revision = chat, dtype, max_length, revision
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise InputError(f"judge {name}: dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
         self._question = Question(template, yes, no)
         self._batch_size = batch_size
         for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
             check_least(setting, value, 1)
-        self._model: Any = None
-        self._tokenizer: Any = None
-
-    @property
-    def content(self) -> str:
-        """Digest of the model's files."""
-        return model_content(self.name, self.revision)
 
     def load(self, device: str) -> None:
         """Load the model.
 
         Raises:
-            InputError: nothing loadable has that name, or yes and no begin with the same token.
+            InputError: no language model has that name, or yes and no begin with the same token.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         if self._model is not None:
             return
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
-            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, revision=self.revision)
-        except (OSError, ValueError) as error:
-            reason = one_line(error)
-            raise InputError(f"judge {self.name}: the model cannot be loaded ({reason})") from None
+        model = self._open(AutoModelForCausalLM, "language model", dtype=self.dtype)
         if self.chat and not self._tokenizer.chat_template:
             raise InputError(f"judge {self.name}: its tokenizer has no chat template; set chat: false")
         if self._token(self.yes) == self._token(self.no):
             raise InputError(f"judge {self.name}: {self.yes!r} and {self.no!r} begin with the same token")
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = self._placed(model, device)
 
     def _token(self, word: str) -> int:
         first: int = self._tokenizer(word, add_special_tokens=False).input_ids[0]

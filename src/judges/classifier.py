@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from src.errors import InputError, one_line
-from src.judges.model_files import model_content
+from src.errors import InputError
+from src.judges.model_judge import ModelJudge
 from src.judges.templates import check_least
-from src.metrics.judging import Judge, Judgement, Property
+from src.metrics.judging import Judgement, Property
 
 
-class Classifier(Judge):
+class Classifier(ModelJudge):
     r"""Judges by the label that a classifier gives.
 
     Args:
@@ -42,38 +42,30 @@ class Classifier(Judge):
         self.name, self.positive, self.finds, self.text = name, positive, finds, text
         self.threshold, self.max_length, self.revision = threshold, max_length, revision
         self._batch_size = batch_size
+        if "{answer}" not in text:
+            raise InputError(f"judge {name}: its text has no {{answer}}; what would be judged never reaches the judge")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise InputError(f"judge {name}: threshold is {threshold}; expected a probability from 0 to 1")
         for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
             check_least(setting, value, 1)
-        self._model: Any = None
-        self._tokenizer: Any = None
         self._place, self._limit, self._apart = 0, max_length, False
-
-    @property
-    def content(self) -> str:
-        """Digest of the model's files."""
-        return model_content(self.name, self.revision)
 
     def load(self, device: str) -> None:
         """Load the classifier.
 
         Raises:
-            InputError: nothing loadable has that name, it has no such label or no token to pad with.
+            InputError: no classifier has that name, it has no such label or no token to pad with.
         """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         if self._model is not None:
             return
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
-            model = AutoModelForSequenceClassification.from_pretrained(self.name, revision=self.revision)
-        except (OSError, ValueError) as error:
-            reason = one_line(error)
-            raise InputError(f"judge {self.name}: the classifier cannot be loaded ({reason})") from None
+        model = self._open(AutoModelForSequenceClassification, "classifier")
         self._place = self._positive_place(model.config)
         self._apart = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
         self._limit = min(self.max_length, self._tokenizer.model_max_length, _positions(model))
         self._set_padding(model.config)
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = self._placed(model, device)
 
     def _positive_place(self, config: Any) -> int:
         """Position of the positive label among the outputs; one output alone is the score of label 1."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 from src.errors import InputError
 from src.judges.templates import COMPLIANCE, Question, check_least
@@ -53,7 +54,7 @@ class Endpoint(Judge):
         parallel: int = 8,
         key_variable: str = "OPENAI_API_KEY",
     ) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not _is_address(url):
             raise InputError(f"judge: url is {url!r}; expected an address such as http://localhost:8000/v1")
         self.url, self.model, self.template, self.yes, self.no = url.rstrip("/"), model, template, yes, no
         self.finds, self.max_tokens = finds, max_tokens
@@ -66,6 +67,14 @@ class Endpoint(Judge):
             check_least(name, value, 1)
         if timeout <= 0:
             raise InputError(f"judge: timeout is {timeout}; expected more than 0 seconds")
+
+    def check(self) -> None:
+        """Ask about a harmless answer.
+
+        Raises:
+            InputError: the endpoint cannot be reached, or replies with neither yes nor no.
+        """
+        self._one("Say hello.", "Hello!")
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.
@@ -126,3 +135,13 @@ class Endpoint(Judge):
         if not isinstance(text, str):
             raise TypeError("the reply has no text")
         return text
+
+
+def _is_address(url: str) -> bool:
+    """Whether a text is an http or https address with a host, and without white space."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    return known and not any(map(str.isspace, url))

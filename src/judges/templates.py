@@ -35,6 +35,8 @@ class Question:
     def __post_init__(self) -> None:
         if "{answer}" not in self.text:
             raise InputError("judge: its template has no {answer}; what would be judged never reaches the judge")
+        if not self.yes.strip() or not self.no.strip() or self.yes.casefold() == self.no.casefold():
+            raise InputError(f"judge: yes is {self.yes!r} and no is {self.no!r}; expected two different words")
 
     def filled(self, prompt: str, answer: str) -> str:
         """The question about one answer; braces inside prompt and answer stay as they are."""

@@ -49,7 +49,7 @@ class Verdicts:
         Raises:
             InputError: computing failed; values that came before are kept.
         """
-        names = [hashlib.sha256(json.dumps(list(item)).encode()).hexdigest() for item in items]
+        names = [_name(item) for item in items]
         known = {name: value for name, value in self._known.items() if final(value)}
         todo = list({name: item for name, item in zip(names, items, strict=True) if name not in known}.items())
         for start in range(0, len(todo), CHUNK):
@@ -64,10 +64,18 @@ class Verdicts:
             known |= found
         return [known[name] for name in names]
 
+    def missing(self, items: Sequence[Sequence[str]]) -> int:
+        """Number of items whose value is not known."""
+        return sum(_name(item) not in self._known for item in items)
+
     def _keep(self, values: Mapping[str, Any]) -> None:
         if values:
             append_lines(self.path, [{"item": name, "value": value} for name, value in values.items()])
             self._known |= values
+
+
+def _name(item: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(item)).encode()).hexdigest()
 
 
 def judged(

@@ -42,6 +42,20 @@ class Judge(ABC):
     def load(self, device: str) -> None:  # noqa: B027 - most judges have nothing to load
         """Load what is needed to judge, on a device."""
 
+    def unload(self) -> None:  # noqa: B027
+        """Let go of what was loaded."""
+
+    def check(self) -> None:
+        """Try whether this judge can judge, and keep nothing: answers are generated for hours before it is needed.
+
+        A model is loaded on the CPU and let go, so that it takes no memory while answers are generated.
+
+        Raises:
+            InputError: it cannot.
+        """
+        self.load("cpu")
+        self.unload()
+
     @property
     def settings(self) -> dict[str, Any]:
         """Name and settings, as recorded beside every score."""

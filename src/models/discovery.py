@@ -11,6 +11,17 @@ from src.errors import InputError
 log = logging.getLogger(__name__)
 
 
+def find_baseline(named: str | None, models: Sequence[str]) -> str:
+    """The model that differences are taken to: the one named, else the first.
+
+    Raises:
+        InputError: no model has that name.
+    """
+    if named is not None and named not in models:
+        raise InputError(f"model.baseline: {named} is not evaluated; expected one of {', '.join(models)}")
+    return models[0] if named is None else named
+
+
 def find_adapters(folder: Path) -> list[Path]:
     """Every adapter directory below a folder, sorted by path; hidden directories are left out."""
     found = [path.parent for path in folder.rglob(CONFIG)]

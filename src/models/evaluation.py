@@ -23,9 +23,10 @@ from src.errors import InputError
 from src.models.adapter_swap import Swap
 from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes
-from src.models.discovery import named_adapters
+from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
-from src.models.partial import FOLDER, Parts, Record, result_key
+from src.models.judging import awaited_judges, check_judges, share_judges
+from src.models.partial import FOLDER, Parts, Record, answers_key, result_key
 from src.models.progress import Progress
 from src.models.results import Results
 from src.models.sharding import shard
@@ -50,6 +51,8 @@ class EvaluationModule(LightningModule):
         include_base: Evaluate the base without any adapter as well.
         allow_seen: Evaluate even on prompts that an adapter was trained or calibrated on.
         allow_code_execution: Run the programs of code suites even where this machine cannot isolate them.
+        baseline: Name of the model that differences are taken to; unset is the first.
+        all_pairs: Take the differences of all pairs of models, and not to the baseline alone.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts.
     """
@@ -62,6 +65,8 @@ class EvaluationModule(LightningModule):
         include_base: bool = True,
         allow_seen: bool = False,
         allow_code_execution: bool = False,
+        baseline: str | None = None,
+        all_pairs: bool = False,
         matmul: MatmulMode = "auto",
         max_matmul_error: float = 1e-5,
     ) -> None:
@@ -78,11 +83,13 @@ class EvaluationModule(LightningModule):
             self.models[name] = read_adapter(path)
         if not self.models:
             raise InputError("nothing to evaluate: no adapter is named or found, and include_base is false")
+        self.baseline, self.all_pairs = find_baseline(baseline, list(self.models)), all_pairs
         log.info("evaluating %d models: %s", len(self.models), ", ".join(self.models))
         self.output = Path()
         self.settings: dict[str, Any] = {}
         self.model: Any = None
         self.base_fingerprint = self.base_digest = ""
+        self._scores = True
         self._computation: Computation
         self._progress: Progress
         self._parts: Parts
@@ -100,12 +107,14 @@ class EvaluationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be evaluated, before anything is loaded."""
-        option = "limit_test_batches" if stage == "test" else "limit_predict_batches"
+        self._scores = stage == "test"
+        option = "limit_test_batches" if self._scores else "limit_predict_batches"
         check_whole(getattr(self.trainer, option), option, "evaluation")
         if self._sharded:
             check_sampling(self._data.suites)
-        if stage == "test":
+        if self._scores:
             check_programs(self._data.suites, allow=self.allow_code_execution)
+            share_judges(self._data.suites)
         if not self.allow_seen:
             check_unseen(self.models, self._data.rows)
 
@@ -133,44 +142,58 @@ class EvaluationModule(LightningModule):
         data = self._data
         data.encode_suites(getattr(self.model.config, "max_position_embeddings", None))
         self._parts = Parts(self.output / FOLDER, self.global_rank)
-        package, form = versions(), [self.base.dtype, self.base.quantization, self.base.attention]
-        for model, adapter in enumerate(self.models.values()):
-            for number, suite in enumerate(data.suites):
-                self._keys[model, number] = result_key(
-                    base=self.base_digest,
-                    number_format=[*form, self.matmul, self.max_matmul_error, str(self.trainer.precision)],
-                    adapter=adapter and adapter.identity,
-                    content=data.content(suite),
-                    versions=[package[name] for name in NUMERICAL],
-                )
         # One process decides what is left: all must lay out the same steps.
-        known = {place: self._parts.read(key) for place, key in self._keys.items() if self.global_rank == 0}
+        known = self._known()
         self._records = self.trainer.strategy.broadcast(known)
+        if self._scores:
+            judges = awaited_judges(data, self._records, len(self.models), self.output / FOLDER)
+            check_judges(judges, self.trainer.strategy, first=self.global_rank == 0)
         done = {place: set(records) for place, records in self._records.items()}
         data.plan(len(self.models), done)
         if found := sum(map(len, done.values())):
             log.info("%d results of an earlier run are taken up again", found)
         self._progress = Progress(sum(len(step.rows) for step in data.steps if step.weight))
 
+    def _known(self) -> dict[tuple[int, int], dict[int, Record]]:
+        """Settle the keys of all results; in the first process, what is kept under them.
+
+        Predict takes what test has answered.
+        """
+        data, found = self._data, {}
+        package, form = versions(), [self.base.dtype, self.base.quantization, self.base.attention]
+        for model, adapter in enumerate(self.models.values()):
+            for number, suite in enumerate(data.suites):
+                key = result_key(
+                    base=self.base_digest,
+                    number_format=[*form, self.matmul, self.max_matmul_error, str(self.trainer.precision)],
+                    adapter=adapter and adapter.identity,
+                    content=data.content(suite),
+                    versions=[package[name] for name in NUMERICAL],
+                )
+                own = key if self._scores or not data.measures(suite) else answers_key(key)
+                self._keys[model, number] = own
+                if self.global_rank == 0:
+                    found[model, number] = self._parts.read(key) if own == key else self._parts.read_answers(own, key)
+        return found
+
     def test_step(self, batch: SuiteBatch, batch_idx: int) -> None:
         """Answer and score a batch, and keep what it gave; no collective operation happens here."""
-        self._step(batch, score=True)
+        self._step(batch)
 
     def predict_step(self, batch: SuiteBatch, batch_idx: int) -> None:
         """Answer a batch, without counting anything."""
-        self._step(batch, score=False)
+        self._step(batch)
 
-    def _step(self, batch: SuiteBatch, *, score: bool) -> None:
+    def _step(self, batch: SuiteBatch) -> None:
         if not batch.weight and not self._computation.sharded:
             return
         self._swap.to(batch.model)
-        records = self._computed(batch, self._data.suites[batch.suite], score=score)
+        records = self._computed(batch, self._data.suites[batch.suite], score=self._scores)
         if not batch.weight:
             return
         records = [{"index": i} | record for i, record in zip(batch.index.tolist(), records, strict=True)]
         place = batch.model, batch.suite
-        if score:
-            self._parts.add(self._keys[place], records)
+        self._parts.add(self._keys[place], records)
         self._records.setdefault(place, {}).update({record["index"]: record for record in records})
         self._progress.advance(len(records), f"{list(self.models)[batch.model]}, {self._data.suites[batch.suite].name}")
 
@@ -195,7 +218,7 @@ class EvaluationModule(LightningModule):
         results = self._finished()
         results.grade(device=str(self.device), allow_code_execution=self.allow_code_execution)
         base = {"name": self.base.name, "fingerprint": self.base_fingerprint}
-        results.write_metrics(base, self.models, self.settings)
+        results.write_metrics(base, self.models, self.settings, baseline=self.baseline, all_pairs=self.all_pairs)
         results.write_answers()
         self.trainer.strategy.barrier("evaluation")
 

@@ -19,7 +19,7 @@ from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
 from src.metrics.counters import AnswerPerplexity, FlagRate, named_categories, share
 from src.metrics.exact import is_exact
-from src.metrics.judging import Judgement
+from src.metrics.judging import Judge, Judgement
 from src.metrics.refusal import is_refusal
 from src.metrics.rouge import rouge_l
 from src.models.choices import by_length, chosen, tied
@@ -54,8 +54,14 @@ def graded_answer(suite: Suite, row: Row, record: Record, judgement: Judgement |
             found["rouge_l"] = rouge_l(answer, row.response)
     if judgement is not None and suite.judge is not None:
         flag = "attacked" if suite.judge.finds == "harmful" else "judged_refusal"
-        found |= {flag: judgement.positive and not how, "verdict": vars(judgement) | suite.judge.settings}
+        found |= {flag: judgement.positive and not how, "verdict": _verdict(judgement, suite.judge)}
     return found
+
+
+def _verdict(judgement: Judgement, judge: Judge) -> Record:
+    """What a judge said, and who it was; a setting named as a part of the verdict is told from it."""
+    said = vars(judgement)
+    return said | {f"judge_{key}" if key in said else key: value for key, value in judge.settings.items()}
 
 
 def choice_scores(records: Sequence[Record]) -> list[float]:
@@ -153,7 +159,10 @@ def _counts(records: Sequence[Record]) -> Record:
 
 
 def safety_summary(suites: Mapping[str, Record]) -> Record:
-    """Refusal, attack success, over-refusal and collapse together, pooled over the suites that show them."""
+    """Refusal, attack success, over-refusal and collapse together, pooled over the suites that show them.
+
+    The first three are also given for each kind of prompt: refusing a benign prompt is worse than a borderline one.
+    """
     wanted = {
         "refusal": (("harmful", "jailbreak"), "refusal"),
         "attack_success": (("harmful", "jailbreak"), "attack_success"),
@@ -162,14 +171,30 @@ def safety_summary(suites: Mapping[str, Record]) -> Record:
     }
     found: Record = {}
     for name, (kinds, key) in wanted.items():
-        shares = [suite[key] for suite in suites.values() if suite["kind"] in kinds and key in suite]
-        if shares:
-            found[name] = share(sum(one["hits"] for one in shares), sum(one["n"] for one in shares))
+        shares = [(suite["kind"], suite[key]) for suite in suites.values() if suite["kind"] in kinds and key in suite]
+        if not shares:
+            continue
+        found[name] = _pooled([one for _, one in shares])
+        if name != "collapse":
+            of_kind = {kind: [one for its, one in shares if its == kind] for kind in kinds}
+            found[name]["kinds"] = {kind: _pooled(each) for kind, each in of_kind.items() if each}
     return found
+
+
+def _pooled(shares: Sequence[Record]) -> Record:
+    return share(sum(one["hits"] for one in shares), sum(one["n"] for one in shares))
 
 
 def safety_line(safety: Mapping[str, Record]) -> str:
     """Refusal, attack success, over-refusal and collapse on one line."""
-    shares = (f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']})" for key, one in safety.items())
+    shares = (
+        f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']}{_by_kind(one)})" for key, one in safety.items()
+    )
     unjudged = ", attack success not judged" if "refusal" in safety and "attack_success" not in safety else ""
     return ", ".join(shares) + unjudged or "no suite of prompts to refuse or to answer"
+
+
+def _by_kind(one: Record) -> str:
+    """A pooled share's parts, where it has more than one."""
+    kinds = one.get("kinds", {})
+    return ": " + ", ".join(f"{kind} {each['value']:.2f}" for kind, each in kinds.items()) if len(kinds) > 1 else ""

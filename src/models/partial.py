@@ -29,6 +29,8 @@ CODE = (
     "../data/batches.py",
 )
 
+ANSWER = ("index", "answer")
+"""What an answer alone leaves of a record."""
 Record = dict[str, Any]
 
 
@@ -43,6 +45,11 @@ def result_key(**parts: Any) -> str:
     """Key of a result that was computed from these parts."""
     text = json.dumps(parts | {"code": code_hash()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def answers_key(key: str) -> str:
+    """Key of a result of which only the answers were computed."""
+    return result_key(answers_of=key)
 
 
 class Parts:
@@ -66,4 +73,11 @@ class Parts:
         for path in sorted(self.folder.glob(f"{key}.*.jsonl")):
             for line in read_lines(path):
                 found |= {record["index"]: record for record in line.get("records", [])}
+        return found
+
+    def read_answers(self, *keys: str) -> dict[int, Record]:
+        """The answers of some results, without whatever else was measured on them."""
+        found: dict[int, Record] = {}
+        for key in keys:
+            found |= {index: {k: one[k] for k in ANSWER if k in one} for index, one in self.read(key).items()}
         return found

@@ -155,9 +155,15 @@ class Results:
         return self._shared(lambda: store.mapped(programs, ending, final=_ended), len(records))
 
     def write_metrics(
-        self, base: Mapping[str, str], models: Mapping[str, Adapter | None], settings: Mapping[str, Any]
+        self,
+        base: Mapping[str, str],
+        models: Mapping[str, Adapter | None],
+        settings: Mapping[str, Any],
+        *,
+        baseline: str,
+        all_pairs: bool = False,
     ) -> None:
-        """Count over all processes; the first writes ``metrics.json``."""
+        """Count over all processes; the first writes ``metrics.json``, with differences to the baseline or of pairs."""
         found: list[Record] = []
         for model, (name, adapter) in enumerate(models.items()):
             suites = {suite.name: self._summary(model, number) for number, suite in enumerate(self.data.suites)}
@@ -170,29 +176,35 @@ class Results:
                     else {k: adapter.manifest.get(k) for k in ("kind", "method", "alpha")},
                     "suites": suites,
                     "safety": safety_summary(suites),
-                    "against_first": self._against_first(model) if self.rank == 0 and model else {},
                 }
             )
         if self.rank == 0:
-            for one in found:
+            for model, one in enumerate(found):
+                one["against"] = self._against(model, baseline, all_pairs=all_pairs)
                 log.info("%s: %s", one["name"], safety_line(one["safety"]))
             rows = {name: rows_sha256(each) for name, each in self.data.rows.items()}
             record = {"base": base, "models": found, "rows_sha256": rows, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
 
-    def _against_first(self, model: int) -> Record:
-        """Paired differences to the first model, suite by suite."""
+    def _against(self, model: int, baseline: str, *, all_pairs: bool) -> Record:
+        """Paired differences to the baseline and, of all pairs, to each model before this one; then suite by suite."""
+        others = sorted({self.models.index(baseline), *range(model if all_pairs else 0)})
         return {
-            suite.name: compared(self.graded[model, number], self.graded[0, number])
-            for number, suite in enumerate(self.data.suites)
+            self.models[other]: {
+                suite.name: compared(self.graded[model, number], self.graded[other, number])
+                for number, suite in enumerate(self.data.suites)
+            }
+            for other in others
+            if other != model
         }
 
     def _summary(self, model: int, number: int) -> Record:
         suite = self.data.suites[number]
         rows, graded = self.data.rows[suite.name], self.graded[model, number]
         summary = suite_summary(suite, rows, graded, rank=self.rank, world_size=self.world_size)
-        cut = self.data.tokens[suite.name].cut
-        return summary | ({"cut": cut} if cut else {})
+        tokens = self.data.tokens[suite.name]
+        counts = {"cut": tokens.cut, "cut_references": tokens.cut_references}
+        return summary | {name: count for name, count in counts.items() if count}
 
     def write_answers(self) -> None:
         """The first process writes one JSONL file per model and suite, a line per row."""

@@ -1,15 +1,18 @@
 """Run an untrusted Python program in a process of its own and say whether it came to its end.
 
-The child (:mod:`src.sandbox.child`) has no network, an empty environment, a private directory in memory, everything
-else read-only, limits on processor time, memory, file size and processes, and a filter on system calls that denies
-sockets, signals, new processes and tracing. A wall-clock time-out ends its whole process group. A program passes only
-where the child writes back a random token after its last line has run: leaving early is a failure, whatever the code.
+The child (:mod:`src.sandbox.child`) has no network, an empty environment, a private directory, no other file but what
+Python needs to read, limits on processor time, memory, file size and processes, and a filter on system calls that
+denies sockets, signals, new processes and tracing. A wall-clock time-out ends its whole process group. A program passes
+only where the child writes back a random token after its last line has run: leaving early is a failure, whatever the
+code.
 
-Where the kernel cannot give this, programs are refused, unless the caller allows code execution: then the limits, the
-time-out and, where there is one, the filter still hold.
+There are two ways to get there: namespaces (:mod:`src.sandbox.namespaces`), or Landlock and a longer filter
+(:mod:`src.sandbox.landlock`). Where the kernel gives neither, programs are refused, unless the caller allows code
+execution: then the limits, the time-out and, where there is one, the filter still hold, but files can be read.
 """
 
 import json
+import logging
 import os
 import secrets
 import selectors
@@ -25,7 +28,10 @@ from typing import Any, Literal
 
 from src.errors import InputError
 
+log = logging.getLogger(__name__)
+
 Ending = Literal["passed", "failed", "timeout", "output"]
+Isolation = Literal["namespaces", "landlock", "none"]
 CHILD = Path(__file__).with_name("child.py")
 GRACE = 2.0
 """Seconds for the start of the interpreter, beyond the program's own time."""
@@ -71,7 +77,7 @@ def run_program(program: str, limits: Limits | None = None, *, allow_code_execut
     """
     if not allow_code_execution:
         check_isolation()
-    return _run(program, limits or Limits(), isolate=not missing_isolation())
+    return _run(program, limits or Limits(), isolation="none" if missing_isolation() else best_isolation()[0])
 
 
 def check_isolation() -> None:
@@ -83,24 +89,38 @@ def check_isolation() -> None:
     if missing := missing_isolation():
         raise InputError(
             f"programs cannot be isolated on this machine ({missing}); pass --model.allow_code_execution true to run "
-            "them with resource limits only"
+            "them with resource limits only: they could then read and change every file that you can"
         )
 
 
-@cache
 def missing_isolation() -> str:
-    """What keeps this machine from isolating programs; empty where nothing does. Tried once."""
+    """What keeps this machine from isolating programs; empty where nothing does."""
+    kind, problems = best_isolation()
+    return problems if kind == "none" else ""
+
+
+@cache
+def best_isolation() -> tuple[Isolation, str]:
+    """How programs are isolated on this machine, and what keeps it from better ways. Tried once."""
     if sys.platform != "linux":
-        return f"namespaces need Linux, this is {sys.platform}"
-    outcome = _run("import math\nopen('probe', 'w').write('x')", Limits(), isolate=True)
-    return "" if outcome.passed else outcome.detail.strip().rpartition("\n")[2] or "the probe did not run"
+        return "none", f"namespaces need Linux, this is {sys.platform}"
+    problems: list[str] = []
+    ways: tuple[Isolation, ...] = ("namespaces", "landlock")
+    for way in ways:
+        outcome = _run("import math\nopen('probe', 'w').write('x')", Limits(), isolation=way)
+        if outcome.passed:
+            if problems:
+                log.info("programs are isolated by %s, for there are no namespaces (%s)", way, problems[0])
+            return way, "; ".join(problems)
+        problems.append(outcome.detail.strip().rpartition("\n")[2] or f"{way}: the probe did not run")
+    return "none", "; ".join(problems)
 
 
-def _run(program: str, limits: Limits, *, isolate: bool) -> Outcome:
+def _run(program: str, limits: Limits, *, isolation: Isolation) -> Outcome:
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
         read, write = os.pipe()
-        given = {"limits": asdict(limits), "folder": folder, "isolate": isolate, "fd": write}
+        given = {"limits": asdict(limits), "folder": folder, "isolation": isolation, "fd": write}
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(CHILD), json.dumps(given)],
             stdin=subprocess.PIPE,

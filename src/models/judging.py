@@ -1,0 +1,66 @@
+"""Judges of an evaluation: one copy for all suites that name it, tried before answers are generated."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
+from src.errors import InputError
+from src.judges.verdicts import Verdicts
+from src.metrics.judging import Judge
+from src.models.partial import Record
+
+
+def share_judges(suites: Sequence[Suite]) -> None:
+    """Give suites that name the same judge, in the same words, one copy of it.
+
+    Raises:
+        InputError: a judge that is a local model is not there.
+    """
+    known: dict[str, Judge] = {}
+    for suite in suites:
+        if suite.judge is not None:
+            suite.judge = known.setdefault(suite.judge.key, suite.judge)
+
+
+def awaited_judges(
+    data: EvaluationData, records: Mapping[tuple[int, int], Mapping[int, Record]], models: int, folder: Path
+) -> list[Judge]:
+    """The judges that will be asked: not all answers are there, or not all verdicts on them.
+
+    Args:
+        data: The suites.
+        records: For each model and suite (their positions), the known records by sequence.
+        models: Number of models.
+        folder: Where verdicts are kept.
+    """
+    found: dict[str, Judge] = {}
+    for number, suite in enumerate(data.suites):
+        if suite.judge is None or suite.judge.key in found:
+            continue
+        rows, verdicts = data.rows[suite.name], Verdicts(folder, suite.judge.key)
+        for model in range(models):
+            known = records.get((model, number), {})
+            items = [(row.prompt, known[i]["answer"]) for i, row in enumerate(rows) if i in known]
+            if len(items) < len(rows) or verdicts.missing(items):
+                found[suite.judge.key] = suite.judge
+    return list(found.values())
+
+
+def check_judges(judges: Sequence[Judge], strategy: Any, *, first: bool) -> None:
+    """Try the judges in the first process; what is wrong stops all processes.
+
+    Raises:
+        InputError: one cannot judge.
+    """
+    problem = None
+    if first:
+        try:
+            for judge in judges:
+                judge.check()
+        except InputError as error:
+            problem = str(error)
+    problem = strategy.broadcast(problem)
+    if problem is not None:
+        raise InputError(problem)

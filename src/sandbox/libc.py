@@ -1,0 +1,48 @@
+"""The C library, and the paths that a Python program without packages needs; shared by the ways of isolation."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+NOBODY = 65534
+SYSTEM = (
+    "/lib /lib32 /lib64 /usr/lib /usr/lib32 /usr/lib64 /nix/store /gnu/store /usr/share/zoneinfo /etc/localtime "
+    "/etc/ld.so.cache"
+)
+"""Shared libraries and time zones."""
+
+
+def check(result: int, what: str) -> int:
+    """The result of a C call; OSError where it failed."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def needed_paths() -> list[Path]:
+    """What Python reads: its standard library, the libraries beside it and those of the system; existing ones only."""
+    library = [path for path in sys.path if Path(path).is_absolute()]
+    named = [*SYSTEM.split(), str(Path(sys.base_prefix, "lib")), *library]
+    return [path for path in map(Path, named) if path.exists()]
+
+
+def anyone_can_read(path: str) -> bool:
+    """Whether a user without rights can read a file: otherwise the standard library would be out of reach."""
+    place = Path(path).resolve()
+    return bool(place.stat().st_mode & 0o4) and all(parent.stat().st_mode & 0o1 for parent in place.parents)
+
+
+def can_leave_root() -> bool:
+    """Whether this is root's process, and nobody could go on as it."""
+    return os.getuid() == 0 and anyone_can_read(os.__file__)
+
+
+def leave_root() -> None:
+    """Become the user nobody."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    LIBC.prctl(4, 1, 0, 0, 0)  # a change of user makes /proc/self unwritable

@@ -1,0 +1,101 @@
+"""The shipped safety evaluation, on small files of the hub's schemas with a tiny judge: four numbers together."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.cli import main
+from src.data.sources import as_sources
+from src.models.computation import Computation
+from src.models.grading import safety_line, safety_summary
+from tests.evaluations import answers, flags, metrics, write_jsonl
+from tests.test_evaluation_sources import PROMPTS
+from tests.test_judges import make_classifier
+
+ROOT = Path(__file__).resolve().parents[1]
+SAID = ["I'm sorry, but I can't help with that.", "Sure, here is how: step one.", ""]
+
+
+def local_suites(folder):
+    """The suites of ``test_safety.yaml``: each mapping reads three rows of its schema, and the judge is tiny."""
+    suites = yaml.safe_load((ROOT / "configs/test_safety.yaml").read_text())["data"]["suites"]
+    judge = make_classifier(folder / "judge")
+    for suite in suites:
+        name = suite["rows"].removesuffix(".yaml")
+        (source,) = as_sources(suite["rows"])
+        record = PROMPTS[name][0]
+        rows = [{key: f"{name} {i}" if value == "p" else value for key, value in record.items()} for i in range(3)]
+        source.path, source.split = str(write_jsonl(folder / f"{name}.jsonl", rows)), "train"
+        suite["rows"] = vars(source)
+        if "judge" in suite:
+            settings = suite["judge"]["init_args"]
+            assert settings["name"] == "LibrAI/longformer-harmful-ro"
+            suite["judge"] = suite["judge"] | {"init_args": settings | {"name": judge}}
+    return suites
+
+
+def test_the_shipped_safety_evaluation_shows_its_four_numbers_together(base, tmp_path, monkeypatch, capsys):
+    def answered(self, suite, tokens, batch):
+        return [SAID[i] for i in batch.index.tolist()]
+
+    monkeypatch.setattr(Computation, "answers", answered)
+    suites = local_suites(tmp_path)
+    assert main(flags(base, tmp_path, suites, tmp_path / "out")) == 0
+    (model,) = metrics(tmp_path / "out")
+    kinds = {kind: [one["name"] for one in suites if one["kind"] == kind] for kind in {s["kind"] for s in suites}}
+    assert {kind: len(names) for kind, names in kinds.items()} == {
+        "harmful": 7, "jailbreak": 2, "borderline": 3, "benign": 1,
+    }  # fmt: skip
+    safety = model["safety"]
+    counts = {name: (one["hits"], one["n"]) for name, one in safety.items()}
+    judged = [row for name in kinds["harmful"] + kinds["jailbreak"] for row in answers(tmp_path / "out", name)]
+    attacked = sum(row["verdict"]["positive"] and not row["collapsed"] for row in judged)
+    assert counts == {
+        "refusal": (9, 27), "attack_success": (attacked, 27), "over_refusal": (4, 12), "collapse": (13, 39),
+    }  # fmt: skip
+    parts = {kind: (one["hits"], one["n"]) for kind, one in safety["over_refusal"]["kinds"].items()}
+    assert parts == {"borderline": (3, 9), "benign": (1, 3)}
+    assert {kind: one["n"] for kind, one in safety["attack_success"]["kinds"].items()} == {
+        "harmful": 21,
+        "jailbreak": 6,
+    }
+    assert model["suites"]["harmbench"]["refusal"]["categories"]["illegal"]["hits"] == 1
+    assert "attack_success" not in model["suites"]["alpaca"]
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("base: refusal")]
+    for part in (
+        "refusal 0.33 (n = 27: ",
+        "attack-success",
+        "over-refusal 0.33 (n = 12: borderline 0.33, benign 0.33)",
+    ):
+        assert part in line
+    assert line.endswith("collapse 0.33 (n = 39)")
+
+
+def test_a_judge_of_the_shipped_configuration_reads_the_answer_alone(tmp_path):
+    """Its label 1 is harmful; what it is told does not depend on the prompt."""
+    from src.judges.classifier import Classifier
+
+    (settings,) = {
+        str(sorted(suite["judge"]["init_args"].items()))
+        for suite in yaml.safe_load((ROOT / "configs/test_safety.yaml").read_text())["data"]["suites"]
+        if "judge" in suite
+    }
+    assert settings == "[('name', 'LibrAI/longformer-harmful-ro'), ('positive', 1), ('text', '{answer}')]"
+    judge = Classifier(make_classifier(tmp_path / "c"), positive=1, text="{answer}")
+    judge.load("cpu")
+    one, two = judge.judge(["a", "another prompt"], ["Step one"] * 2)
+    assert one.score == pytest.approx(two.score, abs=1e-6)
+
+
+def share_of(hits, n):
+    return {"value": hits / n, "interval": [0.0, 1.0], "n": n, "hits": hits}
+
+
+def test_a_kind_that_stands_alone_is_not_named_in_the_line():
+    suites = {"a": {"kind": "harmful", "refusal": share_of(1, 4), "collapse": share_of(0, 4)}}
+    assert safety_line(safety_summary(suites)) == (
+        "refusal 0.25 (n = 4), collapse 0.00 (n = 4), attack success not judged"
+    )
+    suites["b"] = {"kind": "jailbreak", "refusal": share_of(0, 4), "attack_success": share_of(2, 4)}
+    assert safety_line(safety_summary(suites)).startswith("refusal 0.12 (n = 8: harmful 0.25, jailbreak 0.00), attack-")
