@@ -4,6 +4,7 @@ A writer fills a temporary sibling, syncs it and renames it over the target. A c
 target as it was.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -98,8 +99,11 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozen
         beside: Names in the directory that are no results; hidden files never are.
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is false.
+        InputError: ``path`` exists and ``overwrite`` is false, or it is to lie in a file.
     """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"--output {path}: {above} is a file; name a path in a directory")
     if has_results(path, beside) and not overwrite:
         raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
 
@@ -151,16 +155,90 @@ def end_output(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory that becomes ``path`` when the block succeeds (replacing what is there)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    """Yield a temporary sibling directory that becomes ``path`` when the block succeeds (replacing what is there).
+
+    Where ``path`` is a link, what it points to is replaced.
+
+    Raises:
+        InputError: ``path`` is the working directory, or holds it.
+    """
+    place = path.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise InputError(f"--output {path}: the working directory lies there and cannot be replaced; name another one")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(place)
+    temporary, lock = _locked_sibling(place)
     try:
         yield temporary
         temporary.chmod(0o755)
-        old = temporary.with_suffix(".old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _put(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(lock)
+
+
+def _put(temporary: Path, place: Path) -> None:
+    """Rename a directory over what is there, which an error or Ctrl-C between the two renames puts back."""
+    old, lock = temporary.with_suffix(".old"), _lock(place)
+    try:
+        if place.exists():
+            place.rename(old)
+        temporary.rename(place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        raise
+    finally:
+        _unlock(lock)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _locked_sibling(place: Path) -> tuple[Path, int | None]:
+    """A temporary directory, and the lock that says that this process is alive."""
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+    except OSError as error:
+        error.filename = str(place)
+        raise
+    return temporary, _lock(temporary)
+
+
+def _clear_leftovers(place: Path) -> None:
+    """Remove what runs that were killed have left beside an output; an old output that one had moved aside comes back.
+
+    What a running process works on is locked.
+    """
+    ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    for path in sorted(entry for entry in place.parent.iterdir() if ours.fullmatch(entry.name)):
+        lock = _lock(path)
+        if lock is not None and path.suffix == ".old" and not place.exists():
+            path.rename(place)
+        elif lock is not None and (path.suffix == ".old" or path.is_dir()):
+            _remove(path)
+        _unlock(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or directory until this process ends, however it ends; nothing where that cannot be had."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)

@@ -17,7 +17,7 @@ from src.adapters.peft_files import CONFIG
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.modules import TokenizedData
 from src.errors import InputError
-from src.files import check_output
+from src.files import begin_output, check_output, end_output, has_results, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.models.base import load_tokenizer
 from src.models.checkpoints import AtomicCheckpoints, check_checkpoint
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 CONFIG_RECORD = "config.yaml"
 RUN = "run"
 """Sub-directory of an output that holds the Trainer's own files: config.yaml, metrics.csv, checkpoints."""
+SAME = ("model", "data", "seed_everything")
+"""Settings in which a run that goes on and the run before it agree."""
 
 
 class TrainerCommand(LightningCLI):
@@ -103,12 +105,33 @@ class TrainerCommand(LightningCLI):
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
         kept = self.command == "fit" and any((self.output / RUN / "checkpoints").glob("*"))
-        check_output(self.output, overwrite=allowed, beside=frozenset() if kept else frozenset({RUN}))
+        going_on = not kept and is_begun(self.output, self._same())
+        check_output(self.output, overwrite=allowed or going_on, beside=frozenset() if kept else frozenset({RUN}))
+        self._own = going_on or not has_results(self.output, frozenset({RUN}))
         if self.config.get("ckpt_path"):
             check_checkpoint(self.config.ckpt_path)
         self.config.trainer.default_root_dir = str(self.output)
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
+
+    def _same(self) -> dict[str, Any]:
+        """What two runs of the same command have in common."""
+        settings = self.settings
+        return {"command": self.command} | {key: settings.get(key) for key in SAME}
+
+    def begin(self) -> None:
+        """Mark the output, where it held no result of another run; call it before the Trainer starts."""
+        if not is_first_process():
+            return
+        if self._own:
+            begin_output(self.output, self._same())
+        else:
+            end_output(self.output)
+
+    def end(self) -> None:
+        """Take the mark away, once all results are written."""
+        if is_first_process():
+            end_output(self.output)
 
     def _clear_run(self) -> None:
         """Make room for the Trainer's files: a run that goes on keeps its checkpoints and sets its metrics aside."""
@@ -137,7 +160,7 @@ class TrainerCommand(LightningCLI):
         if (self.output / CONFIG).exists() or not record.is_file():
             return False
         before, now = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
-        return all(before.get(key) == now.get(key) for key in ("model", "data", "seed_everything"))
+        return all(before.get(key) == now.get(key) for key in SAME)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""

@@ -33,10 +33,12 @@ def fit(arguments: list[str]) -> None:
     checkpoint = command.checkpoint
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
+    command.begin()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
     save_expert(trainer, module, data, command)  # type: ignore[arg-type]
+    command.end()
 
 
 def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, command: TrainerCommand) -> None:
@@ -105,6 +107,7 @@ def fisher(arguments: list[str]) -> None:
         log.info("%s", line)
     module.output, module.settings = command.output, command.settings
     command.output.mkdir(parents=True, exist_ok=True)
+    command.begin()
     command.trainer.predict(module, data, return_predictions=False)
     log.info("Fisher files written to %s", command.output)
 
@@ -112,14 +115,18 @@ def fisher(arguments: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     """Evaluate models on suites."""
     command, data = _evaluation("test", arguments)
+    command.begin()
     command.trainer.test(command.model, data, verbose=False)
+    command.end()
     log.info("metrics and answers written to %s", command.output)
 
 
 def predict(arguments: list[str]) -> None:
     """Write answers to prompts."""
     command, data = _evaluation("predict", arguments)
+    command.begin()
     command.trainer.predict(command.model, data, return_predictions=False)
+    command.end()
     log.info("answers written to %s", command.output / "answers")
 
 

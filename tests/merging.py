@@ -93,6 +93,9 @@ def write_fishers(folder, adapters, base, *, method=None, model=None, **rows):
             "utility": [{"path": utility.name, "sha256": utility.sha256, "weight": 1.0}],
             "basis_sha256": pair.basis.digest(),
             "seen": [f"{name}-prompt"],
+            "rows_sha256": f"rows of {name}",
+            "labels": "data",
+            "granularity": "sequence",
         }
         (folder / at).mkdir(parents=True, exist_ok=True)
         FisherFile(fisher, pair.basis.u, pair.basis.v, record).save(folder / at / f"{name}.safetensors")

@@ -152,12 +152,6 @@ def test_the_dense_solver_takes_any_representation(kind):
     np.testing.assert_allclose(system.apply(patch, soft(2.0)).numpy(), direct, rtol=1e-8, atol=1e-12)
 
 
-def test_unlike_representations_of_many_coordinates_are_refused(monkeypatch):
-    monkeypatch.setattr("src.gevp.solve.DENSE_LIMIT", DIM - 1)
-    with pytest.raises(ValueError, match=r"\['block', 'diagonal'\] at D = 19"):
-        solve(make_pencil(random_fisher(BlockAccumulator), random_fisher(DiagonalAccumulator), rho=1, rho_s=1))
-
-
 @pytest.mark.parametrize("kinds", [(LowRankAccumulator, KroneckerAccumulator), (BlockAccumulator, DiagonalAccumulator)])
 @pytest.mark.parametrize("k", [1, 4, DIM - 1])
 def test_the_matrix_free_solver_equals_the_dense_one(kinds, k):
@@ -176,8 +170,6 @@ def test_the_matrix_free_solver_never_guesses_past_its_eigenpairs():
     free = solve_matrix_free(pencil, k=3)
     with pytest.raises(ValueError, match="more than the 3 directions"):
         free.apply(random_patch(), threshold(free, 0.0))
-    with pytest.raises(ValueError, match="make no path"):
-        free.expand(random_patch())
     for k in (0, DIM):
         with pytest.raises(ValueError, match=f"k is {k}"):
             solve_matrix_free(pencil, k=k)

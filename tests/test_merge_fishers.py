@@ -148,9 +148,9 @@ def counted(monkeypatch):
 
     calls = []
 
-    def counting(pencil):
+    def counting(pencil, **options):
         calls.append(pencil.dim)
-        return solve(pencil)
+        return solve(pencil, **options)
 
     monkeypatch.setattr("src.merge.sst_solved.solve", counting)
     monkeypatch.setattr("src.gevp.heldout.solve", counting)

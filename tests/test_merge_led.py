@@ -1,7 +1,12 @@
 """LED-Merging from the command line, against a dense twin that sorts, and what it refuses."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from src.adapters.peft_files import read_adapter
 from src.cli import main
@@ -136,6 +141,39 @@ def test_files_that_do_not_belong_are_refused(adapters, measured, tmp_path, caps
     assert run(adapters, measured(*fisher), tmp_path / "m", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def rewritten(path, change):
+    """Change the record of a Fisher file."""
+    with safe_open(path, "pt") as handle:
+        record = json.loads(handle.metadata()["sst_fisher"])
+    change(record)
+    save_file(load_file(path), path, metadata={"sst_fisher": json.dumps(record)})
+
+
+@pytest.mark.parametrize("at", ["base", "experts"])
+@pytest.mark.parametrize("name", ["safety", "utility"])
+@pytest.mark.parametrize(
+    "key",
+    ["pass", "base", "basis_sha256", "safety", "seen", "utility", "reference", "rows_sha256", "labels", "granularity"],
+)
+def test_a_record_that_lacks_a_key_is_one_line_with_file_and_key(adapters, measured, tmp_path, capsys, at, name, key):
+    folders = {point: measured(point) for point in POINTS}
+    folders[at] = shutil.copytree(folders[at], tmp_path / at)
+    path = folders[at] / f"{name}.safetensors"
+    rewritten(path, lambda record: record.pop(key))
+    capsys.readouterr()
+    assert run(adapters, folders["experts"], tmp_path / "m", "--method.base_fisher", str(folders["base"])) == 2
+    assert f"{path}: its record has no '{key}'; expected a file written by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "part"), [("base", "fingerprint"), ("safety", "sha256"), ("utility", "weight")])
+def test_a_part_of_a_record_that_lacks_a_key_is_named_too(adapters, measured, tmp_path, capsys, key, part):
+    at_base = shutil.copytree(measured("base"), tmp_path / "base")
+    path = at_base / "utility.safetensors"
+    rewritten(path, lambda record: (record[key][0] if key == "utility" else record[key]).pop(part))
+    assert run(adapters, measured("experts"), tmp_path / "m", "--method.base_fisher", str(at_base)) == 2
+    assert f"{path}: its record has no '{part}' in '{key}'" in capsys.readouterr().err
 
 
 def test_one_directory_a_base_with_the_modules_and_squares_elsewhere(adapters, measured, tmp_path, capsys):

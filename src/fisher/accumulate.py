@@ -176,17 +176,33 @@ class Accumulator(ABC, Generic[Result]):
                 yield half, self._batch.weight[chosen].to(rows.device), [tensor[rows] for tensor in tensors]
 
 
-class MeanAccumulator(Accumulator[torch.Tensor]):
-    """The mean signed score ``(1/n) Σ_i g_i`` (D,): which way, where the Fisher matrix says how much."""
+@dataclass(frozen=True)
+class MeanScores:
+    """Mean signed scores ``(1/n) Σ_i g_i``: which way, where the Fisher matrix says how much.
 
-    def __init__(self, shapes: Shapes, *, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, halves=False, allocate=allocate)
-        self._sums = {name: allocate(f"mean.{name}", shape) for name, shape in self.shapes.items()}
+    Attributes:
+        mean: (D,) over all examples, float64.
+        halves: (2, D) over the examples of each half (:func:`row_half`); None where they were not kept apart, or one
+            has no example.
+    """
+
+    mean: torch.Tensor
+    halves: torch.Tensor | None = None
+
+
+class MeanAccumulator(Accumulator[torch.Tensor]):
+    """Accumulates :class:`MeanScores`."""
+
+    def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
+        super().__init__(shapes, halves=halves, allocate=allocate)
+        kept = len(self.counts)
+        self._sums = {name: allocate(f"mean.{name}", (kept, *shape)) for name, shape in self.shapes.items()}
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
-        """Add one module: ``Σ_n w_n Σ_t δ x``, one product over all tokens."""
-        weighted = delta.double() * self._batch.weight.to(delta.device)[:, None, None]
-        self._sums[name] += (weighted.flatten(0, 1).T @ x.double().flatten(0, 1)).cpu()
+        """Add one module: ``Σ_n w_n Σ_t δ x``, one product over all tokens of a half."""
+        for half, weight, (deltas, inputs) in self._parts(delta, x):
+            weighted = deltas.double() * weight[:, None, None]
+            self._sums[name][half] += (weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)).cpu()
 
     def sums(self) -> Iterator[torch.Tensor]:
         """The sums, module by module."""
@@ -200,4 +216,15 @@ class MeanAccumulator(Accumulator[torch.Tensor]):
         """
         if not self.counts.sum() > 0:
             raise ValueError("a mean score needs at least one example")
-        return torch.cat([total.reshape(-1) for total in self._sums.values()]) / self.counts.sum()
+        return torch.cat([total.sum(0).reshape(-1) for total in self._sums.values()]) / self.counts.sum()
+
+    def scores(self) -> MeanScores:
+        """The mean of all examples, and of each half.
+
+        Raises:
+            ValueError: there was no example.
+        """
+        mean = self.finish()
+        if len(self.counts) < 2 or not bool((self.counts > 0).all()):
+            return MeanScores(mean)
+        return MeanScores(mean, torch.cat([t.flatten(1) for t in self._sums.values()], dim=1) / self.counts[:, None])

@@ -64,6 +64,14 @@ class Fisher(ABC):
         """
 
     @abstractmethod
+    def row_halves(self: Self) -> tuple[Self, Self] | None:
+        """The matrices of both halves by row id (:func:`src.fisher.accumulate.row_half`), whatever the representation.
+
+        What else was measured on the same rows, such as mean scores, falls into the same halves. None where a half is
+        empty or the rows are not known.
+        """
+
+    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds; names of per-module tensors are ``kind.module``."""
 
@@ -172,6 +180,10 @@ class ModuleFisher(Fisher):
         if len(counts) < 2 or not bool((counts > 0).all()):
             return None
         return self.half(0), self.half(1)  # type: ignore[attr-defined]
+
+    def row_halves(self: Self) -> tuple[Self, Self] | None:
+        """Both halves: the pass has split them by row id."""
+        return self.halves(0)
 
 
 def pooling_factors(fishers: Sequence[ModuleFisher], shares: Sequence[float]) -> list[float]:

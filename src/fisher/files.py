@@ -1,7 +1,8 @@
 """The Fisher file: one safetensors file of a Fisher matrix, of the bases that define its coordinates, and a record.
 
 The record names the representation, the modules and the coordinates; tensors are ``u.MODULE`` and ``v.MODULE`` (core
-coordinates only), those of the representation, and ``mean`` where mean signed scores were taken too.
+coordinates only), those of the representation, and ``mean`` where mean signed scores were taken too, with
+``mean.halves`` of the two halves of the rows.
 """
 
 import json
@@ -24,6 +25,7 @@ from src.fisher.lowrank import LowRankFisher
 from src.fisher.magnitude import Magnitude
 
 RECORD = "sst_fisher"
+HALVES = "mean.halves"
 REPRESENTATIONS: dict[str, type[Fisher]] = {
     kind.representation: kind for kind in (LowRankFisher, BlockFisher, KroneckerFisher, DiagonalFisher, Magnitude)
 }
@@ -39,6 +41,7 @@ class FisherFile:
         v: (I, q) input basis of each module; empty in weight coordinates.
         record: Provenance: labels, seed, rows, prompt hashes, base, reference point, adapters, versions, settings.
         mean: (D,) mean signed score with the data's labels, float64, where it was taken.
+        half_means: (2, D) the same of each half of the rows, where they were kept apart.
     """
 
     fisher: Fisher
@@ -46,6 +49,7 @@ class FisherFile:
     v: dict[str, torch.Tensor]
     record: dict[str, Any]
     mean: torch.Tensor | None = None
+    half_means: torch.Tensor | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -66,6 +70,7 @@ class FisherFile:
         tensors |= {f"u.{name}": matrix for name, matrix in self.u.items()}
         tensors |= {f"v.{name}": matrix for name, matrix in self.v.items()}
         tensors |= {} if self.mean is None else {"mean": self.mean}
+        tensors |= {} if self.half_means is None else {HALVES: self.half_means}
         record = self.record | {
             "modules": list(self.shapes),
             "shapes": list(self.shapes.values()),
@@ -102,8 +107,8 @@ def load_fisher(path: Path) -> FisherFile:
         shapes = _shapes(path, record, u, v)
         _check_finite(path, {f"{s}.{n}": t for s, side in (("u", u), ("v", v)) for n, t in side.items()}, shapes)
         kind = REPRESENTATIONS[record.get("representation", "lowrank")]
-        mean = tensors.pop("mean", None)
-        _check_finite(path, tensors | ({} if mean is None else {"mean": mean}), shapes)
+        _check_finite(path, tensors, shapes)
+        mean, half_means = (tensors.pop(key, None) for key in ("mean", HALVES))
         fisher = kind.from_tensors(tensors, shapes=shapes, count=record["count"])
         if isinstance(fisher, LowRankFisher):
             fisher = fisher.named(record.get("rows") or [])
@@ -113,7 +118,7 @@ def load_fisher(path: Path) -> FisherFile:
         raise
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    return FisherFile(fisher, u, v, record, mean)
+    return FisherFile(fisher, u, v, record, mean, half_means)
 
 
 def _record(path: Path, text: str) -> dict[str, Any]:

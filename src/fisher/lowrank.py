@@ -1,6 +1,9 @@
 """The exact Fisher matrix, held as the scores of its examples: ``F = GᵀG / n`` with G (n·m, D), m draws each.
 
-Legend of shapes: n examples, D coordinates, P vectors.
+A part of the examples (a half for held-out measurements) is a choice of rows of the same scores: a mapped file stays
+one, and nothing is copied but the column block that a product works on.
+
+Legend of shapes: n examples, D coordinates, P vectors, M rows of stored scores.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 
-from src.fisher.accumulate import Accumulator
+from src.fisher.accumulate import Accumulator, row_half
 from src.fisher.base import Fisher, Shapes
 from src.fisher.columns import column_blocks
 from src.fisher.scores import core_score
@@ -21,23 +24,26 @@ class LowRankFisher(Fisher):
     """Fisher information ``F = GᵀG / count``. The scores may be a memory-mapped file: they are read in column blocks.
 
     Attributes:
-        scores: G, (rows, D); several rows per example where labels were drawn several times (scaled by 1/√draws).
+        stored: (M, D) scores: G, or ``chosen`` says which rows of them are G's (rows, D); several rows per
+            example where labels were drawn several times (scaled by 1/√draws).
         count: n, the number of examples.
         groups: (n,) int64 row of the data that each example is of, with one example per answer token: tokens of
             one row are never told apart by a split. Unset means one example per row.
         rows: (n,) identifier of the row of each example, where known: a row that two data sets share is one row.
+        chosen: (rows,) int64 rows of the stored scores that are G's; unset means all.
     """
 
     representation = "lowrank"
-    scores: torch.Tensor
+    stored: torch.Tensor
     count: int
     groups: torch.Tensor | None = None
     rows: tuple[str, ...] | None = None
+    chosen: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        rows = self.scores.shape[0] if self.scores.ndim == 2 else 0
+        rows = self.height if self.stored.ndim == 2 else 0
         if rows == 0 or self.count < 1 or rows % self.count:
-            found = f"{tuple(self.scores.shape)} for {self.count} examples"
+            found = f"{(rows, *self.stored.shape[1:])} for {self.count} examples"
             raise ValueError(
                 f"a Fisher matrix needs (rows, D) scores of at least one example, as many each; not {found}"
             )
@@ -45,11 +51,27 @@ class LowRankFisher(Fisher):
     @property
     def dim(self) -> int:
         """D."""
-        return self.scores.shape[1]
+        return self.stored.shape[1]
 
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        for columns in column_blocks(self.scores.shape[0], self.dim):
-            yield columns, self.scores[:, columns].double()
+    @property
+    def scores(self) -> torch.Tensor:
+        """(rows, D) G; a copy where rows are chosen, so not for what must stay small."""
+        return self.columns(slice(None))
+
+    @property
+    def height(self) -> int:
+        """Rows of G."""
+        return self.stored.shape[0] if self.chosen is None else len(self.chosen)
+
+    def columns(self, columns: slice) -> torch.Tensor:
+        """(rows, columns) a column block of G, as it is stored; a view where no rows are chosen."""
+        block = self.stored[:, columns]
+        return block if self.chosen is None else block[self.chosen]
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Column slices and the (rows, columns) float64 blocks of G that they cut out."""
+        for columns in column_blocks(self.height, self.dim):
+            yield columns, self.columns(columns).double()
 
     def factor(self) -> torch.Tensor:
         """``G / √n`` in float64: F is its Gram matrix over columns."""
@@ -57,12 +79,12 @@ class LowRankFisher(Fisher):
 
     def trace(self) -> float:
         """tr(F)."""
-        return sum(block.square().sum().item() for _, block in self._blocks()) / self.count
+        return sum(block.square().sum().item() for _, block in self.blocks()) / self.count
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         """(D,) product ``F v``, in float64."""
         inner = self._times(vector[None])
-        return torch.cat([(block.T @ inner).squeeze(1) for _, block in self._blocks()]) / self.count
+        return torch.cat([(block.T @ inner).squeeze(1) for _, block in self.blocks()]) / self.count
 
     def energies(self, vectors: torch.Tensor) -> torch.Tensor:
         """(P,) quadratic forms ``vᵀ F v`` of vectors (P, D), in float64."""
@@ -74,15 +96,16 @@ class LowRankFisher(Fisher):
 
     def mean(self) -> torch.Tensor:
         """(D,) mean signed score at the labels of this matrix, in float64; one draw per example."""
-        return torch.cat([block.sum(0) for _, block in self._blocks()]) / self.count
+        return torch.cat([block.sum(0) for _, block in self.blocks()]) / self.count
 
     def subset(self, examples: torch.Tensor) -> "LowRankFisher":
-        """The Fisher of some of the examples ((k,) int64 positions)."""
-        draws = self.scores.shape[0] // self.count
+        """The Fisher of some of the examples ((k,) int64 positions), which shares these scores."""
+        draws = self.height // self.count
         rows = (examples[:, None] * draws + torch.arange(draws)).reshape(-1)
+        chosen = rows if self.chosen is None else self.chosen[rows]
         groups = None if self.groups is None else self.groups[examples]
         names = None if self.rows is None else tuple(self.rows[i] for i in examples.tolist())
-        return LowRankFisher(self.scores[rows], len(examples), groups, names)
+        return LowRankFisher(self.stored, len(examples), groups, names, chosen)
 
     def named(self, rows: Sequence[str]) -> "LowRankFisher":
         """The matrix with the identifiers of its rows, given those of all rows of the data; as it is where they differ.
@@ -110,6 +133,15 @@ class LowRankFisher(Fisher):
         first = torch.zeros(len(names), dtype=torch.bool).index_fill_(0, order[: len(names) // 2], True)[owners]
         return self.subset(first.nonzero().squeeze(1)), self.subset((~first).nonzero().squeeze(1))
 
+    def row_halves(self) -> "tuple[LowRankFisher, LowRankFisher] | None":
+        """The Fisher matrices of both halves by row id; None where one is empty or the rows are not known."""
+        if self.rows is None:
+            return None
+        half = torch.tensor([row_half(row) for row in self.rows])
+        if not 0 < int(half.sum()) < len(half):
+            return None
+        return self.subset((half == 0).nonzero().squeeze(1)), self.subset((half == 1).nonzero().squeeze(1))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds."""
         return {"scores": self.scores} | ({} if self.groups is None else {"groups": self.groups})
@@ -133,7 +165,7 @@ class LowRankFisher(Fisher):
         Raises:
             ValueError: the data sets have different numbers of draws.
         """
-        if len(draws := {len(fisher.scores) // fisher.count for fisher in fishers}) > 1:
+        if len(draws := {fisher.height // fisher.count for fisher in fishers}) > 1:
             raise ValueError(f"Fisher matrices of {sorted(draws)} draws per example have no mean; take as many in each")
         total = sum(fisher.count for fisher in fishers)
         factors = [(share * total / f.count) ** 0.5 for share, f in zip(shares, fishers, strict=True)]
@@ -149,8 +181,8 @@ class LowRankFisher(Fisher):
 
     def _times(self, vectors: torch.Tensor) -> torch.Tensor:
         """(rows, P) products of the scores with vectors (P, D)."""
-        total = torch.zeros(self.scores.shape[0], len(vectors), dtype=torch.float64)
-        for columns, block in self._blocks():
+        total = torch.zeros(self.height, len(vectors), dtype=torch.float64)
+        for columns, block in self.blocks():
             total.addmm_(block, vectors[:, columns].double().T)
         return total
 

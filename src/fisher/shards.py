@@ -24,6 +24,8 @@ from src.fisher.lowrank import LowRankFisher, score_order
 log = logging.getLogger(__name__)
 
 RECORD = "sst_shard"
+JOINED = "scores.joined"
+"""File of the scores of all shards, in their folder: as large as they, and of use until the pass's file is written."""
 
 
 def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -122,7 +124,7 @@ def join_scores(shards: Shards, rows: int) -> LowRankFisher:
     order, groups = score_order(keys, count)
     places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
     first = found[0][2]
-    path = shards.folder / "scores.joined"
+    path = shards.folder / JOINED
     path.unlink(missing_ok=True)
     scores = mapped_tensor(path, (len(keys), first.shape[1]), first.dtype)
     for (_, _, part), place in zip(found, places.split([len(own) for own, _, _ in found]), strict=True):

@@ -24,18 +24,23 @@ def effective_rank(values: torch.Tensor) -> float:
 
 
 def summary(system: Eigensystem) -> dict[str, Any]:
-    """Spectrum, effective rank and condition numbers of a solved pencil."""
+    """Spectrum, effective rank and condition numbers of a solved pencil.
+
+    Of the matrix-free solver, the spectrum is its leading part, ``unknown`` says how many eigenvalues are missing, and
+    the effective rank, which needs all of them, is None.
+    """
     ordered = system.ordered()
     ranks = torch.linspace(0, len(ordered) - 1, min(SPECTRUM_POINTS, len(ordered))).round().long()
     conditions = system.conditions()
     return {
         "dim": system.dim,
         "span": len(system.values),
+        "unknown": system.unknown,
         "epsilon": system.epsilon,
         "sigma": system.sigma,
         "complement_eigenvalue": system.complement_value if system.complement_dim else None,
         "largest_eigenvalues": system.values[:8].tolist(),
-        "effective_rank": effective_rank(ordered),
+        "effective_rank": None if system.unknown else effective_rank(ordered),
         "condition_safety": conditions["left"],
         "condition_utility": conditions["right"],
         "spectrum": {"rank": (ranks + 1).tolist(), "value": ordered[ranks].tolist()},

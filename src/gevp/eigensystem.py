@@ -4,7 +4,8 @@
     c' = Σ_i φ(λ_i) v_i v_iᵀ (F_u + εI) c
 
 Where m < D eigenvectors are held, both matrices are multiples of the identity on the rest, so every direction there
-is an eigenvector of λ = σ/ε: the *complement*, D − m eigenvalues that are one number.
+is an eigenvector of λ = σ/ε: the *complement*, D − m eigenvalues that are one number. The matrix-free solver alone
+knows no complement: of its D − m other eigenvalues only an upper bound is known.
 
 Legend of shapes: m eigenvectors held, D coordinates, P filters.
 """
@@ -54,9 +55,19 @@ class Eigensystem(ABC):
         return self.pencil.trace_ratio
 
     @property
+    def unknown(self) -> int:
+        """Number of eigenvalues that were not computed, none of them above those held; 0 where all D are known."""
+        return 0
+
+    @property
+    def unknown_at_most(self) -> float:
+        """Upper bound of the eigenvalues that were not computed; −∞ where there are none."""
+        return float("-inf")
+
+    @property
     def complement_dim(self) -> int:
-        """D − m."""
-        return self.dim - len(self.values)
+        """D − m, where the others are known to be σ/ε."""
+        return self.dim - len(self.values) - self.unknown
 
     @property
     def complement_value(self) -> float:
@@ -64,7 +75,7 @@ class Eigensystem(ABC):
         return self.sigma / self.epsilon
 
     def ordered(self) -> torch.Tensor:
-        """(D,) all eigenvalues, descending."""
+        """(D − unknown,) all known eigenvalues, descending."""
         rest = torch.full((self.complement_dim,), self.complement_value, dtype=torch.float64)
         return torch.cat([self.values, rest]).sort(descending=True).values
 

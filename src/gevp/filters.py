@@ -5,6 +5,9 @@
 * ``topk``: 1 for the k largest λ, the projection on the safety subspace in the metric F_u + εI
 * ``energy``: ``topk`` at the smallest k that keeps a share of the safety energy of held-out rows
   (:func:`src.gevp.heldout.energy_position`)
+
+Where a solver has computed the leading eigenpairs alone, a filter that keeps more than these and less than everything
+is refused; ``soft`` needs none of them.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ TIE = 1e-9
 """Eigenvalues this close, relatively, are one eigenvalue: its eigenvectors are an arbitrary basis of their span."""
 NOISE = 1e-13
 """Differences under this share of the largest eigenvalue are rounding."""
+MORE = "expected fewer, or more eigenpairs of the matrix-free solver (--method.eigenpairs)"
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,30 @@ def threshold(system: Eigensystem, tau: float) -> Cut:
     """1 if λ > τ.
 
     Raises:
-        ValueError: τ is negative or not a number.
+        ValueError: τ is negative or not a number, or more eigenvalues may lie above it than were computed.
     """
-    return Cut(_rate(tau), int((system.ordered() > tau).sum()))
+    above, known = _rate(tau), system.ordered()
+    if system.unknown_at_most > above:
+        raise ValueError(
+            f"tau is {tau:.3g}: the filter keeps more than the {len(known)} directions that were computed (down to "
+            f"{known[-1]:.3g}); {MORE}"
+        )
+    return Cut(above, int((known > above).sum()))
 
 
 def topk(system: Eigensystem, k: int) -> TopCut:
     """1 for the k largest of all D eigenvalues.
 
     Raises:
-        ValueError: k is out of 1..D, or the cut falls inside an eigenvalue's multiplicity (such as the complement's),
-            where it would depend on an arbitrary basis.
+        ValueError: k is out of 1..D, more than were computed and less than D, or the cut falls inside an eigenvalue's
+            multiplicity (such as the complement's), where it would depend on an arbitrary basis.
     """
     if not 1 <= k <= system.dim:
         raise ValueError(f"k is {k}; expected 1 to D = {system.dim}")
     ordered = system.ordered()
-    allowed = _allowed(ordered)
+    if len(ordered) < k < system.dim:
+        raise ValueError(f"k is {k}, and {len(ordered)} of {system.dim} eigenpairs were computed; {MORE}")
+    allowed = _allowed(system)
     if k not in allowed:
         below, above = allowed[allowed < k], allowed[allowed > k]
         least = below[-1].item() if len(below) else 0
@@ -84,40 +96,52 @@ def topk(system: Eigensystem, k: int) -> TopCut:
             f"k is {k}, which cuts through {above[0] - least} directions{what} (one eigenvalue, "
             f"{ordered[k - 1]:.3g}); expected at most {least} or at least {above[0]}"
         )
-    return _cut(ordered, k)
+    return _cut(system, k)
 
 
 def valid_cuts(system: Eigensystem, at_most: int | None = None) -> list[TopCut]:
-    """Every ``topk`` filter that does not cut through an eigenvalue, or so many of them evenly spaced, by k."""
-    ordered = system.ordered()
-    allowed = _allowed(ordered)
+    """Every ``topk`` filter that does not cut through an eigenvalue, or so many of them evenly spaced, by k.
+
+    Those that need eigenpairs which were not computed are left out; the last one is always the whole patch.
+    """
+    allowed = _allowed(system)
     if at_most is not None and len(allowed) > at_most:
         allowed = allowed[torch.linspace(0, len(allowed) - 1, at_most).round().long()]
-    return [_cut(ordered, k) for k in allowed.tolist()]
+    return [_cut(system, k) for k in allowed.tolist()]
 
 
 def position(system: Eigensystem, k: int) -> float:
     """Where a cut stands among all valid ones, 0 to 1: what carries over to the spectrum of other rows."""
-    allowed = _allowed(system.ordered())
+    allowed = _allowed(system)
     return int((allowed < k).sum()) / max(1, len(allowed) - 1)
 
 
 def cut_at(system: Eigensystem, where: float) -> TopCut:
     """The valid cut nearest to a position between 0 and 1."""
-    ordered = system.ordered()
-    allowed = _allowed(ordered)
-    return _cut(ordered, int(allowed[round(where * (len(allowed) - 1))]))
+    allowed = _allowed(system)
+    index = round(where * (len(allowed) - 1))
+    if system.unknown and where < 1 and len(allowed) > 1:
+        # Between the last cut that is known and the whole patch lie all that are not: rounding must not leap over them.
+        index = min(index, len(allowed) - 2)
+    return _cut(system, int(allowed[index]))
 
 
-def _allowed(ordered: torch.Tensor) -> torch.Tensor:
-    gaps = ordered[:-1] - ordered[1:]
-    distinct = gaps > TIE * ordered[:-1] + NOISE * ordered[0]
-    return torch.cat([distinct, torch.ones(1, dtype=torch.bool)]).nonzero().squeeze(1) + 1
+def _levels(system: Eigensystem) -> torch.Tensor:
+    """Known eigenvalues, descending, and the largest that the others can have."""
+    bound = torch.full((min(system.unknown, 1),), system.unknown_at_most, dtype=torch.float64)
+    return torch.cat([system.ordered(), bound])
 
 
-def _cut(ordered: torch.Tensor, k: int) -> TopCut:
-    middle = ((ordered[k - 1] + ordered[k]) / 2).item() if k < len(ordered) else float("-inf")
-    return TopCut(middle, k)
+def _allowed(system: Eigensystem) -> torch.Tensor:
+    """Every k, ascending, whose cut lies between two eigenvalues that are known to differ; D is always one."""
+    levels = _levels(system)
+    distinct = levels[:-1] - levels[1:] > TIE * levels[:-1] + NOISE * levels[0]
+    return torch.cat([distinct.nonzero().squeeze(1) + 1, torch.tensor([system.dim])])
+
+
+def _cut(system: Eigensystem, k: int) -> TopCut:
+    levels = _levels(system)
+    return TopCut(((levels[k - 1] + levels[k]) / 2).item() if k < system.dim else float("-inf"), k)
 
 
 def _rate(tau: float) -> float:

@@ -15,9 +15,9 @@ import torch
 
 from src.fisher.base import Fisher
 from src.gevp.eigensystem import Expansion
-from src.gevp.filters import cut_at, position, valid_cuts
+from src.gevp.filters import MORE, cut_at, position, valid_cuts
 from src.gevp.pencil import Pencil
-from src.gevp.solve import solve
+from src.gevp.solve import EIGENPAIRS, solve
 
 CHUNK = 32
 """Filters that are applied together: bounds the memory of a path at 32 · D numbers."""
@@ -49,7 +49,13 @@ class Fold:
 
 
 def split_rows(
-    safety: Fisher, utility: Fisher, patch: torch.Tensor, make: Callable[[Fisher, Fisher], Pencil], *, seed: int
+    safety: Fisher,
+    utility: Fisher,
+    patch: torch.Tensor,
+    make: Callable[[Fisher, Fisher], Pencil],
+    *,
+    seed: int,
+    eigenpairs: int = EIGENPAIRS,
 ) -> list[Fold] | None:
     """Both folds, or None where rows can't be split or hold no energy of the patch.
 
@@ -59,6 +65,7 @@ def split_rows(
         patch: (D,) the unfiltered patch c0.
         make: The pencil of two Fisher matrices: settings and controls.
         seed: Seed of the split, where the representation still knows its rows.
+        eigenpairs: As for :func:`src.gevp.solve.solve`.
     """
     halves_s, halves_u = safety.halves(seed), utility.halves(seed)
     if halves_s is None or halves_u is None or min(safety.count, utility.count) < 4:
@@ -69,7 +76,7 @@ def split_rows(
         whole = judges[0].energy(patch), judges[1].energy(patch)
         if min(*whole, halves_s[fit].trace(), halves_u[fit].trace()) <= 0:
             return None
-        expansion = solve(make(halves_s[fit], halves_u[fit])).expand(patch)
+        expansion = solve(make(halves_s[fit], halves_u[fit]), eigenpairs=eigenpairs).expand(patch)
         folds.append(Fold(expansion, halves_u[fit], *judges, whole))
     return folds
 
@@ -86,6 +93,9 @@ def energy_position(folds: Sequence[Fold], share: float) -> float:
 
     In each fold, the smallest k that keeps it; a k belongs to the spectrum of its own rows, so what is averaged and
     handed on is its position among all cuts (0 to 1).
+
+    Raises:
+        ValueError: it takes more eigenpairs than were computed.
     """
     found = []
     for fold in folds:
@@ -98,6 +108,11 @@ def energy_position(folds: Sequence[Fold], share: float) -> float:
         else:
             # The last cut keeps the whole patch: its share is 1 up to rounding.
             k = cuts[-1].k
+        if (system := fold.expansion.system).unknown and k == system.dim:
+            raise ValueError(
+                f"the {len(system.values)} leading directions, of {k}, keep less than the share {share} of the safety "
+                f"energy of held-out rows; {MORE}"
+            )
         found.append(position(fold.expansion.system, k))
     return sum(found) / len(found)
 

@@ -15,7 +15,6 @@ import torch
 from scipy.stats import rankdata
 
 from src.fisher.base import Fisher, ModuleFisher
-from src.fisher.columns import column_blocks
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
@@ -79,8 +78,7 @@ def spearman(one: torch.Tensor, two: torch.Tensor) -> float | None:
 def diagonal(fisher: Fisher) -> torch.Tensor:
     """(D,) diagonal of a Fisher matrix, without the matrix."""
     if isinstance(fisher, LowRankFisher):
-        blocks = column_blocks(fisher.scores.shape[0], fisher.dim)
-        return torch.cat([fisher.scores[:, c].double().square().sum(0) for c in blocks]) / fisher.count
+        return torch.cat([block.square().sum(0) for _, block in fisher.blocks()]) / fisher.count
     if isinstance(fisher, DiagonalFisher):
         return fisher.diagonal()
     if isinstance(fisher, KroneckerFisher):
@@ -94,7 +92,7 @@ def diagonal(fisher: Fisher) -> torch.Tensor:
 def _lowrank_product(safety: LowRankFisher, utility: LowRankFisher, directions: int) -> torch.Tensor:
     """E_sᵀE_u of both spans through one Gram matrix of all scores."""
     gram = ScoreStack([safety, utility], [1.0, 1.0]).gram()
-    n = len(safety.scores)
+    n = safety.height
     values_s, left = _leading(gram[:n, :n], directions)
     values_u, right = _leading(gram[n:, n:], directions)
     return (left / values_s.sqrt()).T @ gram[:n, n:] @ (right / values_u.sqrt())

@@ -26,9 +26,9 @@ class ScoreStack:
     """
 
     def __init__(self, fishers: Sequence[LowRankFisher], factors: Sequence[float]) -> None:
-        self.scores = [fisher.scores for fisher in fishers]
+        self._parts = [fisher.columns for fisher in fishers]
         self.scales = [w / f.count**0.5 for w, f in zip(factors, fishers, strict=True)]
-        self.rows = [len(part) for part in self.scores]
+        self.rows = [fisher.height for fisher in fishers]
         self.dim = fishers[0].dim
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -36,8 +36,8 @@ class ScoreStack:
         total = sum(self.rows)
         for columns in column_blocks(total, self.dim):
             block = torch.empty(total, columns.stop - columns.start, dtype=torch.float64)
-            for part, scores, scale in zip(block.split(self.rows), self.scores, self.scales, strict=True):
-                part.copy_(scores[:, columns]).mul_(scale)
+            for part, cut, scale in zip(block.split(self.rows), self._parts, self.scales, strict=True):
+                part.copy_(cut(columns)).mul_(scale)
             yield columns, block
 
     def gram(self) -> torch.Tensor:

@@ -32,11 +32,13 @@ class PatchedFisher(FisherPair):
         benign: F_u⁺, the utility Fisher matrix at the patched point.
         safety_mean: (D,) mean score of refusals with the data's labels.
         benign_mean: (D,) mean score of benign answers with the data's labels.
+        halves: The same of two disjoint halves of the rows, where files hold them.
     """
 
     benign: Fisher
     safety_mean: torch.Tensor
     benign_mean: torch.Tensor
+    halves: "tuple[PatchedFisher, PatchedFisher] | None" = None
 
 
 @dataclass(frozen=True)

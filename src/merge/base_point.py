@@ -8,7 +8,7 @@ from src.adapters.convert import stored_weight
 from src.adapters.deltas import Delta, DenseDelta
 from src.errors import InputError
 from src.merge.base import MergeMethod
-from src.merge.fisher_passes import Pass, read_pass
+from src.merge.fisher_passes import Pass, check_keys, read_pass
 from src.models.reference import reference_weights
 
 EXPERTS = {"safety": {"safety": 1.0}, "utility": {"utility": 1.0}}
@@ -26,23 +26,26 @@ def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> l
         method: The method, which names coordinates and representations.
 
     Raises:
-        InputError: a pass was taken at another point, or base and expert were measured on different rows or labels.
+        InputError: a pass was taken at another point, base and expert were measured on different rows or labels, or a
+            record does not say where and on what it was measured.
     """
     found = []
     for expert in experts:
         name = expert.file.record["pass"]
-        _check_reference(expert, EXPERTS[name])
         base = read_pass(folder, name, method)
+        for one in (expert, base):
+            check_keys(one, ("reference", *SAME))
+        _check_reference(expert, EXPERTS[name])
         _check_reference(base, {})
         for key, what in SAME.items():
-            if base.file.record.get(key) != expert.file.record.get(key):
+            if base.file.record[key] != expert.file.record[key]:
                 raise InputError(f"{base.path}: measured with other {what} than {expert.path}; measure both alike")
         found.append(base)
     return found
 
 
 def _check_reference(one: Pass, wanted: dict[str, float]) -> None:
-    given: Any = one.file.record.get("reference")
+    given: Any = one.file.record["reference"]
     found = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
     if given is None or found != wanted:
         what = next(iter(wanted), "base")

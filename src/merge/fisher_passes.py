@@ -14,6 +14,10 @@ from src.files import sha256_file
 from src.fisher.files import FisherFile, load_fisher
 from src.merge.base import MergeMethod
 
+NEEDED = ("pass", "base", "basis_sha256", "safety", "seen", "utility")
+"""Keys of a record that every merge reads."""
+NEEDED_OF = {"base": ("name", "fingerprint"), "safety": ("path", "sha256"), "utility": ("path", "sha256", "weight")}
+"""Keys of what lies under some of them: a mapping, or a list of mappings."""
 RELEARN = "re-learned coefficients need a run with `--model.relearn true`"
 
 
@@ -110,16 +114,37 @@ def _same(entry: Mapping[str, Any], adapter: Adapter) -> bool:
     return entry["sha256"] == adapter.sha256 and entry.get("identity", adapter.identity) == adapter.identity
 
 
+def check_keys(one: Pass, keys: Sequence[str]) -> None:
+    """Check that a record has some keys.
+
+    Raises:
+        InputError: one is missing; the message names file and key.
+    """
+    record = one.file.record
+    missing = [repr(key) for key in keys if key not in record]
+    for key, own in NEEDED_OF.items():
+        under = record.get(key, [])
+        parts = under if isinstance(under, list) else [under]
+        missing += [f"{part!r} in {key!r}" for each in parts for part in own if part not in each]
+    if missing:
+        raise InputError(
+            f"{one.path}: its record has no {missing[0]}; expected a file written by `python -m src fisher`"
+        )
+
+
 def read_pass(folder: str, name: str, method: MergeMethod, weight: float = 1.0) -> Pass:
     """Read one pass of a directory.
 
     Raises:
-        InputError: the file is missing or of another pass, or the method cannot work with its form.
+        InputError: the file is missing or of another pass, its record lacks a key, or the method cannot work with its
+            form.
     """
     path = Path(folder) / f"{name}.safetensors"
     if name == "benign" and not path.is_file():
         raise InputError(f"{path}: no such file; {RELEARN}")
     file = load_fisher(path)
+    one = Pass(path, file, weight)
+    check_keys(one, NEEDED)
     if file.record["pass"] != name:
         raise InputError(f"{path}: holds the {file.record['pass']} pass; expected the {name} pass")
     coordinates, found = file.record.get("coordinates", "core"), file.fisher.representation
@@ -129,4 +154,4 @@ def read_pass(folder: str, name: str, method: MergeMethod, weight: float = 1.0) 
             f"{' or '.join(method.representations)} in {method.coordinates} coordinates: `python -m src fisher "
             f"--model.coordinates {method.coordinates} --model.representation {method.representations[0]}`"
         )
-    return Pass(path, file, weight)
+    return one

@@ -13,20 +13,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from src.adapters.base_weights import BaseWeights, open_base
 from src.adapters.basis import CoreBasis
 from src.adapters.peft_files import Adapter
 from src.errors import InputError
-from src.fisher.base import Fisher, weighted_mean
+from src.fisher.base import Fisher
 from src.gevp.overlap import overlap
-from src.merge.base import FisherBesideBase, FisherPair, MergeMethod, PatchedFisher
+from src.merge.base import FisherBesideBase, FisherPair, MergeMethod
 from src.merge.base_point import read_at_base, weights_of
 from src.merge.fisher_passes import Pass, read_pass
+from src.merge.patched_fishers import mean_fisher, patched
 from src.models.base import weights_folder
 from src.models.reference import reference_weights
 
@@ -60,8 +58,6 @@ class Calibration:
 
 
 NONE = Calibration()
-NEEDED = ("base", "basis_sha256", "safety", "seen", "utility")
-"""Keys of a record that every merge reads."""
 
 
 def read_pair(
@@ -90,10 +86,12 @@ def read_pair(
     shares, at = checked_weights(folders, weights), method.base_folder()
     if at is not None and len(folders) > 1:
         raise InputError(f"fisher: {len(folders)} directories; {type(method).__name__} takes one, for one at the base")
-    first = _read(folders[0], "safety", method)
-    utilities = [_read(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
+    first = read_pass(folders[0], "safety", method)
+    utilities = [read_pass(folder, "utility", method, share) for folder, share in zip(folders, shares, strict=True)]
     benign = [
-        _read(folder, "benign", method, share) for folder, share in zip(folders, shares, strict=True) if method.relearns
+        read_pass(folder, "benign", method, share)
+        for folder, share in zip(folders, shares, strict=True)
+        if method.relearns
     ]
     at_base = [] if at is None else read_at_base(at, [first, *utilities], method)
     passes = [first, *utilities, *benign, *at_base]
@@ -102,12 +100,10 @@ def read_pair(
         one.check_coordinates(first)
     for group in (utilities, benign):
         _check_alike(group)
-    basis, f_u = CoreBasis(first.file.u, first.file.v), _mean(utilities)
+    basis, f_u = CoreBasis(first.file.u, first.file.v), mean_fisher(utilities)
     pair = FisherPair(first.file.fisher, f_u, basis)
     if method.relearns:
-        means = [first.mean_scores(), *(one.mean_scores() for one in benign)]
-        g_u = torch.tensor(shares, dtype=torch.float64) @ torch.stack(means[1:]) / sum(shares)
-        pair = PatchedFisher(pair.safety, f_u, basis, benign=_mean(benign), safety_mean=means[0], benign_mean=g_u)
+        pair = patched(basis, first, utilities, benign)
     if at_base:
         pair = _beside_base(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)
@@ -129,7 +125,7 @@ def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: 
             f"fisher: {len(folders)} directories for {len(experts)} utility adapters; {type(method).__name__} needs "
             "one for each, in their order"
         )
-    passes = [_read(folder, "utility", method) for folder in folders]
+    passes = [read_pass(folder, "utility", method) for folder in folders]
     for one, expert in zip(passes, experts, strict=True):
         one.check_expert(expert)
         if one.file.fisher.representation != passes[0].file.fisher.representation:
@@ -149,24 +145,6 @@ def checked_weights(folders: Sequence[str], weights: Sequence[float] | None) -> 
     if min(given) < 0 or not 0 < sum(given) < float("inf"):
         raise InputError(f"fisher_weights is {given}; expected numbers of at least 0 with a positive sum")
     return given
-
-
-def _read(folder: str, name: str, method: MergeMethod, weight: float = 1.0) -> Pass:
-    """One pass of a directory, its record whole.
-
-    Raises:
-        InputError: as :func:`src.merge.fisher_passes.read_pass`, or the record lacks a key.
-    """
-    try:
-        found = read_pass(folder, name, method, weight)
-        for key in NEEDED:
-            found.file.record[key]
-    except KeyError as error:
-        path = Path(folder) / f"{name}.safetensors"
-        raise InputError(
-            f"{path}: its record has no {error}; expected a file written by `python -m src fisher`"
-        ) from None
-    return found
 
 
 def _check_alike(passes: Sequence[Pass]) -> None:
@@ -211,10 +189,3 @@ def _beside_base(
     with nullcontext(base) if base is not None else open_base(weights_folder(adapters[0].base)) as opened:
         weights = weights_of(opened, modules)
     return FisherBesideBase(pair.safety, pair.utility, pair.basis, base=measured, weights=weights)
-
-
-def _mean(passes: Sequence[Pass]) -> Fisher:
-    try:
-        return weighted_mean([one.file.fisher for one in passes], [one.weight for one in passes])
-    except ValueError as error:
-        raise InputError(f"{passes[-1].path}: {error}") from None

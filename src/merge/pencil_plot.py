@@ -50,6 +50,8 @@ def _spectrum(axis: Any, findings: Mapping[str, Any]) -> None:
     axis.plot(*zip(*points, strict=True), color="#0072B2", marker=".", markersize=3, linestyle="-")
     if len(points) < len(data["rank"]):
         axis.plot([], [], " ", label="λ = 0 beyond")
+    if findings.get("unknown"):
+        axis.plot([], [], " ", label=f"{findings['unknown']} smaller ones not computed")
     axis.set(yscale="log", xlabel="rank", ylabel="λ, safety energy per utility energy", title="Spectrum of the pencil")
     if findings.get("complement_eigenvalue"):
         axis.axhline(findings["complement_eigenvalue"], color="#D55E00", linestyle="--", label="unseen directions")

@@ -19,9 +19,10 @@ from src.gevp.eigensystem import Eigensystem, Expansion
 from src.gevp.filters import Cut, Soft, cut_at, position, soft, threshold, topk
 from src.gevp.heldout import energy_position, mean_kept
 from src.gevp.pencil import Pencil, PencilControl, make_pencil
+from src.gevp.solve import EIGENPAIRS
 from src.merge.base import FisherPair, MergeMethod, Patch, PatchedFisher
 from src.merge.masked import Form
-from src.merge.sst_relearn import relearned
+from src.merge.sst_relearn import RelearnSettings, relearned
 from src.merge.sst_settings import Coefficients, Control, FilterName, check_filter, check_numbers, check_together
 from src.merge.sst_solved import Solved, solve_once
 
@@ -31,6 +32,10 @@ NO_FISHER = "method Sst needs both Fisher files: pass --fisher"
 
 class Sst(MergeMethod):
     """Filter the safety patch by the eigenvalues of F_s v = λ (F_u + εI) v, in the safety adapter's core space.
+
+    SST-Merge, this project's own method; no paper yet. Needs Fisher files in core coordinates (the default of the
+    fisher command), of any representation; ``coefficients=relearn`` needs the benign pass with them. Strength alpha
+    multiplies the filtered patch; sweep ``t`` to vary what the filter gives up.
 
     Args:
         filter: ``soft`` multiplies each eigen-direction by λ/(λ + τ); ``threshold`` keeps those with λ > τ; ``topk``
@@ -50,8 +55,11 @@ class Sst(MergeMethod):
         trust: Weight of the utility trust region of ``relearn``, relative: a = trust · tr(F_s)/tr(F_u). At least 0.
         radius: Longest step of ``relearn``, as a share of the patch's norm; the ridge on F_s grows until the step fits.
             Above 0.
+        eigenpairs: Leading eigenpairs to compute where F_s and F_u have different representations in more than 4 096
+            coordinates; the other filters can keep no more than these, ``soft`` needs none. At least 1.
         seed: Seed of the random directions.
-        holdout_seed: Seed of the split of calibration rows for the reported energies.
+        holdout_seed: Seed of the split of calibration rows for the reported energies, where the Fisher file still
+            knows its rows (``lowrank``); other files, and ``relearn``, split by row id.
     """
 
     needs_fisher = True
@@ -69,15 +77,18 @@ class Sst(MergeMethod):
         form: Form = "additive",
         trust: float = 10.0,
         radius: float = 0.2,
+        eigenpairs: int = EIGENPAIRS,
         seed: int = 0,
         holdout_seed: int = 0,
     ) -> None:
         check_numbers(rho, rho_s, t, trust, radius)
         check_filter(filter, k, share)
         check_together(filter, control, coefficients, rho_s)
+        if eigenpairs < 1:
+            raise InputError(f"method.eigenpairs is {eigenpairs}; expected at least 1")
         self.filter, self.t, self.k, self.share, self.rho, self.rho_s = filter, t, k, share, rho, rho_s
         self.control, self.coefficients, self.form, self.trust = control, coefficients, form, trust
-        self.radius = radius
+        self.radius, self.eigenpairs = radius, eigenpairs
         self.seed, self.holdout_seed = seed, holdout_seed
 
     @property
@@ -156,10 +167,11 @@ class Sst(MergeMethod):
                     "method.coefficients 'relearn' needs mean scores of both data sets and the utility Fisher matrix "
                     "at the patched point: a run with `--model.relearn true`"
                 )
-            return relearned(fisher, whole, t=self.t, trust=self.trust, rho_s=self.rho_s, radius=self.radius)
-        key = (self.rho, self.rho_s, self._pencil_control, self.form, self.holdout_seed)
+            return relearned(fisher, whole, RelearnSettings(self.t, self.trust, self.rho_s, self.radius))
+        split = {"seed": self.holdout_seed, "eigenpairs": self.eigenpairs}
+        key = (self.rho, self.rho_s, self._pencil_control, self.form, *split.values())
         if key not in known:
-            known[key] = solve_once(fisher.safety, fisher.utility, whole, self._pencil, seed=self.holdout_seed)
+            known[key] = solve_once(fisher.safety, fisher.utility, whole, self._pencil, **split)
         return self._filtered(known[key])
 
     def _filtered(self, solved: Solved) -> tuple[torch.Tensor, dict[str, Any]]:

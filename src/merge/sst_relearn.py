@@ -1,8 +1,14 @@
 """Re-learned coefficients of a patch from Fisher files (method.md section 5a): relative settings made absolute.
 
 τ = t · tr(F_s)/tr(F_u⁺),   a = trust · tr(F_s)/tr(F_u),   σ ≥ rho_s · tr(F_s)/D with ‖c − c0‖ ≤ radius · ‖c0‖
+
+What is reported as held out is measured as for filters: each half of the rows is fitted once, by matrices and mean
+scores of its own, and judged by the other half,
+
+    safety energy kept = cᵀ F_s c / c0ᵀ F_s c0,     utility tax kept = cᵀ F_u c / c0ᵀ F_u c0,     means of both halves
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +17,73 @@ from src.gevp.relearn import RelearnProblem, relearn
 from src.merge.base import PatchedFisher
 
 
+@dataclass(frozen=True)
+class RelearnSettings:
+    """Relative settings of a step.
+
+    Attributes:
+        t: Weight of benign answers.
+        trust: Weight of the utility trust region.
+        rho_s: Proximal ridge, above 0.
+        radius: Longest step, as a share of the norm of the coefficients to start from.
+    """
+
+    t: float
+    trust: float
+    rho_s: float
+    radius: float
+
+    def problem(self, fisher: PatchedFisher) -> RelearnProblem:
+        """The step's problem, in absolute numbers."""
+        trace = fisher.safety.trace()
+        return RelearnProblem(
+            safety=fisher.safety,
+            benign=fisher.benign,
+            utility=fisher.utility,
+            safety_mean=fisher.safety_mean,
+            benign_mean=fisher.benign_mean,
+            tau=self.t * trace / fisher.benign.trace(),
+            trust=self.trust * trace / fisher.utility.trace(),
+            sigma=self.rho_s * trace / fisher.safety.dim,
+        )
+
+
 def relearned(
-    fisher: PatchedFisher, whole: torch.Tensor, *, t: float, trust: float, rho_s: float, radius: float
+    fisher: PatchedFisher, whole: torch.Tensor, settings: RelearnSettings
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """(D,) new coefficients of a patch (D,), and numbers for the manifest.
 
     Args:
         fisher: Fisher matrices and mean scores.
         whole: Coefficients to start from.
-        t: Relative weight of benign answers.
-        trust: Relative weight of the utility trust region.
-        rho_s: Relative proximal ridge, above 0.
-        radius: Longest step, as a share of the norm of ``whole``.
+        settings: Relative settings.
     """
-    trace = fisher.safety.trace()
-    problem = RelearnProblem(
-        safety=fisher.safety,
-        benign=fisher.benign,
-        utility=fisher.utility,
-        safety_mean=fisher.safety_mean,
-        benign_mean=fisher.benign_mean,
-        tau=t * trace / fisher.benign.trace(),
-        trust=trust * trace / fisher.utility.trace(),
-        sigma=rho_s * trace / fisher.safety.dim,
-    )
-    length = whole.norm().item()
-    made, sigma = relearn(problem, whole, radius * length)
+    problem, length = settings.problem(fisher), whole.norm().item()
+    made, sigma = relearn(problem, whole, settings.radius * length)
     found = {"objective_before": problem.objective(whole, whole), "objective_after": problem.objective(made, whole)}
-    # Both data sets' mean scores are of all rows: no row is left to judge by.
     found |= {"step": ((made - whole).norm() / length).item() if length else 0.0}
-    return made, found | {"sigma": sigma, "tau": problem.tau, "trust": problem.trust, "held_out": None}
+    found |= {"sigma": sigma, "tau": problem.tau, "trust": problem.trust}
+    return made, found | {"held_out": held_out(fisher.halves, whole, settings)}
+
+
+def held_out(
+    halves: tuple[PatchedFisher, PatchedFisher] | None, whole: torch.Tensor, settings: RelearnSettings
+) -> dict[str, float] | None:
+    """Mean shares that a step fitted to one half of the rows keeps on the other; None where they can't be measured.
+
+    Args:
+        halves: Both halves.
+        whole: (D,) coefficients to start from.
+        settings: Relative settings.
+    """
+    if halves is None:
+        return None
+    kept = torch.zeros(2, dtype=torch.float64)
+    for fitted, judge in (halves, halves[::-1]):
+        sides = judge.safety, judge.utility
+        before = [side.energy(whole) for side in sides]
+        if min(*before, *(f.trace() for f in (fitted.safety, fitted.benign, fitted.utility))) <= 0:
+            return None
+        made, _ = relearn(settings.problem(fitted), whole, settings.radius * whole.norm().item())
+        kept += torch.tensor([side.energy(made) / energy for side, energy in zip(sides, before, strict=True)]) / 2
+    return dict(zip(("safety_energy_kept", "utility_tax_kept"), kept.tolist(), strict=True))

@@ -11,7 +11,7 @@ from src.gevp.diagnostics import summary
 from src.gevp.eigensystem import Expansion
 from src.gevp.heldout import Fold, curve, split_rows
 from src.gevp.pencil import Pencil
-from src.gevp.solve import solve
+from src.gevp.solve import EIGENPAIRS, solve
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,13 @@ class Solved:
 
 
 def solve_once(
-    safety: Fisher, utility: Fisher, whole: torch.Tensor, make: Callable[[Fisher, Fisher], Pencil], *, seed: int
+    safety: Fisher,
+    utility: Fisher,
+    whole: torch.Tensor,
+    make: Callable[[Fisher, Fisher], Pencil],
+    *,
+    seed: int,
+    eigenpairs: int = EIGENPAIRS,
 ) -> Solved:
     """Solve a pencil on all rows, and on each half where rows can be split: three eigendecompositions at most.
 
@@ -44,9 +50,12 @@ def solve_once(
         whole: (D,) the unfiltered patch.
         make: The pencil of two Fisher matrices: ridges and controls.
         seed: Seed of the split of rows.
+        eigenpairs: As for :func:`src.gevp.solve.solve`.
     """
-    expansion = solve(make(safety, utility)).expand(whole)
-    folds = split_rows(safety, utility, whole, make, seed=seed)
-    findings = summary(expansion.system) | {"representation": safety.representation}
+    expansion = solve(make(safety, utility), eigenpairs=eigenpairs).expand(whole)
+    folds = split_rows(safety, utility, whole, make, seed=seed, eigenpairs=eigenpairs)
+    findings = summary(expansion.system) | {
+        "representation": "+".join(dict.fromkeys([safety.representation, utility.representation]))
+    }
     findings["held_out_curve"] = None if folds is None else curve(folds)
     return Solved(whole, expansion, utility, folds, findings)

@@ -28,6 +28,7 @@ class Estimate:
         dim: D, the number of coordinates.
         disk: Bytes of the Fisher files, bases included.
         shards: Bytes of unfinished parts, and of sums in mapped files, on the disk until the pass ends.
+        joined: Bytes that low-rank scores, brought together in one file a pass at a time, add to files and parts.
         weights: Bytes of the base model in one process.
         activations: Bytes kept for the backward pass of the largest batch (one layer's worth is freed at a time).
         sums: Bytes of what a process accumulates between two shards.
@@ -39,10 +40,16 @@ class Estimate:
     dim: int
     disk: int
     shards: int
+    joined: int
     weights: int
     activations: int
     sums: int
     mapped: bool = False
+
+    @property
+    def peak_disk(self) -> int:
+        """Most bytes on the disk: when the last files are written, and the parts are still there."""
+        return self.disk + self.shards + self.joined
 
     @property
     def peak(self) -> int:
@@ -56,7 +63,8 @@ class Estimate:
             f"rows          {passes}",
             f"coordinates   D = {self.dim}",
             f"largest batch {self.tokens} tokens",
-            f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards)} of parts until the pass ends",
+            f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards + self.joined)} of parts until the "
+            "pass ends",
             f"memory        about {_size(self.peak)} a process: weights {_size(self.weights)}, activations "
             f"{_size(self.activations)}, sums {_size(self.sums)}{' in mapped files' if self.mapped else ''}",
         ]
@@ -70,11 +78,13 @@ def _size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def matrix_bytes(representation: Representation, shapes: Shapes, rows: int, *, draws: int, halves: bool) -> int:
-    """Bytes of one Fisher matrix: float32 scores of so many examples, or float64 sums."""
+def matrix_bytes(
+    representation: Representation, shapes: Shapes, rows: int, *, draws: int, halves: bool, score_bytes: int = 4
+) -> int:
+    """Bytes of one Fisher matrix: scores of so many examples, or float64 sums."""
     sides = list(shapes.values())
     if representation == "lowrank":
-        return 4 * rows * draws * sum(p * q for p, q in sides)
+        return score_bytes * rows * draws * sum(p * q for p, q in sides)
     entries = {
         "block": sum((p * q) ** 2 for p, q in sides),
         "kronecker": sum(p * p + q * q for p, q in sides),
@@ -149,7 +159,8 @@ def estimate(
         max(sum(len(row.ids) - row.answer_start for row in batch) for batch in batches),
     )
     counts = [_examples(encoded, granularity) for encoded in data.encoded.values()]
-    size = [matrix_bytes(representation, sides, sum(each), draws=draws, halves=halves) for each in counts]
+    form: dict[str, Any] = {"draws": draws, "halves": halves, "score_bytes": max(4, width)}
+    size = [matrix_bytes(representation, sides, sum(each), **form) for each in counts]
     parts = list(size)
     if representation != "lowrank":
         left = [part_count(n, data.batch_size, shard_rows, processes) for n in rows.values()]
@@ -164,11 +175,23 @@ def estimate(
         dim=sum(p * q for p, q in sides.values()),
         disk=sum(size) + bases * len(rows),
         shards=sum(parts),
+        joined=_joined_bytes(size, bases) if representation == "lowrank" else 0,
         weights=int(sum(p.numel() for p in model.parameters()) * per_weight / shards),
         activations=_activation_bytes(model, tokens, data.batch_size, answers, width),
-        sums=matrix_bytes(representation, sides, open_examples, draws=draws, halves=halves),
+        sums=matrix_bytes(representation, sides, open_examples, **form),
         mapped=weight_coordinates,
     )
+
+
+def _joined_bytes(size: Sequence[int], bases: int) -> int:
+    """Bytes over those of all files when the joined scores of a pass lie beside the files of the passes up to it.
+
+    Args:
+        size: Bytes of the scores of each pass, in the order in which they are joined.
+        bases: Bytes of the bases in each file.
+    """
+    missing = [sum(size[i + 1 :]) + bases * (len(size) - i - 1) for i in range(len(size))]
+    return max(own - later for own, later in zip(size, missing, strict=True))
 
 
 def _examples(encoded: Sequence[Encoded], granularity: Granularity) -> list[int]:

@@ -4,7 +4,6 @@ F_s is taken where the refusals happen, at θ0 + ΔW_u + P; F_u at θ0 + ΔW_u. 
 """
 
 import logging
-import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,19 +20,18 @@ from src.adapters.read_together import read_adapters
 from src.data.batches import Batch
 from src.data.calibration import CalibrationData
 from src.errors import InputError
-from src.fisher.accumulate import Allocate, mapped, zeros
-from src.fisher.base import Representation, Shapes
+from src.fisher.base import Representation
 from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
-from src.fisher.shards import Shards
 from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
 from src.models.checkpointing import checkpoint_layers
 from src.models.estimate import Estimate, estimate
-from src.models.fisher_jobs import backward_jobs
-from src.models.fisher_pass import Coordinates, FisherPass, make_accumulators
-from src.models.fisher_record import pass_key, write_pass
+from src.models.fisher_jobs import backward_jobs, in_step
+from src.models.fisher_open import open_pass
+from src.models.fisher_output import publish, ready_file, remove_joined, remove_stale
+from src.models.fisher_pass import Coordinates, FisherPass
+from src.models.fisher_record import write_pass
 from src.models.fisher_settings import check_draws, check_representation
-from src.models.fisher_weights import pass_weights
 from src.models.logits import answer_logits, leaf_embeddings
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
@@ -42,8 +40,6 @@ from src.models.speed import MatmulMode, choose_matmul
 from src.models.whole_data import check_whole
 
 log = logging.getLogger(__name__)
-
-PARTS = ".parts"
 
 
 class FisherModule(LightningModule):
@@ -65,7 +61,7 @@ class FisherModule(LightningModule):
         labels_utility: The same for F_u alone; unset means as for F_s.
         draws: Draws of labels per row; more cost one backward pass each.
         granularity: ``sequence`` takes one score per row, ``token`` one per answer token (as many backward passes as
-            the longest answer has tokens).
+            the longest answer has tokens; under sharding, the longest of all processes' batches).
         seed: Seed of the draws.
         reference_safety: Where F_s is taken: ``base`` (θ0), ``utility`` (θ0 + ΔW_u), ``patched`` (θ0 + ΔW_u + ΔW_s), or
             a weight for each of ``utility``, ``safety`` and any other adapter.
@@ -176,15 +172,13 @@ class FisherModule(LightningModule):
         for adapter in (*self.utility, self.safety):
             check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
             check_fits(self.model, adapter.pairs, adapter.name)
-        if self._sharded:
-            if self.granularity == "token":
-                raise InputError("model.granularity token takes unequal numbers of passes; sharding needs sequence")
+        if self.sharded:
             shard(self.model, self.device_mesh)
         bases = (self.core.u, self.core.v) if self.coordinates == "core" else (dict.fromkeys(self.core.modules),) * 2
         self._recorder = ScoreRecorder(self.model, *bases)
 
     @property
-    def _sharded(self) -> bool:
+    def sharded(self) -> bool:
         """Whether other processes hold parts of the weights."""
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
@@ -202,49 +196,12 @@ class FisherModule(LightningModule):
         """Find what an earlier, killed pass has left, before any process writes."""
         if self.gradient_checkpointing:
             checkpoint_layers(self.model)
-        self._running = {name: self._open(name) for name in self.passes}
+        self._running = {name: open_pass(self, name) for name in self.passes}
         loaders: Any = self.trainer.predict_dataloaders
         self._progress = Progress(sum(len(rows) for loader in loaders for rows, weight in loader.sampler if weight))
         if self.trainer.is_global_zero:
-            for stale in (self.output / PARTS).rglob(".*.tmp"):
-                stale.unlink()
+            remove_stale(self.output)
         self.trainer.strategy.barrier("fisher shards")
-
-    def _open(self, name: str) -> FisherPass:
-        folder = self.output / PARTS / name
-        folder.mkdir(parents=True, exist_ok=True)
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        shards = Shards(folder, pass_key(self, name))
-        # Sharded processes must skip the same steps.
-        watched = range(world) if self._sharded else [rank]
-        finished = frozenset.intersection(*(frozenset(shards.numbers(other)) for other in watched))
-        weights = pass_weights(self, name)
-        steps = max(1, self.shard_rows // self.data.batch_size)
-        if finished:
-            log.info("F_%s: %d parts of an interrupted pass are kept", name, len(finished))
-        return FisherPass(
-            name=name,
-            rows=sum(len(row.ids) > row.answer_start for row in self.data.encoded[name]),
-            weights=weights["sequence"],
-            token_weights=weights["token"],
-            make=lambda: self._make(name, folder / f"rank-{rank}"),
-            shards=shards,
-            rank=rank,
-            steps_per_shard=steps,
-            finished=finished,
-        )
-
-    def _make(self, name: str, folder: Path) -> Any:
-        """Fresh sums; those of whole weights live in mapped files."""
-        shapes: Shapes = self.core.shapes
-        allocate: Allocate = zeros
-        if self.coordinates == "weight":
-            layers = {key: self.model.get_submodule(key) for key in self.core.modules}
-            shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
-            folder.mkdir(parents=True, exist_ok=True)
-            allocate = mapped(folder)
-        mean = self.relearn and name != "utility"
-        return make_accumulators(self.representation, shapes, mean=mean, halves=self.halves, allocate=allocate)
 
     def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Move to the pass's reference point at its first batch."""
@@ -268,7 +225,7 @@ class FisherModule(LightningModule):
         if running.skips(batch_idx):
             self._progress.skip(rows)
             return
-        if batch.weight or self._sharded:
+        if batch.weight or self.sharded:
             with torch.enable_grad():
                 self._measure(running, batch)
         answered = int((batch.lengths > batch.answer_starts).sum())
@@ -289,6 +246,8 @@ class FisherModule(LightningModule):
                 granularity=self.granularity,
                 seed=self.seed,
             )
+            if self.sharded:
+                jobs = in_step(jobs, batch, logits, ids, self.trainer.strategy.root_device)
             for job in jobs:
                 for accumulator in job.sinks:
                     accumulator.begin(job.examples)
@@ -303,13 +262,8 @@ class FisherModule(LightningModule):
         for name, running in self._running.items():
             fisher, mean = running.join(self.trainer.strategy.root_device)
             if self.trainer.is_global_zero and fisher is not None:
-                write_pass(self, name, fisher, mean, self._ready(name))
+                write_pass(self, name, fisher, mean, ready_file(self.output, name))
+                remove_joined(self.output, name)
         self.trainer.strategy.barrier("fisher files")
         if self.trainer.is_global_zero:
-            for name in self.passes:
-                self._ready(name).replace(self.output / f"{name}.safetensors")
-            shutil.rmtree(self.output / PARTS)
-
-    def _ready(self, name: str) -> Path:
-        """Where the file of a pass waits for the others."""
-        return self.output / PARTS / f"{name}.safetensors"
+            publish(self.output, self.passes)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 
 from src.data.batches import Batch
 from src.fisher.accumulate import Accumulator, Examples, examples
@@ -72,3 +73,25 @@ def backward_jobs(
         chosen = draw_labels(logits, owners, ids, seed=seed, draw=draw) if labels == "model" else own
         found += jobs(chosen, granularity, draws if labels == "model" else 1, [running.fisher])
     return found + (jobs(own, "sequence", 1, mean) if mean else [])
+
+
+def in_step(
+    jobs: Sequence[Job], batch: Batch, logits: torch.Tensor, ids: Sequence[str], device: torch.device
+) -> list[Job]:
+    """As many backward passes as the process with the most of them has, for weights that are sharded.
+
+    A backward pass brings the shards of all processes together, so a process that is through early would leave the
+    others waiting: it goes on with passes whose scores have weight 0. A batch without an answer token has only such.
+
+    Args:
+        jobs: This process's backward passes.
+        batch: N rows.
+        logits: (M, V) at its answer positions.
+        ids: Identifiers of the rows.
+        device: Device of the collective.
+    """
+    most = torch.tensor([len(jobs)], device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    none = torch.zeros(len(ids), dtype=torch.bool)
+    nobody = examples(batch.index, ids, present=none)
+    return [*jobs, *(Job(0.0 * logits.sum(), nobody, ()) for _ in range(int(most) - len(jobs)))]

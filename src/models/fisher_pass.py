@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 
 from src.errors import InputError
-from src.fisher.accumulate import Accumulator, Allocate, MeanAccumulator, zeros
+from src.fisher.accumulate import Accumulator, Allocate, MeanAccumulator, MeanScores, zeros
 from src.fisher.base import Fisher, Representation, Shapes
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
@@ -33,7 +33,7 @@ def make_accumulators(
         representation: Form of the Fisher matrix.
         shapes: (p, q) of each module.
         mean: Take mean signed scores too.
-        halves: Keep two halves of the rows apart (of no concern to ``lowrank``, which keeps every row).
+        halves: Keep two halves of the rows apart (``lowrank``, which keeps every row, for mean scores alone).
         allocate: Where sums live.
     """
     kinds: dict[str, type[BlockAccumulator | KroneckerAccumulator | DiagonalAccumulator | MagnitudeAccumulator]] = {
@@ -46,7 +46,7 @@ def make_accumulators(
         fisher: Accumulator[Any] = LowRankAccumulator(shapes)
     else:
         fisher = kinds[representation](shapes, halves=halves, allocate=allocate)
-    return fisher, MeanAccumulator(shapes, allocate=allocate) if mean else None
+    return fisher, MeanAccumulator(shapes, halves=halves, allocate=allocate) if mean else None
 
 
 @dataclass
@@ -110,8 +110,8 @@ class FisherPass:
         self.fisher, self.mean = self.make()
         self._open, self._rows = None, 0
 
-    def join(self, device: torch.device) -> tuple[Fisher | None, torch.Tensor | None]:
-        """Fisher matrix and mean score of all processes; call it on every process, after all have flushed.
+    def join(self, device: torch.device) -> tuple[Fisher | None, MeanScores | None]:
+        """Fisher matrix and mean scores of all processes; call it on every process, after all have flushed.
 
         Low-rank scores are joined from the disk, by the first process alone (None on the others). Sums are added up
         over this process's shards, then over processes, once; counts with them.
@@ -130,7 +130,7 @@ class FisherPass:
         self._check_rows(rows.to(device))
         if mean is not None:
             mean.reduce(device)
-        found = None if mean is None else mean.finish()
+        found = None if mean is None else mean.scores()
         if isinstance(fisher, LowRankAccumulator):
             return (join_scores(self.shards, self.rows) if self.rank == 0 else None), found
         fisher.reduce(device)

@@ -6,10 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from src.adapters.peft_files import Adapter
 from src.data.rows import rows_sha256
+from src.fisher.accumulate import MeanScores
 from src.fisher.base import Fisher
 from src.fisher.files import FisherFile
 from src.models.fisher_weights import pass_weights
@@ -48,19 +47,20 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
     }
 
 
-def write_pass(module: "FisherModule", name: str, fisher: Fisher, mean: torch.Tensor | None, path: Path) -> None:
+def write_pass(module: "FisherModule", name: str, fisher: Fisher, means: MeanScores | None, path: Path) -> None:
     """Write the file of one pass, with its record.
 
     Args:
         module: What measured.
         name: The pass.
         fisher: Its Fisher matrix.
-        mean: (D,) mean score, where it was measured.
+        means: Mean scores, where they were measured.
         path: The file.
     """
     record = pass_record(module, name) | {"trace": fisher.trace(), "settings": module.settings}
     u, v = (module.core.u, module.core.v) if module.coordinates == "core" else ({}, {})
-    FisherFile(fisher, u, v, record, mean).save(path)
+    mean, halves = (None, None) if means is None else (means.mean, means.halves)
+    FisherFile(fisher, u, v, record, mean, halves).save(path)
     log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])
 
 
@@ -75,6 +75,7 @@ def pass_key(module: "FisherModule", name: str) -> str:
         "coordinates": module.coordinates,
         "relearn": module.relearn,
         "halves": module.halves,
+        "means": "by half" if module.halves else "whole",
         "base": module.base_digest,
         "dtype": module.base.dtype,
         "quantization": module.base.quantization,
