@@ -8,11 +8,15 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 from src.errors import InputError
 
@@ -39,6 +43,8 @@ DEFAULT_CONFIG = {
     "experiment": "comparison.yaml",
     "report": "report.yaml",
 }
+WITHOUT_TRAINER = ("merge", "inspect", "judge", "report", "experiment")
+"""Commands that are functions; Lightning has its own answer to signals."""
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
 PROJECT = Path(__file__).resolve().parents[1]
 STOPPED = 2
@@ -52,11 +58,14 @@ OF_THE_MACHINE = (
     errno.EISDIR,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.EBUSY,
 )
 """System errors that a user's disk or paths cause."""
 INTERRUPTED = (
-    "interrupted; what was finished is kept: the same command goes on from there (fisher, test, fit --resume true) or "
-    "starts again (the others)"
+    "interrupted; what was finished is kept: the same command goes on from there (fisher, test, predict, "
+    "fit --resume true) or starts again (the others)"
 )
 
 CHATTER = (
@@ -120,12 +129,16 @@ def name_in_help(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         given[flag] = value if equals else "" if following.startswith("--") else following
     for flag, value in given.items():
-        if flag.endswith(".help") and not value and (named := given.get(flag.removesuffix(".help"))):
-            return [flag, named]
+        named = value or given.get(flag.removesuffix(".help"))
+        if flag.endswith(".help") and named:
+            outer = flag.removesuffix(".help").rpartition(".")[0]
+            if outer and given.get(outer):
+                return [*name_in_help([f"{outer}.help", given[outer]]), flag, named]
+            return list(arguments) if value else [flag, named]
     return list(arguments)
 
 
-ALIASES = {"--adapters": "--model.adapters", "--allow_code_execution": "--model.allow_code_execution"}
+ALIASES = {f"--{name}": f"--model.{name}" for name in ("adapters", "allow_code_execution", "baseline")}
 """Options of ``test`` and ``predict`` that may be written without the module's name."""
 
 
@@ -174,7 +187,7 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
 
 def runner(command: str) -> Callable[[list[str]], None]:
     """The function that runs a command with its arguments."""
-    if command in ("merge", "inspect", "judge", "report", "experiment"):
+    if command in WITHOUT_TRAINER:
         from src import functions
 
         return getattr(functions, command)  # type: ignore[no-any-return]
@@ -203,7 +216,8 @@ def _run(command: str, arguments: list[str]) -> str | None:
     try:
         if command in ("test", "predict"):
             arguments = evaluation_options(arguments)
-        runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
+        with terminated_like_interrupted() if command in WITHOUT_TRAINER else nullcontext():
+            runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
     except InputError as error:
         return str(error)
     except KeyboardInterrupt:
@@ -220,6 +234,28 @@ def _run(command: str, arguments: list[str]) -> str | None:
     except _misconfigured() as error:
         return f"trainer: {error}"
     return None
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM end what runs here as Ctrl-C does, so that nothing half-written stays; a second one ends at once."""
+    process = os.getpid()
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != process:
+            # A fork of this process ends as forks do.
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _misconfigured() -> type[Exception]:

@@ -1,20 +1,42 @@
 """Parsers whose errors are one line, and typed functions as commands."""
 
 import re
+import sys
+from argparse import SUPPRESS
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from jsonargparse._actions import _ActionConfigLoad, remove_actions
 from lightning.pytorch.cli import LightningArgumentParser
 
 from src.errors import InputError
+from src.explain import choices, overview, page
+
+NO_CLASS = re.compile(r'^Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]*)', re.DOTALL)
+REASONS = re.compile(
+    r"Option '[^']+' is not accepted|Parser key \"[^\"]+\": Expected [^\n]+|"
+    r"Problem with given class_path [^\n]+\n?[^\n]*|the following arguments are required: [^\n]+|"
+    r"Expected a dot import path string: [^\n]+|\w+ is '[^']*'; expected one of [^\n]+"
+)
 
 
 def _reason(message: str) -> str:
     """The option that is wrong, where a message goes through every type that a key could have had."""
     key, _, tried = message.partition(":\n")
-    found = re.search(r"Option '[^']+' is not accepted|Parser key \"[^\"]+\": Expected [^\n]+", tried)
+    found = REASONS.search(tried)
     return message if found is None else f"{key}: {found[0]}"
+
+
+def _kinds(action: Any) -> tuple[Any, ...]:
+    """The base classes that an option for help is about; none for other options."""
+    return getattr(action, "_help_types", ())
+
+
+def _apart(argument: str) -> list[str]:
+    """``--method.help=Ties`` as two arguments, others as they are."""
+    flag, equals, value = argument.partition("=")
+    return [flag, value] if equals and flag.endswith(".help") else [argument]
 
 
 class OneLineErrors(ArgumentParser):
@@ -22,14 +44,65 @@ class OneLineErrors(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one line."""
+        unknown = NO_CLASS.match(message)
+        if unknown and (names := self._names(unknown[1].rpartition(".")[2], message)):
+            message = f"{unknown[1]} is {unknown[2].strip()!r}; expected one of {', '.join(names)}"
         raise InputError(" ".join(_reason(message).split()))
+
+    def _names(self, key: str, message: str) -> list[str]:
+        """Names that an option may have, by the base classes in a message, or else by the option's own."""
+        kinds = set(re.findall(r"<class '(src\.[\w.]+)'>", message))
+        known = [kind for action in self._actions for kind in _kinds(action)]
+        own = [kind for action in self._actions if action.dest == f"{key}.help" for kind in _kinds(action)]
+        return list(choices([kind for kind in known if f"{kind.__module__}.{kind.__qualname__}" in kinds] or own))
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse; a flag of type bool alone is true: ``--dry_run`` is ``--dry_run true``."""
         for action in self._actions:
             if getattr(action, "_typehint", None) is bool:
                 action.nargs, action.const = "?", True
+        self._explain([part for given in (args[0] if args else None) or [] for part in _apart(given)])
         return super().parse_args(*args, **kwargs)
+
+    def _explain(self, arguments: list[str]) -> None:
+        """Print what is asked for by ``--OPTION.help NAME`` and end, where the option takes classes of this project.
+
+        Raises:
+            InputError: there is no such name.
+        """
+        for action in self._actions:
+            kinds = _kinds(action)
+            flag = next((flag for flag in action.option_strings if flag in arguments), None)
+            names = choices(kinds)
+            if flag is None or action.nargs == 0 or not names:
+                continue
+            option, given = flag.removesuffix(".help"), arguments[arguments.index(flag) + 1 :]
+            name = given[0].rpartition(".")[2] if given and not given[0].startswith("--") else None
+            if name is None:
+                text = f"usage: {self.prog} {option} NAME …\n\n{overview(kinds)}\n\noptions of one: {flag} NAME\n"
+            elif name not in names:
+                raise InputError(f"{option.lstrip('-')} is {name!r}; expected one of {', '.join(names)}")
+            else:
+                text = self._page(option, name, names[name], given[1:])
+            sys.stdout.write(text)
+            self.exit()
+
+    def _page(self, option: str, name: str, cls: type, more: list[str]) -> str:
+        """The page of one class; ``more`` may ask for that of a class that one of its own options names."""
+        inner = type(self)(prog=f"{self.prog} {option} {name}", usage=SUPPRESS, add_help=False)
+        inner.add_class_arguments(cls, option.lstrip("-"))
+        remove_actions(inner, (_ActionConfigLoad,))
+        inner._explain(more)
+        for group in inner._action_groups:
+            group.title = "options" if group._group_actions else None
+        return page(inner.prog, option, cls, inner.format_help())
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the classes of a configuration; what makes one refuse its settings is not lost among other types."""
+        try:
+            return super().instantiate(*args, **kwargs)
+        except ValueError as error:
+            raise _of_the_user(error) from None
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
@@ -60,10 +133,7 @@ def run_function(function: Callable[..., None], name: str, summary: str, argumen
     parser.add_function_arguments(function, fail_untyped=True)
     config: Any = parser.parse_args(arguments)
     config.pop("config", None)
-    try:
-        ready = parser.instantiate(config)
-    except ValueError as error:
-        raise _of_the_user(error) from None
+    ready = parser.instantiate(config)
     function(**ready.as_dict() if hasattr(ready, "as_dict") else vars(ready))
 
 

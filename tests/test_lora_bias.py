@@ -23,10 +23,14 @@ from src.fisher.files import load_fisher
 from src.fisher.lowrank import LowRankAccumulator
 from src.merge.closest_safe_update import ClosestSafeUpdate
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.fisher_average import FisherAverage
 from src.merge.combinations.knots import Knots
+from src.merge.combinations.regmean import RegMean
 from src.merge.combinations.ties import Ties
+from src.merge.led import Led
 from src.merge.resta import Resta
 from src.merge.safe_lora import SafeLora
+from src.merge.sst_diagonal import SstDiagonal
 from src.merge.stage import merge
 from tests.commands import fisher_flags, fit_flags
 from tests.fisher_pass import make_batch, run_pass, uneven_rows
@@ -196,6 +200,18 @@ def test_weight_coordinates_have_no_place_for_them(pair_of, base, rows, tmp_path
     flags = fisher_flags(base, adapters, rows, tmp_path / "f", "--model.representation", "diagonal")
     assert main([*flags, "--model.coordinates", "weight"]) == 2
     assert "model.coordinates weight: a LoRA bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [{"method": Led(base_fisher="b")}, {"method": SstDiagonal()}, {"combine": RegMean()}, {"combine": FisherAverage()}],
+)
+def test_methods_on_weights_say_that_they_take_no_biases(pair_of, tmp_path, stage):
+    experts = {"utility": str(pair_of["biased"]), "fisher": "a", "rank": 2, "output": str(tmp_path / "m")}
+    safety = {"safety": str(pair_of["plain"])} if "method" in stage else {}
+    name = type(next(iter(stage.values()))).__name__
+    with pytest.raises(InputError, match=rf"{name} works on weights and takes no adapters with biases \(lora_bias"):
+        merge(**experts, **safety, **stage)
 
 
 def make_biased_model():

@@ -5,9 +5,11 @@ from statistics import median
 import pytest
 import torch
 
+from src.adapters.constant_input import with_bias
 from src.adapters.deltas import DenseDelta
 from src.adapters.geometry import cosine, inner, principal_angles, principal_cosines
 from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_config import Layout
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
 from src.gevp.diagnostics import effective_rank
@@ -82,3 +84,15 @@ def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, cap
     assert (tmp_path / "i" / "table.md").read_text() in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "no" / "where" / "x")]) == 2
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_effective_ranks_are_means_over_modules_of_the_weights_part(adapters, tmp_path):
+    utility = read_adapter(adapters["utility"])
+    biased = {n: with_bias(p, 30.0 * drawn(p.shape[0], seed=i)) for i, (n, p) in enumerate(utility.pairs.items())}
+    layout = Layout(constant=frozenset(biased))
+    write_adapter(tmp_path / "b", biased, base=utility.base, manifest={}, seen=frozenset(), card="c", layout=layout)
+    summaries = [inspect_adapters([one])[0][0] for one in (utility, read_adapter(tmp_path / "b"))]
+    each = [effective_rank(torch.linalg.svdvals(pair.dense())[:3]) for pair in utility.pairs.values()]
+    assert summaries[0].effective_rank == pytest.approx(sum(each) / len(each))
+    assert summaries[1].effective_rank == pytest.approx(summaries[0].effective_rank, rel=1e-5)
+    assert summaries[1].effective_rank <= summaries[1].ranks[1]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from src.adapters.deltas import DenseDelta, combined
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_files import read_adapter, write_adapter
-from src.cli import start_logging
+from src.cli import main, start_logging
 from src.errors import InputError
 from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.aligned import projected
@@ -63,6 +63,16 @@ def test_safe_merge_mixes_the_modules_that_drifted(updates):
         mixed = 0.7 * pair.dense() + 0.3 * safety[name].dense()
         expected = mixed if name in patch.findings["merged"] else pair.dense()
         torch.testing.assert_close(found[name], expected)
+
+
+def test_a_cosine_of_exactly_tau_is_projected_by_safe_lora_and_left_by_safe_merge(updates):
+    utility, safety = updates
+    cosines = SafeLora().patch(utility, safety, None).findings["cosines"]
+    name, tau = sorted(cosines.items(), key=lambda entry: entry[1])[5]
+    assert name in SafeLora(tau=tau).patch(utility, safety, None).findings["projected"]
+    assert len(SafeLora(tau=tau).patch(utility, safety, None).findings["projected"]) == 6
+    assert name not in SafeMerge(tau=tau).patch(utility, safety, None).findings["merged"]
+    assert len(SafeMerge(tau=tau).patch(utility, safety, None).findings["merged"]) == 5
 
 
 @pytest.fixture
@@ -291,3 +301,13 @@ def test_zero_directions_project_to_zero():
     for direction in (zero, DenseDelta(zero.dense())):
         assert projected(direction, pair).dense().abs().max() == 0.0
         assert projected(direction, DenseDelta(pair.dense())).dense().abs().max() == 0.0
+
+
+def test_an_infinite_penalty_projects_and_can_be_written(adapters, tmp_path):
+    given = ["merge", "--utility", str(adapters["utility"]), "--safety", str(adapters["safety"])]
+    for name, penalty in (("far", "1e30"), ("infinite", ".inf")):
+        options = ["--method", "ClosestSafeUpdate", "--method.penalty", penalty, "--output", str(tmp_path / name)]
+        assert main([*given, *options]) == 0
+    far, infinite = (read_adapter(tmp_path / name).pairs for name in ("far", "infinite"))
+    assert all(torch.equal(far[name].dense(), infinite[name].dense()) for name in far)
+    assert "``.inf``" in ClosestSafeUpdate.__doc__

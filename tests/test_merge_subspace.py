@@ -10,11 +10,12 @@ from src.merge.combination import Expert
 from src.merge.combinations.compress_then_merge import CompressThenMerge
 from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
-from src.merge.combinations.fisher_average import diagonal_average, kronecker_average
+from src.merge.combinations.fisher_average import FisherAverage, diagonal_average, kronecker_average
 from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.knots import Knots
+from src.merge.combinations.linear import Linear
 from src.merge.combinations.magnitude_prune import MagnitudePrune
-from src.merge.combinations.regmean import regmean
+from src.merge.combinations.regmean import RegMean, regmean
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM, polar
@@ -210,3 +211,42 @@ def test_what_trims_whole_updates_is_no_inner_method(method):
     with pytest.raises(InputError, match=rf"{method.__name__} inner is Ties with trim 'global'; expected 'tensor'"):
         method(inner=Ties(trim="global"))
     assert method().inner.trim == "tensor"
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        IsoC(),
+        TsvM(),
+        Linear(),
+        TaskArithmetic(),
+        Knots(TaskArithmetic()),
+        CoreSpace(IsoC()),
+        CompressThenMerge(9, TsvM()),
+    ],
+)
+@pytest.mark.parametrize("outer", [CoreSpace, Knots, lambda inner: CompressThenMerge(6, inner)])
+def test_an_inner_that_no_rotation_changes_gives_what_it_gives_alone(outer, inner):
+    given = experts()
+    torch.testing.assert_close(result(outer(inner), given), result(inner, given))
+
+
+@pytest.mark.parametrize(
+    "inner", [Knots(), CoreSpace(), CompressThenMerge(2), IsoC(), TsvM(), Linear(), Ties(), Dare()]
+)
+def test_any_combination_merges_what_is_compressed(inner):
+    found = CompressThenMerge(2, inner).combine(experts()).deltas["m"]
+    assert found.rank == 2
+    assert found.dense().norm() > 0
+
+
+@pytest.mark.parametrize("inner", [FisherAverage(), RegMean()])
+@pytest.mark.parametrize("outer", [Knots, CoreSpace, lambda inner: CompressThenMerge(2, inner)])
+def test_an_inner_that_needs_fisher_files_is_refused(outer, inner):
+    with pytest.raises(InputError, match=f"inner is {type(inner).__name__}, which needs Fisher files"):
+        outer(inner)
+
+
+def test_an_inner_of_weights_zero_gives_zero():
+    given = [Expert(e.key, 0.0, e.deltas) for e in experts()]
+    assert not result(CoreSpace(TaskArithmetic()), given).any()

@@ -144,7 +144,7 @@ def _folder(name: str) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "LICEN*", "NOTICE*"]
         try:
             return Path(snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:

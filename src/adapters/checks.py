@@ -60,9 +60,7 @@ def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str) -> 
         log.warning("%s: other weights than those that %s was trained on", base.folder, next(iter(known.values())))
     for adapter in adapters if not known else []:
         if not same_base_name(adapter.base, name):
-            log.warning(
-                "%s: trained on the base %r; the weights are those of %s", adapter.name, adapter.base, name
-            )
+            log.warning("%s: trained on the base %r; the weights are those of %s", adapter.name, adapter.base, name)
     return found
 
 

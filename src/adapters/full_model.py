@@ -19,7 +19,7 @@ from src.adapters.safetensors_stream import NAMES, Entry, shards, write_stream
 from src.errors import InputError
 from src.files import read_json, write_atomically, write_json
 
-BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
+BESIDE = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def write_model(
@@ -106,7 +106,9 @@ def _entries(
         else _entry(key, base, key, by_key.get(key), transposed=key in flipped)
         for key in base.handles
     ]
-    return [*entries, *extra], bool(extra)
+    # A base may store both ends of a tied weight, which an update of one tells apart.
+    stored = parts.tied and (base.folder / CONFIG).is_file() and embedding is not None and not tied
+    return [*entries, *extra], bool(extra) or (stored and bool({base.key_of(parts.head), embedding} & set(by_key)))
 
 
 def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, transposed: bool) -> Entry:
@@ -148,7 +150,7 @@ def added(weight: torch.Tensor, delta: Delta, *, flip: bool) -> torch.Tensor:
 def _copy_beside(source: Path, folder: Path, *, untied: bool) -> None:
     for pattern in BESIDE:
         for path in sorted(source.glob(pattern)):
-            if path.name != INDEX:
+            if path.name != INDEX and path.is_file():
                 write_atomically(folder / path.name, lambda to, path=path: shutil.copyfile(path, to))  # type: ignore[misc]
     if untied:
         config = read_json(folder / CONFIG, "the configuration of the base model")

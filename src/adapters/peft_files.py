@@ -105,7 +105,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         base=config.get("base_model_name_or_path") or "",
         sha256=sha256_file(file),
         manifest=_manifest(path / MANIFEST),
-        seen=frozenset((path / SEEN).read_text().split()) if (path / SEEN).exists() else frozenset(),
+        seen=_seen(path / SEEN),
         layout=layout,
         full_rank=_full_rank(file, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
@@ -122,6 +122,14 @@ def _fully_trained(config: dict[str, Any], base: BaseWeights | None) -> list[str
         return listed
     parts = read_architecture(base.folder)
     return [*listed, *sorted(parts.embeddings), parts.head]
+
+
+def _seen(path: Path) -> frozenset[str]:
+    """Hashes of the prompts that it was trained or calibrated on; empty without the file."""
+    try:
+        return frozenset(path.read_text(encoding="utf-8").split()) if path.exists() else frozenset()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); expected hashes of prompts") from None
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def _local_folder(folder: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN]))
+            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD]))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(

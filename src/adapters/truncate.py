@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from src.adapters.deltas import Delta, matrix
+from src.adapters.deltas import Delta, DenseDelta, matrix, squared_norm
 from src.adapters.pairs import LowRankPair
 
 OVERSAMPLING = 10
@@ -42,7 +42,7 @@ def truncate(delta: Delta, *, rank: int | None, energy: float | None) -> Truncat
         left, values, right = singular_triplets(delta)
         return _cut(left, values, right, values.square().sum().item(), rank, energy)
     dense = matrix(delta)
-    total = dense.double().square().sum().item()
+    total = squared_norm(DenseDelta(dense))
     if total == 0.0:
         return Truncated(_zero(dense.shape[0], dense.shape[1]), 0.0, 0.0)
     if rank is not None and rank + OVERSAMPLING < min(dense.shape) // 2:

@@ -16,9 +16,12 @@ NO_FISHER = "method AlignGuardPosthoc needs Fisher files of the representation l
 
 
 class AlignGuardPosthoc(MergeMethod):
-    """AlignGuard's projection, after training: remove from ΔW_u its alignment-critical part, then add ΔW_s.
+    """AlignGuard (2508.02079) after training: remove from ΔW_u its alignment-critical part, then add ΔW_s.
 
-    After 2508.02079, which regularises training by the projector; a named baseline, not the paper's method.
+    The paper regularises training by the projector; this is a named baseline, not the paper's method. Needs Fisher
+    files in core coordinates with ``--model.representation lowrank`` and ``--model.basis union``, of which F_s alone
+    is used: without the union only what of ΔW_u lies in the safety adapter's own space can be removed. Strength alpha
+    multiplies the removal and the safety update alike.
 
     Args:
         k: Number of leading eigen-directions of F_s that count as alignment-critical, at least 1.

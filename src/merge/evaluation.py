@@ -38,6 +38,10 @@ class Evaluation:
         record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
         if not isinstance(record, dict) or not record.get("models"):
             raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
+        if not isinstance(record["models"], list) or not all(map(_is_model, record["models"])):
+            raise InputError(
+                f"{path}: a model without adapter, suites or measures under 'models'; expected those of an evaluation"
+            )
         return cls(path, record["models"])
 
     def table(self, sha256: str) -> str:
@@ -61,6 +65,26 @@ class Evaluation:
         for (suite, name), value in _measures(found[0]):
             lines.append(f"| {suite} | {name} | {value} | {before.get((suite, name), '')} |")
         return "\n".join([*lines, "", "Values with 95 % intervals, and the number of rows that they are of."])
+
+
+def _is_model(found: Any) -> bool:
+    """Whether this is what the test command writes of one model."""
+    if not isinstance(found, dict) or "adapter" not in found:
+        return False
+    suites = found.get("suites")
+    if not isinstance(found["adapter"], dict | None) or not isinstance(suites, dict):
+        return False
+    return all(isinstance(numbers, dict) and all(map(_is_measure, numbers.items())) for numbers in suites.values())
+
+
+def _is_measure(entry: tuple[str, Any]) -> bool:
+    """Whether a table can show it, or leaves it out."""
+    name, found = entry
+    if not isinstance(found, dict) or not {"value", "interval", "n"} <= set(found):
+        return name != "perplexity" or (isinstance(found, dict) and isinstance(found.get("value"), int | float))
+    interval = found["interval"]
+    numbers = [found["value"], *interval] if isinstance(interval, list) and len(interval) == 2 else [None]
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def _measures(model: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:

@@ -83,6 +83,7 @@ def read_pair(
         InputError: a file is missing, of another pass, of other adapters or coordinates, or of a form that the method
             cannot work with; or directories were measured at different points, labels or granularities.
     """
+    _check_no_biases(method, [*experts, safety])
     shares, at = checked_weights(folders, weights), method.base_folder()
     if at is not None and len(folders) > 1:
         raise InputError(f"fisher: {len(folders)} directories; {type(method).__name__} takes one, for one at the base")
@@ -120,6 +121,7 @@ def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: 
     Raises:
         InputError: there are not as many directories as experts, or a file is not of its expert alone.
     """
+    _check_no_biases(method, experts)
     if len(folders) != len(experts):
         raise InputError(
             f"fisher: {len(folders)} directories for {len(experts)} utility adapters; {type(method).__name__} needs "
@@ -131,6 +133,19 @@ def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: 
         if one.file.fisher.representation != passes[0].file.fisher.representation:
             raise InputError(f"{one.path}: another representation than {passes[0].path}; measure all experts alike")
     return _calibration(passes, statistics=tuple(one.file.fisher for one in passes))
+
+
+def _check_no_biases(method: MergeMethod, adapters: Sequence[Adapter]) -> None:
+    """Check that Fisher files of weights can be of these adapters: an update of a layer's bias is no entry of a weight.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if method.coordinates == "weight" and any(adapter.layout.constant for adapter in adapters):
+        raise InputError(
+            f"{type(method).__name__} works on weights and takes no adapters with biases (lora_bias, or fully trained "
+            "ones), which one of these has; train without, or choose a method in core coordinates such as Sst"
+        )
 
 
 def checked_weights(folders: Sequence[str], weights: Sequence[float] | None) -> list[float]:

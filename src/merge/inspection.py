@@ -12,7 +12,7 @@ from itertools import combinations
 
 import torch
 
-from src.adapters.constant_input import lora_rank
+from src.adapters.constant_input import lora_rank, split, split_dense
 from src.adapters.deltas import Delta, squared_norm
 from src.adapters.geometry import leading_spaces, principal_angles, whole_cosine
 from src.adapters.pairs import LowRankPair
@@ -32,7 +32,8 @@ class Summary:
         modules: Number of updated modules.
         ranks: Smallest and largest rank of a module.
         norm: Frobenius norm of the whole update.
-        effective_rank: Mean over modules of exp(entropy of normalised singular values).
+        effective_rank: Mean over modules of exp(entropy of normalised singular values); LoRA biases do not count, as
+            they do not in ranks.
         largest: The module with the largest norm.
     """
 
@@ -102,7 +103,10 @@ def _spaces(adapter: Adapter, workers: int) -> Spaces:
 def _summary(adapter: Adapter, found: Spaces) -> Summary:
     norms = {name: squared_norm(delta) for name, delta in adapter.updates.items()}
     ranks = [_rank(delta, constant=name in adapter.layout.constant) for name, delta in adapter.updates.items()]
-    effective = [effective_rank(sigma) for _, sigma, _ in found.values()]
+    effective = [
+        effective_rank(leading_spaces(_of_weight(delta), ENERGY)[1] if name in adapter.layout.constant else sigma)
+        for (name, delta), (_, sigma, _) in zip(adapter.updates.items(), found.values(), strict=True)
+    ]
     return Summary(
         name=adapter.name,
         modules=len(found),
@@ -115,6 +119,11 @@ def _summary(adapter: Adapter, found: Spaces) -> Summary:
 
 def _rank(delta: Delta, *, constant: bool) -> int:
     return lora_rank(delta, constant=constant) if isinstance(delta, LowRankPair) else min(delta.shape)
+
+
+def _of_weight(delta: Delta) -> Delta:
+    """An update (O, I + 1) without the column of its bias."""
+    return split(delta)[0] if isinstance(delta, LowRankPair) else split_dense(delta)[0]
 
 
 def _comparison(adapters: Sequence[Adapter], found: Sequence[Spaces]) -> Comparison:

@@ -14,6 +14,8 @@ from src.merge.combinations.dare import Dare
 class Resta(MergeMethod):
     """RESTA (2402.11746): add the safety update times gamma; with a density, thin the utility update by DARE first.
 
+    DARE is 2311.03099. Strength alpha multiplies gamma and the thinning alike: 1 is the paper's merge.
+
     Args:
         gamma: Factor of the safety update, which alpha multiplies too (the paper tunes it; 1 adds it whole).
         density: Share of utility elements that DARE keeps, above 0 to 1; unset leaves the utility update as it is

@@ -19,8 +19,9 @@ from src.merge.weight_fishers import per_weight
 class SstDiagonal(MergeMethod):
     """The published SST-Merge: keep the patch where ``r = f_s / (f_u + ε)`` is large, weight by weight. Full rank.
 
-    Needs Fisher files of ``--model.coordinates weight --model.representation diagonal``. With ``--model.labels
-    random_tokens`` they need no data.
+    The form in which SST-Merge was first published (no arXiv id). Needs Fisher files of ``--model.coordinates weight
+    --model.representation diagonal``. With ``--model.labels random_tokens`` they need no data. Strength alpha
+    multiplies the masked patch.
 
     Args:
         mask: ``hard`` keeps the elements with the largest ratios; ``soft`` weighs by 1 / (1 + exp(−(r − tau)/gamma)).

@@ -11,7 +11,8 @@ from src.merge.masked import RatioMask
 class SstM(RatioMask):
     """SST-M, the magnitude ablation: keep the patch where ``|ΔW_s| / (|ΔW_u| + ε)`` is large. No data.
 
-    Magnitudes are those of updates: in whole weights the base would make nearly every ratio 1. Full rank.
+    This project's ablation; no paper. Magnitudes are those of updates: in whole weights the base would make nearly
+    every ratio 1. Full rank.
     """
 
     def parts(

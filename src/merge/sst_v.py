@@ -11,7 +11,7 @@ from src.merge.masked import RatioMask
 class SstV(RatioMask):
     """SST-V: keep the patch where it is large against the utility update, ``r = P² / (ΔW_u² + ε)``. No data.
 
-    The published data-free variant of SST-Merge. Full rank.
+    The published data-free variant of SST-Merge (no arXiv id). Full rank.
     """
 
     def parts(

@@ -20,9 +20,10 @@ from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory
 from src.merge.base import MergeMethod, Patch
+from src.merge.card import check_licence
 from src.merge.combination import Combination, Combined, KeyedDeltas
 from src.merge.combinations.task_arithmetic import TaskArithmetic
-from src.merge.dry_run import describe
+from src.merge.dry_run import describe, outline
 from src.merge.evaluation import Evaluation
 from src.merge.forms import Form
 from src.merge.inputs import Calibrated, Inputs, read_inputs
@@ -83,7 +84,7 @@ def merge(
         base: Directory or hub id with the base model's safetensors files, or a GGUF file, for ``full_model`` and
             ``Led`` (unset means the base that the adapters name) and to convert DoRA and fully trained modules.
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
-        warn_below: Kept energy, 0 to 1, under which ``rank`` and ``energy`` warn.
+        warn_below: Kept energy, 0 to 1, under which ``rank`` warns; ``energy`` warns of less than it asks for.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
         license: The result's licence as the hub names it, such as ``apache-2.0``, for the model card.
         evaluation: ``metrics.json`` of an evaluation of these very adapters, merged before: a table of it goes into
@@ -100,6 +101,8 @@ def merge(
     _check_stages(method, safety, alpha)
     check_output(Path(output), overwrite=overwrite)
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
+    check_licence(license)
+    _check_unused(_listed(fisher), fisher_weights, method, combination)
     measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
     calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
@@ -112,7 +115,7 @@ def merge(
             extra["base_weights"] = {"path": place, "fingerprint": check_weights(inputs.adapters, read, place)}
         workers = stack.enter_context(one_thread_each())
         if dry_run:
-            log.info("%s", _description(points[0], inputs, form, max(values), count, place))
+            log.info("%s", _description(points, inputs, form, values, place, workers))
             return
         target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured)
         folder = stack.enter_context(new_directory(Path(output)))
@@ -131,22 +134,43 @@ def _listed(given: list[str] | str | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
-def _description(point: Variant, inputs: Inputs, form: Form, alpha: float, count: int, base: str) -> str:
-    """What a dry run says, after the checks of a real one.
+def _description(
+    points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any], base: str, workers: int
+) -> str:
+    """What a dry run says, after the checks of a real one, of every point.
 
     What costs much, such as a pencil, is not solved: its patch is known by shapes and ranks (``MergeMethod.outline``).
     """
-    total, patch = point.combine.combine(inputs.as_experts()), dict[str, Delta]()
-    if point.method is not None:
-        _check_stages_fit(point, total, inputs)
-        patch |= point.method.outline(*_both(total, inputs), inputs.fisher)
-    merged = combined([total.deltas, patch], [1.0, alpha])
-    form.check(merged, _title(point))
-    size = 0
-    if form.full_model:
-        with open_base(weights_folder(base)) as weights:
-            size = sum(path.stat().st_size for path in weight_files(weights.folder))
-    return describe(inputs, merged, form, count, size)
+    with ExitStack() as stack:
+        weights = stack.enter_context(open_base(weights_folder(base))) if form.full_model else None
+        size = 0 if weights is None else sum(path.stat().st_size for path in weight_files(weights.folder))
+        # Element-wise combinations keep the adapters' number format; others may work in float64.
+        plain = all(isinstance(one, Combination | None) and not (one and one.needs_fisher) for one in _stages(points))
+        outlines = [
+            outline(merged, form, weights, size, itemsize=4 if plain else 8)
+            for merged in _planned(points, inputs, form, values)
+        ]
+    return describe(inputs, outlines, form, workers)
+
+
+def _stages(points: Sequence[Variant]) -> list[MergeMethod | None]:
+    return [points[0].combine, points[0].method]
+
+
+def _planned(points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any]) -> Iterator[Deltas]:
+    """An update of the shapes and ranks of each output."""
+    for _, group in groupby(points, key=lambda point: id(point.combine)):
+        same = list(group)
+        total = same[0].combine.combine(inputs.as_experts())
+        for point in same:
+            patch = dict[str, Delta]()
+            if point.method is not None:
+                _check_stages_fit(point, total, inputs)
+                patch |= point.method.outline(*_both(total, inputs), inputs.fisher)
+            for alpha in values:
+                merged = combined([total.deltas, patch], [1.0, alpha])
+                form.check(merged, _title(point))
+                yield merged
 
 
 def _check_stages(method: MergeMethod | None, safety: str | None, alpha: list[float] | float) -> None:
@@ -154,6 +178,19 @@ def _check_stages(method: MergeMethod | None, safety: str | None, alpha: list[fl
         raise InputError("safety and alpha need a method, such as --method TaskArithmetic; combine alone takes neither")
     if method is not None and method.needs_safety and safety is None:
         raise InputError(f"method {type(method).__name__} needs the safety adapter: pass --safety")
+
+
+def _check_unused(
+    fisher: Sequence[str], weights: list[float] | None, method: MergeMethod | None, combination: Combination
+) -> None:
+    """Say that Fisher files are given and not read; what is given must exist all the same."""
+    if combination.needs_fisher or (method is not None and method.needs_fisher) or not (fisher or weights):
+        return
+    for folder in fisher:
+        if not Path(folder).exists():
+            raise InputError(f"fisher {folder}: no such directory")
+    names = " and ".join(dict.fromkeys(type(one).__name__ for one in (combination, method) if one is not None))
+    log.warning("%s needs no Fisher files: --fisher and --fisher_weights are not used", names)
 
 
 def _title(point: Variant) -> str:

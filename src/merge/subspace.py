@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from src.adapters.deltas import Deltas, DenseDelta, lowrank, matrix
+from src.adapters.deltas import Delta, Deltas, DenseDelta, lowrank, matrix
 from src.adapters.geometry import spaces
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
@@ -74,8 +74,14 @@ def checked_inner(inner: Combination | None, owner: str) -> Combination:
         owner: Whose ``inner`` it is, for the message.
 
     Raises:
-        InputError: it needs a look at whole updates, and coordinates are merged one module at a time.
+        InputError: it needs a look at whole updates, and coordinates are merged one module at a time, or Fisher files,
+            which are of weights and not of coordinates.
     """
+    if inner is not None and inner.needs_fisher:
+        raise InputError(
+            f"{owner} inner is {type(inner).__name__}, which needs Fisher files; those are of weights, and coordinates "
+            "are merged here: expected a combination without Fisher files"
+        )
     if isinstance(inner, Ties) and inner.trim == "global":
         raise InputError(f"{owner} inner is Ties with trim 'global'; expected 'tensor': modules are merged one by one")
     return inner or Ties()
@@ -84,6 +90,13 @@ def checked_inner(inner: Combination | None, owner: str) -> Combination:
 def merge_coordinates(
     inner: Combination, name: str, parts: Sequence[Part], coordinates: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Combine the experts' coordinates in a common basis by any combination."""
-    experts = [Expert(part.key, part.weight, {name: DenseDelta(c)}) for part, c in zip(parts, coordinates, strict=True)]
-    return matrix(inner.combine(experts).deltas[name])
+    """Combine the experts' coordinates in a common basis by any combination; zero where it finds nothing to keep."""
+    held: list[Delta] = [DenseDelta(c) if inner.takes_full_rank else _as_pair(c) for c in coordinates]
+    experts = [Expert(part.key, part.weight, {name: delta}) for part, delta in zip(parts, held, strict=True)]
+    merged = inner.combine(experts).deltas.get(name)
+    return torch.zeros_like(coordinates[0]) if merged is None else matrix(merged)
+
+
+def _as_pair(coordinates: torch.Tensor) -> LowRankPair:
+    """The same matrix as factors, exactly."""
+    return LowRankPair(coordinates, torch.eye(len(coordinates), dtype=coordinates.dtype))

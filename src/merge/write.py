@@ -11,7 +11,7 @@ from src.adapters.deltas import Delta
 from src.adapters.full_model import write_model
 from src.adapters.peft_files import CARD, WEIGHTS, write_adapter, write_provenance
 from src.files import sha256_file, write_text
-from src.merge.card import merge_card
+from src.merge.card import merge_card, stated_licence
 from src.merge.evaluation import Evaluation
 from src.merge.forms import Form
 from src.merge.inputs import Inputs
@@ -62,7 +62,7 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
                 constant=inputs.layout.constant,
             )
         made = record | {"output": {"form": target.form.label}} | target.record
-        write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made))
+        write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made, licences=_licences(inputs)))
         return
     pairs, report = target.form.adapter(deltas, target.workers)
     constant = inputs.layout.constant
@@ -74,9 +74,14 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
         base=inputs.experts[0].base,
         manifest=made,
         seen=inputs.seen,
-        card=merge_card(made),
+        card=merge_card(made, licences=_licences(inputs)),
         layout=inputs.layout,
     )
     if target.evaluation is not None:
         table = target.evaluation.table(sha256_file(folder / WEIGHTS))
-        write_text(folder / CARD, merge_card(made, table) + "\n")
+        write_text(folder / CARD, merge_card(made, table, _licences(inputs)) + "\n")
+
+
+def _licences(inputs: Inputs) -> dict[str, str | None]:
+    """What the adapters' own cards name as their licences."""
+    return {adapter.name: stated_licence(adapter.name) for adapter in inputs.adapters}

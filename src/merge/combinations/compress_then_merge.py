@@ -18,7 +18,8 @@ class CompressThenMerge(Subspace):
 
     Args:
         rank: Shared directions r on each side, at least 1.
-        inner: How coordinates are merged; unset means ``Ties``, which trims per module here.
+        inner: How coordinates are merged: any combination that needs no Fisher files; unset means ``Ties``, which trims
+            per module here.
     """
 
     def __init__(self, rank: int = 16, inner: Combination | None = None) -> None:

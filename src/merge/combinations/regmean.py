@@ -26,10 +26,11 @@ from src.merge.weight_fishers import Latest, fishers_of, module_fisher
 class RegMean(Combination):
     """RegMean (2212.09849): the update whose outputs are closest to each expert's on that expert's own inputs.
 
-    Low-rank for low-rank experts, exactly (rank Σ r_i). Needs ``--fisher [DIR, …]``, one per utility adapter, each
-    measured with that adapter alone (``--model.utility``) by ``--model.coordinates weight --model.representation
-    kronecker``: the input factor of such a file is XᵀX per token, over the tokens that the answers' loss depends on
-    (the paper takes all tokens). As a method, the safety adapter is one more expert, with the inputs of F_s.
+    Low-rank for low-rank experts, exactly (rank Σ r_i). Needs Fisher files, ``--fisher [DIR, …]``, one directory per
+    utility adapter, each measured with that adapter alone (``--model.utility``) by ``--model.coordinates weight
+    --model.representation kronecker``: the input factor of such a file is XᵀX per token, over the tokens that the
+    answers' loss depends on (the paper takes all tokens). As a method, the safety adapter is one more expert, with the
+    inputs of F_s.
 
     Args:
         off_diagonal: Factor of off-diagonal elements of XᵀX, 0 to 1 (the paper's .9).

@@ -1,0 +1,127 @@
+"""Output directories: whole or as they were, whatever ends a run, and nothing of a killed run stays beside them."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from src.cli import main
+from src.errors import InputError
+from src.files import check_output, new_directory
+from tests.test_cli import fails
+
+
+def write(path, text="new"):
+    with new_directory(path) as folder:
+        (folder / "result").write_text(text)
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_an_interrupt_at_a_rename_keeps_the_old_output(tmp_path, monkeypatch, renames):
+    write(tmp_path / "m", "old")
+    rename, seen = Path.rename, []
+
+    def interrupted(self, target):
+        seen.append(target)
+        if len(seen) == renames + 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "m")
+    assert (tmp_path / "m" / "result").read_text() == "old"
+    assert names(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("given", [".", "z/..", "..", "z/../../work"])
+def test_the_working_directory_is_no_output(tmp_path, monkeypatch, given):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(InputError, match=r"--output .* the working directory lies there"):
+        write(Path(given))
+    assert names(tmp_path) == ["work"]
+    write(Path("z/../other"))
+    assert names(tmp_path / "work") == ["other"]
+
+
+def test_a_file_is_replaced_and_leaves_nothing(tmp_path):
+    (tmp_path / "m").write_text("a file")
+    write(tmp_path / "m")
+    assert names(tmp_path) == ["m"]
+    assert names(tmp_path / "m") == ["result"]
+
+
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    write(tmp_path / "there" / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "real")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "real" / "result").read_text() == "new"
+    assert names(tmp_path) == ["link", "there"]
+    assert names(tmp_path / "there") == ["real"]
+
+
+def test_what_a_killed_run_left_is_removed_and_what_runs_is_not(tmp_path):
+    left = [".m.abcdefgh.tmp", ".m.abcdefgh.old", ".m.0123_xyz.tmp"]
+    kept = [".m.x.abcdefgh.tmp", ".n.abcdefgh.tmp", ".m.long.tmp"]
+    for name in [*left, *kept]:
+        (tmp_path / name).mkdir()
+    write(tmp_path / "m")
+    assert names(tmp_path) == sorted([*kept, "m"])
+    with new_directory(tmp_path / "m") as outer:
+        write(tmp_path / "m", "inner")
+        assert outer.is_dir()
+        (outer / "result").write_text("outer")
+    assert (tmp_path / "m" / "result").read_text() == "outer"
+    assert names(tmp_path) == sorted([*kept, "m"])
+
+
+def test_an_output_that_a_killed_run_moved_aside_comes_back(tmp_path):
+    (tmp_path / ".m.abcdefgh.tmp").mkdir()
+    write(tmp_path / ".m.abcdefgh.old", "old")
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "m"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["m"]
+    assert (tmp_path / "m" / "result").read_text() == "old"
+
+
+def test_an_output_in_a_file_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "sub", tmp_path / "file" / "sub" / "deeper"):
+        with pytest.raises(InputError, match="file is a file; name a path in a directory"):
+            check_output(place, overwrite=True)
+    given = ["--utility", str(tmp_path / "nowhere"), "--output", str(tmp_path / "file" / "sub")]
+    assert "is a file; name a path in a directory" in fails(["merge", *given], capsys)
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(adapters, capsys):
+    given = ["--utility", str(adapters["utility"]), "--output", "/proc/xx"]
+    assert "error: /proc/xx: " in fails(["merge", *given], capsys)
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(adapters, tmp_path, capsys, monkeypatch):
+    def missed(number, frame):
+        raise AssertionError("SIGTERM reached the handler from before")
+
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    before = signal.signal(signal.SIGTERM, missed)
+    try:
+        monkeypatch.setattr("src.merge.stage.manifest", killed)
+        given = ["--utility", str(adapters["utility"]), "--output", str(tmp_path / "m")]
+        assert "error: interrupted; " in fails(["merge", *given], capsys)
+        assert names(tmp_path) == []
+        assert signal.getsignal(signal.SIGTERM) is missed
+        monkeypatch.undo()
+        assert main(["merge", *given]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
