@@ -1,5 +1,7 @@
 """What stays out of memory (halves of mapped scores, sums of whole weights), and what a pass takes of the disk."""
 
+import ctypes
+import gc
 import threading
 from pathlib import Path
 
@@ -71,6 +73,9 @@ class Peak:
     """Most bytes that the process has allocated, mapped files aside, over those at the start of the block."""
 
     def __enter__(self):
+        # What earlier tests have freed and the allocator has kept would be taken without growth.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self.before, self.most, self.over = self._now(), 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
