@@ -95,7 +95,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 bench: $(READY)
 	$(PY) -m pytest tests/benchmarks -s --override-ini addopts= --timeout 3600

@@ -1,3 +1,8 @@
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two test processes at once: a thread for each, also in what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 from tests.fisher_pass import uneven_rows
