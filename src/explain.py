@@ -27,8 +27,9 @@ def _below(kind: type) -> Iterator[type]:
 
 
 def explanation(cls: type) -> str:
-    """A class's docstring before its settings."""
-    return SECTION.split(inspect.getdoc(cls) or "")[0].strip()
+    """A class's docstring before its settings, and what its kind adds to it (``USE``)."""
+    own = SECTION.split(inspect.getdoc(cls) or "")[0].strip()
+    return "\n\n".join(filter(None, [own, getattr(cls, "USE", "")]))
 
 
 def overview(kinds: Sequence[Any]) -> str:

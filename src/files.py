@@ -101,9 +101,17 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozen
     Raises:
         InputError: ``path`` exists and ``overwrite`` is false, or it is to lie in a file.
     """
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        place = path.resolve()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--output {str(path)!r}: no usable path ({error})") from None
+    above = next((folder for folder in place.parents if folder.exists()), None)
+    if above is None:
+        raise InputError(f"--output {path}: the root of all files; name a directory")
     if not above.is_dir():
         raise InputError(f"--output {path}: {above} is a file; name a path in a directory")
+    if above == place.parent and os.access(above, os.W_OK):
+        _clear_leftovers(place)
     if has_results(path, beside) and not overwrite:
         raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
 
@@ -113,14 +121,17 @@ def check_apart(output: Path, inputs: Iterable[str]) -> None:
 
     Args:
         output: What is to be written.
-        inputs: Names of inputs; those that are no path here, such as hub ids, are left out.
+        inputs: Names of inputs, files or directories with files; those that are no path here, such as hub ids, are
+            left out.
 
     Raises:
         InputError: an input would be lost.
     """
     place = output.resolve()
     for name in inputs:
-        if Path(name).exists() and Path(name).resolve().is_relative_to(place):
+        read = Path(name)
+        files = [read, *(read.iterdir() if read.is_dir() else [])] if read.exists() else []
+        if any(file.resolve().is_relative_to(place) for file in files):
             raise InputError(f"--output {output}: {name}, which is read, lies there; name another directory")
 
 

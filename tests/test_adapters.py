@@ -359,13 +359,14 @@ def test_pickled_weights_are_read_and_code_in_them_is_not_run(adapters, tmp_path
     torch.save(load_file(tmp_path / "weights"), folder / "adapter_model.bin")
     found = read_adapter(folder)
     assert all(torch.equal(found.pairs[name].dense(), pair.dense()) for name, pair in expected.pairs.items())
-    for content in ({"x": Fraction(1, 2)}, [torch.ones(2)]):
+    for content in ({"x": Fraction(1, 2)}, [torch.ones(2)], {1: torch.ones(2)}, {"x": torch.eye(2).to_sparse()}):
         torch.save(content, folder / "adapter_model.bin")
         with pytest.raises(InputError, match=r"adapter_model\.bin: not a (readable file of PyTorch|mapping from)"):
             read_adapter(folder)
-    (folder / "adapter_model.bin").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match=r"adapter_model\.bin: not a readable file"):
-        read_adapter(folder)
+    for content in (b"nonsense", bytes(range(256)), b""):
+        (folder / "adapter_model.bin").write_bytes(content)
+        with pytest.raises(InputError, match=r"adapter_model\.bin: not a readable file"):
+            read_adapter(folder)
 
 
 def test_the_kind_of_model_is_kept(adapters, tmp_path):

@@ -220,15 +220,24 @@ def test_files_that_the_model_does_not_consist_of_are_left_alone(base, adapters,
     expected = load_file(tmp_path / "m" / "model.safetensors")
     parts = saved_in_shards(base, tmp_path / "other")
     assert len(parts) > 2
-    for name in ("model_old.safetensors", "model.fp16.safetensors", "model.safetensors"):
+    for name in ("model_old.safetensors", "model.fp16.safetensors"):
         save_file({key: weight * 0 for key, weight in expected.items()}, tmp_path / "other" / name)
     assert main([*flags, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "m")]) == 0
     found = load_file(tmp_path / "m" / "model.safetensors")
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
-    for name in ("model.safetensors", "model.safetensors.index.json"):  # a whole set of shards does without an index
-        (tmp_path / "other" / name).unlink()
+    # A whole set of shards does without an index.
+    (tmp_path / "other" / "model.safetensors.index.json").unlink()
     assert main([*flags, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "m")]) == 0
     assert load_file(tmp_path / "m" / "model.safetensors").keys() == expected.keys()
+
+
+def test_one_file_stands_before_an_index_as_in_transformers(base, tmp_path):
+    saved_in_shards(base, tmp_path / "other")
+    whole = {key: weight * 2 for key, weight in load_file(base / "model.safetensors").items()}
+    save_file(whole, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "other").model.norm.weight
+    with open_base(str(tmp_path / "other")) as weights:
+        assert torch.equal(weights.get("model.norm.weight"), expected)
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -256,18 +265,24 @@ def test_an_index_that_names_what_a_file_has_not_is_refused(base, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("held", ["utility", "base", "aligned"])
+@pytest.mark.parametrize("held", ["utility", "base", "aligned", "implied"])
 def test_an_output_never_replaces_what_is_read(base, adapters, tmp_path, capfd, held):
     shutil.copytree(adapters["utility"], tmp_path / "here" / "a")
     shutil.copytree(base, tmp_path / "here" / "base")
-    utility = tmp_path / "here" / "a" if held == "utility" else adapters["utility"]
-    flags = ["merge", "--utility", str(utility), "--overwrite", "--safety", str(adapters["safety"])]
+    utility = tmp_path / "here" / "a" if held in ("utility", "implied") else adapters["utility"]
+    flags = ["merge", "--utility", str(utility), "--overwrite"]
+    flags += ["--safety", str(utility if held == "implied" else adapters["safety"])]
     flags += {
         "utility": ["--method", "SafeMerge"],
         "base": ["--method", "SafeMerge", "--full_model", "--base", str(tmp_path / "here" / "base")],
         "aligned": ["--method", "SafeMerge", "--method.aligned", str(tmp_path / "here" / "a")],
+        "implied": ["--method", "SafeMerge"],
     }[held]
-    for output in (tmp_path / "here", tmp_path / "here" / ("base" if held == "base" else "a")):
+    if held == "implied":
+        path = tmp_path / "here" / "a" / "adapter_config.json"
+        named = json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "here" / "base")}
+        path.write_text(json.dumps(named))
+    for output in (tmp_path / "here", tmp_path / "here" / ("base" if held in ("base", "implied") else "a")):
         assert main([*flags, "--output", str(output)]) == 2
         assert "which is read, lies there" in capfd.readouterr().err
     assert (tmp_path / "here" / "a" / "adapter_config.json").exists()

@@ -28,16 +28,21 @@ def samples(tensor: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
 
 
-def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]], loaded: torch.dtype | None = None) -> str:
     """SHA-256 over names, shapes and 64 evenly spaced values, rounded to bfloat16, of weights sorted by name.
 
     Of what is no real number only the name and the shape count.
+
+    Args:
+        weights: Names and weights.
+        loaded: Number format to round to first.
     """
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if weight.is_floating_point():
-            digest.update(samples(weight).to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+            values = samples(weight).to(loaded or weight.dtype)
+            digest.update(values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -61,9 +66,13 @@ class BaseWeights:
         """Its shape, without reading it."""
         return tuple(self.handles[key].get_slice(key).get_shape())
 
-    def fingerprint(self) -> str:
-        """What :func:`src.models.base.fingerprint` gives the loaded model, where files and model use the same names."""
-        return fingerprint_of((key, self.get(key)) for key in sorted(self.handles))
+    def fingerprint(self, loaded: torch.dtype | None = None) -> str:
+        """What :func:`src.models.base.fingerprint` gives the loaded model, where files and model use the same names.
+
+        Args:
+            loaded: Number format that the model was loaded in; unset is any that keeps what bfloat16 keeps.
+        """
+        return fingerprint_of(((key, self.get(key)) for key in sorted(self.handles)), loaded)
 
     def key_of(self, module: str) -> str | None:
         """The key of a module's weight; hub files of some models leave the first part of the name out."""
@@ -97,16 +106,16 @@ def open_base(name: str) -> Iterator[BaseWeights]:
 def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The files that make up the model in a directory, and what its index says is in each.
 
-    As transformers takes them: those of the index; without one ``model.safetensors``, or a whole set of shards. Other
-    files beside them (``model_fp16.safetensors``, an older set) are not the model.
+    As transformers takes them: ``model.safetensors``; without it those of the index. Without either, a whole set of
+    shards. Other files beside them (``model_fp16.safetensors``, an older set) are not the model.
 
     Raises:
         InputError: there are none, or one of them is missing.
     """
-    if (folder / INDEX).is_file():
+    if (folder / WEIGHTS).is_file():
+        files: dict[Path, set[str]] = {folder / WEIGHTS: set()}
+    elif (folder / INDEX).is_file():
         files = _indexed(folder)
-    elif (folder / WEIGHTS).is_file():
-        files = {folder / WEIGHTS: set()}
     else:
         files = {path: set() for path in _unindexed(folder)}
     for path in files:
@@ -130,7 +139,10 @@ def _unindexed(folder: Path) -> list[Path]:
     """Every shard of the one set that there is, also of those that are missing."""
     counts = {found[1] for path in folder.glob("model-*.safetensors") if (found := SHARD.fullmatch(path.name))}
     if not counts:
-        raise InputError(f"{folder}: no model*.safetensors in it; expected the weights of the base model")
+        raise InputError(
+            f"{folder}: no model*.safetensors in it that makes a model; expected the weights of the base model: "
+            f"{WEIGHTS}, {INDEX} with its files, or model-00001-of-….safetensors and so on"
+        )
     if len(counts) > 1:
         raise InputError(f"{folder}: shards of {len(counts)} sets and no {INDEX}; expected one model's weights")
     count = counts.pop()

@@ -24,6 +24,7 @@ UNSUPPORTED = {
     "layer_replication": "replicated layers",
     "arrow_config": "routed updates",
 }
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 """Settings that decide the factor of B A."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -103,6 +104,9 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: one is not; the message names the key.
     """
+    task = config.get("task_type")
+    if task is not None and task not in TASKS:
+        raise InputError(f"{path}: task_type is {task!r}; expected one of {', '.join(TASKS)}")
     base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
     if base is not None and not isinstance(base, str):
         raise InputError(f"{path}: base_model_name_or_path is {base!r}; expected the name of a model")

@@ -135,8 +135,9 @@ def _seen(path: Path) -> frozenset[str]:
 def _manifest(path: Path) -> dict[str, Any]:
     """What made an adapter; empty without the file."""
     found = read_json(path, "a manifest") if path.exists() else {}
-    if not isinstance(found, dict) or not isinstance(found.get("base", {}), dict):
-        raise InputError(f"{path}: not a manifest; expected a mapping, and one under its key 'base'")
+    base = found.get("base", {}) if isinstance(found, dict) else None
+    if not isinstance(base, dict) or not isinstance(base.get("fingerprint", ""), str | None):
+        raise InputError(f"{path}: not a manifest; expected a mapping, and under 'base' one with a fingerprint")
     return found
 
 

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,18 @@ MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vect
 FROZEN_COPY = ".base_layer.weight"
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Number formats of which every tensor must be one."""
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    struct.error,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+"""What torch.load raises for files of other bytes."""
 log = logging.getLogger(__name__)
 
 
@@ -79,10 +92,11 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not a readable file of PyTorch tensors ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    whole = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not whole or not all(isinstance(v, torch.Tensor) and v.layout is torch.strided for v in state.values()):
         raise InputError(f"{path}: not a mapping from names to tensors; expected the weights of a PEFT LoRA adapter")
     yield from state.items()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from src.data.rows import read_jsonl
 from src.errors import InputError
-from src.files import check_output, new_directory, write_json, write_text
+from src.files import check_apart, check_output, new_directory, write_json, write_text
 from src.judges.refusal import Refusal
 from src.judges.verdicts import judged
 from src.metrics.agreement import count_pairs, kappa
@@ -47,6 +47,7 @@ def judge(
         raise InputError("judge: name either --predictions (answers to judge) or --labels (answers with human labels)")
     folder, found = Path(output), judge or Refusal()
     check_output(folder, overwrite=overwrite)
+    check_apart(folder, [str(predictions if labels is None else labels)])
     cache = folder.parent / CACHE
     if labels is not None:
         record = _agreement(Path(labels), found, cache, device)

@@ -17,7 +17,7 @@ from src.adapters.constant_input import without_bias
 from src.adapters.convert import weight_difference
 from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
 from src.adapters.pairs import LowRankPair
-from src.adapters.peft_files import CONFIG, read_adapter
+from src.adapters.peft_files import CONFIG, Adapter, read_adapter
 from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.models.base import weights_folder
@@ -32,9 +32,12 @@ class Aligned(MergeMethod):
     aligned: str | None
     base: str | None
 
-    def adapters(self) -> list[str]:
+    def adapters(self) -> list[Adapter]:
         """The adapter that holds the direction, where one does."""
-        return [self.aligned] if self.aligned is not None and _is_adapter(self.aligned) else []
+        if self.aligned is None or not _is_adapter(self.aligned):
+            return []
+        with nullcontext() if self.base is None else open_base(weights_folder(self.base)) as weights:
+            return [read_adapter(self.aligned, weights)]
 
 
 def _is_adapter(folder: str) -> bool:
@@ -116,7 +119,9 @@ def _checked(found: dict[str, Delta], modules: Mapping[str, Delta], what: str) -
         checked[name] = direction
     rest = [name for name in modules if name not in checked]
     if not checked:
-        raise InputError(f"{what}: has no update of {rest[0]} or any other module of the utility adapters")
+        raise InputError(
+            f"{what}: has no update of {rest[0]} or any other module of the utility adapters, or a zero one"
+        )
     if rest:
         log.warning(
             "%s: gives no direction of alignment in %d of %d modules, which stay as they are: %s",

@@ -9,6 +9,7 @@ import torch
 
 from src.adapters.basis import CoreBasis
 from src.adapters.deltas import Delta
+from src.adapters.peft_files import Adapter
 from src.fisher.base import Fisher, Representation
 
 Coordinates = Literal["core", "weight"]
@@ -65,6 +66,8 @@ class Patch:
 class MergeMethod(ABC):
     """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
 
+    USE: ClassVar[str] = ""
+    """What the command line says of every method of a kind."""
     needs_fisher = False
     coordinates: ClassVar[Coordinates] = "core"
     """Coordinates of its Fisher files."""
@@ -92,8 +95,8 @@ class MergeMethod(ABC):
         """Directory of Fisher files measured at the base, where it needs them too (:class:`FisherBesideBase`)."""
         return None
 
-    def adapters(self) -> list[str]:
-        """Directories of further adapters that it reads; they must be of the base of the merge."""
+    def adapters(self) -> list[Adapter]:
+        """Further adapters that it reads; they must be of the base of the merge."""
         return []
 
     @abstractmethod

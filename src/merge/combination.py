@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 from src.adapters.deltas import Delta, Deltas, combined
 from src.errors import InputError
@@ -61,6 +61,11 @@ class Combined:
 
 class Combination(MergeMethod):
     """A way to combine experts."""
+
+    USE: ClassVar[str] = (
+        "--combine: the utility experts become one update. --method: the safety adapter is one more expert, of weight 1,\n"
+        "and alpha multiplies what it changes in the combination."
+    )
 
     @abstractmethod
     def combine(self, experts: Sequence[Expert]) -> Combined:

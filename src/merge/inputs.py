@@ -8,7 +8,7 @@ from math import isfinite
 from src.adapters.base_weights import BaseWeights
 from src.adapters.checks import check_base, check_compatible
 from src.adapters.peft_config import Layout
-from src.adapters.peft_files import Adapter, read_adapter
+from src.adapters.peft_files import Adapter
 from src.adapters.read_together import read_adapters
 from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod
@@ -139,8 +139,8 @@ def read_inputs(
     adapters = read_adapters([*utility, *([safety] if safety is not None else [])], base)
     experts, patcher = adapters[: len(utility)], adapters[-1] if safety is not None else None
     check_compatible(adapters)
-    for folder in calibrated.method.adapters() if calibrated.method is not None else []:
-        check_base(read_adapter(folder), experts[0].base, experts[0].fingerprint, what=f"that of {experts[0].name}")
+    for adapter in calibrated.method.adapters() if calibrated.method is not None else []:
+        check_base(adapter, experts[0].base, experts[0].fingerprint, what=f"that of {experts[0].name}")
     found = calibrated.read(experts, patcher, base)
     for entry in found.files:
         if found.pair is not None and entry["utility_weights"] != given:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from src.adapters.base_weights import open_base
-from src.adapters.checks import check_compatible
+from src.adapters.checks import check_compatible, check_weights
 from src.adapters.read_together import read_adapters
-from src.files import check_output, new_directory, write_atomically, write_json, write_text
+from src.files import check_apart, check_output, new_directory, write_atomically, write_json, write_text
 from src.merge.inspection import Angles, Comparison, Summary, inspect_adapters
 from src.models.base import weights_folder
 
@@ -44,9 +44,12 @@ def inspect_stage(
     """
     if output is not None:
         check_output(Path(output), overwrite=overwrite)
+        check_apart(Path(output), [*adapters, *([] if base is None else [base])])
     with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
         read = read_adapters(adapters, weights)
         check_compatible(read)
+        if weights is not None:
+            check_weights(read, weights, str(base))
         summaries, comparison = inspect_adapters(read)
     table = tables(summaries, comparison)
     sys.stdout.write(table)

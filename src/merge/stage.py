@@ -108,6 +108,7 @@ def merge(
     with ExitStack() as stack:
         weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
         inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights)
+        check_apart(Path(output), [adapter.base for adapter in inputs.adapters])
         count, place = len(points) * len(values), base or inputs.experts[0].base
         extra: dict[str, Any] = {"flags": flags, "license": license}
         if weights is not None or full_model:

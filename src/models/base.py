@@ -221,8 +221,9 @@ def weights_digest(model: Any) -> str:
 def fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over names, shapes and 64 evenly spaced values of each parameter: tells two bases apart in no time.
 
-    It does not depend on the number format of the weights beyond rounding to bfloat16. Empty for a quantised model,
-    whose own weights are not those it has: an adapter fits a base and its quantised forms alike, so the name decides.
+    It does not depend on the number format of the weights beyond rounding to bfloat16 (float16 holds fewer of the small
+    numbers and may give another). Empty for a quantised model, whose own weights are not those it has: an adapter fits
+    a base and its quantised forms alike, so the name decides.
     """
     if getattr(model, "is_quantized", False):
         return ""

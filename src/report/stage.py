@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.errors import InputError
-from src.files import check_output, new_directory, write_json, write_text
+from src.files import check_apart, check_output, new_directory, write_json, write_text
 from src.report.plot import plot_fronts
 from src.report.results import ModelResult, load_results
 from src.report.tradeoff import Tradeoff, find_expert, tradeoff
@@ -39,6 +39,7 @@ def report(
     if not 0 <= attacks_at_most <= 1:
         raise InputError(f"attacks_at_most is {attacks_at_most}; expected a share from 0 to 1")
     check_output(Path(output), overwrite=overwrite)
+    check_apart(Path(output), [results])
     found = load_results(Path(results))
     columns = list(found[0].shares)
     if not columns:
