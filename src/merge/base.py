@@ -66,7 +66,7 @@ class Patch:
 class MergeMethod(ABC):
     """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
 
-    USE: ClassVar[str] = ""
+    USE: ClassVar[str] = "alpha multiplies the patch that the method adds; 0 gives base and utility adapters alone."
     """What the command line says of every method of a kind."""
     needs_fisher = False
     coordinates: ClassVar[Coordinates] = "core"

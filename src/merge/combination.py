@@ -63,8 +63,8 @@ class Combination(MergeMethod):
     """A way to combine experts."""
 
     USE: ClassVar[str] = (
-        "--combine: the utility experts become one update. --method: the safety adapter is one more expert, of weight 1,\n"
-        "and alpha multiplies what it changes in the combination."
+        "--combine: the utility experts become one update. --method: the safety adapter is one more expert of\n"
+        "weight 1, and alpha multiplies what it changes in the combination."
     )
 
     @abstractmethod
