@@ -13,25 +13,18 @@ import sys
 ROWS = int(os.environ.get("BENCH_ROWS", "4096"))
 DIM = 57344
 PASS = """
-import json, resource, sys, threading, time
+import json, resource, sys, time
 from pathlib import Path
 import torch
 from src.fisher.accumulate import examples
 from src.fisher.files import FisherFile, load_fisher
 from src.fisher.shards import Shards
 from src.models.fisher_pass import FisherPass, make_accumulators
+from tests.benchmarks.memory import own, watch
 rows, dim, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 shapes = {f"m{i}": (16, 16) for i in range(dim // 256)}
-def own():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-def watch():
-    while True:
-        seen.append(max(own(), seen.pop()))
-        time.sleep(0.02)
-seen = [0]
 before = own()
-threading.Thread(target=watch, daemon=True).start()
+seen = watch()
 running = FisherPass(
     name="safety", rows=rows, weights=torch.ones(rows).double(),
     make=lambda: make_accumulators("lowrank", shapes, mean=False, halves=True),

@@ -21,28 +21,21 @@ from src.gevp.lowrank import solve_lowrank
 DENSE_DIM = int(os.environ.get("BENCH_DENSE_DIM", "13440"))
 SETTINGS = {"rho": 0.1, "rho_s": 10.0}
 SOLVE = """
-import json, resource, sys, threading, time
+import json, resource, sys, time
 import torch
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.filters import soft
 from src.gevp.heldout import curve, split_rows
 from src.gevp.lowrank import solve_lowrank
 from src.gevp.pencil import make_pencil
+from tests.benchmarks.memory import own, watch
 rows, dim, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 fishers = []
 for name in ("safety", "utility"):
     scores = torch.from_file(f"{folder}/{name}", shared=True, size=rows * dim, dtype=torch.float32).view(rows, dim)
     fishers.append(LowRankFisher(scores, rows))
-def own():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-def watch():
-    while True:
-        seen.append(max(own(), seen.pop()))
-        time.sleep(0.02)
-seen = [0]
-threading.Thread(target=watch, daemon=True).start()
 before = own()
+seen = watch()
 start = time.perf_counter()
 system = solve_lowrank(*fishers, rho=0.1, rho_s=10.0)
 solved = time.perf_counter()
