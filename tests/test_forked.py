@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.cli import main
+from src.errors import InputError
 from src.files import begin_output, check_output, is_begun, new_directory
 from src.fisher.files import load_fisher
 from tests import evaluations
@@ -120,7 +121,10 @@ def test_a_directory_killed_between_its_renames_is_absent_or_whole(tmp_path, ren
         os._exit(99)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert [file.name for file in path.glob("*")] == (["before"] if renames == 0 else [])
-    check_output(path, overwrite=renames == 0)
+    with pytest.raises(InputError, match="exists already"):
+        check_output(path, overwrite=False)
+    assert [file.name for file in path.iterdir()] == ["before"]  # what was moved aside is back
+    check_output(path, overwrite=True)
     write()
     assert [file.name for file in path.iterdir()] == ["a"]
 
