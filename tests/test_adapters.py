@@ -425,6 +425,20 @@ def test_full_rank_adapters_are_inspected_given_the_base(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_full_rank_adapter_can_hold_the_alignment(tmp_path):
+    from src.merge.safe_lora import SafeLora
+
+    save_dora(tmp_path / "base", tmp_path / "a")
+    base = str(tmp_path / "base")
+    given = {"utility": str(tmp_path / "a"), "base": base, "rank": 4, "warn_below": 0.0}
+    merge(**given, method=SafeLora(aligned=str(tmp_path / "a"), base=base), output=str(tmp_path / "aligned"))
+    merge(**given, safety=str(tmp_path / "a"), method=SafeLora(), output=str(tmp_path / "safety"))
+    one, two = (read_adapter(tmp_path / name).pairs for name in ("aligned", "safety"))
+    for name, pair in one.items():
+        torch.testing.assert_close(pair.dense(), two[name].dense())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_full_rank_adapters_are_refused_where_factors_are_needed(tmp_path):
     from src.merge.combinations.task_arithmetic import TaskArithmetic
     from src.merge.combinations.tsv_m import TsvM

@@ -299,6 +299,16 @@ def test_the_record_names_the_weights_that_were_read(base, adapters, tmp_path, c
     assert record["fingerprint"] == fingerprint(load_model(BaseSpec(str(base), dtype="float32")))
 
 
+def test_an_adapter_that_was_trained_on_the_base_in_float16_is_of_that_base(base, adapters, tmp_path, capfd):
+    known = fingerprint(load_model(BaseSpec(str(base), dtype="float16")))
+    assert known != fingerprint(load_model(BaseSpec(str(base), dtype="float32")))
+    pairs = read_adapter(adapters["utility"]).pairs
+    manifest = {"base": {"name": str(base), "fingerprint": known}}
+    write_adapter(tmp_path / "a", pairs, base=str(base), manifest=manifest, seen=frozenset(), card="c")
+    assert main(["merge", "--utility", str(tmp_path / "a"), "--full_model", "--output", str(tmp_path / "m")]) == 0
+    assert "other weights" not in capfd.readouterr().err
+
+
 def test_a_full_model_of_other_weights_than_the_adapters_base_is_warned_of(base, adapters, tmp_path, capfd):
     known = fingerprint(load_model(BaseSpec(str(base), dtype="float32")))
     pairs = read_adapter(adapters["utility"]).pairs

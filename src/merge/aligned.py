@@ -36,12 +36,19 @@ class Aligned(MergeMethod):
         """The adapter that holds the direction, where one does."""
         if self.aligned is None or not _is_adapter(self.aligned):
             return []
-        with nullcontext() if self.base is None else open_base(weights_folder(self.base)) as weights:
-            return [read_adapter(self.aligned, weights)]
+        with _read_aligned(self.aligned, self.base) as adapter:
+            return [adapter]
 
 
 def _is_adapter(folder: str) -> bool:
     return (Path(folder) / CONFIG).exists()
+
+
+@contextmanager
+def _read_aligned(aligned: str, base: str | None) -> Iterator[Adapter]:
+    """The adapter that holds V; the base stays open for updates that are not low-rank."""
+    with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
+        yield read_adapter(aligned, weights)
 
 
 @contextmanager
@@ -63,8 +70,8 @@ def alignment(
     if aligned is None:
         yield _checked(dict(safety), modules, "the safety adapter")
     elif _is_adapter(aligned):
-        with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
-            yield _checked(dict(read_adapter(aligned, weights).updates), modules, aligned)
+        with _read_aligned(aligned, base) as adapter:
+            yield _checked(dict(adapter.updates), modules, aligned)
     elif base is None:
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")
     else:
