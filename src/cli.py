@@ -1,11 +1,10 @@
-"""Which command runs what, and how names of configurations are found.
+"""Which command runs what, and what users see of its start and its end.
 
 ``fit validate test predict`` and ``fisher`` are LightningCLI commands, the others typed functions. The heavy packages
 are imported once a command is chosen, so that ``--help`` answers at once.
 """
 
 import errno
-import json
 import logging
 import os
 import signal
@@ -14,10 +13,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
-from pathlib import Path
 from types import FrameType
 
+from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
 from src.errors import InputError
 
 COMMANDS = {
@@ -32,21 +30,8 @@ COMMANDS = {
     "experiment": "compute a study (safety tax, interference, comparison, ablations) and write its report",
     "report": "table and safety/utility plot of an evaluation",
 }
-DEFAULT_CONFIG = {
-    "fit": "expert.yaml",
-    "validate": "expert.yaml",
-    "fisher": "fisher.yaml",
-    "merge": "merge.yaml",
-    "test": "test.yaml",
-    "predict": "test.yaml",
-    "judge": "judge.yaml",
-    "experiment": "comparison.yaml",
-    "report": "report.yaml",
-}
 WITHOUT_TRAINER = ("merge", "inspect", "judge", "report", "experiment")
 """Commands that are functions; Lightning has its own answer to signals."""
-FOLDERS = {"--config": "configs", "--trainer": "trainers"}
-PROJECT = Path(__file__).resolve().parents[1]
 STOPPED = 2
 OF_THE_MACHINE = (
     errno.ENOSPC,
@@ -99,90 +84,6 @@ Options of a command: python -m src COMMAND --help
 Bare file names are looked up as given, then under configs/ (--config) or trainers/ (--trainer). Without --config a
 command takes its default, such as configs/test.yaml. Wrong input ends with one line and exit code 2.
 """
-
-
-def resolve_names(arguments: Sequence[str]) -> list[str]:
-    """Replace the file names after ``--config`` and ``--trainer`` by the paths where they are found.
-
-    Raises:
-        InputError: a named file is nowhere.
-    """
-    resolved: list[str] = []
-    waiting: str | None = None
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if waiting is not None:
-            resolved.append(_found(waiting, argument))
-            waiting = None
-        elif flag in FOLDERS and equals:
-            resolved.append(f"{flag}={_found(flag, value)}")
-        else:
-            resolved.append(argument)
-            waiting = argument if argument in FOLDERS else None
-    return resolved
-
-
-def name_in_help(arguments: Sequence[str]) -> list[str]:
-    """``--method Ties --method.help`` as jsonargparse wants it, ``--method.help Ties``; other arguments as they are."""
-    given: dict[str, str] = {}
-    for argument, following in pairwise([*arguments, "--"]):
-        flag, equals, value = argument.partition("=")
-        given[flag] = value if equals else "" if following.startswith("--") else following
-    for flag, value in given.items():
-        named = value or given.get(flag.removesuffix(".help"))
-        if flag.endswith(".help") and named:
-            outer = flag.removesuffix(".help").rpartition(".")[0]
-            if outer and given.get(outer):
-                return [*name_in_help([f"{outer}.help", given[outer]]), flag, named]
-            return list(arguments) if value else [flag, named]
-    return list(arguments)
-
-
-ALIASES = {f"--{name}": f"--model.{name}" for name in ("adapters", "allow_code_execution", "baseline")}
-"""Options of ``test`` and ``predict`` that may be written without the module's name."""
-
-
-def evaluation_options(arguments: Sequence[str]) -> list[str]:
-    """``--adapters a b c`` as ``--model.adapters=["a", "b", "c"]``, and the other short form."""
-    found: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        flag, equals, value = waiting.pop(0).partition("=")
-        option = ALIASES.get(flag, flag)
-        if option not in ALIASES.values() or equals:
-            found.append(f"{option}{equals}{value}")
-            continue
-        values = []
-        while waiting and not waiting[0].startswith("--"):
-            values.append(waiting.pop(0))
-        if option == ALIASES["--allow_code_execution"]:
-            values = values or ["true"]
-        written = values[0] if len(values) == 1 else json.dumps(values)
-        found.append(f"{option}={written}" if values else option)
-    return found
-
-
-def _found(flag: str, name: str) -> str:
-    folder = FOLDERS[flag]
-    places = [Path(name), Path(folder) / name, PROJECT / folder / name]
-    for place in places:
-        if place.is_file():
-            return str(place)
-    raise InputError(f"{flag} {name}: no such file here or under {folder}/")
-
-
-def with_default_config(command: str, arguments: list[str]) -> list[str]:
-    """Put the command's default configuration in front where none is named.
-
-    Merge's default is one merge of the demo's adapters: it is left out where ``--utility`` names other ones, so that no
-    method, safety adapter or strength of the demo gets into them.
-    """
-    flags = {argument.partition("=")[0] for argument in arguments}
-    named = "--config" in flags or (command == "merge" and "--utility" in flags)
-    asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
-    if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:
-        return arguments
-    return ["--config", DEFAULT_CONFIG[command], *arguments]
 
 
 def runner(command: str) -> Callable[[list[str]], None]:

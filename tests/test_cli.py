@@ -8,7 +8,8 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from src.cli import COMMANDS, evaluation_options, main, name_in_help, resolve_names, with_default_config
+from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
+from src.cli import COMMANDS, main
 from src.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

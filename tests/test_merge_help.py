@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from src.cli import main, name_in_help
+from src.arguments import name_in_help
+from src.cli import main
 from src.explain import explanation
 from src.merge import registry  # noqa: F401 - fills the registry
 from src.merge.base import MergeMethod

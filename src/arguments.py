@@ -1,0 +1,109 @@
+"""What users may write shorter: names of configurations, default configurations, options without their module's name.
+
+Each function takes a command's arguments and gives them as the parser wants them.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from src.errors import InputError
+
+DEFAULT_CONFIG = {
+    "fit": "expert.yaml",
+    "validate": "expert.yaml",
+    "fisher": "fisher.yaml",
+    "merge": "merge.yaml",
+    "test": "test.yaml",
+    "predict": "test.yaml",
+    "judge": "judge.yaml",
+    "experiment": "comparison.yaml",
+    "report": "report.yaml",
+}
+FOLDERS = {"--config": "configs", "--trainer": "trainers"}
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def resolve_names(arguments: Sequence[str]) -> list[str]:
+    """Replace the file names after ``--config`` and ``--trainer`` by the paths where they are found.
+
+    Raises:
+        InputError: a named file is nowhere.
+    """
+    resolved: list[str] = []
+    waiting: str | None = None
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if waiting is not None:
+            resolved.append(_found(waiting, argument))
+            waiting = None
+        elif flag in FOLDERS and equals:
+            resolved.append(f"{flag}={_found(flag, value)}")
+        else:
+            resolved.append(argument)
+            waiting = argument if argument in FOLDERS else None
+    return resolved
+
+
+def name_in_help(arguments: Sequence[str]) -> list[str]:
+    """``--method Ties --method.help`` as jsonargparse wants it, ``--method.help Ties``; other arguments as they are."""
+    given: dict[str, str] = {}
+    for argument, following in pairwise([*arguments, "--"]):
+        flag, equals, value = argument.partition("=")
+        given[flag] = value if equals else "" if following.startswith("--") else following
+    for flag, value in given.items():
+        named = value or given.get(flag.removesuffix(".help"))
+        if flag.endswith(".help") and named:
+            outer = flag.removesuffix(".help").rpartition(".")[0]
+            if outer and given.get(outer):
+                return [*name_in_help([f"{outer}.help", given[outer]]), flag, named]
+            return list(arguments) if value else [flag, named]
+    return list(arguments)
+
+
+ALIASES = {f"--{name}": f"--model.{name}" for name in ("adapters", "allow_code_execution", "baseline")}
+"""Options of ``test`` and ``predict`` that may be written without the module's name."""
+
+
+def evaluation_options(arguments: Sequence[str]) -> list[str]:
+    """``--adapters a b c`` as ``--model.adapters=["a", "b", "c"]``, and the other short form."""
+    found: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        option = ALIASES.get(flag, flag)
+        if option not in ALIASES.values() or equals:
+            found.append(f"{option}{equals}{value}")
+            continue
+        values = []
+        while waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        if option == ALIASES["--allow_code_execution"]:
+            values = values or ["true"]
+        written = values[0] if len(values) == 1 else json.dumps(values)
+        found.append(f"{option}={written}" if values else option)
+    return found
+
+
+def _found(flag: str, name: str) -> str:
+    folder = FOLDERS[flag]
+    places = [Path(name), Path(folder) / name, PROJECT / folder / name]
+    for place in places:
+        if place.is_file():
+            return str(place)
+    raise InputError(f"{flag} {name}: no such file here or under {folder}/")
+
+
+def with_default_config(command: str, arguments: list[str]) -> list[str]:
+    """Put the command's default configuration in front where none is named.
+
+    Merge's default is one merge of the demo's adapters: it is left out where ``--utility`` names other ones, so that no
+    method, safety adapter or strength of the demo gets into them.
+    """
+    flags = {argument.partition("=")[0] for argument in arguments}
+    named = "--config" in flags or (command == "merge" and "--utility" in flags)
+    asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
+    if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:
+        return arguments
+    return ["--config", DEFAULT_CONFIG[command], *arguments]
