@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from src.cli import main
 from src.fisher.accumulate import examples, mapped, zeros
+from src.fisher.base import weighted_mean
 from src.fisher.files import FisherFile, load_fisher
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.shards import Shards, join_scores
@@ -67,6 +68,55 @@ def test_halves_of_mapped_scores_are_not_copied(tmp_path, monkeypatch):
         again = half.halves(1)[0]
         torch.testing.assert_close(again.scores, copy.halves(1)[0].scores)
     torch.testing.assert_close(sum(half.matvec(patch) for half in halves) / 2, fishers[0].matvec(patch))
+
+
+def test_the_mean_over_directories_copies_no_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.fisher.columns.WIDE_ENTRIES", 2**14)
+    rows, dim = 64, 2**13
+    parts = [mapped_scores(tmp_path / str(i), rows, dim, i) for i in range(3)]
+    vector = torch.randn(dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with Allocations() as seen:
+        mean = weighted_mean([parts[0], parts[1].halves(0)[0], parts[2]], [1.0, 2.0, 0.5])
+        product, half = mean.matvec(vector), mean.halves(1)[0]
+        half.energy(vector)
+    # The largest are blocks of columns in float64, of all rows where half are chosen.
+    assert max(seen.bytes) <= 2 * 8 * 2**14 < rows * dim * 4 / 4
+    held = [LowRankFisher(part.scores.clone(), part.count) for part in (parts[0], parts[1].halves(0)[0], parts[2])]
+    expected = sum(w * part.dense() for w, part in zip((1.0, 2.0, 0.5), held, strict=True)) / 3.5
+    torch.testing.assert_close(product, expected @ vector, rtol=1e-6, atol=1e-9)
+    again = LowRankFisher(mean.scores, mean.count, mean.groups).halves(1)[0]
+    torch.testing.assert_close(half.scores, again.scores, rtol=0, atol=0)
+
+
+def resident(path):
+    """Bytes of a mapped file that this process holds."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    return sum(
+        1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+        for line in lines
+        if line.endswith(str(path))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pages_of_a_scores_file_are_given_back(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("src.fisher.columns.WIDE_ENTRIES", 2**13)
+    rows, side = 64, 64
+    scores = torch.randn(rows, 4 * side**2, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    u, v = ({f"m{i}": torch.eye(side) for i in range(4)} for _ in range(2))
+    path = tmp_path / "f.safetensors"
+    FisherFile(LowRankFisher(scores, rows), u, v, {"rows": []}).save(path)
+    fisher = load_fisher(path).fisher
+    assert resident(path) < path.stat().st_size / 4
+    trace, size = fisher.trace(), path.stat().st_size
+    assert resident(path) < size / 4
+    assert trace == LowRankFisher(scores, rows).trace()
+    whole = fisher.columns(slice(None)).sum()  # the check can fail: reading it whole holds it whole
+    assert resident(path) > size / 2
+    fisher.release()
+    assert resident(path) < size / 4
+    assert torch.equal(fisher.scores, scores)
+    assert whole == scores.sum()
 
 
 class Peak:

@@ -7,7 +7,7 @@ coordinates only), those of the representation, and ``mean`` where mean signed s
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.magnitude import Magnitude
+from src.fisher.tables import DTYPES, MappedTable
 
 RECORD = "sst_fisher"
 HALVES = "mean.halves"
@@ -99,6 +100,7 @@ def load_fisher(path: Path) -> FisherFile:
                 raise InputError(f"{path}: not a Fisher file (no {RECORD} record in its metadata)")
             record = _record(path, metadata[RECORD])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+            wide = "scores" in tensors and handle.get_slice("scores").get_dtype() in DTYPES
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     core = record.get("coordinates", "core") == "core"
@@ -107,10 +109,12 @@ def load_fisher(path: Path) -> FisherFile:
         shapes = _shapes(path, record, u, v)
         _check_finite(path, {f"{s}.{n}": t for s, side in (("u", u), ("v", v)) for n, t in side.items()}, shapes)
         kind = REPRESENTATIONS[record.get("representation", "lowrank")]
-        _check_finite(path, tensors, shapes)
+        _check_finite(path, {name: tensor for name, tensor in tensors.items() if name != "scores"}, shapes)
         mean, half_means = (tensors.pop(key, None) for key in ("mean", HALVES))
         fisher = kind.from_tensors(tensors, shapes=shapes, count=record["count"])
         if isinstance(fisher, LowRankFisher):
+            fisher = replace(fisher, stored=MappedTable(path, "scores")) if wide else fisher
+            _check_scores(path, fisher, shapes)
             fisher = fisher.named(record.get("rows") or [])
     except KeyError as error:
         raise InputError(f"{path}: has no {error}; expected a file written by `python -m src fisher`") from None
@@ -149,12 +153,23 @@ def _shapes(
     return {name: (p, q) for name, (p, q) in given.items()}
 
 
+def _check_scores(path: Path, fisher: LowRankFisher, shapes: Shapes) -> None:
+    """Stop at NaN or infinite scores, which the module of the first is named for."""
+    ends = torch.tensor([p * q for p, q in shapes.values()]).cumsum(0)
+    for columns, block in fisher.blocks():
+        sound = torch.isfinite(block).all(0)
+        if not sound.all():
+            at = columns.start + int((~sound).nonzero()[0])
+            name = list(shapes)[int(torch.searchsorted(ends, at, right=True))]
+            raise InputError(f"{path}: the scores of {name} hold NaN or infinite values")
+
+
 def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
     """Stop at NaN or infinite values, module by module."""
     sizes = [p * q for p, q in shapes.values()]
     for key, tensor in tensors.items():
         kind, _, module = key.partition(".")
-        if kind in ("scores", "mean") and tensor.ndim and tensor.shape[-1] == sum(sizes):
+        if kind == "mean" and tensor.ndim and tensor.shape[-1] == sum(sizes):
             for name, part in zip(shapes, tensor.split(sizes, dim=-1), strict=True):
                 if not torch.isfinite(part).all():
                     raise InputError(f"{path}: the {kind} of {name} hold NaN or infinite values")

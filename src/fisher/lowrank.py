@@ -1,7 +1,7 @@
 """The exact Fisher matrix, held as the scores of its examples: ``F = GᵀG / n`` with G (n·m, D), m draws each.
 
 A part of the examples (a half for held-out measurements) is a choice of rows of the same scores: a mapped file stays
-one, and nothing is copied but the column block that a product works on.
+one, and nothing is copied but the column block that a product works on. So is the mean over several data sets.
 
 Legend of shapes: n examples, D coordinates, P vectors, M rows of stored scores.
 """
@@ -17,15 +17,16 @@ from src.fisher.accumulate import Accumulator, row_half
 from src.fisher.base import Fisher, Shapes
 from src.fisher.columns import column_blocks
 from src.fisher.scores import core_score
+from src.fisher.tables import StackedTables, Table, release, rows_of
 
 
 @dataclass(frozen=True)
 class LowRankFisher(Fisher):
-    """Fisher information ``F = GᵀG / count``. The scores may be a memory-mapped file: they are read in column blocks.
+    """Fisher information ``F = GᵀG / count``. The scores may be mapped files: they are read in column blocks.
 
     Attributes:
-        stored: (M, D) scores: G, or ``chosen`` says which rows of them are G's (rows, D); several rows per
-            example where labels were drawn several times (scaled by 1/√draws).
+        stored: (M, D) scores, a tensor or mapped: G, or ``chosen`` says which rows of them are G's (rows, D); several
+            rows per example where labels were drawn several times (scaled by 1/√draws).
         count: n, the number of examples.
         groups: (n,) int64 row of the data that each example is of, with one example per answer token: tokens of
             one row are never told apart by a split. Unset means one example per row.
@@ -34,7 +35,7 @@ class LowRankFisher(Fisher):
     """
 
     representation = "lowrank"
-    stored: torch.Tensor
+    stored: Table
     count: int
     groups: torch.Tensor | None = None
     rows: tuple[str, ...] | None = None
@@ -65,13 +66,17 @@ class LowRankFisher(Fisher):
 
     def columns(self, columns: slice) -> torch.Tensor:
         """(rows, columns) a column block of G, as it is stored; a view where no rows are chosen."""
-        block = self.stored[:, columns]
-        return block if self.chosen is None else block[self.chosen]
+        return rows_of(self.stored, self.chosen, columns)
+
+    def release(self) -> None:
+        """Give back the memory of what was read of a mapped file."""
+        release(self.stored)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Column slices and the (rows, columns) float64 blocks of G that they cut out."""
         for columns in column_blocks(self.height, self.dim):
             yield columns, self.columns(columns).double()
+            self.release()
 
     def factor(self) -> torch.Tensor:
         """``G / √n`` in float64: F is its Gram matrix over columns."""
@@ -160,7 +165,7 @@ class LowRankFisher(Fisher):
 
     @classmethod
     def pooled(cls, fishers: Sequence["LowRankFisher"], shares: Sequence[float]) -> "LowRankFisher":
-        """``Σ share_i F_i``: the scores of all data sets, scaled.
+        """``Σ share_i F_i``: the scores of all data sets, scaled as they are read.
 
         Raises:
             ValueError: the data sets have different numbers of draws.
@@ -169,7 +174,7 @@ class LowRankFisher(Fisher):
             raise ValueError(f"Fisher matrices of {sorted(draws)} draws per example have no mean; take as many in each")
         total = sum(fisher.count for fisher in fishers)
         factors = [(share * total / f.count) ** 0.5 for share, f in zip(shares, fishers, strict=True)]
-        scores = torch.cat([f.scores * factor for factor, f in zip(factors, fishers, strict=True)])
+        scores = StackedTables([f.stored for f in fishers], [f.chosen for f in fishers], factors)
         groups, used = [], 0
         for fisher in fishers:
             own = torch.arange(fisher.count) if fisher.groups is None else fisher.groups

@@ -1,6 +1,6 @@
 """The scores of several low-rank Fisher matrices as one tall stack S, never copied together, read in column blocks.
 
-Scores may be memory-mapped float32 files: one block of columns at a time is widened to float64, so the memory of every
+Scores may be mapped float32 files: one block of columns at a time is widened to float64, so the memory of every
 product is bounded however large N · D is.
 
 Legend of shapes: N rows of all matrices, D coordinates, k vectors.
@@ -26,7 +26,7 @@ class ScoreStack:
     """
 
     def __init__(self, fishers: Sequence[LowRankFisher], factors: Sequence[float]) -> None:
-        self._parts = [fisher.columns for fisher in fishers]
+        self._fishers = fishers
         self.scales = [w / f.count**0.5 for w, f in zip(factors, fishers, strict=True)]
         self.rows = [fisher.height for fisher in fishers]
         self.dim = fishers[0].dim
@@ -36,8 +36,9 @@ class ScoreStack:
         total = sum(self.rows)
         for columns in column_blocks(total, self.dim):
             block = torch.empty(total, columns.stop - columns.start, dtype=torch.float64)
-            for part, cut, scale in zip(block.split(self.rows), self._parts, self.scales, strict=True):
-                part.copy_(cut(columns)).mul_(scale)
+            for part, fisher, scale in zip(block.split(self.rows), self._fishers, self.scales, strict=True):
+                part.copy_(fisher.columns(columns)).mul_(scale)
+                fisher.release()
             yield columns, block
 
     def gram(self) -> torch.Tensor:

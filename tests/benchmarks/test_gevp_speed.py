@@ -1,8 +1,8 @@
 """The Gram solver against dense ``scipy.linalg.eigh``, and its memory and cost at the size of a 7B model, in one run.
 
 ``BENCH_DENSE_DIM`` sets D of the dense comparison (13 440: SmolLM2 at r = 8; the dense solve takes many minutes there).
-Memory is that of a process of its own; scores are memory-mapped files, as the fisher command leaves them. What the
-process allocates and what it maps are told apart: the kernel takes mapped pages back when memory is short.
+Memory is that of a process of its own; scores are mapped files, as a merge reads them: what the process allocates, and
+that with the pages of the files that it holds.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import save_file
 
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.lowrank import solve_lowrank
@@ -22,18 +23,17 @@ DENSE_DIM = int(os.environ.get("BENCH_DENSE_DIM", "13440"))
 SETTINGS = {"rho": 0.1, "rho_s": 10.0}
 SOLVE = """
 import json, resource, sys, time
+from pathlib import Path
 import torch
 from src.fisher.lowrank import LowRankFisher
+from src.fisher.tables import MappedTable
 from src.gevp.filters import soft
 from src.gevp.heldout import curve, split_rows
 from src.gevp.lowrank import solve_lowrank
 from src.gevp.pencil import make_pencil
 from tests.benchmarks.memory import own, watch
 rows, dim, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-fishers = []
-for name in ("safety", "utility"):
-    scores = torch.from_file(f"{folder}/{name}", shared=True, size=rows * dim, dtype=torch.float32).view(rows, dim)
-    fishers.append(LowRankFisher(scores, rows))
+fishers = [LowRankFisher(MappedTable(Path(folder) / name, "scores"), rows) for name in ("safety", "utility")]
 before = own()
 seen = watch()
 start = time.perf_counter()
@@ -92,10 +92,9 @@ def test_memory_and_cost_at_the_size_of_a_7b_model(rows, tmp_path):
     found = {}
     for dim in (14336, 57344) if rows == 1024 else (57344,):
         for name, fisher in zip(("safety", "utility"), (0, 1), strict=True):
-            size = rows * dim
-            scores = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=torch.float32).view(rows, dim)
-            for start in range(0, rows, 256):
-                scores[start : start + 256].normal_(generator=torch.Generator().manual_seed(start + fisher))
+            scores = torch.randn(rows, dim, generator=torch.Generator().manual_seed(fisher))
+            save_file({"scores": scores}, tmp_path / name)
+            del scores
         command = [sys.executable, "-c", SOLVE, str(rows), str(dim), str(tmp_path)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found[dim] = json.loads(output)
@@ -107,6 +106,6 @@ def test_memory_and_cost_at_the_size_of_a_7b_model(rows, tmp_path):
             f"{numbers['own']:.2f} GiB allocated at peak ({numbers['idle']:.2f} before); held-out shares "
             f"{numbers['held_out']:.1f} s, {numbers['merge']:.2f} GiB; {numbers['peak']:.2f} with mapped scores\n"
         )
-        assert numbers["merge"] < 4.0
+        assert max(numbers["merge"], numbers["peak"]) < 4.0
     if len(found) > 1:
         sys.stderr.write(f"4 x the coordinates: {found[57344]['solve'] / found[14336]['solve']:.2f} x the time\n")
