@@ -1,0 +1,119 @@
+"""How well harmful prompts and prompts that only sound harmful are told apart by a linear reading of a base model.
+
+Logistic regression on the hidden state at the last prompt token, layer by layer: what a model that has to decide there
+between refusing and answering can read linearly. Trained on three kinds of rows:
+
+* ``calibration``: the sources that the studies train and calibrate on, none of the prompts' own benchmark;
+* ``other types``: those and XSTest's prompts of all types but the one tested (homonyms, figurative language, …);
+* ``same types``: those and other XSTest prompts of the same types (five folds; near-duplicates by design).
+
+Printed is, for the layer that does best **on the test rows** (so a bound from above), over-refusal at the threshold
+that refuses .5 to .95 of XSTest's unsafe prompts. ``BENCH_MODEL`` and ``BENCH_DTYPE`` name another base.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics.functional.classification import binary_auroc
+
+from src.data.chat import Encoder
+from src.data.sources import RowSource, load_rows
+from src.models.base import BaseSpec, load_model, load_tokenizer
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+SPEC = BaseSpec(**({"name": os.environ["BENCH_MODEL"]} if "BENCH_MODEL" in os.environ else {}))
+EVERY = 3
+"""Layers between two readings."""
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+RIDGE = 1e-2
+"""Of the regression, on standardised features."""
+
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the research data set ../shared/data is not here")
+
+
+def rows(name, limit=None):
+    return load_rows(RowSource(path=str(DATA / name), seed=0, limit=limit), need_response=False)
+
+
+def features(model, encoder, given):
+    """(rows, layers, width) hidden states at the last prompt token, in float64."""
+    found = []
+    with torch.no_grad():
+        for row in given:
+            ids = torch.tensor([encoder.encode(row).prompt_ids])
+            states = model(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[1:]
+            found.append(torch.stack([state[0, -1] for state in states[EVERY - 1 :: EVERY]]))
+    return torch.stack(found).double()
+
+
+def scores(harmful, safe, tested):
+    """Scores of tested rows (n, width) by a regression fitted to harmful and safe rows."""
+    x = torch.cat([harmful, safe])
+    y = torch.cat([torch.ones(len(harmful)), torch.zeros(len(safe))]).double()
+    mean, deviation = x.mean(0), x.std(0)
+    w, b = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (x.shape[1], 1))
+    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits((x - mean) / deviation @ w + b, y) + RIDGE * w.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return ((tested - mean) / deviation @ w + b).detach()
+
+
+def held_out(train, unsafe, safe, parts):
+    """Scores of all unsafe and safe rows, each part (names of rows) scored by a fit to the others and to ``train``."""
+    found = torch.empty(len(unsafe)), torch.empty(len(safe))
+    for part in sorted(set(parts[0]) | set(parts[1])):
+        here = [torch.tensor([own == part for own in names]) for names in parts]
+        fitted = [torch.cat([a, b[~own]]) for a, b, own in zip(train, (unsafe, safe), here, strict=True)]
+        for result, given, own in zip(found, (unsafe, safe), here, strict=True):
+            if own.any():
+                result[own] = scores(*fitted, given[own]).float()
+    return found
+
+
+def types_of(given):
+    """Type of each XSTest prompt; the contrast of a type counts as it."""
+    names = [row.category.removeprefix("contrast_") for row in given]
+    return [
+        "discrimination" if name.endswith("discr") else "privacy" if name.startswith("privacy") else name
+        for name in names
+    ]
+
+
+def test_how_far_a_linear_reading_tells_harmful_from_harmless():
+    model, encoder = load_model(SPEC).eval(), Encoder(load_tokenizer(SPEC), max_length=256)
+    harmful, safe = rows("train/safety_refusal.jsonl", 500), rows("calib/borderline.jsonl")
+    unsafe_rows, safe_rows = rows("eval/harmful_xstest_unsafe.jsonl"), rows("eval/overrefusal_xstest_safe.jsonl")
+    train = [features(model, encoder, given) for given in (harmful, safe + rows("train/instruct.jsonl", 250))]
+    unsafe, borderline = (features(model, encoder, given) for given in (unsafe_rows, safe_rows))
+    draw = torch.Generator().manual_seed(0)
+    folds = [(torch.randperm(len(given), generator=draw) % 5).tolist() for given in (unsafe, borderline)]
+    kinds = {"calibration": None, "other types": [types_of(unsafe_rows), types_of(safe_rows)], "same types": folds}
+    for kind, parts in kinds.items():
+        best = None
+        for layer in range(unsafe.shape[1]):
+            fitted, tested = [part[:, layer] for part in train], (unsafe[:, layer], borderline[:, layer])
+            if parts is None:
+                one, zero = (scores(*fitted, given).float() for given in tested)
+            else:
+                one, zero = held_out(fitted, *tested, parts)
+            area = binary_auroc(torch.cat([one, zero]), torch.cat([torch.ones(len(one)), torch.zeros(len(zero))]).int())
+            if best is None or area > best[0]:
+                refused = [(zero >= one.quantile(1 - level)).double().mean().item() for level in LEVELS]
+                best = (area, layer, refused)
+        area, layer, refused = best
+        at = ", ".join(f"{part:.2f} at {level:g}" for level, part in zip(LEVELS, refused, strict=True))
+        sys.stderr.write(
+            f"\n{SPEC.name}, trained on {kind}: area under the curve {area:.3f} (after layer {EVERY * (layer + 1)}); "
+            f"over-refusal {at} refusal\n"
+        )
+        assert 0.5 < area <= 1
