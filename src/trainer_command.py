@@ -21,6 +21,7 @@ from src.files import begin_output, check_output, end_output, has_results, is_be
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.models.base import load_tokenizer
 from src.models.checkpoints import AtomicCheckpoints, check_checkpoint
+from src.models.fisher_output import remove_done
 from src.models.speed import keep_freed_memory
 from src.parsing import TrainerParser
 
@@ -102,10 +103,12 @@ class TrainerCommand(LightningCLI):
             check_training_length(self.config.trainer)
         if self.config.get("dry_run"):
             return
+        if self.command == "fisher" and is_first_process():
+            remove_done(self.output)
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
         # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
         kept = self.command == "fit" and any((self.output / RUN / "checkpoints").glob("*"))
-        going_on = not kept and is_begun(self.output, self._same())
+        going_on = not kept and is_begun(self.output, self.shared_settings)
         check_output(self.output, overwrite=allowed or going_on, beside=frozenset() if kept else frozenset({RUN}))
         self._own = going_on or not has_results(self.output, frozenset({RUN}))
         if self.config.get("ckpt_path"):
@@ -114,7 +117,8 @@ class TrainerCommand(LightningCLI):
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
 
-    def _same(self) -> dict[str, Any]:
+    @property
+    def shared_settings(self) -> dict[str, Any]:
         """What two runs of the same command have in common."""
         settings = self.settings
         return {"command": self.command} | {key: settings.get(key) for key in SAME}
@@ -124,7 +128,7 @@ class TrainerCommand(LightningCLI):
         if not is_first_process():
             return
         if self._own:
-            begin_output(self.output, self._same())
+            begin_output(self.output, self.shared_settings)
         else:
             end_output(self.output)
 

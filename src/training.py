@@ -105,7 +105,7 @@ def fisher(arguments: list[str]) -> None:
         return
     for line in lines:
         log.info("%s", line)
-    module.output, module.settings = command.output, command.settings
+    module.output, module.settings, module.shared_settings = command.output, command.settings, command.shared_settings
     command.output.mkdir(parents=True, exist_ok=True)
     command.begin()
     command.trainer.predict(module, data, return_predictions=False)
@@ -134,5 +134,5 @@ def _evaluation(name: str, arguments: list[str]) -> tuple[TrainerCommand, Any]:
     command = TrainerCommand(name, EvaluationModule, EvaluationData, arguments)
     data: Any = command.prepare()
     module: Any = command.model
-    module.output, module.settings = command.output, command.settings
+    module.output, module.settings, module.shared_settings = command.output, command.settings, command.shared_settings
     return command, data

@@ -35,8 +35,8 @@ KILLS = {
     "with one file written and one not": ("src.models.fisher:write_pass", 1),
     "between the last renames": ("src.models.fisher_output:ready_file", 1),
     "after the last rename": ("src.models.fisher_output:end_output", 0),
-    # The call before it is of another folder.
-    DELETED: ("src.models.fisher_output:shutil.rmtree", 1),
+    # The calls before it find nothing: what earlier runs have left.
+    DELETED: ("src.models.fisher_output:shutil.rmtree", 3),
 }
 
 
@@ -77,7 +77,7 @@ def test_a_pass_killed_anywhere_is_finished_by_the_same_command(found):
             cut = load_file(out / f"{name}.safetensors")
             assert list(cut) == list(whole[name])
             assert all(torch.equal(cut[key], value) for key, value in whole[name].items()), when
-        assert (out / ".parts").exists() == (when == DELETED)
+        assert not list(out.glob(".parts*"))
         assert not (out / ".unfinished.json").exists()
     kept = {"between two parts": 3, "between the last renames": 6}
     for when, parts in kept.items():

@@ -53,9 +53,10 @@ class CalibrationData(TokenizedData):
             "utility": [load_rows(source, need_response=True) for source in as_sources(utility)],
         }
         given = len(self.sources["utility"])
-        if utility_weights is not None and (len(utility_weights) != given or not all(w > 0 for w in utility_weights)):
+        sound = utility_weights is None or all(0 < weight < float("inf") for weight in utility_weights)
+        if not sound or (utility_weights is not None and len(utility_weights) != given):
             raise InputError(
-                f"data.utility_weights is {utility_weights}; expected {given} numbers above 0, one a source"
+                f"data.utility_weights is {utility_weights}; expected {given} numbers above 0, finite, one a source"
             )
         self.source_weights = {"safety": None, "utility": utility_weights}
         if random_rows < 1:

@@ -141,6 +141,13 @@ class Accumulator(ABC, Generic[Result]):
         for i, total in enumerate(self.sums()):
             total.add_(state[f"sum.{i}"])
 
+    def unsound(self) -> str | None:
+        """The first module with NaN or infinite sums, if any; each module has as many sums as the others."""
+        sound = [bool(torch.isfinite(total).all()) for total in self.sums()]
+        each = len(sound) // len(self.shapes)
+        parts = zip(self.shapes, range(0, len(sound), each), strict=True)
+        return next((name for name, i in parts if not all(sound[i : i + each])), None)
+
     @abstractmethod
     def finish(self) -> Result:
         """The result, from sums and counts; once, after :meth:`reduce`."""

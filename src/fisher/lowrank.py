@@ -1,5 +1,7 @@
 """The exact Fisher matrix, held as the scores of its examples: ``F = GᵀG / n`` with G (n·m, D), m draws each.
 
+Where examples have weights w_i, a score is stored times ``√w_i`` and the divisor is ``Σ w_i``.
+
 A part of the examples (a half for held-out measurements) is a choice of rows of the same scores: a mapped file stays
 one, and nothing is copied but the column block that a product works on. So is the mean over several data sets.
 
@@ -22,7 +24,7 @@ from src.fisher.tables import StackedTables, Table, release, rows_of
 
 @dataclass(frozen=True)
 class LowRankFisher(Fisher):
-    """Fisher information ``F = GᵀG / count``. The scores may be mapped files: they are read in column blocks.
+    """Fisher information ``F = GᵀG / total``. The scores may be mapped files: they are read in column blocks.
 
     Attributes:
         stored: (M, D) scores, a tensor or mapped: G, or ``chosen`` says which rows of them are G's (rows, D); several
@@ -32,6 +34,7 @@ class LowRankFisher(Fisher):
             one row are never told apart by a split. Unset means one example per row.
         rows: (n,) identifier of the row of each example, where known: a row that two data sets share is one row.
         chosen: (rows,) int64 rows of the stored scores that are G's; unset means all.
+        weights: (n,) float64 weight of each example, whose root its scores carry; unset means 1 each.
     """
 
     representation = "lowrank"
@@ -40,6 +43,7 @@ class LowRankFisher(Fisher):
     groups: torch.Tensor | None = None
     rows: tuple[str, ...] | None = None
     chosen: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = self.height if self.stored.ndim == 2 else 0
@@ -53,6 +57,11 @@ class LowRankFisher(Fisher):
     def dim(self) -> int:
         """D."""
         return self.stored.shape[1]
+
+    @property
+    def total(self) -> float:
+        """Weight of all examples: n where they have none of their own."""
+        return float(self.count) if self.weights is None else self.weights.sum().item()
 
     @property
     def scores(self) -> torch.Tensor:
@@ -79,21 +88,21 @@ class LowRankFisher(Fisher):
             self.release()
 
     def factor(self) -> torch.Tensor:
-        """``G / √n`` in float64: F is its Gram matrix over columns."""
-        return self.scores.double() / self.count**0.5
+        """``G / √total`` in float64: F is its Gram matrix over columns."""
+        return self.scores.double() / self.total**0.5
 
     def trace(self) -> float:
         """tr(F)."""
-        return sum(block.square().sum().item() for _, block in self.blocks()) / self.count
+        return sum(block.square().sum().item() for _, block in self.blocks()) / self.total
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         """(D,) product ``F v``, in float64."""
         inner = self._times(vector[None])
-        return torch.cat([(block.T @ inner).squeeze(1) for _, block in self.blocks()]) / self.count
+        return torch.cat([(block.T @ inner).squeeze(1) for _, block in self.blocks()]) / self.total
 
     def energies(self, vectors: torch.Tensor) -> torch.Tensor:
         """(P,) quadratic forms ``vᵀ F v`` of vectors (P, D), in float64."""
-        return self._times(vectors).square().sum(0) / self.count
+        return self._times(vectors).square().sum(0) / self.total
 
     def dense(self) -> torch.Tensor:
         """(D, D) matrix, for tests."""
@@ -110,7 +119,8 @@ class LowRankFisher(Fisher):
         chosen = rows if self.chosen is None else self.chosen[rows]
         groups = None if self.groups is None else self.groups[examples]
         names = None if self.rows is None else tuple(self.rows[i] for i in examples.tolist())
-        return LowRankFisher(self.stored, len(examples), groups, names, chosen)
+        weights = None if self.weights is None else self.weights[examples]
+        return LowRankFisher(self.stored, len(examples), groups, names, chosen, weights)
 
     def named(self, rows: Sequence[str]) -> "LowRankFisher":
         """The matrix with the identifiers of its rows, given those of all rows of the data; as it is where they differ.
@@ -149,19 +159,28 @@ class LowRankFisher(Fisher):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds."""
-        return {"scores": self.scores} | ({} if self.groups is None else {"groups": self.groups})
+        return {"scores": self.scores} | {
+            name: own for name, own in (("groups", self.groups), ("weights", self.weights)) if own is not None
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> "LowRankFisher":
         """The inverse of :meth:`tensors`.
 
         Raises:
-            ValueError: scores are no table, or scores and modules have different numbers of coordinates.
+            ValueError: scores are no table, or scores and modules have different numbers of coordinates, or there are
+                not as many groups or weights as examples.
         """
         dim, found = sum(p * q for p, q in shapes.values()), tuple(tensors["scores"].shape)
         if len(found) != 2 or found[1] != dim:
             raise ValueError(f"scores of shape {found}; expected (rows, {dim}), the bases' coordinates")
-        return cls(tensors["scores"], count, tensors.get("groups"))
+        groups, weights = tensors.get("groups"), tensors.get("weights")
+        for name, own in (("groups", groups), ("weights", weights)):
+            if own is not None and tuple(own.shape) != (count,):
+                raise ValueError(f"{name} of shape {tuple(own.shape)}; expected ({count},), one of each example")
+        if weights is not None and not bool((weights > 0).all()):
+            raise ValueError("weights of examples that are not above 0")
+        return cls(tensors["scores"], count, groups, weights=weights)
 
     @classmethod
     def pooled(cls, fishers: Sequence["LowRankFisher"], shares: Sequence[float]) -> "LowRankFisher":
@@ -172,9 +191,11 @@ class LowRankFisher(Fisher):
         """
         if len(draws := {fisher.height // fisher.count for fisher in fishers}) > 1:
             raise ValueError(f"Fisher matrices of {sorted(draws)} draws per example have no mean; take as many in each")
-        total = sum(fisher.count for fisher in fishers)
-        factors = [(share * total / f.count) ** 0.5 for share, f in zip(shares, fishers, strict=True)]
-        scores = StackedTables([f.stored for f in fishers], [f.chosen for f in fishers], factors)
+        total = sum(fisher.total for fisher in fishers)
+        factors = [share * total / f.total for share, f in zip(shares, fishers, strict=True)]
+        scores = StackedTables([f.stored for f in fishers], [f.chosen for f in fishers], [f**0.5 for f in factors])
+        own_weights = [torch.ones(f.count).double() if f.weights is None else f.weights for f in fishers]
+        weights = torch.cat([factor * own for factor, own in zip(factors, own_weights, strict=True)])
         groups, used = [], 0
         for fisher in fishers:
             own = torch.arange(fisher.count) if fisher.groups is None else fisher.groups
@@ -182,7 +203,8 @@ class LowRankFisher(Fisher):
             used += int(own.max()) + 1
         known = [fisher.rows for fisher in fishers if fisher.rows is not None]
         rows = tuple(chain.from_iterable(known)) if len(known) == len(fishers) else None
-        return cls(scores, total, torch.cat(groups) if any(f.groups is not None for f in fishers) else None, rows)
+        joined = torch.cat(groups) if any(f.groups is not None for f in fishers) else None
+        return cls(scores, sum(f.count for f in fishers), joined, rows, weights=weights)
 
     def _times(self, vectors: torch.Tensor) -> torch.Tensor:
         """(rows, P) products of the scores with vectors (P, D)."""
@@ -192,20 +214,35 @@ class LowRankFisher(Fisher):
         return total
 
 
-def score_order(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The order of scores by row, token and draw, and the row of each example where rows have several.
+@dataclass(frozen=True)
+class ScoreOrder:
+    """The order in which scores are stored, by row, token and draw, and what is known of their examples.
+
+    Attributes:
+        order: (k,) int64 positions.
+        groups: (n,) row of each example, where rows have several; else None.
+        weights: (n,) weight of each example, where any is not 1; else None.
+    """
+
+    order: torch.Tensor
+    groups: torch.Tensor | None
+    weights: torch.Tensor | None
+
+
+def score_order(keys: torch.Tensor, weights: torch.Tensor, count: int) -> ScoreOrder:
+    """The order of scores.
 
     Args:
         keys: (k, 2) row and answer token of each score.
+        weights: (k,) float64 weight of each score: its example's, divided by the number of draws.
         count: n, the number of examples; each has k/n scores.
-
-    Returns:
-        (k,) order, and (n,) rows or None.
     """
     order = keys[:, 1].argsort(stable=True)
     order = order[keys[order, 0].argsort(stable=True)]
-    groups = keys[order][:: len(keys) // count, 0].clone() if bool((keys[:, 1] > 0).any()) else None
-    return order, groups
+    draws = len(keys) // count
+    groups = keys[order][::draws, 0].clone() if bool((keys[:, 1] > 0).any()) else None
+    own = weights[order].view(count, draws).sum(1)
+    return ScoreOrder(order, groups, None if torch.allclose(own, torch.ones_like(own), rtol=1e-12) else own)
 
 
 class LowRankAccumulator(Accumulator[LowRankFisher]):
@@ -216,6 +253,7 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         self._parts_now: dict[str, torch.Tensor] = {}
         self._scores: list[torch.Tensor] = []
         self._keys: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
         """Add one module; the backward pass is complete with its last one."""
@@ -226,25 +264,33 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         scores = torch.cat([self._parts_now[module] for module in self.shapes], dim=1)[kept]
         self._scores.append(scores * batch.weight[kept, None].sqrt().to(scores.dtype))
         self._keys.append(torch.stack([batch.index[kept], torch.full_like(batch.index[kept], batch.token)], dim=1))
+        self._weights.append(batch.weight[kept])
         self._parts_now = {}
 
     def sums(self) -> Iterator[torch.Tensor]:
         """No sums: scores are gathered by :meth:`reduce`."""
         yield from ()
 
+    def unsound(self) -> str | None:
+        """The first module with NaN or infinite scores, if any."""
+        sizes = [p * q for p, q in self.shapes.values()]
+        sound = [torch.isfinite(part).all(0) for part in self._scores]
+        modules = zip(self.shapes, *(part.split(sizes) for part in sound), strict=True)
+        return next((name for name, *parts in modules if not all(part.all() for part in parts)), None)
+
     def state(self) -> dict[str, torch.Tensor]:
-        """Scores and their keys."""
-        parts = {"scores": torch.cat(self._scores), "keys": torch.cat(self._keys)} if self._scores else {}
-        return {"counts": self.counts} | parts
+        """Scores, their keys and weights."""
+        lists = {"scores": self._scores, "keys": self._keys, "weights": self._weights}
+        return {"counts": self.counts} | {name: torch.cat(parts) for name, parts in lists.items() if parts}
 
     def reduce(self, device: torch.device | None = None) -> None:
         """Bring the scores of all processes together on each of them."""
         super().reduce(device)
         if torch.distributed.is_initialized():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, (self._scores, self._keys))
-            self._scores = [part for own in gathered if own for part in own[0]]
-            self._keys = [part for own in gathered if own for part in own[1]]
+            torch.distributed.all_gather_object(gathered, (self._scores, self._keys, self._weights))
+            for i, own in enumerate((self._scores, self._keys, self._weights)):
+                own[:] = chain.from_iterable(parts[i] for parts in gathered)
 
     def finish(self) -> LowRankFisher:
         """The Fisher matrix.
@@ -254,6 +300,6 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         """
         if not sum(len(part) for part in self._scores):
             raise ValueError("a Fisher matrix needs at least one example")
-        keys, count = torch.cat(self._keys), round(self.counts.sum().item())
-        order, groups = score_order(keys, count)
-        return LowRankFisher(torch.cat(self._scores)[order], count, groups)
+        count = round(self.counts.sum().item())
+        found = score_order(torch.cat(self._keys), torch.cat(self._weights), count)
+        return LowRankFisher(torch.cat(self._scores)[found.order], count, found.groups, weights=found.weights)

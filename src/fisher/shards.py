@@ -104,8 +104,8 @@ def join_scores(shards: Shards, rows: int) -> LowRankFisher:
     """One low-rank Fisher matrix of all shards; its scores are a mapped file in the shards' folder.
 
     Args:
-        shards: Shards with ``scores`` (k, D), ``keys`` (k, 2: row and answer token) and ``counts``; one of no row has
-            none of them.
+        shards: Shards with ``scores`` (k, D), ``keys`` (k, 2: row and answer token), ``weights`` (k,) and ``counts``;
+            one of no row has none of them.
         rows: Number of rows that must occur.
 
     Raises:
@@ -121,12 +121,12 @@ def join_scores(shards: Shards, rows: int) -> LowRankFisher:
             f"{shards.folder}: {seen} of {rows} rows, {len(keys)} scores of {count} examples; expected each row once "
             "(all processes must write to one file system); run the same command again"
         )
-    order, groups = score_order(keys, count)
-    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+    whole = score_order(keys, torch.cat([part["weights"] for part in parts]), count)
+    places = torch.empty_like(whole.order).index_copy_(0, whole.order, torch.arange(len(keys)))
     first = found[0][2]
     path = shards.folder / JOINED
     path.unlink(missing_ok=True)
     scores = mapped_tensor(path, (len(keys), first.shape[1]), first.dtype)
     for (_, _, part), place in zip(found, places.split([len(own) for own, _, _ in found]), strict=True):
         scores[place] = part
-    return LowRankFisher(scores, count, groups)
+    return LowRankFisher(scores, count, whole.groups, weights=whole.weights)

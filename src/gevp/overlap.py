@@ -78,7 +78,7 @@ def spearman(one: torch.Tensor, two: torch.Tensor) -> float | None:
 def diagonal(fisher: Fisher) -> torch.Tensor:
     """(D,) diagonal of a Fisher matrix, without the matrix."""
     if isinstance(fisher, LowRankFisher):
-        return torch.cat([block.square().sum(0) for _, block in fisher.blocks()]) / fisher.count
+        return torch.cat([block.square().sum(0) for _, block in fisher.blocks()]) / fisher.total
     if isinstance(fisher, DiagonalFisher):
         return fisher.diagonal()
     if isinstance(fisher, KroneckerFisher):

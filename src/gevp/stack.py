@@ -18,7 +18,7 @@ ROWS = 512
 
 
 class ScoreStack:
-    """``S = [w_1 G_1/√n_1; w_2 G_2/√n_2; …]`` (N, D), with ``SᵀS = Σ w_i² F_i``.
+    """``S = [w_1 G_1/√t_1; w_2 G_2/√t_2; …]`` (N, D), with t_i the total weight of a matrix: ``SᵀS = Σ w_i² F_i``.
 
     Args:
         fishers: The matrices F_i.
@@ -27,7 +27,7 @@ class ScoreStack:
 
     def __init__(self, fishers: Sequence[LowRankFisher], factors: Sequence[float]) -> None:
         self._fishers = fishers
-        self.scales = [w / f.count**0.5 for w, f in zip(factors, fishers, strict=True)]
+        self.scales = [w / f.total**0.5 for w, f in zip(factors, fishers, strict=True)]
         self.rows = [fisher.height for fisher in fishers]
         self.dim = fishers[0].dim
 

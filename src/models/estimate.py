@@ -1,6 +1,6 @@
 """What a Fisher pass will take, from the model's configuration alone: no weight is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -14,6 +14,8 @@ from src.fisher.base import Representation, Shapes
 from src.fisher.scores import Granularity
 from src.models.base import DTYPES, BaseSpec, model_without_weights
 
+PRECISION_BYTES = {"64-true": 8, "16-true": 2, "bf16-true": 2}
+"""Bytes per number where the Trainer's precision converts the model."""
 QUANTISED_BYTES = {"none": None, "8bit": 1.0, "4bit": 0.5625}
 """Bytes per weight; 4-bit blocks of 64 carry a 32-bit scale (QLoRA, 2305.14314)."""
 
@@ -101,15 +103,26 @@ def part_count(rows: int, batch_size: int, shard_rows: int, processes: int) -> i
     return min(batches, processes * ceil(steps / max(1, shard_rows // batch_size)))
 
 
-def _activation_bytes(model: Any, tokens: int, rows: int, answers: int, width: int) -> int:
-    """Inputs and outputs of every linear layer, attention weights where they are formed, and logits."""
+def mean_bytes(shapes: Shapes, *, halves: bool) -> int:
+    """Bytes of the mean scores in a file, of all rows and of each half: float64."""
+    return 8 * sum(p * q for p, q in shapes.values()) * (3 if halves else 1)
+
+
+def _activation_bytes(model: Any, tokens: int, rows: int, answers: int, width: int, *, recomputed: bool) -> int:
+    """Inputs and outputs of every linear layer, attention weights where they are formed, and logits.
+
+    Where they are recomputed: those of one decoder layer, and the input of each.
+    """
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head = model.get_output_embeddings()
     kept = sum(m.in_features + m.out_features for m in linear if m is not head) * tokens * width
     config = model.config.get_text_config()
     formed = config._attn_implementation == "eager"
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * tokens * (tokens // max(rows, 1)) * width
-    return kept + (attention if formed else 0) + 3 * 4 * answers * config.vocab_size
+    layers = config.num_hidden_layers
+    kept += 2 * layers * config.num_attention_heads * tokens * (tokens // max(rows, 1)) * width if formed else 0
+    if recomputed:
+        kept = kept // layers + layers * config.hidden_size * tokens * width
+    return kept + 3 * 4 * answers * config.vocab_size
 
 
 def estimate(
@@ -125,6 +138,10 @@ def estimate(
     shards: int = 1,
     granularity: Granularity = "sequence",
     processes: int = 1,
+    undrawn: Collection[str] = (),
+    means: Collection[str] = (),
+    precision: str = "32-true",
+    checkpointing: bool = False,
 ) -> Estimate:
     """Sizes of the passes over some data.
 
@@ -140,6 +157,10 @@ def estimate(
         shards: Number of processes that the weights are sharded over.
         granularity: What an example is; ``lowrank`` keeps one score of each.
         processes: Number of processes.
+        undrawn: Passes whose labels are not drawn: one score per example.
+        means: Passes that take mean scores too.
+        precision: The Trainer's.
+        checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
         InputError: an adapted layer is not in the model.
@@ -151,34 +172,36 @@ def estimate(
     whole = {name: (layers[name].out_features, layers[name].in_features) for name in shapes}
     sides = whole if weight_coordinates else shapes
     rows = {name: len(encoded) for name, encoded in data.encoded.items()}
-    width = 4 if base.dtype == "float32" else DTYPES.get(base.dtype, model.dtype).itemsize
+    own_width = 4 if base.dtype == "float32" else DTYPES.get(base.dtype, model.dtype).itemsize
+    width = PRECISION_BYTES.get(precision, own_width)
     per_weight = QUANTISED_BYTES[base.quantization] or width
     batches = [sorted(encoded, key=lambda row: -len(row.ids))[: data.batch_size] for encoded in data.encoded.values()]
     tokens, answers = (
         max(len(batch) * len(batch[0].ids) for batch in batches),
         max(sum(len(row.ids) - row.answer_start for row in batch) for batch in batches),
     )
-    counts = [_examples(encoded, granularity) for encoded in data.encoded.values()]
-    form: dict[str, Any] = {"draws": draws, "halves": halves, "score_bytes": max(4, width)}
-    size = [matrix_bytes(representation, sides, sum(each), **form) for each in counts]
-    parts = list(size)
+    counts = {name: _examples(encoded, granularity) for name, encoded in data.encoded.items()}
+    form: dict[str, Any] = {"halves": halves, "score_bytes": max(4, width)}
+    drawn = {name: 1 if name in undrawn else draws for name in counts}
+    size = [matrix_bytes(representation, sides, sum(each), draws=drawn[n], **form) for n, each in counts.items()]
+    parts, mean = list(size), mean_bytes(sides, halves=halves)
     if representation != "lowrank":
         left = [part_count(n, data.batch_size, shard_rows, processes) for n in rows.values()]
         parts = [one * (n + (processes if weight_coordinates else 0)) for one, n in zip(size, left, strict=True)]
     bases = (
         0 if weight_coordinates else 8 * sum(whole[name][0] * p + whole[name][1] * q for name, (p, q) in shapes.items())
     )
-    open_examples = max(sum(sorted(each, reverse=True)[:shard_rows]) for each in counts)
+    open_scores = max(drawn[n] * sum(sorted(each, reverse=True)[:shard_rows]) for n, each in counts.items())
     return Estimate(
         rows=rows,
         tokens=tokens,
         dim=sum(p * q for p, q in sides.values()),
-        disk=sum(size) + bases * len(rows),
+        disk=sum(size) + bases * len(rows) + mean * len(means),
         shards=sum(parts),
         joined=_joined_bytes(size, bases) if representation == "lowrank" else 0,
         weights=int(sum(p.numel() for p in model.parameters()) * per_weight / shards),
-        activations=_activation_bytes(model, tokens, data.batch_size, answers, width),
-        sums=matrix_bytes(representation, sides, open_examples, **form),
+        activations=_activation_bytes(model, tokens, data.batch_size, answers, width, recomputed=checkpointing),
+        sums=matrix_bytes(representation, sides, open_scores, draws=1, **form) + (mean if means else 0),
         mapped=weight_coordinates,
     )
 

@@ -4,6 +4,7 @@ F_s is taken where the refusals happen, at θ0 + ΔW_u + P; F_u at θ0 + ΔW_u. 
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from src.adapters.attach import attached, check_fits
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.checks import check_base, check_compatible
 from src.adapters.pairs import Pairs
+from src.adapters.peft_files import Adapter
 from src.adapters.read_together import read_adapters
 from src.data.batches import Batch
 from src.data.calibration import CalibrationData
@@ -31,7 +33,7 @@ from src.models.fisher_open import open_pass
 from src.models.fisher_output import publish, ready_file, remove_joined, remove_stale
 from src.models.fisher_pass import Coordinates, FisherPass
 from src.models.fisher_record import write_pass
-from src.models.fisher_settings import check_draws, check_representation
+from src.models.fisher_settings import check_draws, check_relearn, check_representation, check_utility
 from src.models.logits import answer_logits, leaf_embeddings
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
@@ -104,6 +106,10 @@ class FisherModule(LightningModule):
         self.labels["benign"] = self.labels["utility"]
         check_draws(draws, self.labels.values())
         check_representation(representation, coordinates)
+        if relearn:
+            check_relearn(self.labels.values(), coordinates)
+        names = [utility] if isinstance(utility, str) else utility
+        self.weights = check_utility(names, utility_weights)
         if shard_rows < 1:
             raise InputError(f"model.shard_rows is {shard_rows}; expected at least 1")
         self.base, self.draws, self.granularity, self.seed = base, draws, granularity, seed
@@ -112,26 +118,29 @@ class FisherModule(LightningModule):
         self.references: dict[str, Reference] = {"safety": reference_safety, "utility": reference_utility}
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
         self.gradient_checkpointing = gradient_checkpointing
-        *self.utility, self.safety = read_adapters([*([utility] if isinstance(utility, str) else utility), safety])
+        *self.utility, self.safety = read_adapters([*names, safety])
         if coordinates == "weight" and self.safety.layout.constant:
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
-        self.weights = utility_weights or [1.0] * len(self.utility)
-        if len(self.weights) != len(self.utility):
-            raise InputError(f"model.utility_weights: {len(self.weights)} weights for {len(self.utility)} adapters")
         check_compatible([*self.utility, self.safety])
-        spanning = [self.safety] if basis == "safety" else [*self.utility, self.safety]
-        self.core: CoreBasis = core_basis([adapter.pairs for adapter in spanning])
+        self.core = self._core_basis([self.safety] if basis == "safety" else [*self.utility, self.safety])
         self.passes = {"safety": "safety", "utility": "utility"}
         if relearn:
             self.passes["benign"], self.references["benign"] = "utility", reference_safety
         self.output = Path()
         self.settings: dict[str, Any] = {}
+        self.shared_settings: dict[str, Any] = {}
         self.model: Any = None
         self.base_fingerprint = self.base_digest = self.matmul_chosen = ""
         self._recorder: ScoreRecorder
         self._at: AbstractContextManager[None] | None = None
         self._running: dict[str, FisherPass] = {}
         self._progress: Progress
+
+    def _core_basis(self, spanning: Sequence[Adapter]) -> CoreBasis:
+        try:
+            return core_basis([adapter.pairs for adapter in spanning])
+        except ValueError as error:
+            raise InputError(f"{', '.join(adapter.name for adapter in spanning)}: {error}") from None
 
     @property
     def random_passes(self) -> list[str]:
@@ -152,6 +161,10 @@ class FisherModule(LightningModule):
             shards=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
             granularity=self.granularity,
             processes=trainer.world_size,
+            undrawn=[name for name in self.passes if self.labels[name] != "model"],
+            means=[name for name in self.passes if name != "utility"] if self.relearn else (),
+            precision=str(trainer.precision),
+            checkpointing=self.gradient_checkpointing,
         )
 
     def setup(self, stage: str) -> None:
@@ -266,4 +279,4 @@ class FisherModule(LightningModule):
                 remove_joined(self.output, name)
         self.trainer.strategy.barrier("fisher files")
         if self.trainer.is_global_zero:
-            publish(self.output, self.passes)
+            publish(self.output, self.passes, self.shared_settings)

@@ -3,16 +3,22 @@
 Parts, and finished files that wait for the others, lie in a hidden folder of the output. The files are renamed into
 place one after the other; the output's mark (:func:`src.files.begin_output`) goes only then, and the parts after it. So
 a run that is killed between two renames is taken up by the same command, which finds every part and measures nothing.
+Files of an earlier run, which are to be replaced, go before the first rename: an output never holds files of two runs.
 """
 
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from src.files import end_output
+from src.files import begin_output, end_output
 from src.fisher.shards import JOINED
 
 PARTS = ".parts"
+DONE = ".parts.done"
+"""Parts that are of no use any more, while they are deleted."""
+PASSES = ("safety", "utility", "benign")
+"""All passes that a measurement may have."""
 
 
 def parts_folder(output: Path, name: str) -> Path:
@@ -36,9 +42,25 @@ def remove_joined(output: Path, name: str) -> None:
     (parts_folder(output, name) / JOINED).unlink(missing_ok=True)
 
 
-def publish(output: Path, names: Iterable[str]) -> None:
-    """Move the finished files of all passes into place, then delete the parts."""
+def remove_done(output: Path) -> None:
+    """Delete parts whose deletion a kill has cut short."""
+    shutil.rmtree(output / DONE, ignore_errors=True)
+
+
+def publish(output: Path, names: Iterable[str], settings: Any) -> None:
+    """Move the finished files of all passes into place, then delete the parts.
+
+    Args:
+        output: Directory of the measurement.
+        names: Its passes, each with a finished file.
+        settings: What makes a run the same, JSON.
+    """
+    begin_output(output, settings)
+    for old in PASSES:
+        (output / f"{old}.safetensors").unlink(missing_ok=True)
     for name in names:
         ready_file(output, name).replace(output / f"{name}.safetensors")
     end_output(output)
-    shutil.rmtree(output / PARTS)
+    remove_done(output)
+    (output / PARTS).rename(output / DONE)
+    remove_done(output)

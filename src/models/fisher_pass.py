@@ -98,9 +98,19 @@ class FisherPass:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been accumulated since the last shard; no sums where there was no row."""
+        """Write what has been accumulated since the last shard; no sums where there was no row.
+
+        Raises:
+            InputError: scores are not finite.
+        """
         if self._open is None:
             return
+        for sums in (self.fisher, self.mean):
+            if sums is not None and (module := sums.unsound()) is not None:
+                raise InputError(
+                    f"F_{self.name}: the scores of {module} are NaN or infinite in rows up to step {self._open}; see "
+                    "whether the base and the adapters at its reference point give finite losses"
+                )
         tensors = {ROWS: torch.tensor([self._rows])}
         if self._rows:
             tensors |= self.fisher.state()

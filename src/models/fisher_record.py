@@ -12,7 +12,7 @@ from src.fisher.accumulate import MeanScores
 from src.fisher.base import Fisher
 from src.fisher.files import FisherFile
 from src.models.fisher_weights import pass_weights
-from src.models.reference import reference_hashes
+from src.models.reference import reference_identities
 from src.provenance import versions
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "safety": entry(module.safety, 1.0),
         "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
         "basis_sha256": module.core.digest(),
-        "reference_sha256": reference_hashes(module.references[name]),
+        "reference_identity": reference_identities(module.references[name]),
         "rows": [row.id for row in rows],
         "rows_sha256": rows_sha256(rows),
         "seen": sorted({row.prompt_hash for row in rows}),
@@ -75,6 +75,7 @@ def pass_key(module: "FisherModule", name: str) -> str:
         "coordinates": module.coordinates,
         "relearn": module.relearn,
         "halves": module.halves,
+        "scores": "with weights",
         "means": "by half" if module.halves else "whole",
         "base": module.base_digest,
         "dtype": module.base.dtype,

@@ -1,6 +1,7 @@
 """Settings of a Fisher measurement that contradict each other, refused before anything is read."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 
 from src.errors import InputError
 from src.fisher.base import Representation
@@ -19,6 +20,32 @@ def check_draws(draws: int, labels: Collection[str]) -> None:
     if draws < 1 or (draws > 1 and "model" not in labels):
         given = ", ".join(dict.fromkeys(labels))
         raise InputError(f"model.draws is {draws} with labels {given}; expected 1, or more with labels model")
+
+
+def check_utility(utility: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+    """Weight of each utility adapter.
+
+    Raises:
+        InputError: there is no adapter, or there are not as many weights, or one is not finite.
+    """
+    if not utility:
+        raise InputError("model.utility names no adapter; expected a directory or hub id, or several")
+    given = list(weights or [1.0] * len(utility))
+    if len(given) != len(utility) or not all(map(math.isfinite, given)):
+        raise InputError(f"model.utility_weights is {given}; expected {len(utility)} finite numbers, one an adapter")
+    return given
+
+
+def check_relearn(labels: Collection[str], coordinates: Coordinates) -> None:
+    """Check that re-learned coefficients can work with a measurement: in core coordinates, on rows with answers.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if coordinates == "weight":
+        raise InputError("model.relearn: re-learned coefficients are of cores; expected model.coordinates core")
+    if "random_tokens" in labels:
+        raise InputError("model.relearn: rows of random tokens have no answers to learn; expected labels model or data")
 
 
 def check_representation(representation: Representation, coordinates: Coordinates) -> None:

@@ -1,5 +1,6 @@
 """Reference points of a Fisher matrix: the base model plus a weighted sum of adapters."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -36,8 +37,11 @@ def reference_update(
     chosen = reference_weights(reference)
     parts: list[tuple[Adapter, float]] = []
     for name, weight in chosen.items():
-        if not -float("inf") < weight < float("inf"):
-            raise InputError(f"reference {chosen}: the weight of {name} is {weight}; expected a finite number")
+        own_weights = weights if name == "utility" else [1.0]
+        if not all(math.isfinite(weight * own) for own in own_weights):
+            raise InputError(
+                f"reference {chosen}: the weight of {name} is {weight} times {own_weights}; expected finite numbers"
+            )
         if name == "utility":
             parts += [(adapter, weight * own) for adapter, own in zip(utility, weights, strict=True)]
         else:
@@ -46,7 +50,7 @@ def reference_update(
     return weighted_sum([adapter.pairs for adapter in adapters], [weight for _, weight in parts])
 
 
-def reference_hashes(reference: Reference) -> dict[str, str]:
-    """SHA-256 of the weights of each adapter that a reference point names itself."""
+def reference_identities(reference: Reference) -> dict[str, str]:
+    """Identity (weights and scaling) of each adapter that a reference point names itself."""
     named = [] if isinstance(reference, str) else [name for name in reference if name not in ("utility", "safety")]
-    return {name: read_adapter(name).sha256 for name in named}
+    return {name: read_adapter(name).identity for name in named}
