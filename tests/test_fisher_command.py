@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 from lightning import Callback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from src.adapters.attach import attached
 from src.adapters.pairs import weighted_sum
@@ -423,3 +424,51 @@ def test_the_estimate_counts_answer_tokens_and_every_part(base, rows, tokenizer)
     weights = of("diagonal", weight_coordinates=True)
     assert weights.shards == 3 * weights.sums
     assert weights.peak == weights.weights + weights.activations
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.utility_weights", "[.nan]"], "model.utility_weights is [nan]; expected 1 finite numbers"),
+        (["--model.utility_weights", "[1,2]"], "model.utility_weights is [1.0, 2.0]; expected 1 finite numbers"),
+        (["--model.utility", "[]"], "model.utility names no adapter"),
+        (
+            ["--model.reference_utility", '{"utility":.inf}'],
+            "the weight of utility is inf times [1.0]; expected finite",
+        ),
+        (["--model.utility_weights", "[1e200]"], "NaN or infinite; see whether the base with the adapters"),
+        (["--data.utility_weights", "[.inf,1]"], "expected 2 numbers above 0, finite"),
+        (["--model.max_matmul_error", "-1"], "model.max_matmul_error is -1.0; expected a number above 0"),
+        (["--model.relearn", "true", "--model.labels", "random_tokens"], "model.relearn: rows of random tokens"),
+        (
+            ["--model.relearn", "true", "--model.coordinates", "weight", "--model.representation", "diagonal"],
+            "model.relearn: re-learned coefficients are of cores",
+        ),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(base, adapters, rows, tmp_path, capsys, flags, message):
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "out", *flags)) == 2
+    errors = capsys.readouterr().err
+    assert message in " ".join(errors.split())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_an_adapter_without_updates_is_refused(base, adapters, rows, tmp_path, capsys):
+    zero = tmp_path / "zero"
+    shutil.copytree(adapters["safety"], zero)
+    tensors = load_file(zero / "adapter_model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, zero / "adapter_model.safetensors")
+    assert main(fisher_flags(base, adapters | {"safety": zero}, rows, tmp_path / "out")) == 2
+    assert f"{zero}: the adapters update no module" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_scaling_of_a_reference_adapter_is_another_pass(base, adapters, rows, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(adapters["utility"], other)
+    point = ["--model.reference_safety", json.dumps({"utility": 1.0, str(other): 1.0}), *DATA]
+    before = run(base, adapters, rows, tmp_path / "one", *point)["safety"].record
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
+    after = run(base, adapters, rows, tmp_path / "two", *point)["safety"].record
+    assert before["reference_identity"] != after["reference_identity"]
+    assert before["trace"] != after["trace"]

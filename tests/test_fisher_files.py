@@ -1,7 +1,10 @@
 """Every representation through the file, weighted means over data sets, and the algebra that all share."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from src.errors import InputError
@@ -11,7 +14,8 @@ from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.files import RECORD, FisherFile, load_fisher
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator, LowRankFisher
+from src.fisher.lowrank import LowRankFisher
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 
 SHAPES = {"model.layers.0.a": (2, 3), "model.layers.1.b": (1, 4)}
 ACCUMULATORS = [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator]
@@ -100,8 +104,6 @@ def test_a_bad_mean_is_named(tmp_path):
 def test_files_that_are_not_whole_are_refused(change, message, tmp_path):
     path = tmp_path / "f.safetensors"
     FisherFile(random_fisher(BlockAccumulator), *bases(), {}).save(path)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()
     tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
@@ -198,8 +200,6 @@ def test_a_file_names_the_rows_of_its_scores(tmp_path):
 
 
 def rewritten(path, tensors, metadata):
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as handle:
         kept = handle.metadata()
     save_file(load_file(path) | tensors, path, metadata=kept | metadata)
@@ -224,3 +224,92 @@ def test_bases_scores_and_records_of_other_shapes_are_refused(tensors, metadata,
     rewritten(path, tensors, metadata)
     with pytest.raises(InputError, match=rf"f\.safetensors: .*{message}"):
         load_fisher(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("count", "7", "'count' of its record is '7'; expected a whole number"),
+        ("count", 5.5, "'count' of its record is 5.5; expected a whole number"),
+        ("shapes", 5, "'shapes' of its record is 5; expected a list"),
+        ("shapes", [[2], [1, 4]], "expected two sides a module"),
+        ("rows", 5, "'rows' of its record is 5; expected a list"),
+        ("rows", [5], "'rows' of its record holds what is no text"),
+        ("base", [], "'base' of its record is .*; expected a mapping"),
+        ("seen", 3, "'seen' of its record is 3; expected a list"),
+    ],
+)
+def test_entries_of_another_kind_in_a_record_are_refused(key, value, message, tmp_path):
+    path = tmp_path / "f.safetensors"
+    FisherFile(random_fisher(LowRankAccumulator), *bases(), {}).save(path)
+    with safe_open(path, "pt") as handle:
+        record = json.loads(handle.metadata()[RECORD])
+    rewritten(path, {}, {RECORD: json.dumps(record | {key: value})})
+    with pytest.raises(InputError, match=rf"f\.safetensors: .*{message}"):
+        load_fisher(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "message"),
+    [
+        (BlockAccumulator, {"block.model.layers.1.b": torch.zeros(2, 4)}, r"expected floats of \(2, 4, 4\)"),
+        (BlockAccumulator, {"counts": torch.tensor(9.0)}, "expected one or two halves"),
+        (DiagonalAccumulator, {"diagonal.model.layers.0.a": torch.zeros(1, 6)}, r"expected floats of \(2, 6\)"),
+        (KroneckerAccumulator, {"left.model.layers.0.a": torch.zeros(2, 3, 3)}, r"expected floats of \(2, 2, 2\)"),
+        (KroneckerAccumulator, {"tokens.model.layers.0.a": torch.zeros(())}, r"expected floats of \(2,\)"),
+        (
+            LowRankAccumulator,
+            {"scores": torch.zeros(9, 10, dtype=torch.int32)},
+            "scores are torch.int32; expected floats",
+        ),
+        (LowRankAccumulator, {"groups": torch.zeros(3, dtype=torch.int64)}, r"groups is .*; expected \(9,\)"),
+        (LowRankAccumulator, {"groups": torch.zeros(9)}, r"groups is torch.float32"),
+        (LowRankAccumulator, {"weights": torch.zeros(9)}, "weights of examples that are not above 0"),
+        (LowRankAccumulator, {"mean.halves": torch.zeros(1, 10)}, r"mean.halves is .*; expected floats of \(2, 10\)"),
+    ],
+)
+def test_tensors_of_another_shape_are_refused(kind, tensors, message, tmp_path):
+    path = tmp_path / "f.safetensors"
+    FisherFile(random_fisher(kind), *bases(), {}).save(path)
+    rewritten(path, tensors, {})
+    with pytest.raises(InputError, match=rf"f\.safetensors: .*{message}"):
+        load_fisher(path)
+
+
+def weighted(kind, weights, ids):
+    """A Fisher matrix of one module, whose rows have weights, two draws of labels each."""
+    draw = torch.Generator().manual_seed(0)
+    accumulator = kind({"m": (2, 3)})
+    for _ in range(2):
+        accumulator.begin(examples(torch.arange(len(ids)), ids, draws=2, row_weights=weights))
+        shape = (len(ids), 4)
+        accumulator.update(
+            "m",
+            torch.randn(*shape, 2, generator=draw, dtype=torch.float64),
+            torch.randn(*shape, 3, generator=draw, dtype=torch.float64),
+        )
+    return accumulator.finish()
+
+
+def test_halves_of_weighted_rows_are_those_of_a_block(tmp_path):
+    weights = torch.tensor([3.0] * 5 + [0.5] * 8, dtype=torch.float64)
+    weights, ids = weights / weights.mean(), [f"r{i}" for i in range(13)]
+    block, lowrank = (weighted(kind, weights, ids) for kind in (BlockAccumulator, LowRankAccumulator))
+    u, v = {"m": torch.eye(5, 2).double()}, {"m": torch.eye(6, 3).double()}
+    FisherFile(lowrank, u, v, {"rows": ids}).save(tmp_path / "f.safetensors")
+    read = load_fisher(tmp_path / "f.safetensors").fisher
+    torch.testing.assert_close(read.dense(), block.dense())
+    for one, two in zip(read.row_halves(), block.row_halves(), strict=True):
+        torch.testing.assert_close(one.dense(), two.dense())
+        assert one.trace() == pytest.approx(two.trace())
+
+
+def test_halves_of_a_mean_are_those_of_a_block():
+    ids = [[f"{set_}/{i}" for i in range(n)] for set_, n in (("a", 13), ("b", 5))]
+    parts = {kind: [weighted(kind, None, own) for own in ids] for kind in (BlockAccumulator, LowRankAccumulator)}
+    block = weighted_mean(parts[BlockAccumulator], [1.0, 3.0])
+    named = [fisher.named(own) for fisher, own in zip(parts[LowRankAccumulator], ids, strict=True)]
+    lowrank = weighted_mean(named, [1.0, 3.0])
+    torch.testing.assert_close(lowrank.dense(), block.dense())
+    for one, two in zip(lowrank.row_halves(), block.row_halves(), strict=True):
+        torch.testing.assert_close(one.dense(), two.dense())

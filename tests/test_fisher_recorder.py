@@ -10,7 +10,7 @@ from src.data.rows import Row
 from src.fisher.accumulate import MeanAccumulator, examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.labels import random_token_rows
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.scores import ScoreRecorder, backward_parts
 from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
 from tests.fisher_pass import batches, make_batch, run_pass, uneven_rows

@@ -9,7 +9,7 @@ from src.fisher.accumulate import MeanAccumulator, examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.magnitude import MagnitudeAccumulator
 
 SHAPES = {"a": (2, 3), "b": (1, 4)}

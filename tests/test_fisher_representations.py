@@ -10,7 +10,7 @@ from src.fisher.accumulate import MeanAccumulator, examples, mapped
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from tests.fisher_pass import batches, make_batch, no_bases, run_pass
 from tests.oracles import (
     autograd_scores,

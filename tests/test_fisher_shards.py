@@ -1,13 +1,19 @@
 """Parts of a pass on the disk, with every bit of their headers changed; a process without rows; progress."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from src.errors import InputError
+from src.files import is_begun
 from src.fisher.accumulate import examples
 from src.fisher.block import BlockAccumulator
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.diagonal import DiagonalAccumulator
+from src.fisher.kronecker import KroneckerAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.shards import Shards
+from src.models.fisher_output import PARTS, PASSES, publish, ready_file
 from src.models.fisher_pass import FisherPass
 from src.models.fisher_weights import example_weights
 from src.models.progress import Progress
@@ -80,3 +86,66 @@ def test_progress_without_rows_and_after_rows_that_are_known():
     assert progress.line(1.0) == "6 of 10 rows"
     progress.advance(2, "F_safety")
     assert progress.line(4.0) == "8 of 10 rows, 0.5 rows/s, 4 s left"
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_end_a_pass_and_name_the_module(tmp_path, kind, bad):
+    shapes = {"a": (1, 2), "b": (1, 2), "c": (1, 2)}
+    running = FisherPass(
+        name="safety",
+        rows=2,
+        weights=torch.ones(2, dtype=torch.float64),
+        make=lambda: (kind(shapes), None),
+        shards=Shards(tmp_path, "key"),
+        rank=0,
+        steps_per_shard=1,
+        finished=frozenset(),
+    )
+    running.fisher.begin(examples(torch.arange(2), ["x", "y"]))
+    for name in shapes:
+        running.fisher.update(name, torch.ones(2, 1, 1), torch.full((2, 1, 2), bad if name == "b" else 1.0))
+    with pytest.raises(InputError, match="F_safety: the scores of b are NaN or infinite"):
+        running.end_step(0, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_two_runs_never_lie_together(tmp_path, monkeypatch):
+    for name in PASSES:
+        (tmp_path / f"{name}.safetensors").write_text("old")
+    (tmp_path / PARTS).mkdir()
+    for name in ("safety", "utility"):
+        ready_file(tmp_path, name).write_text("new")
+    original, calls = Path.replace, []
+
+    def replace(self, target):
+        calls.append(target)
+        if len(calls) > 2:  # the mark, and the first file
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, ["safety", "utility"], {"a": 1})
+    assert {path.read_text() for path in tmp_path.glob("*.safetensors")} == {"new"}
+    assert is_begun(tmp_path, {"a": 1})
+    monkeypatch.undo()
+    for name in ("safety", "utility"):
+        ready_file(tmp_path, name).write_text("new")
+    publish(tmp_path, ["safety", "utility"], {"a": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["safety.safetensors", "utility.safetensors"]
+
+
+def test_rounding_of_a_zero_gradient_is_no_token():
+    draw = torch.Generator().manual_seed(0)
+    delta, x = torch.randn(3, 5, 2, generator=draw), torch.randn(3, 5, 4, generator=draw)
+    found = []
+    for rounding in (0.0, 1e-9, -3e-8):
+        delta[:, 0] = rounding
+        accumulator = KroneckerAccumulator({"m": (2, 4)})
+        accumulator.begin(examples(torch.arange(3), ["a", "b", "c"]))
+        accumulator.update("m", delta, x)
+        found.append(accumulator.finish())
+    for fisher in found:
+        assert fisher.tokens["m"].sum() == 12
+        assert torch.equal(fisher.right["m"], found[0].right["m"])

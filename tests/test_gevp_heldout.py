@@ -8,7 +8,8 @@ from src.adapters.basis import core_basis
 from src.errors import InputError
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
-from src.fisher.lowrank import LowRankAccumulator, LowRankFisher
+from src.fisher.lowrank import LowRankFisher
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp.diagnostics import effective_rank, kept_by_module, summary
 from src.gevp.filters import cut_at, position, soft, topk, valid_cuts
 from src.gevp.heldout import curve, energy_position, mean_kept, split_rows

@@ -10,7 +10,7 @@ from src.fisher.accumulate import examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp import matrix_free
 from src.gevp.dense import solve_dense
 from src.gevp.diagnostics import summary

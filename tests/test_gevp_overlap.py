@@ -10,7 +10,8 @@ from src.fisher.accumulate import examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator, LowRankFisher
+from src.fisher.lowrank import LowRankFisher
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp.overlap import diagonal, overlap, spearman
 
 SHAPES = {"model.layers.0.a": (2, 3), "model.layers.1.b": (3, 2), "model.layers.1.c": (2, 2)}

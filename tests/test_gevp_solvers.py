@@ -8,7 +8,8 @@ from src.fisher.accumulate import examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator, LowRankFisher
+from src.fisher.lowrank import LowRankFisher
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp.controls import random_projection
 from src.gevp.dense import solve_dense, whitened_eigh
 from src.gevp.filters import soft, threshold, topk

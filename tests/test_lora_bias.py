@@ -20,7 +20,7 @@ from src.adapters.read_together import read_adapters
 from src.cli import main, start_logging
 from src.errors import InputError
 from src.fisher.files import load_fisher
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.merge.closest_safe_update import ClosestSafeUpdate
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.fisher_average import FisherAverage

@@ -186,6 +186,28 @@ class ModuleFisher(Fisher):
         return self.halves(0)
 
 
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of a file, if it is what its name says.
+
+    Raises:
+        ValueError: it has another shape, or no numbers with a fraction.
+    """
+    if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floats of {expected}")
+    return tensor
+
+
+def halves_of(counts: torch.Tensor) -> int:
+    """H, the number of halves that a file keeps apart.
+
+    Raises:
+        ValueError: these are no counts.
+    """
+    if counts.ndim != 1 or len(counts) not in (1, 2):
+        raise ValueError(f"counts of shape {tuple(counts.shape)}; expected one or two halves")
+    return len(counts)
+
+
 def pooling_factors(fishers: Sequence[ModuleFisher], shares: Sequence[float]) -> list[float]:
     """Factor of each matrix's sums and counts so that pooled sums over pooled counts are ``Σ share_i F_i``.
 

@@ -21,6 +21,11 @@ class BlockFisher(SummedFisher):
 
     representation = "block"
 
+    @staticmethod
+    def entry(p: int, q: int) -> tuple[int, ...]:
+        """Shape of one half's sum of a module."""
+        return (p * q, p * q)
+
     def block(self, name: str) -> torch.Tensor:
         """(p·q, p·q) block of a module."""
         return self.mean(name)
@@ -38,7 +43,7 @@ class BlockAccumulator(SummedAccumulator[BlockFisher]):
     """Accumulates :class:`BlockFisher`; Gram matrices in float64."""
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, BlockFisher, lambda p, q: (p * q, p * q), halves=halves, allocate=allocate)
+        super().__init__(shapes, BlockFisher, halves=halves, allocate=allocate)
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
         """Add one module of a backward pass."""

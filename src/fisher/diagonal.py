@@ -26,6 +26,11 @@ ENTRIES = 2**22
 class PerCoordinate(SummedFisher):
     """One mean per coordinate; ``sums`` holds the sum of each module, (H, p·q)."""
 
+    @staticmethod
+    def entry(p: int, q: int) -> tuple[int, ...]:
+        """Shape of one half's sum of a module."""
+        return (p * q,)
+
     def module_trace(self, name: str) -> float:
         """Sum of a module's means."""
         return self.mean(name).sum().item()
@@ -61,7 +66,7 @@ class CoordinateAccumulator(SummedAccumulator[Means]):
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
         kind: type[Means] = self.kind  # type: ignore[assignment]
-        super().__init__(shapes, kind, lambda p, q: (p * q,), halves=halves, allocate=allocate)
+        super().__init__(shapes, kind, halves=halves, allocate=allocate)
 
     @abstractmethod
     def measure_(self, scores: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from src.errors import InputError
 from src.files import write_atomically
-from src.fisher.base import Fisher, ModuleFisher, Shapes
+from src.fisher.base import Fisher, ModuleFisher, Shapes, check_shape
 from src.fisher.block import BlockFisher
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
@@ -27,6 +27,13 @@ from src.fisher.tables import DTYPES, MappedTable
 
 RECORD = "sst_fisher"
 HALVES = "mean.halves"
+KINDS: dict[str, type] = {
+    "count": int,
+    **dict.fromkeys(("modules", "shapes", "rows", "seen", "utility"), list),
+    **dict.fromkeys(("base", "safety"), dict),
+}
+"""Of what kind a record's entries are."""
+NAMES: dict[type, str] = {int: "a whole number", list: "a list", dict: "a mapping"}
 REPRESENTATIONS: dict[str, type[Fisher]] = {
     kind.representation: kind for kind in (LowRankFisher, BlockFisher, KroneckerFisher, DiagonalFisher, Magnitude)
 }
@@ -111,6 +118,10 @@ def load_fisher(path: Path) -> FisherFile:
         kind = REPRESENTATIONS[record.get("representation", "lowrank")]
         _check_finite(path, {name: tensor for name, tensor in tensors.items() if name != "scores"}, shapes)
         mean, half_means = (tensors.pop(key, None) for key in ("mean", HALVES))
+        dim = sum(p * q for p, q in shapes.values())
+        for key, own, expected in (("mean", mean, (dim,)), (HALVES, half_means, (2, dim))):
+            if own is not None:
+                check_shape(key, own, expected)
         fisher = kind.from_tensors(tensors, shapes=shapes, count=record["count"])
         if isinstance(fisher, LowRankFisher):
             fisher = replace(fisher, stored=MappedTable(path, "scores")) if wide else fisher
@@ -133,6 +144,16 @@ def _record(path: Path, text: str) -> dict[str, Any]:
         raise InputError(f"{path}: its {RECORD} record is no JSON ({error}); expected a mapping") from None
     if not isinstance(record, dict):
         raise InputError(f"{path}: its {RECORD} record is a {type(record).__name__}; expected a mapping")
+    for key, kind in KINDS.items():
+        value = record.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{path}: {key!r} of its record is {value!r}; expected {NAMES[kind]}")
+    for key in ("modules", "rows", "seen"):
+        if not all(isinstance(name, str) for name in record.get(key) or []):
+            raise InputError(f"{path}: {key!r} of its record holds what is no text; expected names")
+    shapes = record.get("shapes") or []
+    if not all(isinstance(sides, list) and [type(side) for side in sides] == [int, int] for sides in shapes):
+        raise InputError(f"{path}: 'shapes' of its record is {shapes}; expected two sides a module")
     return record
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from src.fisher.accumulate import Accumulator, Allocate, zeros
-from src.fisher.base import ModuleFisher, Shapes, pooling_factors
+from src.fisher.base import ModuleFisher, Shapes, check_shape, halves_of, pooling_factors
 from src.fisher.summed import sum_of
 
 ROUNDING = 128
@@ -70,7 +70,12 @@ class KroneckerFisher(ModuleFisher):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> "KroneckerFisher":
         """The inverse of :meth:`tensors`."""
-        kinds = ({name: tensors[f"{kind}.{name}"] for name in shapes} for kind in ("left", "right", "tokens"))
+        halves = halves_of(tensors["counts"])
+        sides = {n: {"left": (p, p), "right": (q, q), "tokens": ()} for n, (p, q) in shapes.items()}
+        kinds = (
+            {n: check_shape(f"{kind}.{n}", tensors[f"{kind}.{n}"], (halves, *own[kind])) for n, own in sides.items()}
+            for kind in ("left", "right", "tokens")
+        )
         return cls(dict(shapes), tensors["counts"], *kinds).checked(count)
 
     @classmethod

@@ -11,14 +11,12 @@ Legend of shapes: n examples, D coordinates, P vectors, M rows of stored scores.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 
-from src.fisher.accumulate import Accumulator, row_half
+from src.fisher.accumulate import row_half
 from src.fisher.base import Fisher, Shapes
 from src.fisher.columns import column_blocks
-from src.fisher.scores import core_score
 from src.fisher.tables import StackedTables, Table, release, rows_of
 
 
@@ -172,12 +170,16 @@ class LowRankFisher(Fisher):
                 not as many groups or weights as examples.
         """
         dim, found = sum(p * q for p, q in shapes.values()), tuple(tensors["scores"].shape)
+        if not tensors["scores"].is_floating_point():
+            raise ValueError(f"scores are {tensors['scores'].dtype}; expected floats")
         if len(found) != 2 or found[1] != dim:
             raise ValueError(f"scores of shape {found}; expected (rows, {dim}), the bases' coordinates")
         groups, weights = tensors.get("groups"), tensors.get("weights")
         for name, own in (("groups", groups), ("weights", weights)):
-            if own is not None and tuple(own.shape) != (count,):
-                raise ValueError(f"{name} of shape {tuple(own.shape)}; expected ({count},), one of each example")
+            if own is not None and (tuple(own.shape) != (count,) or own.is_floating_point() != (name == "weights")):
+                raise ValueError(
+                    f"{name} is {own.dtype} of shape {tuple(own.shape)}; expected ({count},), one an example"
+                )
         if weights is not None and not bool((weights > 0).all()):
             raise ValueError("weights of examples that are not above 0")
         return cls(tensors["scores"], count, groups, weights=weights)
@@ -212,94 +214,3 @@ class LowRankFisher(Fisher):
         for columns, block in self.blocks():
             total.addmm_(block, vectors[:, columns].double().T)
         return total
-
-
-@dataclass(frozen=True)
-class ScoreOrder:
-    """The order in which scores are stored, by row, token and draw, and what is known of their examples.
-
-    Attributes:
-        order: (k,) int64 positions.
-        groups: (n,) row of each example, where rows have several; else None.
-        weights: (n,) weight of each example, where any is not 1; else None.
-    """
-
-    order: torch.Tensor
-    groups: torch.Tensor | None
-    weights: torch.Tensor | None
-
-
-def score_order(keys: torch.Tensor, weights: torch.Tensor, count: int) -> ScoreOrder:
-    """The order of scores.
-
-    Args:
-        keys: (k, 2) row and answer token of each score.
-        weights: (k,) float64 weight of each score: its example's, divided by the number of draws.
-        count: n, the number of examples; each has k/n scores.
-    """
-    order = keys[:, 1].argsort(stable=True)
-    order = order[keys[order, 0].argsort(stable=True)]
-    draws = len(keys) // count
-    groups = keys[order][::draws, 0].clone() if bool((keys[:, 1] > 0).any()) else None
-    own = weights[order].view(count, draws).sum(1)
-    return ScoreOrder(order, groups, None if torch.allclose(own, torch.ones_like(own), rtol=1e-12) else own)
-
-
-class LowRankAccumulator(Accumulator[LowRankFisher]):
-    """Accumulates :class:`LowRankFisher` in memory; scores stay float32 (or wider), ordered by row and token."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        super().__init__(shapes, halves=False)
-        self._parts_now: dict[str, torch.Tensor] = {}
-        self._scores: list[torch.Tensor] = []
-        self._keys: list[torch.Tensor] = []
-        self._weights: list[torch.Tensor] = []
-
-    def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
-        """Add one module; the backward pass is complete with its last one."""
-        self._parts_now[name] = core_score(delta, x).cpu()
-        if len(self._parts_now) < len(self.shapes):
-            return
-        batch, kept = self._batch, self._batch.weight > 0
-        scores = torch.cat([self._parts_now[module] for module in self.shapes], dim=1)[kept]
-        self._scores.append(scores * batch.weight[kept, None].sqrt().to(scores.dtype))
-        self._keys.append(torch.stack([batch.index[kept], torch.full_like(batch.index[kept], batch.token)], dim=1))
-        self._weights.append(batch.weight[kept])
-        self._parts_now = {}
-
-    def sums(self) -> Iterator[torch.Tensor]:
-        """No sums: scores are gathered by :meth:`reduce`."""
-        yield from ()
-
-    def unsound(self) -> str | None:
-        """The first module with NaN or infinite scores, if any."""
-        sizes = [p * q for p, q in self.shapes.values()]
-        sound = [torch.isfinite(part).all(0) for part in self._scores]
-        modules = zip(self.shapes, *(part.split(sizes) for part in sound), strict=True)
-        return next((name for name, *parts in modules if not all(part.all() for part in parts)), None)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Scores, their keys and weights."""
-        lists = {"scores": self._scores, "keys": self._keys, "weights": self._weights}
-        return {"counts": self.counts} | {name: torch.cat(parts) for name, parts in lists.items() if parts}
-
-    def reduce(self, device: torch.device | None = None) -> None:
-        """Bring the scores of all processes together on each of them."""
-        super().reduce(device)
-        if torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, (self._scores, self._keys, self._weights))
-            for i, own in enumerate((self._scores, self._keys, self._weights)):
-                own[:] = chain.from_iterable(parts[i] for parts in gathered)
-
-    def finish(self) -> LowRankFisher:
-        """The Fisher matrix.
-
-        Raises:
-            ValueError: there was no example.
-        """
-        if not sum(len(part) for part in self._scores):
-            raise ValueError("a Fisher matrix needs at least one example")
-        count = round(self.counts.sum().item())
-        found = score_order(torch.cat(self._keys), torch.cat(self._weights), count)
-        return LowRankFisher(torch.cat(self._scores)[found.order], count, found.groups, weights=found.weights)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from src.errors import InputError
 from src.files import write_atomically
 from src.fisher.accumulate import mapped_tensor
-from src.fisher.lowrank import LowRankFisher, score_order
+from src.fisher.lowrank import LowRankFisher
+from src.fisher.lowrank_accumulator import score_order
 
 log = logging.getLogger(__name__)
 

@@ -3,14 +3,15 @@
 Legend of shapes: H halves of the examples; the rest of a sum's shape is its representation's.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
 import torch
 
 from src.fisher.accumulate import Accumulator, Allocate, zeros
-from src.fisher.base import ModuleFisher, Shapes, pooling_factors
+from src.fisher.base import ModuleFisher, Shapes, check_shape, halves_of, pooling_factors
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class SummedFisher(ModuleFisher):
     """
 
     sums: dict[str, torch.Tensor]
+
+    @staticmethod
+    @abstractmethod
+    def entry(p: int, q: int) -> tuple[int, ...]:
+        """Shape of one half's sum of a module."""
 
     def mean(self, name: str) -> torch.Tensor:
         """A module's sum over all examples, divided by their weight."""
@@ -40,7 +46,11 @@ class SummedFisher(ModuleFisher):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> Self:
         """The inverse of :meth:`tensors`."""
-        sums = {name: tensors[f"{cls.representation}.{name}"] for name in shapes}
+        halves, kind = halves_of(tensors["counts"]), cls.representation
+        sums = {
+            name: check_shape(f"{kind}.{name}", tensors[f"{kind}.{name}"], (halves, *cls.entry(p, q)))
+            for name, (p, q) in shapes.items()
+        }
         return cls(dict(shapes), tensors["counts"], sums).checked(count)
 
     @classmethod
@@ -69,7 +79,6 @@ class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
     Args:
         shapes: (p, q) of each module.
         kind: What is accumulated.
-        entry: From (p, q) to the shape of one half's sum.
         halves: Keep the two halves of the rows apart.
         allocate: Where sums live.
     """
@@ -78,7 +87,6 @@ class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
         self,
         shapes: Shapes,
         kind: type[Summed],
-        entry: Callable[[int, int], tuple[int, ...]],
         *,
         halves: bool = True,
         allocate: Allocate = zeros,
@@ -86,7 +94,7 @@ class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
         super().__init__(shapes, halves=halves, allocate=allocate)
         self._kind, kept = kind, len(self.counts)
         self._sums = {
-            name: allocate(f"{kind.representation}.{name}", (kept, *entry(p, q)))
+            name: allocate(f"{kind.representation}.{name}", (kept, *kind.entry(p, q)))
             for name, (p, q) in self.shapes.items()
         }
 

@@ -13,7 +13,7 @@ from src.fisher.base import Fisher, Representation, Shapes
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.magnitude import MagnitudeAccumulator
 from src.fisher.scores import Granularity
 from src.fisher.shards import Shards, join_scores
@@ -108,8 +108,8 @@ class FisherPass:
         for sums in (self.fisher, self.mean):
             if sums is not None and (module := sums.unsound()) is not None:
                 raise InputError(
-                    f"F_{self.name}: the scores of {module} are NaN or infinite in rows up to step {self._open}; see "
-                    "whether the base and the adapters at its reference point give finite losses"
+                    f"F_{self.name}: the scores of {module} are NaN or infinite; see whether the base with the "
+                    "adapters of its reference point gives finite losses"
                 )
         tensors = {ROWS: torch.tensor([self._rows])}
         if self._rows:

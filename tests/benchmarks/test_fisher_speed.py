@@ -20,7 +20,7 @@ from src.adapters.basis import core_basis
 from src.data.batches import EncodedRows, LengthBatches
 from src.data.chat import Encoder
 from src.data.sources import RowSource, load_rows
-from src.fisher.lowrank import LowRankAccumulator
+from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.scores import ScoreRecorder
 from src.fisher.shards import Shards
 from src.models.base import BaseSpec, load_model, load_tokenizer
