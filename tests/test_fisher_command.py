@@ -20,6 +20,7 @@ from src.data.batches import EncodedRows
 from src.data.chat import Encoder
 from src.data.sources import load_rows
 from src.fisher.files import load_fisher
+from src.models.fisher import FisherModule
 from tests.commands import ROOT, fisher_flags, run_processes
 from tests.oracles import autograd_scores
 from tests.tiny import make_model
@@ -472,3 +473,38 @@ def test_another_scaling_of_a_reference_adapter_is_another_pass(base, adapters, 
     after = run(base, adapters, rows, tmp_path / "two", *point)["safety"].record
     assert before["reference_identity"] != after["reference_identity"]
     assert before["trace"] != after["trace"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.relearn", "true"],
+        ["--model.representation", "diagonal", "--model.relearn", "true", "--model.halves", "false"],
+        ["--model.draws", "3", "--model.labels_utility", "data"],
+        ["--model.base.dtype", "float32", "--trainer.precision", "64-true"],
+        ["--model.base.dtype", "float32", "--model.representation", "block"],
+    ],
+)
+def test_the_estimate_of_the_disk_is_what_the_files_hold(base, adapters, rows, tmp_path, monkeypatch, flags):
+    found = []
+    original = FisherModule.estimate
+
+    def kept(self, *given):
+        found.append(original(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(FisherModule, "estimate", kept)
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "out", *flags)) == 0
+    tensors = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    held = sum(t.numel() * t.itemsize for own in tensors for name, t in own.items() if name != "counts")
+    assert found[0].disk == held
+
+
+def test_recomputed_activations_take_less_memory(base, adapters, rows, tmp_path, monkeypatch, capsys):
+    lines = []
+    for given in ("false", "true"):
+        flags = ["--dry_run", "true", "--model.gradient_checkpointing", given]
+        assert main(fisher_flags(base, adapters, rows, tmp_path / "out", *flags)) == 0
+        lines.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")))
+    kept, recomputed = (float(line.split("activations ")[1].split()[0]) for line in lines)
+    assert recomputed < kept
