@@ -10,6 +10,7 @@ from src.data.code_rows import load_code
 from src.data.sources import as_sources
 from src.errors import InputError
 from src.metrics.code import program, solution
+from src.sandbox import run as sandbox
 from src.sandbox.run import Limits, missing_isolation, run_program
 from tests.evaluations import PASSES, answers, evaluate, flags, write_jsonl
 
@@ -135,6 +136,57 @@ def test_a_code_suite_counts_what_its_programs_do(base, tmp_path, monkeypatch):
         assert found["pass@1"]["value"] == expected
         assert found["pass@1"]["n"] == 2
     assert {record["endings"][0] for record in answers(tmp_path / "bad", "code")} == {"failed"}
+
+
+@isolated
+def test_outcomes_are_kept_for_the_same_limits_and_sandbox(base, tmp_path, monkeypatch):
+    from src.models import results
+
+    ran = []
+
+    def counted(program, limits, **settings):
+        ran.append(limits)
+        return run_program(program, limits, **settings)
+
+    monkeypatch.setattr(results, "run_program", counted)
+    rows = write_jsonl(tmp_path / "code.jsonl", OWN[:1])
+    suite = {"name": "code", "kind": "code", "rows": str(rows), "template": "raw", "max_new_tokens": 4}
+    evaluate(base, tmp_path, [suite], "--overwrite", "true")
+    evaluate(base, tmp_path, [suite], "--overwrite", "true")
+    assert len(ran) == 1
+    monkeypatch.setattr(results, "LIMITS", Limits(memory_mb=300))
+    evaluate(base, tmp_path, [suite], "--overwrite", "true")
+    assert len(ran) == 2
+    with monkeypatch.context() as changed:
+        changed.setattr(sandbox, "best_isolation", lambda: ("landlock", ""))
+        assert sandbox.outcome_key(results.LIMITS) != sandbox.outcome_key(Limits())
+    assert len({sandbox.outcome_key(limits) for limits in (Limits(), Limits(file_mb=3), results.LIMITS)}) == 3
+    assert sandbox.outcome_key(Limits()) == sandbox.outcome_key(Limits())
+
+
+@isolated
+def test_a_sandbox_that_fails_to_start_is_no_outcome_of_a_program(base, tmp_path, monkeypatch, capsys):
+    from src.cli import main
+
+    rows = write_jsonl(tmp_path / "code.jsonl", OWN[:1])
+    suite = {"name": "code", "kind": "code", "rows": str(rows), "template": "raw", "max_new_tokens": 4}
+    broken = tmp_path / "child.py"
+    broken.write_text("raise SystemExit('unshare: No space left on device')")
+    monkeypatch.setattr(sandbox, "PAUSES", (0.0, 0.0))
+    with monkeypatch.context() as once:
+        once.setattr(sandbox, "CHILD", broken)
+        assert main(flags(base, tmp_path, [suite], tmp_path / "out")) == 2
+    assert "could not be started (unshare: No space left on device)" in capsys.readouterr().err
+    assert evaluate(base, tmp_path, [suite])["code"]["pass@1"]["n"] == 1
+
+
+def test_a_program_is_started_again_where_the_sandbox_failed(monkeypatch):
+    endings = iter(["broken", "broken", "passed"])
+    monkeypatch.setattr(sandbox, "missing_isolation", lambda: "")
+    monkeypatch.setattr(sandbox, "best_isolation", lambda: ("landlock", ""))
+    monkeypatch.setattr(sandbox, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(sandbox, "_run", lambda *_, **__: sandbox.Outcome(next(endings)))
+    assert run_program("x = 1").passed
 
 
 def test_code_settings_and_rows_are_checked(base, tmp_path, capsys, monkeypatch):

@@ -122,8 +122,15 @@ codes = {
     "write": f"open({str(home / 'new')!r}, 'w')",
     "thread": "import threading\\nthreading.Thread(target=print).start()",
     "kill": f"import os\\nos.kill({os.getpid()}, 9)",
+    "hold": "import ctypes, os, time\\nctypes.CDLL(None).prctl(4, 0)\\nkept = []\\nfor i in range(9):\\n"
+    "  kept.append(open('x', 'wb'))\\n  os.unlink('x')\\n  kept[-1].write(bytes(2 << 20))\\ntime.sleep(1)",
 }
+harmless = (
+    "import os\\nopen(os.devnull, 'w').write('x')",
+    "import os\\nfor i in range(200):\\n  os.mkdir('d')\\n  os.chdir('d')",
+)
 for way in ("namespaces", "landlock"):
+    found[f"harmless, {way}"] = [_run(code, Limits(seconds=5), isolation=way).ending for code in harmless]
     found[way] = {name: vars(_run(code, Limits(seconds=5), isolation=way)) for name, code in codes.items()}
 print(json.dumps(found | {"secret": secret.read_text(), "new": (home / "new").exists()}))
 """
@@ -165,6 +172,7 @@ def test_an_ordinary_users_home_is_closed_to_programs_in_both_ways(tmp_path):
     for way in ways:
         endings = {name: outcome["ending"] for name, outcome in found[way].items()}
         assert {name for name, ending in endings.items() if ending == "passed"} == {"plain", "thread"}, (way, endings)
+        assert found[f"harmless, {way}"] == ["passed", "passed"]
 
 
 def test_landlock_stands_in_where_there_are_no_namespaces(monkeypatch, home):

@@ -30,7 +30,7 @@ from src.models.grading import (
 )
 from src.models.partial import FOLDER, Record
 from src.provenance import versions
-from src.sandbox.run import Limits, run_program
+from src.sandbox.run import Limits, outcome_key, run_program
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Results:
         for i in mine:
             row = encoded[i].row
             programs.append([program(row.prompt, records[i]["answer"], row.test, row.entry_point)])
-        store = Verdicts(self.output / FOLDER, "programs", str(self.rank))
+        store = Verdicts(self.output / FOLDER, f"programs-{outcome_key(LIMITS)}", str(self.rank))
         return self._shared(lambda: store.mapped(programs, ending, final=_ended), len(records))
 
     def write_metrics(

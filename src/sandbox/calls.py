@@ -1,36 +1,40 @@
 """The filter on system calls (seccomp): denied ones fail with EPERM, whatever the program's rights are."""
 
 import ctypes
-import platform
+import os
 import struct
 
 from src.sandbox.libc import LIBC, check
 
 PR_SET_SECCOMP = 22
 DENIED = {
-    "x86_64": "41 42 53 57 58 59 62 101 109 112 129 155 161 165 166 200 234 248 250 272 297 298 308 310 311 319 321 "
-    "322 323 424 425 428 429 430 442",
-    "aarch64": "39 40 41 51 97 117 129 130 131 138 154 157 198 199 203 217 219 221 240 241 268 270 271 279 280 281 "
-    "282 424 425 428 429 430 442",
+    "x86_64": "29 30 31 41 42 53 57 58 59 62 64 65 66 67 68 69 70 71 101 109 112 129 155 161 165 166 200 220 234 240 "
+    "241 248 250 253 254 272 278 294 297 298 308 310 311 319 321 322 323 424 425 428 429 430 442 447",
+    "aarch64": "26 27 39 40 41 51 75 97 117 129 130 131 138 154 157 180 181 186 187 188 189 190 191 192 193 194 195 "
+    "196 197 198 199 203 217 219 221 240 241 268 270 271 279 280 281 282 424 425 428 429 430 442 447",
 }
 """System calls that a program has no business with, by processor: sockets, new programs, signals, sessions, tracing,
-namespaces, mounts, keys, memory without a name."""
+namespaces, mounts, keys, and what holds memory beside the address space: shared memory, queues, files without a name,
+watches, pages lent to pipes."""
 DENIED_ALONE = {
-    "x86_64": "29 30 31 64 65 66 68 69 70 71 76 90 91 92 93 94 132 141 142 144 188 189 190 197 198 199 203 220 235 240 "
-    "241 249 251 253 254 256 260 261 268 279 280 294 300 301 312 314 434 438 440 448 452 463 466 469",
-    "aarch64": "5 6 7 14 15 16 26 27 30 45 52 53 54 55 88 118 119 122 140 180 181 186 187 188 189 190 191 192 193 194 "
-    "195 196 218 238 239 262 263 272 274 434 438 440 448 452 463 466 469",
+    "x86_64": "76 90 91 92 93 94 132 141 142 144 188 189 190 197 198 199 203 235 249 251 256 260 261 268 279 280 300 "
+    "301 312 314 434 438 440 448 452 463 466 469",
+    "aarch64": "5 6 7 14 15 16 30 45 52 53 54 55 88 118 119 122 140 218 238 239 262 263 272 274 434 438 440 448 452 "
+    "463 466 469",
 }
 """More of them where no namespaces stand between a program and its user's other processes and files: modes, owners,
-times and attributes of files, watching them, shared memory and queues, priorities, other processes' memory."""
+times and attributes of files, priorities, other processes' memory."""
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
-CLONE_THREAD = 0x10000
+CLONE_THREAD, CLONE_FILES = 0x10000, 0x400
 LIMITS_OF = {"x86_64": 302, "aarch64": 261}
 FILE_CONTROL = {"x86_64": 72, "aarch64": 25}
 SET_OWNER = (8, 15)
 """Commands of fcntl that name a process to send signals to."""
+PROCESS_CONTROL = {"x86_64": 157, "aarch64": 167}
+PR_SET_DUMPABLE = 4
+"""The option of prctl that would hide a program's open files from the process that watches their size."""
 ALLOW, DENY, NO_SUCH_CALL, KILL = 0x7FFF0000, 0x00050001, 0x00050000 | 38, 0x80000000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, GIVE = 0x20, 0x15, 0x35, 0x45, 0x06
 
@@ -40,11 +44,11 @@ Rule = tuple[int, int, int, int]
 
 def can_filter() -> bool:
     """Whether the calls of this processor are known here."""
-    return platform.machine() in ARCHITECTURE
+    return os.uname().machine in ARCHITECTURE
 
 
 def filter_calls(*, alone: bool) -> None:
-    """Install the filter; ``clone`` is denied without the flag of a thread.
+    """Install the filter; ``clone`` is denied without the flags of a thread that shares its open files.
 
     Args:
         alone: No namespaces stand around the program.
@@ -52,7 +56,7 @@ def filter_calls(*, alone: bool) -> None:
     Raises:
         OSError: the kernel does not take it, or this processor's calls are not known here.
     """
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in ARCHITECTURE:
         raise OSError(f"there is no filter on system calls for {machine}")
     rules = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, ARCHITECTURE[machine]), (GIVE, 0, 0, KILL), (LOAD, 0, 0, 0)]
@@ -60,9 +64,11 @@ def filter_calls(*, alone: bool) -> None:
     for number in f"{DENIED[machine]} {DENIED_ALONE[machine] if alone else ''}".split():
         rules += _rule(int(number), DENY)
     rules += _rule(CLONE3, NO_SUCH_CALL)
-    rules += _unless(CLONE[machine], 0, (ANY_BIT, 1, 0, CLONE_THREAD))
+    for flag in (CLONE_THREAD, CLONE_FILES):
+        rules += _unless(CLONE[machine], 0, (ANY_BIT, 1, 0, flag))
     if alone:
         rules += _unless(LIMITS_OF[machine], 0, (EQUAL, 1, 0, 0))
+        rules += _unless(PROCESS_CONTROL[machine], 0, (EQUAL, 0, 1, PR_SET_DUMPABLE))
         for command in SET_OWNER:
             rules += _unless(FILE_CONTROL[machine], 1, (EQUAL, 0, 1, command))
     rules += [(GIVE, 0, 0, ALLOW)]

@@ -1,7 +1,8 @@
 """The process around an untrusted program; :mod:`src.sandbox.run` starts it with ``python -I -S``, never imports it.
 
 It isolates itself, forks, and the fork (with namespaces, process 1 of its own world) gives up every right and runs the
-program. Only the standard library is used: nothing else is on the path.
+program. Only the standard library is used: nothing else is on the path. Its exit status says how the program ended: 0
+by itself, SIGALRM out of time, 1 it was not started.
 """
 
 import json
@@ -17,16 +18,16 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src.sandbox.calls import can_filter, filter_calls
-from src.sandbox.landlock import become_nobody, bytes_below, restrict_files
-from src.sandbox.libc import LIBC, check
+from src.sandbox.folder import remove, takes_more
+from src.sandbox.landlock import restrict_files
+from src.sandbox.libc import LIBC, check, leave_root
 from src.sandbox.namespaces import enter_namespaces
 
 del sys.path[0]
 
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
-TOKEN_LENGTH = 32
 LOOKS = 16
-"""The size of a program's directory is looked at once in so many looks at the program."""
+"""The size of a program's files is looked at once in so many looks at the program."""
 
 
 def set_limits(limits: dict[str, Any], isolation: str) -> None:
@@ -60,71 +61,90 @@ def give_up_rights(isolation: str, folder: str) -> None:
         filter_calls(alone=isolation != "namespaces")
 
 
-def run(program: str, token: str, given: dict[str, Any]) -> NoReturn:
-    """In the fork: give up rights, run the program, write the token once its last line has run."""
+def run(given: dict[str, Any], started: int) -> NoReturn:
+    """In the fork: give up rights, run the program, write the token once its last line has run.
+
+    Python's frames, objects and open files show neither the token nor the number of its pipe while the program runs:
+    both lie among the intermediate values of one expression, which goes on only where the program does not raise.
+
+    Args:
+        given: What :mod:`src.sandbox.run` sent.
+        started: A pipe to write to when the program starts.
+    """
+    leave = os._exit
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.chdir(given["folder"])
     os.dup2(os.open(".", os.O_RDONLY), 0)  # no input: a directory cannot be read
-    os.closerange(3, given["fd"])
-    os.closerange(given["fd"] + 1, 256)
     sys.dont_write_bytecode = True
     set_limits(given["limits"], given["isolation"])
     give_up_rights(given["isolation"], given["folder"])
+    os.write(started, b"1")
+    os.closerange(3, given["fd"])
+    os.closerange(given["fd"] + 1, 256)
     try:
-        exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+        code = compile(given.pop("program"), "program.py", "exec")
+        os.write(given.pop("fd"), given.pop("token").encode() + (eval(code, {"__name__": "__main__"}) or b""))
     except BaseException as error:  # noqa: BLE001 - also SystemExit: a program that leaves early has not passed
-        sys.stdout.flush()
-        os.write(1, f"{type(error).__name__}: {error}\n".encode()[:2000])
-        os._exit(1)
-    sys.stdout.flush()
-    os.write(given["fd"], token.encode())
-    os._exit(0)
+        os.write(1, f"{type(error).__name__}: {error}\n".encode(errors="replace")[:2000])
+    finally:
+        leave(0)
 
 
-def wait(pid: int, seconds: float, *, folder: str | None, size_mb: int) -> None:
-    """Wait for the fork; out of time, kill it (and with process 1 its whole world) and end by SIGALRM.
+def wait(pid: int, given: dict[str, Any]) -> bool:
+    """Wait for the fork; kill it (and with process 1 its whole world) where it does not end by itself.
 
     Args:
         pid: The fork.
-        seconds: Its time.
-        folder: A directory whose size is to be watched.
-        size_mb: Most MiB in it.
+        given: What :mod:`src.sandbox.run` sent.
+
+    Returns:
+        Whether it ended, by itself or for the size of its files, before its time was over and its starter died.
     """
-    end, looks = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            os._exit(0 if status == 0 else 1)
-        looks += 1
-        if folder is not None and looks % LOOKS == 0 and bytes_below(folder) > size_mb * 1024 * 1024:
+    most = given["limits"]["file_mb"] * 1024 * 1024
+    watched = given["isolation"] != "namespaces"
+    end, looks = time.monotonic() + given["limits"]["seconds"], 0
+    while time.monotonic() < end and os.getppid() == given["parent"]:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        if watched and looks % LOOKS == 0 and takes_more(given["folder"], pid, most):
             os.kill(pid, signal.SIGKILL)
+        looks += 1
         time.sleep(0.003)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGALRM)
+    return False
 
 
-def main() -> None:
-    """Read the token and the program from standard input, isolate, fork, wait."""
-    given = json.loads(sys.argv[1])
-    text = sys.stdin.read()
-    isolation, limits = given["isolation"], given["limits"]
+def main() -> NoReturn:
+    """Read what there is to run from standard input, isolate, fork, wait."""
+    given = json.load(sys.stdin)
+    above, name = os.path.split(given["folder"])
+    place = os.open(above, os.O_PATH)
     try:
-        if isolation == "namespaces":
-            given["folder"] = enter_namespaces(given["folder"], limits["file_mb"])
-        elif isolation == "landlock":
-            become_nobody(given["folder"])
+        if given["isolation"] != "none":
+            leave_root(given["folder"])
+        if given["isolation"] == "namespaces":
+            given["folder"] = enter_namespaces(given["folder"], given["limits"]["file_mb"])
     except OSError as error:
         sys.exit(str(error))
+    read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        run(text[TOKEN_LENGTH:], text[:TOKEN_LENGTH], given)
+        run(given, write)
     # Only the fork may hold the pipes: their end is the program's end.
-    for descriptor in (given["fd"], 1, 2):
+    for descriptor in (given["fd"], 1, 2, write):
         os.close(descriptor)
-    watched = None if isolation == "namespaces" else given["folder"]
-    wait(pid, limits["seconds"], folder=watched, size_mb=limits["file_mb"])
+    if not os.read(read, 1):
+        os._exit(1)
+    in_time = wait(pid, given)
+    if os.getppid() != given["parent"]:
+        # Nobody is left to remove the directory.
+        os.fchdir(place)
+        remove(name)
+    elif not in_time:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGALRM)
+    os._exit(0)
 
 
 main()

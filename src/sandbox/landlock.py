@@ -3,7 +3,8 @@
 What Python needs may be read, one directory may be written, nothing else can be opened, renamed or removed. Landlock
 says nothing of a file's mode, owner, times and attributes, nor of what concerns other processes of the same user; for
 these there is a longer filter on system calls (:mod:`src.sandbox.calls`). It stays weaker than namespaces: that a
-file exists, and how long it is, can still be asked; the directory is on disk, and its size is watched, not capped.
+file exists, and how long it is, can still be asked; the directory is on disk, and its size is watched, not capped
+(:mod:`src.sandbox.folder`).
 docs.kernel.org/userspace-api/landlock.html
 """
 
@@ -12,12 +13,12 @@ import os
 import struct
 from pathlib import Path
 
-from src.sandbox.libc import LIBC, NOBODY, can_leave_root, check, leave_root, needed_paths
+from src.sandbox.libc import LIBC, check, needed_paths
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 VERSION = 1
 PATH_BENEATH = 1
-READ_FILE, READ_DIR = 1 << 2, 1 << 3
+WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
 EXECUTE, MAKE_DEVICE, MAKE_SOCKET, DEVICE_CONTROL = 1, 1 << 6 | 1 << 11, 1 << 9, 1 << 15
 RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 """First version of Landlock (ABI) to all rights over files that it knows."""
@@ -25,13 +26,6 @@ NETWORK = {4: 3}
 SCOPES = {6: 3}
 """From version 6: no abstract sockets of other processes, no signals to them."""
 HANDLED = (RIGHTS, NETWORK, SCOPES)
-
-
-def become_nobody(folder: str) -> None:
-    """Leave root for the user nobody, where that user can read Python, and give it the program's directory."""
-    if can_leave_root():
-        os.chown(folder, NOBODY, NOBODY)
-        leave_root()
 
 
 def restrict_files(folder: str) -> None:
@@ -47,6 +41,7 @@ def restrict_files(folder: str) -> None:
     rules = check(LIBC.syscall(CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
     for path in needed_paths():
         _allow(rules, path, READ_FILE | (READ_DIR if path.is_dir() else 0))
+    _allow(rules, Path(os.devnull), READ_FILE | WRITE_FILE)
     _allow(rules, Path(folder), handled[0] & ~(EXECUTE | MAKE_DEVICE | MAKE_SOCKET | DEVICE_CONTROL))
     check(LIBC.syscall(RESTRICT_SELF, rules, 0), "landlock_restrict_self")
     os.close(rules)
@@ -57,16 +52,3 @@ def _allow(rules: int, path: Path, rights: int) -> None:
     beneath = ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12)
     check(LIBC.syscall(ADD_RULE, rules, PATH_BENEATH, beneath, 0), f"landlock_add_rule {path}")
     os.close(place)
-
-
-def bytes_below(folder: str) -> int:
-    """What the files below a directory take, each at least a block: there is no limit on their number."""
-    total = 0
-    for root, _, files in os.walk(folder):
-        for name in files:
-            try:
-                state = os.lstat(os.path.join(root, name))
-            except FileNotFoundError:
-                continue
-            total += max(4096, state.st_blocks * 512)
-    return total

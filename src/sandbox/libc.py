@@ -35,13 +35,11 @@ def anyone_can_read(path: str) -> bool:
     return bool(place.stat().st_mode & 0o4) and all(parent.stat().st_mode & 0o1 for parent in place.parents)
 
 
-def can_leave_root() -> bool:
-    """Whether this is root's process, and nobody could go on as it."""
-    return os.getuid() == 0 and anyone_can_read(os.__file__)
-
-
-def leave_root() -> None:
-    """Become the user nobody."""
+def leave_root(folder: str) -> None:
+    """Leave root for the user nobody, where that user can read Python, and give it the program's directory."""
+    if os.getuid() != 0 or not anyone_can_read(os.__file__):
+        return
+    os.chown(folder, NOBODY, NOBODY)
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)

@@ -1,14 +1,14 @@
 """The stronger way of isolation: a world without network, other processes and other users, with a file tree of its own.
 
-The tree holds what Python needs, read-only, and one writable directory in memory. Whatever else the machine has, such
-as the home of the user who runs this, is not there.
+The tree holds what Python needs, read-only, the null device, and one writable directory in memory. Whatever else the
+machine has, such as the home of the user who runs this, is not there.
 """
 
 import ctypes
 import os
 from pathlib import Path
 
-from src.sandbox.libc import LIBC, can_leave_root, check, leave_root, needed_paths
+from src.sandbox.libc import LIBC, check, needed_paths
 
 NAMESPACES = 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000 | 0x08000000  # user, process, network, mount, IPC
 MOUNT_PRIVATE = 0x4000 | 0x40000
@@ -41,8 +41,6 @@ def enter_namespaces(folder: str, size_mb: int) -> str:
     Raises:
         OSError: the kernel does not allow it.
     """
-    if can_leave_root():
-        leave_root()
     user, group = os.getuid(), os.getgid()
     check(LIBC.unshare(NAMESPACES), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
@@ -50,7 +48,7 @@ def enter_namespaces(folder: str, size_mb: int) -> str:
     check(LIBC.mount(None, b"/", None, MOUNT_PRIVATE, None), "mount")
     _mount_memory(folder, "size=1m,mode=755")
     os.chdir(folder)
-    for path in needed_paths():
+    for path in (*needed_paths(), Path(os.devnull)):
         _show(path)
     Path(FOLDER[1:]).mkdir()
     _mount_memory(FOLDER[1:], f"size={size_mb}m,nr_inodes={MOST_FILES}")
@@ -60,8 +58,9 @@ def enter_namespaces(folder: str, size_mb: int) -> str:
     os.chdir("/")
     closed = MountAttributes(READ_ONLY | NO_SUID | NO_DEVICES, 0, 0, 0)
     check(LIBC.syscall(MOUNT_SETATTR, -100, b"/", RECURSIVE, ctypes.byref(closed), 32), "mount_setattr")
-    opened = MountAttributes(0, READ_ONLY, 0, 0)
-    check(LIBC.syscall(MOUNT_SETATTR, -100, FOLDER.encode(), 0, ctypes.byref(opened), 32), "mount_setattr")
+    for place, closing in ((FOLDER, READ_ONLY), (os.devnull, NO_DEVICES)):
+        opened = MountAttributes(0, closing, 0, 0)
+        check(LIBC.syscall(MOUNT_SETATTR, -100, place.encode(), 0, ctypes.byref(opened), 32), "mount_setattr")
     return FOLDER
 
 

@@ -3,20 +3,22 @@
 The child (:mod:`src.sandbox.child`) has no network, an empty environment, a private directory, no other file but what
 Python needs to read, limits on processor time, memory, file size and processes, and a filter on system calls that
 denies sockets, signals, new processes and tracing. A wall-clock time-out ends its whole process group. A program passes
-only where the child writes back a random token after its last line has run: leaving early is a failure, whatever the
-code.
+only where the child writes back a random token after its last line has run: leaving early is a failure.
+
+The program shares the interpreter with that last step and with its own tests. Frames, objects and open files do not
+show it the token, but two ways stay open to one that is written to deceive: to search the raw memory of its process
+(by ctypes), and to hand its tests values that are equal to everything.
 
 There are two ways to get there: namespaces (:mod:`src.sandbox.namespaces`), or Landlock and a longer filter
 (:mod:`src.sandbox.landlock`). Where the kernel gives neither, programs are refused, unless the caller allows code
 execution: then the limits, the time-out and, where there is one, the filter still hold, but files can be read.
 """
 
+import hashlib
 import json
 import logging
 import os
 import secrets
-import selectors
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,17 +26,18 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from src.errors import InputError
+from src.sandbox.folder import remove
+from src.sandbox.process import Ending, answer, drain, send, stop
 
 log = logging.getLogger(__name__)
 
-Ending = Literal["passed", "failed", "timeout", "output"]
 Isolation = Literal["namespaces", "landlock", "none"]
 CHILD = Path(__file__).with_name("child.py")
-GRACE = 2.0
-"""Seconds for the start of the interpreter, beyond the program's own time."""
+PAUSES = (0.0, 0.1, 1.0)
+"""Seconds before each attempt to start a program."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,16 @@ def run_program(program: str, limits: Limits | None = None, *, allow_code_execut
     """Run a program; it passes if its last line is reached without an exception.
 
     Raises:
-        InputError: this machine cannot isolate it, and ``allow_code_execution`` is false.
+        InputError: this machine cannot isolate it, and ``allow_code_execution`` is false; or it could not be started.
     """
     if not allow_code_execution:
         check_isolation()
-    return _run(program, limits or Limits(), isolation="none" if missing_isolation() else best_isolation()[0])
+    for pause in PAUSES:
+        time.sleep(pause)
+        outcome = _run(program, limits or Limits(), isolation=_isolation())
+        if outcome.ending != "broken":
+            return outcome
+    raise InputError(f"a program could not be started ({_last_line(outcome)}); run again: what was found is kept")
 
 
 def check_isolation() -> None:
@@ -112,90 +120,57 @@ def best_isolation() -> tuple[Isolation, str]:
             if problems:
                 log.info("programs are isolated by %s, for there are no namespaces (%s)", way, problems[0])
             return way, "; ".join(problems)
-        problems.append(outcome.detail.strip().rpartition("\n")[2] or f"{way}: the probe did not run")
+        problems.append(_last_line(outcome) or f"{way}: the probe did not run")
     return "none", "; ".join(problems)
 
 
+def _isolation() -> Isolation:
+    return "none" if missing_isolation() else best_isolation()[0]
+
+
+def _last_line(outcome: Outcome) -> str:
+    return outcome.detail.strip().rpartition("\n")[2]
+
+
+def outcome_key(limits: Limits) -> str:
+    """A hash of what outcomes depend on beside the program: limits, isolation, Python and the code of this package."""
+    code = [path.read_text() for path in sorted(CHILD.parent.glob("*.py"))]
+    text = json.dumps([asdict(limits), _isolation(), sys.version, code])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _run(program: str, limits: Limits, *, isolation: Isolation) -> Outcome:
-    token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        read, write = os.pipe()
-        given = {"limits": asdict(limits), "folder": folder, "isolation": isolation, "fd": write}
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(CHILD), json.dumps(given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env={},
-            pass_fds=(write,),
-            start_new_session=True,
-        )
-        os.close(write)
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
+    try:
+        return _run_in(folder, program, limits, isolation)
+    finally:
         try:
-            _send(process, token + program)
-            printed, ending = _drain(process, limits)
-        finally:
-            _end(process)
-            os.set_blocking(read, False)
-            answer = _read(read)
-    if ending == "failed" and answer.decode(errors="replace") == token:
+            remove(folder)
+        except OSError as error:
+            log.warning("a program's directory stays behind: %s", error)
+
+
+def _run_in(folder: str, program: str, limits: Limits, isolation: Isolation) -> Outcome:
+    token = secrets.token_hex(16)
+    read, write = os.pipe()
+    given = {"program": program, "token": token, "fd": write, "folder": folder, "isolation": isolation}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-u", str(CHILD)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd="/",
+        env={},
+        pass_fds=(write,),
+        start_new_session=True,
+    )
+    os.close(write)
+    try:
+        send(process, json.dumps(given | {"limits": asdict(limits), "parent": os.getpid()}))
+        printed, ending = drain(process, seconds=limits.seconds, output_kb=limits.output_kb)
+    finally:
+        stop(process)
+        written = answer(read)
+    if ending == "failed" and written == token.encode():
         ending = "passed"
     return Outcome(ending, printed[-2000:].decode(errors="replace"))
-
-
-def _send(process: Any, text: str) -> None:
-    try:
-        process.stdin.write(text.encode())
-        process.stdin.close()
-    except BrokenPipeError:
-        # The child has died; what it printed says why.
-        return
-
-
-def _drain(process: Any, limits: Limits) -> tuple[bytes, Ending]:
-    """What the program prints, until it ends, prints too much or runs out of time."""
-    end = time.monotonic() + limits.seconds + GRACE
-    printed = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := end - time.monotonic()) > 0:
-            if not selector.select(left):
-                continue
-            chunk = os.read(process.stdout.fileno(), 65536)
-            if not chunk:
-                return printed, "timeout" if _waited(process, end) == -signal.SIGALRM else "failed"
-            printed += chunk
-            if len(printed) > limits.output_kb * 1024:
-                return printed[: limits.output_kb * 1024], "output"
-    return printed, "timeout"
-
-
-def _waited(process: Any, end: float) -> int:
-    """Exit status of the child; it ends itself by SIGALRM where the program ran out of time."""
-    try:
-        status: int = process.wait(max(0.1, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return -signal.SIGALRM
-    return status
-
-
-def _end(process: Any) -> None:
-    """End the child and everything in its process group."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        process.stdout.close()
-        process.wait()
-
-
-def _read(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 4096)
-    except BlockingIOError:
-        # A stray process still holds the other end, and wrote nothing.
-        return b""
-    finally:
-        os.close(descriptor)
