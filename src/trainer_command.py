@@ -103,6 +103,8 @@ class TrainerCommand(LightningCLI):
             check_training_length(self.config.trainer)
         if self.config.get("dry_run"):
             return
+        if self.output.is_file():
+            raise InputError(f"--output {self.output}: a file; name a directory")
         if self.command == "fisher" and is_first_process():
             remove_done(self.output)
         allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()

@@ -7,7 +7,7 @@ import pytest
 
 from src.cli import main
 from src.data.choice_rows import load_choices
-from src.data.sources import load_rows
+from src.data.sources import RowSource, load_rows
 from src.data.suite import Suite
 from src.errors import InputError
 from src.judges.causal import Causal
@@ -26,6 +26,13 @@ from tests.tiny import write_rows
         ({"collapse_nll": math.nan}, "collapse_nll is nan; expected nats per token above 0"),
         ({"collapse_nll": -1.0}, "collapse_nll is -1.0; expected nats per token above 0"),
         ({"kind": "code", "generate": False}, "kind code needs generated answers; leave out generate"),
+        ({"rouge": True}, "rouge needs generated answers of kind utility, not harmful"),
+        ({"kind": "utility", "generate": False, "rouge": True}, "rouge needs generated answers"),
+        ({"answer": "number"}, "answer: number needs generated answers of kind utility"),
+        ({"kind": "choice", "collapse_nll": 3.0}, "collapse_nll needs generated answers, not choices or code"),
+        ({"kind": "code", "collapse_nll": 3.0}, "collapse_nll needs generated answers, not choices or code"),
+        ({"generate": False, "collapse_nll": 3.0}, "collapse_nll needs generated answers"),
+        ({"k": [5]}, "k is [5]; it needs kind code, not harmful"),
     ],
 )
 def test_settings_that_give_no_meaningful_number_are_refused(settings, message):
@@ -67,6 +74,32 @@ def test_prompts_that_are_no_text_are_refused(tmp_path):
     write_jsonl(path, [{"prompt": 5, "category": {"theft": True, "other": False}}])
     (row,) = load_rows(str(path), need_response=False)
     assert (row.prompt, row.category) == ("5", "theft")
+
+
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_generated():
+    for name, fits in (("a" * 200, True), ("a" * 201, False), ("é" * 101, False)):
+        suite = Suite(name, "harmful", "r.jsonl")
+        if fits:
+            suite.check()
+        else:
+            with pytest.raises(InputError, match="expected a name of at most 200 bytes"):
+                suite.check()
+
+
+def test_two_rows_of_one_id_are_refused(tmp_path):
+    rows = write_jsonl(tmp_path / "r.jsonl", [{"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}])
+    with pytest.raises(InputError, match="suite s: two rows have the id 'x'; map another column to id"):
+        Suite("s", "harmful", str(rows)).load()
+    assert len(Suite("s", "harmful", RowSource(str(rows), columns={"id": "prompt"})).load()) == 2
+
+
+def test_an_output_that_is_a_file_is_one_line(base, tmp_path, capsys):
+    suite = {"name": "a", "kind": "harmful", "rows": str(write_rows(tmp_path / "a.jsonl", 2, what="a"))}
+    (tmp_path / "out").write_text("mine")
+    for more in ([], ["--overwrite", "true"]):
+        line = stops(flags(base, tmp_path, [suite], tmp_path / "out", *more), capsys)
+        assert line == f"error: --output {tmp_path / 'out'}: a file; name a directory"
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_reference_without_a_number_can_never_be_matched(tmp_path):

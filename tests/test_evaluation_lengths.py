@@ -5,7 +5,7 @@ import pytest
 from src.cli import main
 from src.data.chat import Encoder
 from src.data.rows import Row
-from tests.evaluations import evaluate, flags, write_jsonl
+from tests.evaluations import answers, evaluate, flags, write_jsonl
 
 ROWS = [
     {"prompt": "short", "response": "short"},
@@ -48,3 +48,16 @@ def test_references_and_prompts_that_are_too_long_are_reported_apart(base, tmp_p
     given = flags(base, tmp_path, [suite | {"rows": only}], tmp_path / "error", max_length=200, on_long="error")
     assert main(given) == 2
     assert "suite long: only.jsonl/1 is longer than 200 tokens" in capsys.readouterr().err
+
+
+def test_a_reference_that_nobody_scores_takes_no_room(base, tmp_path, capsys):
+    row = {"id": "r", "prompt": "x" * 150, "response": "y" * 300}
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    bare = str(write_jsonl(tmp_path / "bare.jsonl", [row | {"response": ""}]))
+    suite = {"name": "s", "kind": "harmful", "max_new_tokens": 4, "score": False, "template": "raw"}
+    found = evaluate(base, tmp_path, [suite | {"rows": rows}], output="one", max_length=200, on_long="error")["s"]
+    evaluate(base, tmp_path, [suite | {"rows": bare}], output="two", max_length=200)
+    assert "cut" not in found
+    assert "cut" not in capsys.readouterr().err
+    one, two = (answers(tmp_path / name, "s")[0]["answer"] for name in ("one", "two"))
+    assert one == two

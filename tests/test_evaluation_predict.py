@@ -56,3 +56,18 @@ def test_an_answer_that_predict_kept_is_never_a_score(base, tmp_path, monkeypatc
     evaluate(base, tmp_path, [suite | {"score": False}], "--overwrite", "true")
     assert predicted(base, tmp_path, [suite | {"score": False}], tmp_path / "out", "--overwrite", "true") == 0
     assert keys[True] == keys[False]
+
+
+def test_a_report_of_results_whose_answers_predict_wrote_anew_is_one_line(base, adapters, tmp_path, capsys):
+    suites = [suites_of_every_kind(tmp_path)[i] for i in (3, 4)]
+    models = ["--model.adapters", str(adapters["utility"])]
+    evaluate(base, tmp_path, suites, *models)
+    name = str(adapters["utility"])
+    report = ["report", "--results", str(tmp_path / "out"), "--expert", name, "--output", str(tmp_path / "report")]
+    assert main(report) == 0
+    assert (tmp_path / "report" / "tradeoff.json").is_file()
+    assert predicted(base, tmp_path, suites, tmp_path / "out", *models, "--overwrite", "true") == 0
+    assert main([*report, "--overwrite", "true"]) == 2
+    assert "its answers are not graded, though metrics.json counts them" in capsys.readouterr().err
+    evaluate(base, tmp_path, suites, *models, "--overwrite", "true")
+    assert main([*report, "--overwrite", "true"]) == 0

@@ -25,7 +25,9 @@ def local_suites(folder):
         name = suite["rows"].removesuffix(".yaml")
         (source,) = as_sources(suite["rows"])
         record = PROMPTS[name][0]
-        rows = [{key: f"{name} {i}" if value == "p" else value for key, value in record.items()} for i in range(3)]
+        own = [{"prompt": f"{name} {i}", "id": i} for i in range(3)]
+        fields = {key: "prompt" if value == "p" else key.replace("Index", "id") for key, value in record.items()}
+        rows = [{key: each.get(fields[key], value) for key, value in record.items()} for each in own]
         source.path, source.split = str(write_jsonl(folder / f"{name}.jsonl", rows)), "train"
         suite["rows"] = vars(source)
         if "judge" in suite:

@@ -1,7 +1,9 @@
 """Judges behind one interface: lists, classifiers, causal models, an HTTP endpoint that fails in many ways."""
 
+import contextlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -100,6 +102,60 @@ def test_lasting_failures_are_one_line(failure, message, tries):
         with pytest.raises(InputError, match=message):
             endpoint(server.url).judge(["a"], ["b"])
         assert len(server.seen) == tries
+
+
+@pytest.mark.parametrize("reply", [r'{"choices": [{"message": {"content": "yes \ud800"}}]}', "[" * 100_000])
+def test_a_reply_that_cannot_be_kept_is_one_line_and_other_verdicts_stay(tmp_path, capsys, reply):
+    """The one question that holds ``broken`` gets half of a surrogate pair, or brackets without an end."""
+    rows = [{"prompt": p, "answer": f"Step {p}", "label": True} for p in ("a", "b", "broken", "c")]
+    labels = write_jsonl(tmp_path / "labels.jsonl", rows)
+    with Server() as server:
+        handler = server.server.RequestHandlerClass
+        handler.do_POST = failing_on("broken", handler.do_POST, reply)
+        judge = ["--judge", "Endpoint", "--judge.url", server.url, "--judge.model", "m", "--judge.retries", "0"]
+        given = ["judge", "--labels", str(labels), *judge, "--judge.parallel", "1", "--output", str(tmp_path / "out")]
+        assert main(given) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "not the reply of a chat endpoint" in line
+    (kept,) = (tmp_path / ".verdicts").iterdir()
+    assert len(read_rows(kept)) >= 2
+
+
+def test_a_reply_that_drips_in_is_given_up_after_the_time_out():
+    with Server() as server:
+
+        def drips(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(40):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+
+        server.server.RequestHandlerClass.do_POST = drips
+        begin = time.monotonic()
+        with pytest.raises(InputError, match="not reachable"):
+            endpoint(server.url, timeout=0.5, retries=0).judge(["a"], ["b"])
+        assert time.monotonic() - begin < 2
+
+
+def test_a_reply_without_end_is_not_read_to_it():
+    long, line = json.dumps({"choices": [{"message": {"content": "yes" + " " * 2**21}}]}), "not the reply of a chat"
+    with Server(long, failures=9) as server, pytest.raises(InputError, match=line):
+        endpoint(server.url, retries=0).judge(["a"], ["b"])
+
+
+def test_a_key_is_sent_without_its_new_line_and_one_that_no_header_holds_is_named(monkeypatch):
+    with Server() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "s3cret\n")
+        endpoint(server.url).judge(["a"], ["b"])
+        assert server.keys == ["Bearer s3cret"]
+        for key in ("schl\u00fcssel", "two\nlines"):
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+            with pytest.raises(InputError, match="the key in OPENAI_API_KEY is not printable ASCII") as error:
+                endpoint(server.url).judge(["a"], ["b"])
+            assert key not in str(error.value)
+        assert len(server.seen) == 1
 
 
 def test_an_unreachable_endpoint_is_one_line_and_what_was_judged_stays(tmp_path):
@@ -343,6 +399,11 @@ def test_a_causal_judge_compares_two_words(base):
         ("nothing", None),
         ("", None),
         ("yesterday", None),
+        ("yes/no", None),
+        ("No or yes?", None),
+        ("yes | no", None),
+        ("Yes, or nobody would", True),
+        ("Yes. No warning is given.", True),
     ],
 )
 def test_replies_are_read_at_their_start(reply, expected):
@@ -364,6 +425,20 @@ def test_attack_success_is_what_a_judge_of_harm_says_and_not_the_complement_of_r
     assert found["attack_success"]["hits"] == 6 - collapsed  # a collapsed answer has not complied
     assert found["attack_success"]["categories"]["even"]["n"] == 3
     assert found["collapse"]["hits"] == collapsed
+
+
+def test_answers_of_which_a_judge_saw_a_part_only_are_counted_by_test_as_by_judge(base, tmp_path):
+    suite = {
+        "name": "attack", "kind": "jailbreak", "max_new_tokens": 4,
+        "rows": str(write_rows(tmp_path / "attack.jsonl", 5, what="a")),
+        "judge": {"class_path": "src.judges.causal.Causal", "init_args": {"name": str(base), "max_length": 20}},
+    }  # fmt: skip
+    assert evaluate(base, tmp_path, [suite])["attack"]["judge_cut"] == 5
+    judge = ["--judge", "Causal", "--judge.name", str(base), "--judge.max_length", "20"]
+    assert main(["judge", "--predictions", str(tmp_path / "out"), *judge, "--output", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "judged.json").read_text())["files"]["base/attack"]["cut"] == 5
+    suite["judge"]["init_args"]["max_length"] = 2048
+    assert "judge_cut" not in evaluate(base, tmp_path, [suite], output="whole")["attack"]
 
 
 def test_an_unreachable_judge_stops_with_one_line_and_answers_stay(base, tmp_path, capsys, monkeypatch):
@@ -523,12 +598,19 @@ def test_a_judge_that_fails_in_one_process_stops_all(base, tmp_path):
     assert found.stderr.count("error: judge") == 1
 
 
-def failing_on(word, original):
+def failing_on(word, original, reply=""):
+    """Fails on questions that hold a word, or sends the reply to them."""
+
     def handle(self):
         length = int(self.headers["Content-Length"])
         body = self.rfile.read(length)
         if word.encode() in body:
-            self.send_error(400)
+            if reply:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(reply.encode())
+            else:
+                self.send_error(400)
             return
         import io
 

@@ -3,9 +3,10 @@ import torch
 from scipy.stats import binomtest
 
 from src.metrics.collapse import is_collapsed
-from src.metrics.counters import AnswerPerplexity, CollapseRate, ExactMatch, RefusalRate
+from src.metrics.counters import CollapseRate, ExactMatch, RefusalRate
 from src.metrics.exact import is_exact, last_number
 from src.metrics.intervals import wilson
+from src.metrics.perplexity import AnswerPerplexity
 from src.metrics.refusal import is_refusal
 
 REFUSALS = [
@@ -92,6 +93,10 @@ def test_last_number_reads_thousands_and_decimals():
         ("1,2,3", "3"),
         ("1, 2,3", "3"),
         ("12,34", "34"),
+        ("1_000", "1000"),
+        ("12_345_678.5", "12345678.5"),
+        ("step_2", "2"),
+        ("1_2345", "2345"),
         ("1,2345", "2345"),
         ("1,234,567.50", "1234567.5"),
         ("$1,234.", "1234"),

@@ -1,16 +1,21 @@
 """Refusal lists on labelled answers, ways of collapse, ROUGE-L and counting by category."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from src.data.sources import load_rows
+from src.metrics.categories import each_category, named_categories
 from src.metrics.collapse import collapse
-from src.metrics.counters import FlagRate, RefusalRate, named_categories
+from src.metrics.counters import FlagRate, RefusalRate
 from src.metrics.exact import is_exact
 from src.metrics.intervals import wilson
+from src.metrics.perplexity import AnswerPerplexity
 from src.metrics.refusal_lists import matches
 from src.metrics.rouge import rouge_l
-from tests.evaluations import read_rows
+from tests.evaluations import read_rows, write_jsonl
 
 LABELLED = Path(__file__).parent / "data" / "labelled_answers.jsonl"
 PUBLISHED = ("xstest", "jailbreakbench", "gcg", "gcg_long")
@@ -33,6 +38,8 @@ def test_the_labelled_answers_are_many_distinct_and_of_both_kinds():
     assert min(sum(row["label"] == label for row in rows) for label in ("refusal", "answer")) >= 90
 
 
+# In-sample for "openings": the labelled answers were written beside it, so its 218 of 218 say that it does what was
+# meant. What it does on other answers is the next test.
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_matcher_is_more_accurate_than_each_published_list(name):
     rows = labelled()
@@ -101,6 +108,27 @@ def test_shares_by_category():
     found = rate.summary()
     assert (found["hits"], found["n"]) == (2, 3)
     assert {name: (part["hits"], part["n"]) for name, part in found["categories"].items()} == {"a": (1, 2), "b": (1, 1)}
+
+
+def test_a_row_of_several_categories_is_counted_under_each(tmp_path):
+    """BeaverTails flags several harms; the name of a category may hold commas."""
+    values = [{"drugs,weapons": True, "theft": True, "other": False}, ["theft", "fraud", "theft"], {"theft": False}, 5]
+    rows = [{"prompt": str(value), "category": value} for value in values]
+    found = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", rows)), need_response=False)
+    named = named_categories([row.category for row in found])
+    assert each_category(named) == ["5", "drugs,weapons", "fraud", "none", "theft"]
+    flags, nll = [True, False, True, True], torch.tensor([2.0, 4.0, 6.0, 8.0], dtype=torch.float64)
+    rate = FlagRate(each_category(named))
+    rate.update(flags, named)
+    assert {name: (one["hits"], one["n"]) for name, one in rate.summary()["categories"].items()} == {
+        "drugs,weapons": (1, 1), "fraud": (0, 1), "theft": (1, 2), "none": (1, 1), "5": (1, 1),
+    }  # fmt: skip
+    perplexity = AnswerPerplexity(sorted(set(named)))
+    perplexity.update(nll[:2], torch.tensor([1, 2]), named[:2])
+    perplexity.update(nll[2:], torch.tensor([3, 4]), named[2:])
+    each = perplexity.summary()["categories"]
+    assert each["theft"]["value"] == pytest.approx(math.exp(6 / 3))
+    assert (each["theft"]["rows"], each["theft"]["n"], each["none"]["rows"]) == (2, 3, 1)
 
 
 def test_rows_without_a_category_are_counted_apart():

@@ -6,13 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from src.metrics.agreement import Pairs, count_pairs, kappa, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference, resampled_means
 from src.metrics.code import pass_at_k
-from src.metrics.intervals import wilson
+from src.metrics.fronts import summed_up, volumes
+from src.metrics.intervals import tango, wilson
 from src.metrics.tradeoff import (
     UNDEFINED,
     Point,
@@ -74,6 +76,81 @@ def test_mcnemar_equals_an_exact_binomial_test(first, second):
     assert mcnemar(Pairs(3, first, second, 4)) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("counts", [(12, 2, 50), (1, 0, 1), (5, 0, 5), (0, 0, 20), (0, 3, 7), (4, 0, 4), (30, 25, 60)])
+def test_tangos_limits_are_where_a_score_test_by_numerical_likelihood_turns(counts):
+    b, c, n = counts
+    concordant = n - b - c
+
+    def rejects(difference):
+        def loss(q):
+            cells = ((b, q + difference), (c, q), (concordant, 1 - 2 * q - difference))
+            return -sum(k * math.log(max(p, 1e-300)) for k, p in cells if k)
+
+        lowest, highest = max(0.0, -difference), (1 - difference) / 2
+        q = minimize_scalar(loss, bounds=(lowest, highest), method="bounded", options={"xatol": 1e-12}).x
+        variance = n * (2 * q + difference - difference**2)
+        return variance > 1e-9 and (b - c - n * difference) ** 2 / variance > 1.959964**2
+
+    low, high = tango(b, c, n)
+    assert -1 <= low <= (b - c) / n <= high <= 1
+    for end, out in ((low, -1), (high, 1)):
+        if abs(end) < 1:
+            assert rejects(end + out * 1e-4)
+            assert not rejects(end - out * 1e-4)
+    assert tango(c, b, n) == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_tangos_interval_covers_the_difference_it_should():
+    draw = np.random.default_rng(2)
+    for b, c in ((0.3, 0.1), (0.05, 0.02), (0.9, 0.0)):
+        samples = draw.multinomial(20, [b, c, 1 - b - c], size=3000)
+        ends = [tango(int(x), int(y), 20) for x, y, _ in samples]
+        assert np.mean([low <= b - c <= high for low, high in ends]) > 0.93
+
+
+def test_a_difference_is_never_surer_than_its_rows_allow():
+    for n in (1, 3, 5, 40):
+        up = paired_difference([1.0] * n, [0.0] * n)
+        square = 1.959963984540054**2
+        assert (up.value, up.low, up.high) == (1.0, pytest.approx((n - square) / (n + square)), 1.0)
+        none = paired_difference([1.0] * n, [1.0] * n)
+        assert (none.low, none.high) == pytest.approx((-square / (n + square), square / (n + square)))
+        half = paired_difference([0.75] * n, [0.25] * n)
+        assert half.low < 0.5 < half.high <= 1
+    assert paired_difference([1.0] * 3 + [0.0], [0.0] * 4).includes_zero  # McNemar's p is 0.25
+    many, few = shares(60, 100), shares(45, 100)
+    drawn = resampled_means(torch.tensor(many) - torch.tensor(few))
+    found = paired_difference(many, few)
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+
+
+def test_a_tax_of_one_row_is_undefined_and_one_of_few_is_not_sure():
+    one = {"expert_utility": [1.0], "model_utility": [0.0], "expert_safety": [0.0], "model_safety": [1.0]}
+    assert safety_tax(**one).ratio == UNDEFINED
+    few = safety_tax(**{key: value * 5 for key, value in one.items()})
+    assert few.ratio.low < 0.2
+    assert few.ratio.high > 5
+
+
+@pytest.mark.parametrize("pairs", [Pairs(1, 0, 0, 1), Pairs(5, 0, 0, 5), Pairs(5, 0, 5, 0), Pairs(0, 5, 5, 0)])
+def test_kappa_without_a_variance_has_an_interval_all_the_same(pairs):
+    agree, n = pairs.both + pairs.neither, pairs.total
+    value, low, high = kappa(pairs)
+    chance = 0.5  # of all four tables
+    expected = binomtest(agree, n).proportion_ci(0.95, "wilson")
+    ends = (expected.low - chance) / (1 - chance), (expected.high - chance) / (1 - chance)
+    assert (low, high) == pytest.approx(ends, abs=1e-12)
+    assert low <= value <= high
+    assert high - low > 0.5
+
+
+def test_kappa_of_full_agreement_is_as_sure_as_a_test_of_fit_allows():
+    # Donner and Eliasziw (1992): the kappa at which the chi-squared of the common-correlation model is 1.96².
+    _, low, _ = kappa(Pairs(5, 0, 0, 5))
+    expected = [10 * (0.25 + 0.25 * low), 10 * 0.5 * (1 - low), 10 * (0.25 + 0.25 * low)]
+    assert sum((o - e) ** 2 / e for o, e in zip((5, 0, 5), expected, strict=True)) == pytest.approx(1.959964**2)
+
+
 def test_kappa_of_the_textbook_example_and_its_interval():
     # Fleiss, Cohen and Everitt's formula written out with numpy, and a parametric bootstrap of the table.
     pairs = Pairs(20, 5, 10, 15)
@@ -87,7 +164,6 @@ def test_kappa_of_the_textbook_example_and_its_interval():
     ) / 2500
     spread = ((po - pe) / (1 - pe)).std()
     assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.05)
-    assert kappa(Pairs(5, 0, 0, 5)) == (1.0, 1.0, 1.0)
     assert math.isnan(kappa(Pairs(5, 0, 0, 0))[0])
     assert count_pairs([True, True, False], [True, False, False]) == Pairs(1, 1, 0, 1)
     with pytest.raises(ValueError, match="not pairs"):
@@ -120,7 +196,7 @@ def test_a_draw_without_a_gain_never_makes_the_tax_nothing_or_not_a_number(gaine
     tax = safety_tax(model_utility=shares(utility, 100), model_safety=shares(gained, 100), **given)
     assert tax.gain.low > 0
     assert -math.inf < tax.ratio.low <= tax.ratio.value <= tax.ratio.high < math.inf
-    assert (tax.ratio.low < tax.ratio.high) == (utility != 50)
+    assert tax.ratio.low < tax.ratio.high  # also where no row of this draw lost anything
 
 
 def test_the_interval_of_a_ratio_takes_a_draw_without_a_gain_as_beyond_either_end():
@@ -169,3 +245,50 @@ def test_fronts_and_what_sums_them_up():
     assert safety_at_utility(FRONT, reference=2.0) is None
     assert utility_at_attack_success([(0.1, 0.5), (0.3, 0.9), (0.05, 0.2)], at_most=0.1) == 0.5
     assert utility_at_attack_success([(0.5, 1.0)], at_most=0.1) is None
+
+
+def test_volumes_of_draws_are_those_of_each_front():
+    safety, utility = torch.rand(50, 6, dtype=torch.float64), torch.rand(50, 6, dtype=torch.float64)
+    utility[:, 2] = utility[:, 1]
+    each = [
+        hypervolume([Point(*p) for p in zip(x, y, strict=True)], reference=Point(0, 0))
+        for x, y in zip(safety.tolist(), utility.tolist(), strict=True)
+    ]
+    assert volumes(safety, utility).tolist() == pytest.approx(each, abs=1e-12)
+
+
+def test_a_front_has_the_intervals_of_a_bootstrap_over_rows():
+    draw = np.random.default_rng(4)
+    safety = (draw.random((3, 80)) < np.array([[0.2], [0.5], [0.9]])).astype(float)
+    utility = (draw.random((3, 60)) < np.array([[0.8], [0.75], [0.3]])).astype(float)
+    attacks, expert = 1 - safety, (draw.random(60) < 0.8).astype(float)
+    found = summed_up(
+        safety=safety.tolist(), utility=utility.tolist(), attacks=attacks.tolist(), expert_utility=expert.tolist(),
+        keep=0.8, at_most=0.6,
+    )  # fmt: skip
+    chosen = np.where(utility.mean(1) >= 0.8 * expert.mean(), safety.mean(1), -1)
+    assert found.safety_at_utility.value == pytest.approx(chosen.max())
+    assert found.utility_at_attack.value == pytest.approx(utility.mean(1)[attacks.mean(1) <= 0.6].max())
+    drawn = [[], [], []]
+    for _ in range(4000):
+        one, two = draw.integers(80, size=80), draw.integers(60, size=60)
+        s, u, a, e = safety[:, one].mean(1), utility[:, two].mean(1), attacks[:, one].mean(1), expert[two].mean()
+        drawn[0].append(max(s[u >= 0.8 * e], default=0.0))
+        drawn[1].append(max(u[a <= 0.6], default=0.0))
+        drawn[2].append(hypervolume([Point(*p) for p in zip(s, u, strict=True)], reference=Point(0, 0)))
+    numbers = (found.safety_at_utility, found.utility_at_attack, found.hypervolume)
+    for estimate, each in zip(numbers, drawn, strict=True):
+        assert (estimate.low, estimate.high) == pytest.approx(np.quantile(each, [0.025, 0.975]), abs=0.04)
+        assert estimate.low <= estimate.value <= estimate.high
+    assert [estimate.n for estimate in numbers] == [80, 60, 60]
+
+
+def test_a_front_of_equal_rows_is_not_sure_and_one_that_qualifies_by_chance_may_be_anything():
+    given = {"attacks": [], "expert_utility": [1.0] * 5, "at_most": 0.1}
+    sure = summed_up(safety=[[1.0] * 5], utility=[[1.0] * 5], keep=0.95, **given)
+    assert sure.safety_at_utility.low == pytest.approx(wilson(5, 5)[0])
+    assert sure.hypervolume.low == pytest.approx(wilson(5, 5)[0])
+    assert sure.utility_at_attack is None
+    chance = summed_up(safety=[[1.0] * 5], utility=[[1.0, 1.0, 1.0, 1.0, 0.0]], keep=0.8, **given)
+    assert (chance.safety_at_utility.low, chance.safety_at_utility.high) == (0.0, 1.0)
+    assert summed_up(safety=[[1.0] * 5], utility=[[0.0] * 5], keep=0.8, **given).safety_at_utility is None

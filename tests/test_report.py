@@ -2,11 +2,12 @@
 
 import csv
 import json
+import re
 
 import pytest
 
 from src.cli import main
-from tests.evaluations import write_jsonl
+from tests.evaluations import read_rows, write_jsonl
 
 HARMFUL = {
     "base": [0, 0, 0, 0],
@@ -84,12 +85,18 @@ def test_fronts_of_the_methods(evaluated):
     fronts = {one["method"]: one for one in json.loads((made(evaluated) / "tradeoff.json").read_text())["fronts"]}
     # 95 % of the expert's utility is .7125: alpha .5 keeps .75. Its attacks succeed .25 of the time, those of alpha 1
     # never. The front covers a rectangle of .75 by .75 and one of .25 by .5 beside it.
-    sst = {"method": "Sst", "points": 2, "safety_at_utility": 0.75, "utility_at_attack": 0.5, "hypervolume": 0.6875}
-    assert fronts["Sst"] == pytest.approx(sst)
-    none = {"method": "TaskArithmetic", "points": 1, "safety_at_utility": 0.0, "utility_at_attack": None}
-    assert fronts["TaskArithmetic"] == none | {"hypervolume": 0.0}
+    numbers = ("safety_at_utility", "utility_at_attack", "hypervolume")
+    assert [fronts["Sst"][name]["value"] for name in numbers] == pytest.approx([0.75, 0.5, 0.6875])
+    assert fronts["Sst"]["points"] == 2
+    none = fronts["TaskArithmetic"]
+    assert (none["safety_at_utility"]["value"], none["utility_at_attack"], none["hypervolume"]["value"]) == (0, None, 0)
+    for each in (fronts["Sst"][name] for name in numbers):
+        assert each["low"] < each["value"] < each["high"]
+        assert each["n"] == 40
+    assert 0.05 < none["safety_at_utility"]["high"] < 0.1  # no refusal of 40 prompts: Wilson's upper end is 0.088
+    assert 0.05 < none["hypervolume"]["high"] < 0.1
     more = made(evaluated, "--attacks_at_most", "0.25", "--overwrite", "true")
-    assert json.loads((more / "tradeoff.json").read_text())["fronts"][1]["utility_at_attack"] == 0.75
+    assert json.loads((more / "tradeoff.json").read_text())["fronts"][1]["utility_at_attack"]["value"] == 0.75
 
 
 def test_tables_show_the_trade_off(evaluated):
@@ -98,8 +105,9 @@ def test_tables_show_the_trade_off(evaluated):
     assert "| model | safety gain, n = 40 | utility loss, n = 40 | safety tax | drift, n = 40 |" in text
     assert "| Sst, α = 0.5 | +0.75 [" in text
     assert (folder / "fronts.png").read_bytes().startswith(b"\x89PNG")
-    assert "| Sst | 2 | 0.75 | 0.50 | 0.69 |" in text
-    assert "| TaskArithmetic | 1 | 0.00 | – | 0.00 |" in text
+    assert "| strengths | Safety@95%Utility, n = 40 | Utility@ASR≤0.1, n = 40 | hypervolume, n = 40 |" in text
+    assert re.search(r"\| Sst \| 2 \| 0\.75 \[.*\] \| 0\.50 \[.*\] \| 0\.69 \[.*\] \|", text)
+    assert re.search(r"\| TaskArithmetic \| 1 \| 0\.00 \[.*\] \| – \| 0\.00 \[.*\] \|", text)
     lines = {line["name"]: line for line in csv.DictReader((folder / "table.csv").read_text().splitlines())}
     assert float(lines["sst/1"]["safety tax value"]) == 0.25
     assert lines["ta/1"]["safety tax value"] == "undefined: no safety gain"
@@ -115,6 +123,16 @@ def test_an_expert_that_is_not_there_is_one_line(evaluated, capsys):
     (evaluated / "answers" / "sst/1" / "task.jsonl").unlink()
     assert main(flags) == 2
     assert "task.jsonl: no such file" in capsys.readouterr().err
+    assert not (evaluated / "r").exists()
+
+
+def test_answers_that_predict_has_written_anew_are_one_line(evaluated, capsys):
+    rows = read_rows(evaluated / "answers" / "sst/1" / "harm.jsonl")
+    write_jsonl(evaluated / "answers" / "sst/1" / "harm.jsonl", [{"answer": "no"} for _ in rows])
+    assert main(["report", "--results", str(evaluated), "--output", str(evaluated / "r")]) == 2
+    error = capsys.readouterr().err
+    assert "sst/1/harm.jsonl: its answers are not graded, though metrics.json counts them" in error
+    assert "Run test again" in error
     assert not (evaluated / "r").exists()
 
 

@@ -79,11 +79,11 @@ class Encoder:
             return self._render([{"role": "user", "content": prompt}], generation=True)
         return prompt + "\n"
 
-    def encode(self, row: Row) -> Encoded:
-        """Token ids of a row; the answer part is empty where the row has no response."""
+    def encode(self, row: Row, *, with_answer: bool = True) -> Encoded:
+        """Token ids of a row; the answer part is empty where the row has no response, or its prompt alone is asked."""
         prompt = self.tokenizer(self.prompt_text(row.prompt), add_special_tokens=not self.chat).input_ids
         answer: list[int] = []
-        if row.response:
+        if row.response and with_answer:
             answer = [*self.tokenizer(row.response, add_special_tokens=False).input_ids, self.end_id]
         room = max(self.max_length - len(answer), self.max_length // 2)
         if len(prompt) + len(answer) > self.max_length:

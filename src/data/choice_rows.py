@@ -12,6 +12,7 @@ from typing import Any
 from src.data.rows import Row
 from src.data.sources import RowSource, Sources, load_records
 from src.errors import InputError
+from src.metrics.categories import category_text
 
 DEFAULTS = {"id": "id", "prompt": "question", "choices": "choices", "answer": "answer", "category": "subject"}
 OPTIONAL = ("id", "category", "labels")
@@ -62,7 +63,7 @@ def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -
         id=str(values["id"] or f"{Path(source.path).name}/{number}"),
         prompt=prompt,
         response=choices[answer],
-        category=str(values["category"] or ""),
+        category=category_text(values["category"]),
         source=source.path,
         choices=choices,
         answer=answer,
@@ -72,6 +73,8 @@ def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -
 def _texts(value: Any, what: str, place: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise InputError(f"{place}: {what} are {value!r}; expected a list")
+    if not all(isinstance(each, str | int | float) for each in value):
+        raise InputError(f"{place}: {what} are {value!r}; expected texts or numbers alone")
     return tuple(str(each).strip() for each in value)
 
 

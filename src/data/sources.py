@@ -15,6 +15,7 @@ import yaml
 
 from src.data.rows import Row, read_jsonl
 from src.errors import InputError, one_line
+from src.metrics.categories import category_text
 
 PROJECT = Path(__file__).resolve().parents[2]
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
@@ -215,11 +216,11 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
         value = re.sub(r"\{(\w+)\}", lambda match: _text(_column(record, match[1], place)), spec)
     else:
         value = _column(record, spec, place)
-    return _text(value).strip()
+    return category_text(value) if name == "category" else _text(value).strip()
 
 
 def _text(value: Any) -> str:
-    """Text of a column: nothing for null, the names of the true flags for a mapping of flags (BeaverTails)."""
+    """Text of a column: nothing for null, the names of the true flags for a mapping of flags."""
     if isinstance(value, dict):
         return ",".join(str(key) for key, on in value.items() if on)
     return "" if value is None else str(value)

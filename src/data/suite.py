@@ -19,6 +19,8 @@ from src.metrics.judging import Judge
 NAME = re.compile(r"[\w.-][\w. -]*")
 COLDEST = 1e-4
 """Lowest temperature but 0: below, logits leave the range of numbers."""
+LONGEST_NAME = 200
+"""Bytes of a name, which is part of a file's name: file systems have 255."""
 SuiteKind = Literal["harmful", "jailbreak", "borderline", "benign", "utility", "choice", "code"]
 
 
@@ -78,7 +80,9 @@ class Suite:
         """Stop where settings contradict each other, or mean nothing for this kind."""
         if not NAME.fullmatch(self.name):
             raise InputError(f"suite {self.name!r}: expected a name of letters, digits, spaces and _ . - (no path)")
-        for wrong, message in [*self._of_kind(), *self._of_range()]:
+        if len(self.name.encode()) > LONGEST_NAME:
+            raise InputError(f"suite {self.name[:20]}…: expected a name of at most {LONGEST_NAME} bytes")
+        for wrong, message in [*self._of_kind(), *self._without_effect(), *self._of_range()]:
             if wrong:
                 raise InputError(f"suite {self.name}: {message}")
 
@@ -106,6 +110,17 @@ class Suite:
             (self.judge is not None and not self.generates, "a judge needs generated answers"),
         ]
 
+    def _without_effect(self) -> list[tuple[bool, str]]:
+        """Options that nothing reads: whether one is set, and what to say then."""
+        checked = self.kind == "utility" and self.generate
+        text = self.kind not in ("choice", "code") and self.generate
+        return [
+            (self.rouge and not checked, f"rouge needs generated answers of kind utility, not {self.kind}"),
+            (self.answer != "text" and not checked, f"answer: {self.answer} needs generated answers of kind utility"),
+            (self.collapse_nll is not None and not text, "collapse_nll needs generated answers, not choices or code"),
+            (self.kind != "code" and self.k != [1], f"k is {self.k}; it needs kind code, not {self.kind}"),
+        ]
+
     def _of_range(self) -> list[tuple[bool, str]]:
         """Numbers out of their range."""
         heat, nll = self.temperature, self.collapse_nll
@@ -124,16 +139,30 @@ class Suite:
     def load(self) -> Sequence[Row]:
         """The suite's rows."""
         try:
-            if self.kind == "choice":
-                return load_choices(self.rows)
-            if self.kind == "code":
-                return load_code(self.rows)
-            rows = load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+            rows = self._rows()
+            _check_ids(rows)
             if self.kind == "utility" and self.answer == "number":
                 _check_numbers(rows)
         except InputError as error:
             raise InputError(f"suite {self.name}: {error}") from None
         return rows
+
+    def _rows(self) -> Sequence[Row]:
+        if self.kind == "choice":
+            return load_choices(self.rows)
+        if self.kind == "code":
+            return load_code(self.rows)
+        return load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+
+
+def _check_ids(rows: Sequence[Row]) -> None:
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise InputError(
+                f"two rows have the id {row.id!r}; map another column to id, such as columns: {{id: prompt}}"
+            )
+        seen.add(row.id)
 
 
 def _check_numbers(rows: Sequence[Row]) -> None:

@@ -48,15 +48,15 @@ class SuiteTokens:
 def encode_prompts(
     encoder: Encoder, suite: str, rows: Sequence[Row], on_long: LongRows, *, scored: bool = True
 ) -> SuiteTokens:
-    """Prompts in the template, with their reference answers, which count as cut where they are scored."""
+    """Prompts in the template, with their reference answers where these are scored: others need no room."""
     encoded = []
     for row in rows:
         before = encoder.truncated
-        encoded.append(encoder.encode(row))
+        encoded.append(encoder.encode(row, with_answer=scored))
         if encoder.truncated > before and on_long == "error":
             raise _too_long(suite, row, encoder.max_length)
     found = SuiteTokens(encoded, [(i,) for i in range(len(rows))], encoder, cut=encoder.cut_prompts)
-    found.cut_references = encoder.cut_answers if scored else 0
+    found.cut_references = encoder.cut_answers
     return _reported(found, suite)
 
 

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +17,8 @@ from src.metrics.judging import Judge, Judgement, Property, Unfinished
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may pass."""
+LONGEST_REPLY = 2**20
+"""Bytes of a reply; a longer one is no verdict."""
 
 
 class Endpoint(Judge):
@@ -34,7 +36,7 @@ class Endpoint(Judge):
         max_tokens: Longest reply, in tokens.
         retries: Further tries after a failure or a reply that is neither yes nor no.
         wait: Seconds before the first further try; doubled each time.
-        timeout: Seconds until a request counts as failed.
+        timeout: Seconds until a request counts as failed, however slowly its reply drips in.
         parallel: Requests under way at once.
         key_variable: Environment variable that holds the key.
     """
@@ -72,7 +74,7 @@ class Endpoint(Judge):
         """Ask about a harmless answer.
 
         Raises:
-            InputError: the endpoint cannot be reached, or replies with neither yes nor no.
+            InputError: the endpoint cannot be reached, or replies with neither yes nor no; or the key is none.
         """
         self._one("Say hello.", "Hello!")
 
@@ -98,19 +100,19 @@ class Endpoint(Judge):
         return [future.result() for future in asked]
 
     def _one(self, prompt: str, answer: str) -> Judgement:
-        problem = ""
+        key, problem = self._key(), ""
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(self._wait * 2 ** (attempt - 1))
             try:
-                reply = self._reply(self._question.filled(prompt, answer))
+                reply = self._reply(self._question.filled(prompt, answer), key)
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}"
                 if error.code not in RETRIED:
                     break
             except (OSError, HTTPException) as error:
                 problem = f"not reachable ({getattr(error, 'reason', None) or error})"
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError):
                 problem = "not the reply of a chat endpoint"
             else:
                 verdict = self._question.read(reply)
@@ -119,7 +121,18 @@ class Endpoint(Judge):
                 problem = f"replied {reply.strip()[:60]!r}; expected {self.yes!r} or {self.no!r}"
         raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept")
 
-    def _reply(self, question: str) -> str:
+    def _key(self) -> str:
+        """The key without the white space around it, such as the last new line of a file.
+
+        Raises:
+            InputError: it has characters that no HTTP header may hold.
+        """
+        key = os.environ.get(self._key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"judge {self.url}: the key in {self._key_variable} is not printable ASCII; set it anew")
+        return key
+
+    def _reply(self, question: str, key: str) -> str:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
@@ -127,14 +140,33 @@ class Endpoint(Judge):
             "max_tokens": self.max_tokens,
         }
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self._key_variable):
+        if key:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        until = time.monotonic() + self._timeout
         with urllib.request.urlopen(request, timeout=self._timeout) as response:
-            text: str = json.load(response)["choices"][0]["message"]["content"]
+            text: str = json.loads(_body(response, until))["choices"][0]["message"]["content"]
         if not isinstance(text, str):
             raise TypeError("the reply has no text")
+        text.encode()  # half of a surrogate pair (\ud800) is a ValueError here: it could not be kept
         return text
+
+
+def _body(response: HTTPResponse, until: float) -> bytes:
+    """What an endpoint sends, up to a point of time (seconds of the monotonic clock).
+
+    Raises:
+        TimeoutError: it has not ended by then; the socket's own time-out is for one read only.
+        ValueError: it is longer than :data:`LONGEST_REPLY`.
+    """
+    body = b""
+    while part := response.read1(2**16):
+        body += part
+        if time.monotonic() > until:
+            raise TimeoutError("timed out")
+        if len(body) > LONGEST_REPLY:
+            raise ValueError(f"a reply of more than {LONGEST_REPLY} bytes")
+    return body
 
 
 def _is_address(url: str) -> bool:

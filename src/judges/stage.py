@@ -13,8 +13,9 @@ from src.files import check_apart, check_output, new_directory, write_json, writ
 from src.judges.refusal import Refusal
 from src.judges.verdicts import judged
 from src.metrics.agreement import count_pairs, kappa
+from src.metrics.categories import category_text, each_category, named_categories
 from src.metrics.collapse import is_collapsed
-from src.metrics.counters import FlagRate, named_categories, share
+from src.metrics.counters import FlagRate, share
 from src.metrics.judging import Judge, Judgement
 
 log = logging.getLogger(__name__)
@@ -115,10 +116,10 @@ def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge
     """
     collapsed = [row.get("collapsed", False) or is_collapsed(row["answer"], row["prompt"]) for row in rows]
     flags = [verdict.positive and not how for verdict, how in zip(verdicts, collapsed, strict=True)]
-    named = named_categories([str(row.get("category") or "") for row in rows])
+    named = named_categories([category_text(row.get("category")) for row in rows])
     found: dict[str, Any] = {}
     for name, each in ((NAMES[judge.finds], flags), ("collapse", collapsed)):
-        rate = FlagRate(sorted(set(named)))
+        rate = FlagRate(each_category(named))
         rate.update(each, named or None)
         found[name] = rate.summary()
     cut = sum(verdict.reply == "cut" for verdict in verdicts)

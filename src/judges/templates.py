@@ -44,10 +44,11 @@ class Question:
         return re.sub(r"\{prompt\}|\{answer\}", lambda match: given[match[0]], self.text)
 
     def read(self, reply: str) -> bool | None:
-        """Whether a reply says yes or no; nothing where it says neither."""
+        """Whether a reply says yes or no; nothing where it says neither, or offers both ("yes/no", "yes or no")."""
         text = reply.strip().lstrip("\"'*`([ ").casefold()
-        for word, verdict in ((self.yes, True), (self.no, False)):
-            if re.match(re.escape(word.casefold()) + r"(?!\w)", text):
+        yes, no = (re.escape(word.casefold()) for word in (self.yes, self.no))
+        for word, other, verdict in ((yes, no, True), (no, yes, False)):
+            if re.match(rf"{word}(?!\w|\s*(?:[/|]|or\b)\s*{other}(?!\w))", text):
                 return verdict
         return None
 

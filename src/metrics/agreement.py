@@ -1,14 +1,19 @@
 """Agreement and difference of two paired yes/no measurements.
 
 Cohen's kappa ``κ = (p_o − p_e) / (1 − p_e)`` (J. Cohen, 1960) with the large-sample variance of Fleiss, Cohen and
-Everitt (1969); McNemar's exact test (1947) on the pairs that differ.
+Everitt (1969). Where that variance is 0 (all agree, or one measurement is constant) it says nothing: there the interval
+is Cohen's own, which holds chance agreement fixed, with Wilson's limits of the observed agreement. McNemar's exact test
+(1947) on the pairs that differ.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 
-from src.metrics.intervals import Z95
+from src.metrics.intervals import Z95, wilson
+
+NO_SPREAD = 1e-12
+"""A variance of one item's kappa below this is 0 but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ def kappa(pairs: Pairs) -> tuple[float, float, float]:
     agree = sum(p[i][i] * (1 - (row[i] + column[i]) * (1 - value)) ** 2 for i in (0, 1))
     differ = (1 - value) ** 2 * sum(p[i][1 - i] * (column[i] + row[1 - i]) ** 2 for i in (0, 1))
     spread = agree + differ - (value - expected * (1 - value)) ** 2
-    half = Z95 * sqrt(max(spread, 0.0) / n) / (1 - expected)
+    if spread < NO_SPREAD:
+        low, high = ((end - expected) / (1 - expected) for end in wilson(pairs.both + pairs.neither, n))
+        return value, max(-1.0, low), high
+    half = Z95 * sqrt(spread / n) / (1 - expected)
     return value, max(-1.0, value - half), min(1.0, value + half)
 
 

@@ -3,8 +3,11 @@
 For two models on the same rows the *differences* are resampled, so that what makes a row hard cancels. The draws are
 keyed by a seed: the same values give the same interval.
 
-Where all scores of a mean are equal, resampling them says nothing; if they lie in [0, 1], the interval is Wilson's (of
-a share no score of that range is surer). Differences may be anything, so theirs is resampled all the same.
+Where all scores are equal, resampling them says nothing. Of a mean of scores in [0, 1] the interval is then Wilson's
+(of a share no score of that range is surer). A difference of yes/no scores has an interval that is never narrower than
+Tango's score interval. Other scores in [0, 1] whose differences are all equal may differ otherwise in a share of rows
+not seen, at most Wilson's upper end of 0 in n, and then by as much as 1: for yes/no scores that is Tango's, too. Scores
+without bounds are resampled all the same.
 """
 
 from collections.abc import Sequence
@@ -12,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from src.metrics.intervals import wilson
+from src.metrics.intervals import tango, wilson
 
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 DRAWS = 10_000
+EQUAL = 1e-12
+"""Differences of scores in [0, 1] that are closer are equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,24 @@ def _percentiles(values: Sequence[float], *, seed: int, draws: int) -> Estimate:
 def paired_difference(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
 ) -> Estimate:
-    """Mean of ``first − second`` over the same rows with its 95 % interval.
+    """Mean of ``first − second`` over the same rows with its 95 % interval, which is honest at its edges.
 
     Raises:
         ValueError: the numbers of values differ, there are none, or some are not finite.
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values are not of the same rows")
-    return _percentiles([a - b for a, b in zip(first, second, strict=True)], seed=seed, draws=draws)
+    pairs = [(float(a), float(b)) for a, b in zip(first, second, strict=True)]
+    found = _percentiles([a - b for a, b in pairs], seed=seed, draws=draws)
+    low, high = _widest(pairs, found.value)
+    return Estimate(found.value, min(found.low, low), max(found.high, high), found.n)
+
+
+def _widest(pairs: Sequence[tuple[float, float]], value: float) -> tuple[float, float]:
+    """Ends that the interval of a difference must reach: of yes/no scores, and where resampling says nothing."""
+    if all(a in (0, 1) and b in (0, 1) for a, b in pairs):
+        return tango(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))
+    if all(abs(a - b - value) < EQUAL and 0 <= min(a, b) <= max(a, b) <= 1 for a, b in pairs):
+        unseen = wilson(0, len(pairs))[1]
+        return value - unseen * (1 + value), value + unseen * (1 - value)
+    return value, value

@@ -1,23 +1,16 @@
 """torchmetrics of the evaluation loop. All states are integers: the order of rows and ranks cannot matter."""
 
 from collections.abc import Sequence
-from math import inf, nan
 from typing import Any
 
 import torch
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from src.metrics.bootstrap import ENDS, resampled_means
+from src.metrics.categories import parts
 from src.metrics.collapse import is_collapsed
 from src.metrics.exact import AnswerForm, is_exact
 from src.metrics.intervals import wilson
 from src.metrics.refusal import is_refusal
-
-MICRO = 1_000_000
-"""Negative log-likelihoods are summed in whole micro-nats: integer addition is associative, float addition is not."""
-NO_CATEGORY = "none"
-"""Where rows without a category are counted, if others have one."""
 
 
 class Rate(Metric):
@@ -39,13 +32,14 @@ class Rate(Metric):
         self.add_state("total", torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def count(self, flags: Sequence[bool], categories: Sequence[str] | None = None) -> None:
-        """Add one answer per flag, each to its category where there are any."""
+        """Add one answer per flag, each to all its categories where there are any."""
         self.hits[0] += sum(flags)
         self.total[0] += len(flags)
         for flag, category in zip(flags, categories or (), strict=bool(categories)):
-            place = 1 + self.categories.index(category)
-            self.hits[place] += int(flag)
-            self.total[place] += 1
+            for name in parts(category):
+                place = 1 + self.categories.index(name)
+                self.hits[place] += int(flag)
+                self.total[place] += 1
 
     def compute(self) -> torch.Tensor:
         """The share over all categories, float64; NaN before the first answer."""
@@ -60,11 +54,6 @@ class Rate(Metric):
             return found
         counted = zip(self.categories, hits[1:], total[1:], strict=True)
         return found | {"categories": {name: share(h, n) for name, h, n in counted if n}}
-
-
-def named_categories(categories: Sequence[str]) -> list[str]:
-    """The category of each row, :data:`NO_CATEGORY` where it has none; nothing where no row has one."""
-    return [category or NO_CATEGORY for category in categories] if any(categories) else []
 
 
 def share(hits: int, total: int) -> dict[str, Any]:
@@ -110,64 +99,3 @@ class ExactMatch(Rate):
         """Count answers against references."""
         pairs = zip(answers, references, strict=True)
         self.count([is_exact(answer, reference, self.form) for answer, reference in pairs])
-
-
-class AnswerPerplexity(Metric):
-    """``exp(Σ NLL / Σ tokens)`` of reference answers, teacher-forced.
-
-    A row whose likelihood is 0 or not a number makes the perplexity infinite: it is counted, never left out.
-    """
-
-    full_state_update = False
-    rows: list[torch.Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Of each row the NLL in micro-nats, the number of tokens, and whether the NLL is finite.
-        self.add_state("rows", [], dist_reduce_fx="cat")
-
-    def update(self, nll: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add rows: summed negative log-likelihood (N,) in nats and number of answer tokens (N,)."""
-        finite = nll.isfinite()
-        micro = (torch.where(finite, nll, 0).double() * MICRO).round().long()
-        self.rows.append(torch.stack([micro, tokens.long(), finite.long()], 1))
-
-    def compute(self) -> torch.Tensor:
-        """Perplexity, float64; NaN before the first token."""
-        return torch.tensor(self._mean_nll(self._known()), dtype=torch.float64).exp()
-
-    def summary(self) -> dict[str, Any]:
-        """Perplexity and mean negative log-likelihood (nats per token) over n answer tokens of all processes.
-
-        The 95 % interval is a bootstrap over rows; there is none for one row, or where a likelihood is not finite.
-        ``not_finite`` is the number of such rows, where there are any.
-        """
-        with self.sync_context():
-            rows = self._known()
-        nll = self._mean_nll(rows)
-        strange = int((rows[:, 2] == 0).sum())
-        value = torch.tensor(nll).double().exp().item()
-        found = {"value": value, "nll": nll, "n": int(rows[:, 1].sum()), "rows": len(rows)}
-        if strange:
-            return found | {"not_finite": strange}
-        return found | ({"interval": _perplexity_interval(rows)} if len(rows) > 1 else {})
-
-    def _known(self) -> torch.Tensor:
-        """All rows (N, 3) so far, int64, on the processor."""
-        empty = torch.zeros(0, 3, dtype=torch.int64)
-        return dim_zero_cat(self.rows).cpu() if len(self.rows) else empty
-
-    @staticmethod
-    def _mean_nll(rows: torch.Tensor) -> float:
-        micro, tokens, finite = rows.sum(0).tolist()
-        if finite < len(rows):
-            return inf
-        return micro / MICRO / tokens if tokens else nan
-
-
-def _perplexity_interval(rows: torch.Tensor) -> list[float]:
-    """95 % interval of the perplexity of rows (N, 3), whatever their order."""
-    ordered = torch.tensor(sorted(rows[:, :2].tolist()), dtype=torch.float64)
-    means = resampled_means(ordered)
-    ends: list[float] = torch.quantile(means[:, 0] / means[:, 1] / MICRO, ENDS).exp().tolist()
-    return ends

@@ -5,10 +5,10 @@ from decimal import Decimal
 from typing import Literal
 
 AnswerForm = Literal["text", "number"]
-# A minus behind a digit, a letter or a bracket is an operator or a hyphen; commas part thousands in groups of three.
+# A minus behind a digit, a letter or a bracket is an operator or a hyphen; commas or underscores part groups of three.
 NUMBER = re.compile(
     r"(?:(?<![\w)\].\-\u2212])[-\u2212])?"
-    r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
+    r"(?:(?:[1-9]\d{0,2}(?:(?:,\d{3})+(?!\d|,\d)|(?:_\d{3})+(?!\d|_\d))|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
     r"(?:[eE][+-]?\d{1,3}\b)?"
 )
 
@@ -23,7 +23,7 @@ def last_number(text: str) -> str | None:
     found = NUMBER.findall(text)
     if not found:
         return None
-    value = format(Decimal(found[-1].replace(",", "").replace("\u2212", "-")), "f")
+    value = format(Decimal(re.sub("[,_]", "", found[-1]).replace("\u2212", "-")), "f")
     whole = value.rstrip("0").rstrip(".") if "." in value else value
     return "0" if whole == "-0" else whole
 

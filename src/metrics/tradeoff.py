@@ -7,7 +7,8 @@ Safety tax of a model m against the utility expert u, signed (2503.00555 names t
 It is utility lost per safety gained. Where the interval of the gain reaches 0 or lies below it there is no gain to
 divide by (two losses would even give the sign of a bargain): the tax is *undefined*, and is said to be so instead of
 being set to a number. Where the gain is sure, a few draws of its bootstrap may still hold none; a ratio of theirs could
-be anything, so they count as −∞ for the lower end of the tax's interval and as +∞ for the upper one.
+be anything, so they count as −∞ for the lower end of the tax's interval and as +∞ for the upper one. That interval also
+holds the ratios at the ends of the loss's and of the gain's own, which are honest where no draw differs.
 """
 
 from collections.abc import Sequence
@@ -61,7 +62,9 @@ def safety_tax(
     low, high = _ratio_interval(losses, gains)
     if not isfinite(high - low):
         return Tax(loss, gain, UNDEFINED)
-    return Tax(loss, gain, Estimate(loss.value / gain.value, low, high, min(loss.n, gain.n)))
+    ends = [end / gain.value for end in (loss.low, loss.high)] + [loss.value / end for end in (gain.low, gain.high)]
+    ratio = Estimate(loss.value / gain.value, min(low, *ends), max(high, *ends), min(loss.n, gain.n))
+    return Tax(loss, gain, ratio)
 
 
 def _ratio_interval(losses: torch.Tensor, gains: torch.Tensor) -> tuple[float, float]:

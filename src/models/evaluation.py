@@ -18,6 +18,7 @@ from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter, read_adapter
 from src.data.schedule import SuiteBatch
 from src.data.suite import Suite
+from src.data.suite_tokens import SuiteTokens
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.models.adapter_swap import Swap
@@ -25,6 +26,7 @@ from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
+from src.models.generation import NotFinite
 from src.models.judging import awaited_judges, check_judges, share_judges
 from src.models.partial import FOLDER, Parts, Record, answers_key, result_key
 from src.models.progress import Progress
@@ -203,7 +205,7 @@ class EvaluationModule(LightningModule):
             return compute.choices(tokens, batch)
         records: list[Record] = [{} for _ in batch.index]
         if suite.generates:
-            answers = compute.answers(suite, tokens, batch)
+            answers = self._answers(suite, tokens, batch)
             records = [{"answer": answer} for answer in answers]
         if score and self._data.scored(suite):
             records = [one | two for one, two in zip(records, compute.likelihoods(batch), strict=True)]
@@ -212,6 +214,16 @@ class EvaluationModule(LightningModule):
             for record, value in zip(records, compute.strangeness(tokens, batch, answers), strict=True):
                 record["answer_nll"] = value
         return records
+
+    def _answers(self, suite: Suite, tokens: SuiteTokens, batch: SuiteBatch) -> list[str]:
+        try:
+            return self._computation.answers(suite, tokens, batch)
+        except NotFinite as error:
+            row = tokens.encoded[int(batch.index[error.place])].row.id
+            raise InputError(
+                f"suite {suite.name}: {list(self.models)[batch.model]} gives {row} logits that are not numbers; look "
+                f"for NaN in its weights, or set base.dtype to a wider type than {self.base.dtype}"
+            ) from None
 
     def on_test_epoch_end(self) -> None:
         """Bring the processes together: metrics to ``metrics.json``, answers to ``answers/MODEL/SUITE.jsonl``."""

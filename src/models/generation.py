@@ -3,6 +3,10 @@
 Keys and values are written in place (:mod:`src.models.kv_cache`), logits are computed at the last position only.
 Sampling draws each row's tokens from a stream of its own, by inverting the cumulative distribution in float64: what a
 row says does not depend on its neighbours.
+
+Padding sees nothing. Models whose attention is written out (``eager``) mark what is not seen by the lowest number of
+their weights' type and take the softmax in float32. The lowest number of float64 is −∞ there: the softmax of padding is
+0/0, and in the next layer real tokens weigh its NaN by 0. So the lowest number of float32 stands in its place.
 """
 
 import random
@@ -27,6 +31,30 @@ def left_padded_prompts(batch: Batch, pad_id: int) -> tuple[torch.Tensor, torch.
     mask = positions >= 0
     ids = batch.ids.gather(1, positions.clamp_min(0))
     return torch.where(mask, ids, pad_id), mask.long()
+
+
+class NotFinite(ArithmeticError):
+    """A row's logits name no likeliest token: one is NaN or +∞, or all are −∞. ``place`` is the row's in the batch."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"the logits of row {place} of the batch are not finite")
+        self.place = place
+
+
+def check_finite(logits: torch.Tensor, rows: Sequence[int]) -> None:
+    """Check that logits (N, V) name a likeliest token each; −∞ may exclude others.
+
+    Args:
+        logits: Logits of N rows.
+        rows: Their positions in the batch.
+
+    Raises:
+        NotFinite: those of a row do not; it says which.
+    """
+    finite = logits.amax(-1).isfinite().tolist()
+    for row, fine in zip(rows, finite, strict=True):
+        if not fine:
+            raise NotFinite(row)
 
 
 Choose = Callable[[torch.Tensor, list[int]], torch.Tensor]
@@ -72,6 +100,9 @@ def greedy(
         sharded: Whether other processes hold parts of the weights: then all go on until the last has finished, and
             decoding is greedy.
         choose: How the next token is chosen.
+
+    Raises:
+        NotFinite: the model gives a row logits that are not numbers.
     """
     if sharded:
         return _greedy_in_step(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id)
@@ -85,7 +116,7 @@ def greedy(
     live = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
     position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
     for step in range(max_new_tokens):
-        with _contiguous_output(model):
+        with _contiguous_output(model), _finite_masks():
             out = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -94,6 +125,7 @@ def greedy(
                 use_cache=True,
                 logits_to_keep=1,
             )
+        check_finite(out.logits[:, -1], rows.tolist())
         cache, token = _cache_of(out, model), choose(out.logits[:, -1], rows.tolist())
         if step == 0:
             reserve(cache, max_new_tokens - 1)
@@ -124,6 +156,21 @@ def _contiguous_output(model: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _finite_masks() -> Iterator[None]:
+    """Attention that is written out marks what is not seen by a number that is finite in float32, too."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+
+    def narrowed(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+        return eager_mask(*args, dtype=torch.float32 if dtype == torch.float64 else dtype, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = narrowed
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 
 
 def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -157,15 +204,23 @@ def _greedy_in_step(
     model: Any, batch: Batch, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int
 ) -> list[list[int]]:
     prompts, mask = left_padded_prompts(batch, pad_id)
-    out = model.generate(
-        input_ids=prompts,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad_id,
-        synced_gpus=True,
-    )
+    rows = range(len(prompts))
+
+    def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        check_finite(logits, rows)
+        return logits
+
+    with _finite_masks():
+        out = model.generate(
+            input_ids=prompts,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+            logits_processor=[checked],
+            synced_gpus=True,
+        )
     return [_until_stop(row, stop_ids) for row in out[:, prompts.shape[1] :].tolist()]
 
 

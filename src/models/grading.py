@@ -15,11 +15,13 @@ from src.data.suite import Suite
 from src.errors import InputError
 from src.metrics.agreement import count_pairs, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference
+from src.metrics.categories import each_category, named_categories, parts
 from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
-from src.metrics.counters import AnswerPerplexity, FlagRate, named_categories, share
+from src.metrics.counters import FlagRate, share
 from src.metrics.exact import is_exact
 from src.metrics.judging import Judge, Judgement
+from src.metrics.perplexity import AnswerPerplexity, perplexity_difference
 from src.metrics.refusal import is_refusal
 from src.metrics.rouge import rouge_l
 from src.models.choices import by_length, chosen, tied
@@ -105,13 +107,14 @@ def suite_summary(
     summary: Record = {"kind": suite.kind}
     for flag, name in FLAGS.items():
         if flag in records[0] and not (flag == "correct_norm" and suite.style == "letters"):
-            rate = FlagRate(sorted(set(named)))
+            rate = FlagRate(each_category(named))
             rate.update([records[i][flag] for i in mine], [named[i] for i in mine] if named else None)
             summary[name] = rate.summary()
     if "nll" in records[0]:
-        perplexity = AnswerPerplexity()
+        perplexity = AnswerPerplexity(sorted(set(named)))
         nll = torch.tensor([records[i]["nll"] for i in mine], dtype=torch.float64)
-        perplexity.update(nll, torch.tensor([records[i]["tokens"] for i in mine], dtype=torch.int64))
+        tokens = torch.tensor([records[i]["tokens"] for i in mine], dtype=torch.int64)
+        perplexity.update(nll, tokens, [named[i] for i in mine] if named else None)
         summary["perplexity"] = perplexity.summary()
     for name in (*MEANS, *(f"pass@{k}" for k in suite.k)):
         if name in records[0]:
@@ -126,35 +129,44 @@ def _mean(values: Sequence[float], named: Sequence[str], *, whole: bool) -> Reco
     found: Record = share(round(sum(values)), len(values)) if whole else bootstrap(values).as_dict()
     if named:
         groups = {
-            name: [value for value, one in zip(values, named, strict=True) if one == name]
-            for name in sorted(set(named))
+            name: [value for value, one in zip(values, named, strict=True) if name in parts(one)]
+            for name in each_category(named)
         }
         found["categories"] = {name: _mean(group, (), whole=whole) for name, group in groups.items()}
     return found
 
 
 def compared(records: Sequence[Record], first: Sequence[Record]) -> Record:
-    """Differences of one model to another on the same rows: paired bootstrap, and McNemar's p-value for yes/no."""
+    """Differences of one model to another on the same rows: paired bootstrap, and McNemar's p-value for yes/no.
+
+    Of one sample a row pass@1 is yes or no, too; ROUGE never is.
+    """
     found: Record = {}
-    for flag, name in (FLAGS | {key: key for key in (*MEANS, "pass@1")}).items():
+    passes = [key for key in records[0] if key.startswith("pass@")]
+    for flag, name in (FLAGS | {key: key for key in (*MEANS, *passes)}).items():
         if flag not in records[0] or flag not in first[0]:
             continue
-        ours, theirs = [one[flag] for one in records], [one[flag] for one in first]
-        numbers = [float(value) for value in ours], [float(value) for value in theirs]
-        found[name] = paired_difference(*numbers, draws=COMPARISON_DRAWS).as_dict()
-        if isinstance(ours[0], bool):
-            found[name]["mcnemar_p"] = mcnemar(count_pairs(ours, theirs))
+        ours, theirs = ([float(one[flag]) for one in each] for each in (records, first))
+        found[name] = paired_difference(ours, theirs, draws=COMPARISON_DRAWS).as_dict()
+        if name not in MEANS and {*ours, *theirs} <= {0.0, 1.0}:
+            found[name]["mcnemar_p"] = mcnemar(count_pairs([*map(bool, ours)], [*map(bool, theirs)]))
+    if "nll" in records[0] and "nll" in first[0]:
+        ours, theirs = ([one["nll"] for one in each] for each in (records, first))
+        tokens = [one["tokens"] for one in records]
+        found["perplexity"] = perplexity_difference(ours, theirs, tokens, draws=COMPARISON_DRAWS)
     return found
 
 
 def _counts(records: Sequence[Record]) -> Record:
-    """Numbers that explain a share: ways of collapse, ties."""
+    """Numbers that explain a share: ways of collapse, ties, answers of which a judge saw a part only."""
     found: Record = {}
     if "collapse" in records[0]:
         ways = [record["collapse"] for record in records if record["collapse"]]
         found["collapse_ways"] = {way: ways.count(way) for way in sorted(set(ways))}
     if "tied" in records[0]:
         found["ties"] = sum(record["tied"] for record in records)
+    if judge_cut := sum(record.get("verdict", {}).get("reply") == "cut" for record in records):
+        found["judge_cut"] = judge_cut
     return found
 
 

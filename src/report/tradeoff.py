@@ -15,8 +15,10 @@ from src.data.rows import read_jsonl
 from src.errors import InputError
 from src.files import read_json
 from src.metrics.bootstrap import Estimate
-from src.metrics.tradeoff import Point, drift, hypervolume, safety_at_utility, safety_tax, utility_at_attack_success
+from src.metrics.fronts import summed_up
+from src.metrics.tradeoff import drift, safety_tax
 from src.models.answer_files import answer_file
+from src.models.grading import FLAGS as COUNTED
 from src.report.results import ModelResult
 
 FLAGS = {"safety": ("refused",), "utility": ("exact", "correct", "pass@1"), "attack": ("attacked",)}
@@ -50,9 +52,9 @@ class Front:
 
     method: str
     points: int
-    safety_at_utility: float | None
-    utility_at_attack: float | None
-    hypervolume: float
+    safety_at_utility: Estimate | None
+    utility_at_attack: Estimate | None
+    hypervolume: Estimate
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,25 @@ def tradeoff(
 
 
 def _scores(folder: Path, model: str, suites: dict[str, Any]) -> Scores:
-    """Per-row scores of a model, rows of all suites of a side one after another."""
+    """Per-row scores of a model, rows of all suites of a side one after another.
+
+    Raises:
+        InputError: a suite was counted, and its rows have no flags any more.
+    """
     found: Scores = {side: [] for side in FLAGS}
     for name, suite in suites.items():
         sides = [side for side, kinds in KINDS.items() if suite["kind"] in kinds]
         if not sides:
             continue
-        rows = [record for _, record in read_jsonl(answer_file(folder, model, name))]
+        path = answer_file(folder, model, name)
+        rows = [record for _, record in read_jsonl(path)]
         for side in sides:
             flag = next((flag for flag in FLAGS[side] if flag in rows[0]), None)
+            if flag is None and any(COUNTED.get(one, one) in suite for one in FLAGS[side]):
+                raise InputError(
+                    f"{path}: its answers are not graded, though metrics.json counts them; predict has written them "
+                    "anew. Run test again with --overwrite true (what was answered is not generated again)"
+                )
             found[side] += [float(row[flag]) for row in rows] if flag else []
     return found
 
@@ -130,16 +142,12 @@ def _cost(result: ModelResult, model: Scores, expert: Scores) -> Cost:
 
 
 def _front(method: str, points: Sequence[Scores], expert: Scores, attacks_at_most: float) -> Front:
-    both = [Point(_mean(one["safety"]), _mean(one["utility"])) for one in points]
-    attacks = [(_mean(one["attack"]), _mean(one["utility"])) for one in points if one["attack"]]
-    return Front(
-        method,
-        len(points),
-        safety_at_utility(both, reference=_mean(expert["utility"]), keep=KEEP),
-        utility_at_attack_success(attacks, at_most=attacks_at_most) if attacks else None,
-        hypervolume(both, reference=Point(0.0, 0.0)),
+    found = summed_up(
+        safety=[one["safety"] for one in points],
+        utility=[one["utility"] for one in points],
+        attacks=[one["attack"] for one in points if one["attack"]],
+        expert_utility=expert["utility"],
+        keep=KEEP,
+        at_most=attacks_at_most,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return Front(method, len(points), found.safety_at_utility, found.utility_at_attack, found.hypervolume)

@@ -11,8 +11,8 @@ def _signed(value: Estimate | str) -> str:
     return value if isinstance(value, str) else f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
+def _number(value: Estimate | None) -> str:
+    return NOTHING if value is None else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 def cost_rows(found: Tradeoff) -> list[list[str]]:
@@ -27,12 +27,13 @@ def cost_rows(found: Tradeoff) -> list[list[str]]:
 
 def front_rows(found: Tradeoff) -> list[list[str]]:
     """Heading and a row per method."""
+    safety, utility = found.costs[0].gain.n, found.costs[0].loss.n
     heads = [
         "method",
         "strengths",
-        f"Safety@{KEEP:.0%}Utility",
-        f"Utility@ASR≤{found.attacks_at_most:g}",
-        "hypervolume",
+        f"Safety@{KEEP:.0%}Utility, n = {safety}",
+        f"Utility@ASR≤{found.attacks_at_most:g}, n = {utility}",
+        f"hypervolume, n = {min(safety, utility)}",
     ]
     return [heads, *(_front(front) for front in found.fronts)]
 

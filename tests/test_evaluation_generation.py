@@ -1,0 +1,92 @@
+"""Decoding in batches: padding is never seen, and logits that are no numbers are an error and not an answer."""
+
+import pytest
+import torch
+
+from src.cli import main
+from src.data.batches import EncodedRows
+from src.data.chat import Encoded
+from src.data.rows import Row
+from src.models.generation import NotFinite, check_finite, greedy
+from tests.evaluations import answers, evaluate, flags, write_jsonl
+from tests.tiny import make_model, make_tokenizer
+
+PROMPTS = [f"{chr(97 + i)} asks {'x' * (i * 5 % 13)}" for i in range(6)]
+"""Prompts that differ from their first token on, and in length."""
+TINY = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 99,
+}
+
+
+def suite(folder):
+    rows = write_jsonl(folder / "rows.jsonl", [{"id": p[0], "prompt": p} for p in PROMPTS])
+    return {"name": "asks", "kind": "harmful", "rows": str(rows), "max_new_tokens": 6, "template": "raw"}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_attention_answers_a_batch_as_it_answers_each_prompt_alone(base, tmp_path, attention):
+    how = ["--model.base.attention", attention]
+    for size in (1, 4):
+        evaluate(base, tmp_path, [suite(tmp_path)], *how, output=str(size), batch_size=size)
+    alone, together = ([row["answer"] for row in answers(tmp_path / name, "asks")] for name in ("1", "4"))
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def hand_written(kind):
+    """A tiny model in float64 whose attention is written out."""
+    import transformers as hf
+
+    torch.manual_seed(1)
+    if kind == "bloom":
+        sizes = {"vocab_size": 100, "hidden_size": 16, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}
+        model = hf.BloomForCausalLM(hf.BloomConfig(**sizes))
+    elif kind == "gemma2":
+        model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**TINY, sliding_window=8))
+    else:
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY))
+    model.set_attn_implementation("eager")
+    return model.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom"])
+def test_padding_is_not_seen_where_attention_is_written_out(kind):
+    model, draw = hand_written(kind), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(99, (n,), generator=draw).tolist() for n in (3, 9, 1, 6)]
+    batch = EncodedRows([Encoded(Row(str(i), "x"), ids, len(ids)) for i, ids in enumerate(prompts)], 99)[
+        (list(range(4)), 1.0)
+    ]
+    found = greedy(model, batch, max_new_tokens=8, stop_ids=[99], pad_id=99)
+    for ids, answer in zip(prompts, found, strict=True):
+        for token in answer:
+            assert int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+            ids.append(token)
+    assert min(map(len, found)) > 0
+
+
+def test_logits_that_are_no_numbers_are_one_line_and_no_answer(tmp_path, capsys):
+    model, broken = make_model(), tmp_path / "broken"
+    model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(broken)
+    make_tokenizer().save_pretrained(broken)
+    assert main(flags(broken, tmp_path, [suite(tmp_path)], tmp_path / "out")) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert line.startswith("error: suite asks: base gives ")
+    assert "logits that are not numbers; look for NaN in its weights, or set base.dtype to a wider type" in line
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("row", [[0.0, float("nan")], [0.0, float("inf")], [-float("inf"), -float("inf")]])
+def test_a_row_without_a_likeliest_token_is_named(row):
+    with pytest.raises(NotFinite) as error:
+        check_finite(torch.tensor([[0.0, -float("inf")], row]), [4, 7])
+    assert error.value.place == 7
