@@ -19,7 +19,7 @@ from src.gevp.solve import solve
 from src.merge.base import FisherPair
 from src.merge.pencil_plot import module_grid, plot_pencil
 from src.merge.sst import PatchedFisher, Sst
-from tests.oracles import dense_relearned
+from tests.oracles import dense_filtered, dense_pencil, dense_relearned
 from tests.test_fisher_files import ACCUMULATORS, SHAPES, random_fisher
 from tests.tiny import make_model, random_pairs
 
@@ -57,18 +57,71 @@ def test_shares_are_measured_on_the_other_half(kind):
     assert mean_kept(folds, patches) == pytest.approx(kept, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ACCUMULATORS)
-@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
-def test_the_energy_rule_takes_the_smallest_k_that_keeps_the_share_of_held_out_energy(kind, share):
-    _, _, folds = folds_of(kind)
+def dense_shares(halves, patch, position):
+    """Mean share of held-out safety energy at a position, of dense pencils in numpy: all D cuts are valid."""
     found = []
-    for fold in folds:
-        for cut in valid_cuts(fold.expansion.system):
-            kept, _ = fold.kept(fold.expansion.at(cut)[None])
-            if kept.item() >= share - 1e-12:
-                found.append(position(fold.expansion.system, cut.k))
-                break
-    assert energy_position(folds, share) == pytest.approx(sum(found) / 2, abs=0.51 / DIM if share == 1.0 else 1e-12)
+    for fit in (0, 1):
+        left, right = dense_pencil(*(half[fit].dense().numpy() for half in halves), rho=0.1, rho_s=0.5)
+        k = 1 + round(position * (len(patch) - 1))
+        judge = halves[0][1 - fit].dense().numpy()
+        made = dense_filtered(left, right, patch, lambda _, k=k: np.arange(len(patch)) < k)
+        found.append((made @ judge @ made) / (patch @ judge @ patch))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("kind", [BlockAccumulator, DiagonalAccumulator])
+@pytest.mark.parametrize("rows", [12, 40])
+def test_the_energy_rule_takes_the_smallest_cut_from_which_on_the_mean_share_is_kept(kind, rows):
+    safety, utility, folds = folds_of(kind, rows)
+    halves, patch = (safety.halves(0), utility.halves(0)), random_patch().numpy()
+    positions = [i / (DIM - 1) for i in range(DIM)]
+    kept = [dense_shares(halves, patch, where) for where in positions[:-1]] + [np.inf]
+    for share in (0.05, 0.3, 0.5, 0.8, 0.95, 1.0):
+        expected = min(i for i in range(DIM) if min(kept[i:]) >= share)
+        assert energy_position(folds, share) == pytest.approx(positions[expected])
+
+
+def uneven_folds(kind, n_s, n_u, spread, control="none"):
+    """Folds of low-rank matrices of 60 coordinates whose squared scores range over 10^spread."""
+    draw = torch.Generator().manual_seed(n_s)
+    scale = torch.logspace(0, -spread / 2, 60, dtype=torch.float64)
+    scores = [
+        torch.randn(n, 60, generator=draw).double() * scale[torch.randperm(60, generator=draw)] for n in (n_s, n_u)
+    ]
+    if kind == "deficient":
+        scores[0] = scores[0][:3].repeat(-(-n_s // 3), 1)[:n_s]
+    pair = [LowRankFisher(some, len(some)) for some in scores]
+    return split_rows(
+        *pair, random_patch(60), lambda *two: make_pencil(*two, rho=0.1, rho_s=10.0, control=control), seed=0
+    )
+
+
+@pytest.mark.parametrize(("n_s", "n_u"), [(17, 22), (40, 30), (5, 90)])
+@pytest.mark.parametrize(("kind", "spread"), [("random", 0), ("random", 4), ("random", 12), ("deficient", 0)])
+@pytest.mark.parametrize("control", ["none", "swapped"])
+def test_the_energy_rule_keeps_what_it_promises_and_more_for_a_larger_share(n_s, n_u, kind, spread, control):
+    folds, before = uneven_folds(kind, n_s, n_u, spread, control), 0.0
+    for share in (0.2, 0.5, 0.8, 0.9, 0.99, 1.0):
+        where = energy_position(folds, share)
+        patches = [fold.expansion.at(cut_at(fold.expansion.system, where)) for fold in folds]
+        assert mean_kept(folds, patches)["safety_energy_kept"] >= share - 1e-9
+        assert where >= before
+        before = where
+
+
+def test_the_energy_rule_compares_a_bounded_number_of_cuts(monkeypatch):
+    monkeypatch.setattr("src.gevp.heldout.ENERGY_CUTS", 5)
+    monkeypatch.setattr("src.gevp.heldout.CHUNK", 2)
+    folds = uneven_folds("random", 40, 30, 2)
+    for share in (0.2, 0.9, 1.0):
+        assert energy_position(folds, share) * 4 in range(5)
+
+
+def test_a_single_valid_cut_is_the_whole_patch():
+    one = LowRankFisher(torch.ones(8, DIM), 8)
+    folds = split_rows(one, one, random_patch(), lambda *two: make_pencil(*two, rho=0.1, rho_s=0.1), seed=0)
+    assert len(valid_cuts(folds[0].expansion.system)) == 1
+    assert energy_position(folds, 0.5) == 1.0
 
 
 @pytest.mark.parametrize("kind", ACCUMULATORS)
@@ -294,6 +347,19 @@ def test_the_energy_filter_needs_rows_to_hold_out(case):
     findings = Sst().patch({}, safety, fisher).findings
     assert findings["held_out"] is None
     assert findings["held_out_curve"] is None
+
+
+def test_an_energy_that_only_the_whole_patch_keeps_is_said_in_one_line(case, caplog):
+    safety, core, make = case
+    fisher = FisherPair(make(LowRankAccumulator, 20, 1), make(LowRankAccumulator, 20, 2), core)
+    for share, said in ((0.05, False), (1.0, True)):
+        caplog.clear()
+        patch = Sst(filter="energy", share=share).patch({}, safety, fisher)
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == said
+        assert patch.findings["held_out"]["safety_energy_kept"] >= share - 1e-9
+        assert (patch.findings["directions_kept"] == core.dim) == said
+    assert lines[0].startswith("method.share is 1.0: nothing short of the whole patch keeps this share")
 
 
 def test_the_map_has_a_row_per_layer_and_a_column_per_module():

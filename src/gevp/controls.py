@@ -8,7 +8,7 @@ Legend of shapes: k directions, D coordinates.
 import torch
 
 from src.fisher.base import Fisher
-from src.gevp.matrix_free import ridged_product
+from src.gevp.inverse import ridged_product
 
 MOST_ENTRIES = 2**27
 """Most entries k · D of the subspace (1 GiB)."""

@@ -6,7 +6,8 @@ Rules for awkward inputs, here and in every solver:
 
 * both sides are symmetrised first, so what rounding has made unsymmetric has no say;
 * a singular F_u is made definite by ε alone. Where ε drowns in rounding, the factorisation fails and says so;
-* F_s may be singular or indefinite by rounding: eigenvalues under 0 are set to 0;
+* F_s may be singular or indefinite by rounding: eigenvalues under 0 are set to 0, and without a ridge on it (σ = 0)
+  so are those that rounding may have made of 0 (:func:`src.gevp.eigensystem.rounding`);
 * scale costs no accuracy (ridges are relative, and the Cholesky factor is backward stable under diagonal scaling).
   With a right side of condition κ, eigenvalues carry an error of about κ · 1e-16 relative to the largest.
 """

@@ -26,8 +26,8 @@ def effective_rank(values: torch.Tensor) -> float:
 def summary(system: Eigensystem) -> dict[str, Any]:
     """Spectrum, effective rank and condition numbers of a solved pencil.
 
-    Of the matrix-free solver, the spectrum is its leading part, ``unknown`` says how many eigenvalues are missing, and
-    the effective rank, which needs all of them, is None.
+    Of the matrix-free solver, the spectrum is its leading part (None where nothing was computed), ``unknown`` says how
+    many eigenvalues are missing, and the effective rank, which needs all of them, is None.
     """
     ordered = system.ordered()
     ranks = torch.linspace(0, len(ordered) - 1, min(SPECTRUM_POINTS, len(ordered))).round().long()
@@ -43,7 +43,7 @@ def summary(system: Eigensystem) -> dict[str, Any]:
         "effective_rank": None if system.unknown else effective_rank(ordered),
         "condition_safety": conditions["left"],
         "condition_utility": conditions["right"],
-        "spectrum": {"rank": (ranks + 1).tolist(), "value": ordered[ranks].tolist()},
+        "spectrum": {"rank": (ranks + 1).tolist(), "value": ordered[ranks].tolist()} if len(ordered) else None,
     }
 
 

@@ -18,6 +18,9 @@ import torch
 
 from src.gevp.pencil import Pencil
 
+NOISE = 1e-13
+"""Eigenvalues, and differences of them, under this share of the largest are rounding."""
+EPS = torch.finfo(torch.float64).eps
 Filter = Callable[[torch.Tensor], torch.Tensor]
 """Maps eigenvalues to factors, elementwise."""
 
@@ -28,7 +31,7 @@ class Eigensystem(ABC):
 
     Attributes:
         pencil: What was solved.
-        values: (m,) eigenvalues, descending; negative ones are rounding (both sides are positive semi-definite), and 0.
+        values: (m,) eigenvalues, descending, without rounding (:func:`unrounded`).
     """
 
     pencil: Pencil
@@ -145,6 +148,25 @@ class Expansion:
             norm = phi(rest).square().item() * self.outside.square().sum().item()
             safety, utility = safety + self.system.sigma * norm, utility + self.system.epsilon * norm
         return safety, utility
+
+
+def rounding(pencil: Pencil, largest: float) -> float:
+    """What rounding may make of an eigenvalue 0, given the largest one; 0 where F_s has a ridge, and none is 0.
+
+    Of a vector v of length 1 in the metric, at most ε^(-½) long, ``vᵀ F_s v`` is known to ``EPS · tr(F_s) / ε``.
+    """
+    if pencil.sigma > 0 or pencil.left is None:
+        return 0.0
+    return max(NOISE * largest, EPS * pencil.left.trace() / pencil.epsilon)
+
+
+def unrounded(values: torch.Tensor, pencil: Pencil) -> torch.Tensor:
+    """Eigenvalues (m,) without what only rounding made of 0, so that no filter takes it for safety energy.
+
+    Both sides are positive semi-definite, so negative ones are 0. Where F_s has no ridge, λ = 0 for all directions that
+    no safety row has seen.
+    """
+    return values.where(values > rounding(pencil, values.max().item()), 0.0)
 
 
 def condition(low: float, high: float, size: int) -> float | None:

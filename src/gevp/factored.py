@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from src.gevp.eigensystem import Eigensystem
+from src.gevp.eigensystem import Eigensystem, unrounded
 from src.gevp.pencil import Pencil
 
 
@@ -56,7 +56,8 @@ class FactoredSystem(Eigensystem):
         right_condition: float | None,
     ) -> "FactoredSystem":
         """Rank the eigenvalues ((a·b,) of each module, row-major) together."""
-        ranked, order = torch.cat([v.reshape(-1) for v in values]).clamp_min(0.0).sort(descending=True, stable=True)
+        flat = unrounded(torch.cat([v.reshape(-1) for v in values]), pencil)
+        ranked, order = flat.sort(descending=True, stable=True)
         known = {"left": left_condition, "right": right_condition}
         return cls(pencil=pencil, values=ranked, factors=factors, order=order, known_conditions=known)
 

@@ -3,7 +3,7 @@
 * ``soft``: λ / (λ + τ), the solution of ``min_c (c−c0)ᵀ(F_s+σI)(c−c0) + τ cᵀ(F_u+εI)c``
 * ``threshold``: 1 if λ > τ
 * ``topk``: 1 for the k largest λ, the projection on the safety subspace in the metric F_u + εI
-* ``energy``: ``topk`` at the smallest k that keeps a share of the safety energy of held-out rows
+* ``energy``: ``topk`` at the smallest k from which on a share of the safety energy of held-out rows is kept
   (:func:`src.gevp.heldout.energy_position`)
 
 Where a solver has computed the leading eigenpairs alone, a filter that keeps more than these and less than everything
@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from src.gevp.eigensystem import Eigensystem
+from src.gevp.eigensystem import NOISE, Eigensystem
 
 TIE = 1e-9
 """Eigenvalues this close, relatively, are one eigenvalue: its eigenvectors are an arbitrary basis of their span."""
-NOISE = 1e-13
-"""Differences under this share of the largest eigenvalue are rounding."""
 MORE = "expected fewer, or more eigenpairs of the matrix-free solver (--method.eigenpairs)"
 
 
@@ -67,9 +65,10 @@ def threshold(system: Eigensystem, tau: float) -> Cut:
     """
     above, known = _rate(tau), system.ordered()
     if system.unknown_at_most > above:
+        least = f" (down to {known[-1]:.3g})" if len(known) else ""
         raise ValueError(
-            f"tau is {tau:.3g}: the filter keeps more than the {len(known)} directions that were computed (down to "
-            f"{known[-1]:.3g}); {MORE}"
+            f"tau is {tau:.3g}: the filter keeps more than the {len(known)} directions that were computed{least}; "
+            f"{MORE}"
         )
     return Cut(above, int((known > above).sum()))
 
@@ -108,6 +107,11 @@ def valid_cuts(system: Eigensystem, at_most: int | None = None) -> list[TopCut]:
     if at_most is not None and len(allowed) > at_most:
         allowed = allowed[torch.linspace(0, len(allowed) - 1, at_most).round().long()]
     return [_cut(system, k) for k in allowed.tolist()]
+
+
+def number_of_cuts(system: Eigensystem) -> int:
+    """Number of valid cuts, the whole patch among them."""
+    return len(_allowed(system))
 
 
 def position(system: Eigensystem, k: int) -> float:

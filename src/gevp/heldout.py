@@ -15,7 +15,7 @@ import torch
 
 from src.fisher.base import Fisher
 from src.gevp.eigensystem import Expansion
-from src.gevp.filters import MORE, cut_at, position, valid_cuts
+from src.gevp.filters import MORE, cut_at, number_of_cuts
 from src.gevp.pencil import Pencil
 from src.gevp.solve import EIGENPAIRS, solve
 
@@ -23,6 +23,8 @@ CHUNK = 32
 """Filters that are applied together: bounds the memory of a path at 32 · D numbers."""
 ENERGY_CUTS = 256
 """Most cuts that the ``energy`` rule compares: all of them up to this many, else so many evenly spaced."""
+ROUNDING = 1e-12
+"""A share that is missed by less is kept."""
 
 
 @dataclass(frozen=True)
@@ -91,40 +93,50 @@ def mean_kept(folds: Sequence[Fold], patches: Sequence[torch.Tensor]) -> dict[st
 def energy_position(folds: Sequence[Fold], share: float) -> float:
     """Where to cut so that a share of the safety energy c0ᵀF_s c0 of held-out rows is kept.
 
-    In each fold, the smallest k that keeps it; a k belongs to the spectrum of its own rows, so what is averaged and
-    handed on is its position among all cuts (0 to 1).
+    A k belongs to the spectrum of its own rows, so what is chosen is a position among all cuts (0 to 1): the first one
+    from which on the mean over both folds is at least the share. Energy on rows that did not fit may fall as k grows,
+    so a cut that keeps the share is passed over where a larger one does not. What is promised:
+
+    * at this position each fold's own cut keeps, in the mean, at least the share: ``safety_energy_kept`` of
+      :func:`mean_kept`;
+    * a larger share never gives a smaller position;
+    * nothing about the cut that all rows have at this position: no row is left to measure it.
+
+    Returns:
+        The position; 1, the whole patch, where no other cut keeps the share.
 
     Raises:
         ValueError: it takes more eigenpairs than were computed.
     """
-    found = []
-    for fold in folds:
-        cuts = valid_cuts(fold.expansion.system, ENERGY_CUTS)
-        for start in range(0, len(cuts), CHUNK):
-            safety, _ = fold.kept(fold.expansion.along(cuts[start : start + CHUNK]))
-            if (enough := (safety >= share).nonzero()).numel():
-                k = cuts[start + int(enough[0])].k
-                break
-        else:
-            # The last cut keeps the whole patch: its share is 1 up to rounding.
-            k = cuts[-1].k
-        if (system := fold.expansion.system).unknown and k == system.dim:
-            raise ValueError(
-                f"the {len(system.values)} leading directions, of {k}, keep less than the share {share} of the safety "
-                f"energy of held-out rows; {MORE}"
-            )
-        found.append(position(fold.expansion.system, k))
-    return sum(found) / len(found)
+    finest = max(number_of_cuts(fold.expansion.system) for fold in folds)
+    positions = torch.linspace(1, 0, min(finest, ENERGY_CUTS), dtype=torch.float64).flip(0).tolist()
+    kept, _ = _mean_shares(folds, positions)
+    # The last cut is the whole patch, whatever rounding makes of its share.
+    kept[-1] = float("inf")
+    least = kept.flip(0).cummin(0).values.flip(0)
+    where = positions[int((least >= share - ROUNDING).nonzero()[0])]
+    if where == 1 and (system := folds[0].expansion.system).unknown:
+        raise ValueError(
+            f"the {len(system.values)} leading directions, of {system.dim}, keep less than the share {share} of the "
+            f"safety energy of held-out rows; {MORE}"
+        )
+    return where
 
 
 def curve(folds: Sequence[Fold], points: int = 33) -> dict[str, list[float]]:
     """Cumulative held-out shares over ``topk`` cuts at evenly spaced positions, means over the folds."""
     positions = [i / (points - 1) for i in range(points)]
-    sides: list[list[torch.Tensor]] = [[], []]
-    for fold in folds:
+    safety, utility = _mean_shares(folds, positions)
+    return {"position": positions, "safety_energy_kept": safety.tolist(), "utility_tax_kept": utility.tolist()}
+
+
+def _mean_shares(folds: Sequence[Fold], positions: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares (P,) of safety energy and (P,) of utility tax that the cuts at positions keep, means over the folds."""
+    found = torch.empty(len(folds), 2, len(positions), dtype=torch.float64)
+    for shares, fold in zip(found, folds, strict=True):
         cuts = [cut_at(fold.expansion.system, where) for where in positions]
-        paths = [fold.expansion.along(cuts[start : start + CHUNK]) for start in range(0, points, CHUNK)]
-        for side, shares in zip(sides, zip(*(fold.kept(path) for path in paths), strict=True), strict=True):
-            side.append(torch.cat(shares))
-    safety, utility = (torch.stack(side).mean(0).tolist() for side in sides)
-    return {"position": positions, "safety_energy_kept": safety, "utility_tax_kept": utility}
+        for start in range(0, len(cuts), CHUNK):
+            some = slice(start, start + CHUNK)
+            shares[:, some] = torch.stack(fold.kept(fold.expansion.along(cuts[some])))
+    safety, utility = found.mean(0)
+    return safety, utility

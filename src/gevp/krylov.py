@@ -6,7 +6,8 @@
 A Krylov space does not change when a multiple of the identity is added to A, so one basis serves the whole path of τ.
 What is missing has the metric's norm ``τ ‖(A + τ)⁻¹ q_{m+1}‖ β |e_mᵀ (T + τI)⁻¹ e_1| ‖r‖_B``, and A is positive
 semi-definite, so ``β |e_mᵀ (T + τI)⁻¹ e_1|`` bounds the error relative to ``‖r‖_B`` (Saad, Iterative Methods for Sparse
-Linear Systems, section 6.4): the space grows until that is small.
+Linear Systems, section 6.4): the space grows until that is small. A τ that is nearly rounding beside A's eigenvalues
+asks for those of T: what only rounding made of 0 is 0, as in every solver, and filtered out.
 
 Legend of shapes: m dimensions of the space, D coordinates, k vectors that it is kept orthogonal to.
 """
@@ -15,11 +16,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.linalg import solveh_banded
+from scipy.linalg import eigh_tridiagonal, solveh_banded
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 ERROR = 1e-12
 """Error of a filtered vector, relative to the vector, both in the norm of the metric."""
+SMALL = 1e-7
+"""A τ under this share of A's largest eigenvalue does not drown what rounding has made of zero eigenvalues."""
 INVARIANT = 1e-14
 """A next vector under this share of the operator's norm is rounding: the space holds everything."""
 
@@ -35,6 +38,8 @@ class KrylovSpace:
         vectors: (k, D) eigenvectors that r is orthogonal to in the metric, and the space stays so; orthonormal in it.
         duals: (k, D) B times these.
         most: Largest m.
+        largest: Largest eigenvalue of A, as far as it is known; 0 where it is not.
+        floor: Eigenvalues up to this are rounding.
     """
 
     def __init__(
@@ -47,11 +52,14 @@ class KrylovSpace:
         vectors: torch.Tensor,
         duals: torch.Tensor,
         most: int,
+        largest: float,
+        floor: float,
     ) -> None:
         self._left, self._inverse, self._most = left, inverse, most
         self._known, self._known_duals = vectors, duals
         self.norm = max(0.0, (start @ dual).item()) ** 0.5
         self._basis, self._duals = [start / self.norm], [dual / self.norm]
+        self._largest, self._floor = largest, floor
         self._diagonal: list[float] = []
         self._beside: list[float] = []
 
@@ -77,8 +85,10 @@ class KrylovSpace:
 
     def _shifted(self, tau: float) -> np.ndarray:  # type: ignore[type-arg]
         """(m,) ``(T + τI)⁻¹ e_1``."""
-        if len(self._diagonal) == 1:
-            return np.array([1 / (self._diagonal[0] + tau)])
+        if len(self._diagonal) == 1 or tau <= SMALL * max(self._largest, *self._diagonal):
+            values, vectors = eigh_tridiagonal(self._diagonal, self._beside[:-1])
+            values[values <= self._floor] = 0.0
+            return vectors @ (vectors[0] / (values + tau))  # type: ignore[no-any-return]
         bands = np.zeros((2, len(self._diagonal)))
         bands[0] = np.array(self._diagonal) + tau
         bands[1, :-1] = self._beside[:-1]
@@ -98,7 +108,7 @@ class KrylovSpace:
                 dual = dual - (vector @ dual) * own
         following = self._inverse(dual) if bool(dual.any()) else dual
         beta = max(0.0, (following @ dual).item()) ** 0.5
-        scale = max(self._diagonal) + max(self._beside, default=0.0)
+        scale = max(self._largest, *self._diagonal) + max(self._beside, default=0.0)
         if beta <= INVARIANT * scale or len(self._diagonal) + len(self._known) == len(dual):
             self._beside.append(0.0)
             return

@@ -24,7 +24,7 @@ import torch
 
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.dense import extremes, whitened_eigh
-from src.gevp.eigensystem import Eigensystem, condition
+from src.gevp.eigensystem import Eigensystem, condition, unrounded
 from src.gevp.pencil import Pencil, make_pencil
 from src.gevp.stack import ScoreStack
 
@@ -142,7 +142,7 @@ def lowrank_system(pencil: Pencil) -> LowRankSystem:
     values, vectors = whitened_eigh(left.matrix(spectrum), right.matrix(spectrum), overwrite=True)
     return LowRankSystem(
         pencil=pencil,
-        values=values.clamp_min(0.0),
+        values=unrounded(values, pencil),
         stack=stack,
         spectrum=spectrum,
         q=q,

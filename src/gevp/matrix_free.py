@@ -1,69 +1,41 @@
 """The leading eigenpairs of a pencil of any representations, from products with vectors alone.
 
-Implicitly restarted Lanczos (ARPACK, through scipy) on ``(F_u + εI)⁻¹ (F_s + σI)`` in the metric F_u + εI; the inverse
-is applied by conjugate gradients. The ridge bounds the condition of F_u + εI by D/ρ + 1.
+Implicitly restarted Lanczos (ARPACK, through scipy) on ``(F_u + εI)⁻¹ (F_s + σI)`` in the metric F_u + εI. The inverse
+is exact (:mod:`src.gevp.inverse`), so that a badly conditioned F_u costs no iterations. What costs them is eigenvalues
+close together: those of directions that utility data hardly see gather under σ/ε, the more the larger the ridges and
+the more uneven F_u. Where they are among those asked for, the iteration may end after ``PRODUCTS`` without them, and
+says so. Residuals are at most ``RESIDUAL``; the relative error of an eigenvalue is no larger (the order of its square
+over the relative gap).
 
 Rules for filters, of a patch ``c = Σ_i a_i v_i + r`` with r orthogonal in the metric to the k eigenvectors held:
 
 * one that keeps nothing past these (``topk``, ``energy``, ``threshold``) needs nothing else, and r is dropped;
 * ``soft`` is exact: what it makes of r comes from a Krylov space (:mod:`src.gevp.krylov`), the same for every τ; where
   that would have to be larger than ``STEPS``, from conjugate gradients on
-  ``(F_s + σI + τ(F_u + εI)) x = (F_s + σI) r`` for this one τ;
+  ``(F_s + σI + τ(F_u + εI)) x = (F_s + σI) r`` for this one τ. It takes no eigenpairs, and k may be 0 for it;
 * one that keeps everything gives the patch itself;
 * all others would need eigenvalues that are not known, and are refused.
 
 Legend of shapes: k eigenpairs, D coordinates, P filters, m dimensions of the Krylov space.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, cg, eigsh
 
-from src.fisher.base import Fisher
-from src.gevp.eigensystem import Eigensystem, Expansion, Filter, condition
+from src.gevp.eigensystem import EPS, Eigensystem, Expansion, Filter, condition, rounding, unrounded
 from src.gevp.filters import MORE, Soft, TopCut
+from src.gevp.inverse import Product, Ridged, ridged
+from src.gevp.iterations import TOLERANCE, conjugate_gradients, leading_eigenpairs
 from src.gevp.krylov import KrylovSpace
+from src.gevp.overlap import diagonal
 from src.gevp.pencil import Pencil
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-TOLERANCE = 1e-12
-"""Relative residual of every linear solve."""
 STEPS = 256
 """Most dimensions of a Krylov space: bounds its memory at 512 · D numbers."""
-RESTARTS = 300
-"""Most restarts of Lanczos for a condition number."""
-
-
-def ridged_product(fisher: Fisher | None, ridge: float) -> Product:
-    """``v ↦ (F + ridge · I) v``; None is the zero matrix."""
-    if fisher is None:
-        return lambda vector: ridge * vector
-    return lambda vector: fisher.matvec(vector) + ridge * vector
-
-
-def conjugate_gradients(product: Product, target: torch.Tensor) -> torch.Tensor:
-    """Solve ``M x = b`` for a symmetric positive definite M given as a product, to a relative residual of 1e-12.
-
-    Raises:
-        ValueError: it does not converge in 20 D steps: M is singular or too badly conditioned.
-    """
-    found, failed = cg(
-        _operator(product, len(target)), target.double().numpy(), rtol=TOLERANCE, maxiter=20 * len(target)
-    )
-    if failed or not np.isfinite(found).all():
-        raise ValueError("conjugate gradients did not converge: raise the ridges rho and rho_s")
-    return torch.from_numpy(found)
-
-
-def _operator(product: Product, dim: int) -> LinearOperator:
-    def multiply(vector: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        return product(torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64).reshape(-1))).numpy()
-
-    return LinearOperator((dim, dim), matvec=multiply, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +45,15 @@ class MatrixFreeSystem(Eigensystem):
     Attributes:
         vectors: (k, D) eigenvectors, orthonormal in the metric.
         duals: (k, D) the metric times the eigenvectors.
-        left: Product with F_s + σI.
-        right: Product with F_u + εI.
-        following: Eigenvalue number k + 1.
+        left: F_s + σI.
+        right: F_u + εI.
+        following: Eigenvalue number k + 1; ∞ where it is not known.
     """
 
     vectors: torch.Tensor
     duals: torch.Tensor
-    left: Product
-    right: Product
+    left: Ridged
+    right: Ridged
     following: float
 
     @property
@@ -103,9 +75,9 @@ class MatrixFreeSystem(Eigensystem):
         return coefficients @ self.vectors
 
     def conditions(self) -> dict[str, float | None]:
-        """Condition numbers of both sides by Lanczos; None where singular or not converged."""
+        """Condition numbers of both sides; None where singular."""
         sides = {"left": self.left, "right": self.right}
-        return {name: _condition(side, self.dim) for name, side in sides.items()}
+        return {name: condition(side.low, side.high, self.dim) for name, side in sides.items()}
 
     def expand(self, patch: torch.Tensor) -> "MatrixFreeExpansion":
         """A patch in the eigenbasis, as far as that is known."""
@@ -132,18 +104,21 @@ class MatrixFreeExpansion(Expansion):
     @cached_property
     def _space(self) -> KrylovSpace | None:
         """Krylov space of the rest; None where there is no rest."""
-        dual = self.system.right(self.outside)
+        dual = self.system.right.product(self.outside)
         whole = self.coefficients.square().sum() + self.outside @ dual
         if not self.outside @ dual > TOLERANCE**2 * whole:
             return None
+        largest = max(self.system.values.tolist(), default=0.0)
         return KrylovSpace(
-            self.system.left,
-            lambda vector: conjugate_gradients(self.system.right, vector),
+            self.system.left.product,
+            self.system.right.inverse,
             start=self.outside,
             dual=dual,
             vectors=self.system.vectors,
             duals=self.system.duals,
             most=STEPS,
+            largest=largest,
+            floor=rounding(self.system.pencil, largest),
         )
 
     def along(self, phis: Sequence[Filter]) -> torch.Tensor:
@@ -157,7 +132,7 @@ class MatrixFreeExpansion(Expansion):
     def fitted_energies(self, phi: Filter) -> tuple[float, float]:
         """``cᵀ(F_s + σI)c`` and ``cᵀ(F_u + εI)c`` of the filtered patch, by products; on the rows that were fitted."""
         made = self.at(phi)
-        return (made @ self.system.left(made)).item(), (made @ self.system.right(made)).item()
+        return (made @ self.system.left.product(made)).item(), (made @ self.system.right.product(made)).item()
 
     def _filtered(self, phi: Filter) -> torch.Tensor:
         system, known = self.system, len(self.coefficients)
@@ -180,23 +155,32 @@ class MatrixFreeExpansion(Expansion):
         if coefficients is not None:
             return self._space.combine(coefficients)
         if tau not in self._direct:
-            left, right = self.system.left, self.system.right
-            self._direct[tau] = conjugate_gradients(lambda v: left(v) + tau * right(v), left(self.outside))
+            left, right = self.system.left.product, self.system.right.product
+            jacobi = _diagonals(self.system.pencil) @ torch.tensor([1.0, tau], dtype=torch.float64)
+            self._direct[tau] = conjugate_gradients(lambda v: left(v) + tau * right(v), left(self.outside), jacobi)
         return self._direct[tau]
 
 
-def _condition(product: Product, dim: int) -> float | None:
-    """Condition number of a symmetric matrix given as a product."""
-    start = np.random.default_rng(0).standard_normal(dim)
-    ends = []
-    for which in ("SA", "LA"):
-        options = {"which": which, "v0": start, "maxiter": RESTARTS, "return_eigenvectors": False}
-        try:
-            ends.append(eigsh(_operator(product, dim), 1, **options)[0])
-        except ArpackNoConvergence:
-            return None
-    low, high = ends
-    return condition(low, high, dim)
+def _diagonals(pencil: Pencil) -> torch.Tensor:
+    """(D, 2) diagonals of F_s + σI and F_u + εI."""
+    sides = ((pencil.left, pencil.sigma), (pencil.right, pencil.epsilon))
+    zero = torch.zeros(pencil.dim, dtype=torch.float64)
+    return torch.stack([(zero if fisher is None else diagonal(fisher)) + ridge for fisher, ridge in sides], 1)
+
+
+def without_eigenpairs(pencil: Pencil) -> MatrixFreeSystem:
+    """No eigenpairs at all, which is what ``soft`` needs.
+
+    Raises:
+        ValueError: the right side is not positive definite.
+    """
+    left, right = ridged(pencil.left, pencil.sigma), ridged(pencil.right, pencil.epsilon)
+    if not right.low > EPS * right.high:
+        raise ValueError("the right side of the pencil is not positive definite: raise the ridge rho")
+    none = torch.zeros(0, pencil.dim, dtype=torch.float64)
+    return MatrixFreeSystem(
+        pencil=pencil, values=none[:, 0], vectors=none, duals=none, left=left, right=right, following=float("inf")
+    )
 
 
 def solve_matrix_free(pencil: Pencil, *, k: int, seed: int = 0) -> MatrixFreeSystem:
@@ -208,43 +192,28 @@ def solve_matrix_free(pencil: Pencil, *, k: int, seed: int = 0) -> MatrixFreeSys
         seed: Seed of the start vector.
 
     Raises:
-        ValueError: k is out of range, or the iteration does not converge.
+        ValueError: k is out of range, the right side is not positive definite, or the iteration does not converge.
     """
     if not 1 <= k < pencil.dim:
         raise ValueError(f"k is {k}; expected 1 to D − 1 = {pencil.dim - 1} (the dense solver gives all)")
-    left, right = ridged_product(pencil.left, pencil.sigma), ridged_product(pencil.right, pencil.epsilon)
-    start = np.random.default_rng(seed).standard_normal(pencil.dim)
-    try:
-        values, vectors = eigsh(
-            _operator(left, pencil.dim),
-            min(k + 1, pencil.dim - 1),
-            M=_operator(right, pencil.dim),
-            Minv=_operator(lambda vector: conjugate_gradients(right, vector), pencil.dim),
-            which="LA",
-            v0=start,
-        )
-    except ArpackNoConvergence as error:
-        raise ValueError(f"the eigenvalue iteration did not converge ({error}): ask for fewer than k = {k}") from None
-    order = np.argsort(-values)
-    rows = torch.from_numpy(np.ascontiguousarray(vectors.T[order]))
+    system = without_eigenpairs(pencil)
+    left, right = system.left.product, system.right.product
+    start = torch.from_numpy(np.random.default_rng(seed).standard_normal(pencil.dim))
+    found, rows = leading_eigenpairs(left, right, system.right.inverse, count=min(k + 1, pencil.dim - 1), start=start)
     duals = torch.stack([right(row) for row in rows])
     norms = (rows * duals).sum(1).sqrt()[:, None]
     rows, duals = rows / norms, duals / norms
-    found = torch.from_numpy(values[order].copy()).clamp_min(0.0)
-    last = found[k].item() if k < len(found) else _last(left, right, rows, duals, torch.from_numpy(start))
-    return MatrixFreeSystem(
-        pencil=pencil,
-        values=found[:k],
-        vectors=rows[:k],
-        duals=duals[:k],
-        left=left,
-        right=right,
-        following=min(last, found[k - 1].item()),
-    )
+    if len(found) == k:
+        found = torch.cat([found, _last(left, right, rows, duals, start)])
+    found = unrounded(found, pencil)
+    following = min(found[k - 1 :].tolist())
+    return replace(system, values=found[:k], vectors=rows[:k], duals=duals[:k], following=following)
 
 
-def _last(left: Product, right: Product, vectors: torch.Tensor, duals: torch.Tensor, start: torch.Tensor) -> float:
-    """The one eigenvalue that D − 1 eigenvectors (D − 1, D) leave: that of the vector orthogonal to them all."""
+def _last(
+    left: Product, right: Product, vectors: torch.Tensor, duals: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """(1,) the one eigenvalue that D − 1 eigenvectors (D − 1, D) leave: that of the vector orthogonal to them all."""
     for _ in range(2):
         start = start - (duals @ start) @ vectors
-    return max(0.0, (start @ left(start)).item() / (start @ right(start)).item())
+    return ((start @ left(start)) / (start @ right(start)))[None]

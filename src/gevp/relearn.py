@@ -12,7 +12,8 @@ the patch, and the model is destroyed. Where a radius is given, σ is the smalle
 is no longer than it: the trust-region step of Moré and Sorensen (SIAM J. Sci. Stat. Comput. 4, 1983).
 
 For low-rank matrices ``S = [G_s/√n_s; √τ G_u⁺/√n_u⁺; √a G_u/√n_u]`` and Woodbury's identity ``(σI + SᵀS)⁻¹ b =
-(b − Sᵀ(σI + SSᵀ)⁻¹ S b)/σ`` leave one factorisation of size N; other representations go by conjugate gradients.
+(b − Sᵀ(σI + SSᵀ)⁻¹ S b)/σ`` leave one factorisation of size N; other representations go by conjugate
+gradients, preconditioned by the diagonal.
 
 Legend of shapes: N scores of all three matrices, D coordinates.
 """
@@ -24,7 +25,8 @@ import torch
 
 from src.fisher.base import Fisher
 from src.fisher.lowrank import LowRankFisher
-from src.gevp.matrix_free import conjugate_gradients
+from src.gevp.iterations import conjugate_gradients
+from src.gevp.overlap import diagonal
 from src.gevp.stack import ScoreStack
 
 SHORTEST = 0.99
@@ -121,7 +123,8 @@ def _steps(problem: RelearnProblem, target: torch.Tensor) -> Callable[[float], t
     three = [(problem.safety, 1.0), (problem.benign, problem.tau), (problem.utility, problem.trust)]
     sides = [(fisher, weight**0.5) for fisher, weight in three if isinstance(fisher, LowRankFisher)]
     if len(sides) < len(three):
-        return lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target)
+        whole = torch.stack([weight * diagonal(fisher) for fisher, weight in three]).sum(0)
+        return lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target, whole + sigma)
     stack = ScoreStack([fisher for fisher, _ in sides], [weight for _, weight in sides])
     gram = stack.gram()
 

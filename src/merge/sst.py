@@ -5,6 +5,7 @@ eigenvalues (method.md sections 2 to 5), or its coefficients are learned anew (s
 claim needs (section 7) are settings.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from src.merge.sst_relearn import RelearnSettings, relearned
 from src.merge.sst_settings import Coefficients, Control, FilterName, check_filter, check_numbers, check_together
 from src.merge.sst_solved import Solved, solve_once
 
+log = logging.getLogger(__name__)
+
 OUTSIDE_TOLERANCE = 1e-3
 NO_FISHER = "method Sst needs both Fisher files: pass --fisher"
 
@@ -39,11 +42,13 @@ class Sst(MergeMethod):
 
     Args:
         filter: ``soft`` multiplies each eigen-direction by λ/(λ + τ); ``threshold`` keeps those with λ > τ; ``topk``
-            keeps the k largest λ; ``energy`` the fewest that keep a share of the safety energy of held-out rows.
+            keeps the k largest λ; ``energy`` the fewest from which on a share of the safety energy of held-out rows is
+            kept, however many more are taken.
         t: Exchange rate of ``soft`` and ``threshold``, relative: τ = t · tr(F_s)/tr(F_u). Larger values give up more
             of the patch where utility data care. No unit; at least 0. With ``relearn``, the weight of benign answers.
         k: Number of directions that ``topk`` keeps, 1 to D.
-        share: Share of the held-out safety energy that ``energy`` keeps, above 0 and at most 1.
+        share: Least share of the safety energy of held-out rows that ``energy`` keeps, a mean over both halves of the
+            rows, each judged by the cut of the other; above 0 and at most 1. Says so where only the whole patch does.
         rho: Ridge on F_u, relative: ε = rho · tr(F_u)/D. Above 0.
         rho_s: Ridge on F_s, relative: σ = rho_s · tr(F_s)/D. Keeps the patch where no calibration row has looked; 0
             drops it there. At least 0, above 0 with ``relearn``.
@@ -168,7 +173,7 @@ class Sst(MergeMethod):
                     "at the patched point: a run with `--model.relearn true`"
                 )
             return relearned(fisher, whole, RelearnSettings(self.t, self.trust, self.rho_s, self.radius))
-        split = {"seed": self.holdout_seed, "eigenpairs": self.eigenpairs}
+        split = {"seed": self.holdout_seed, "eigenpairs": 0 if self.filter == "soft" else self.eigenpairs}
         key = (self.rho, self.rho_s, self._pencil_control, self.form, *split.values())
         if key not in known:
             known[key] = solve_once(fisher.safety, fisher.utility, whole, self._pencil, **split)
@@ -213,7 +218,14 @@ class Sst(MergeMethod):
                 "method.filter 'energy' chooses k on held-out rows; expected Fisher files of at least 4 rows each, "
                 "halves kept apart"
             )
-        return energy_position(solved.folds, self.share)
+        where = energy_position(solved.folds, self.share)
+        if where == 1:
+            log.warning(
+                "method.share is %s: nothing short of the whole patch keeps this share of the safety energy of "
+                "held-out rows, so nothing is filtered",
+                self.share,
+            )
+        return where
 
     def _phi(self, system: Eigensystem, where: float | None = None) -> Soft | Cut:
         if where is not None:

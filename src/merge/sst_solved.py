@@ -57,5 +57,6 @@ def solve_once(
     findings = summary(expansion.system) | {
         "representation": "+".join(dict.fromkeys([safety.representation, utility.representation]))
     }
-    findings["held_out_curve"] = None if folds is None else curve(folds)
+    known = folds is not None and all(len(fold.expansion.system.values) for fold in folds)
+    findings["held_out_curve"] = curve(folds) if folds is not None and known else None
     return Solved(whole, expansion, utility, folds, findings)
