@@ -134,5 +134,5 @@ def _evaluation(name: str, arguments: list[str]) -> tuple[TrainerCommand, Any]:
     command = TrainerCommand(name, EvaluationModule, EvaluationData, arguments)
     data: Any = command.prepare()
     module: Any = command.model
-    module.output, module.settings, module.shared_settings = command.output, command.settings, command.shared_settings
+    module.output, module.settings = command.output, command.settings
     return command, data

@@ -86,11 +86,20 @@ def test_a_name_that_no_file_can_have_is_refused_before_anything_is_generated():
                 suite.check()
 
 
-def test_two_rows_of_one_id_are_refused(tmp_path):
+def test_two_rows_of_one_id_in_one_source_are_said(tmp_path, caplog):
     rows = write_jsonl(tmp_path / "r.jsonl", [{"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}])
-    with pytest.raises(InputError, match="suite s: two rows have the id 'x'; map another column to id"):
-        Suite("s", "harmful", str(rows)).load()
+    assert len(Suite("s", "harmful", str(rows)).load()) == 2
+    assert "suite s: two rows of" in caplog.text
+    assert "have the id 'x'; map another column to id" in caplog.text
+    caplog.clear()
     assert len(Suite("s", "harmful", RowSource(str(rows), columns={"id": "prompt"})).load()) == 2
+    # Rows without ids are named by their file's name and number: those of two folders are no mistake.
+    for name in ("algebra", "anatomy"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "test.jsonl", [{"prompt": "a"}])
+    both = [str(tmp_path / name / "test.jsonl") for name in ("algebra", "anatomy")]
+    assert len(Suite("s", "harmful", both).load()) == 2
+    assert not caplog.text
 
 
 def test_an_output_that_is_a_file_is_one_line(base, tmp_path, capsys):

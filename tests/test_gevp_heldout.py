@@ -11,7 +11,7 @@ from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp.diagnostics import effective_rank, kept_by_module, summary
-from src.gevp.filters import cut_at, position, soft, topk, valid_cuts
+from src.gevp.filters import cut_at, cuts_at, number_of_cuts, position, soft, topk
 from src.gevp.heldout import curve, energy_position, mean_kept, split_rows
 from src.gevp.pencil import make_pencil
 from src.gevp.relearn import RelearnProblem, relearn
@@ -24,6 +24,10 @@ from tests.test_fisher_files import ACCUMULATORS, SHAPES, random_fisher
 from tests.tiny import make_model, random_pairs
 
 DIM = 10
+
+
+def valid_cuts(system):
+    return cuts_at(system, torch.linspace(0, 1, number_of_cuts(system)).tolist())
 
 
 def pencil(safety, utility):
@@ -149,7 +153,7 @@ def test_a_position_and_its_cut_belong_together():
     for k in range(1, DIM + 1):
         assert cut_at(system, position(system, k)) == topk(system, k)
     assert [cut.k for cut in valid_cuts(system)] == list(range(1, DIM + 1))
-    assert [cut.k for cut in valid_cuts(system, at_most=2)] == [1, DIM]
+    assert [cut.k for cut in cuts_at(system, [0, 1])] == [1, DIM]
 
 
 def problem(kinds, *, tau=0.7, trust=2.0, sigma=0.3):
@@ -298,7 +302,7 @@ def test_every_control_is_a_setting_and_another_merge(case, control):
 def test_sst_relearns_where_mean_scores_are_given(case):
     safety, core, make = case
     three = [make(LowRankAccumulator, rows, seed) for rows, seed in ((9, 1), (8, 2), (7, 3))]
-    means = [fisher.mean() for fisher in (three[0], three[2])]
+    means = [fisher.scores.double().mean(0) for fisher in (three[0], three[2])]
     fisher = PatchedFisher(three[0], three[1], core, benign=three[2], safety_mean=means[0], benign_mean=means[1])
     method = Sst(coefficients="relearn", t=2.0, trust=3.0, rho_s=5.0)
     patch = method.patch({}, safety, fisher)

@@ -1,5 +1,6 @@
 """One suite of an evaluation: what is asked, how answers are made and what is counted on them."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from src.data.sources import Sources, load_rows
 from src.errors import InputError
 from src.metrics.exact import AnswerForm, last_number
 from src.metrics.judging import Judge
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[\w.-][\w. -]*")
 COLDEST = 1e-4
@@ -140,7 +143,7 @@ class Suite:
         """The suite's rows."""
         try:
             rows = self._rows()
-            _check_ids(rows)
+            _warn_of_ids(self.name, rows)
             if self.kind == "utility" and self.answer == "number":
                 _check_numbers(rows)
         except InputError as error:
@@ -155,14 +158,14 @@ class Suite:
         return load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
 
 
-def _check_ids(rows: Sequence[Row]) -> None:
-    seen: set[str] = set()
+def _warn_of_ids(name: str, rows: Sequence[Row]) -> None:
+    """Say where a source gives two rows one id: what is told apart by it then goes by their order."""
+    seen: set[tuple[str, str]] = set()
     for row in rows:
-        if row.id in seen:
-            raise InputError(
-                f"two rows have the id {row.id!r}; map another column to id, such as columns: {{id: prompt}}"
-            )
-        seen.add(row.id)
+        if (row.source, row.id) in seen:
+            log.warning("suite %s: two rows of %s have the id %r; map another column to id", name, row.source, row.id)
+            return
+        seen.add((row.source, row.id))
 
 
 def _check_numbers(rows: Sequence[Row]) -> None:

@@ -100,9 +100,10 @@ def weighted_mean(fishers: Sequence[Self], weights: Sequence[float]) -> Self:
         raise ValueError(f"Fisher matrices of dimensions {[fisher.dim for fisher in fishers]} have no mean")
     if len({fisher.representation for fisher in fishers}) > 1:
         raise ValueError(f"representations {[fisher.representation for fisher in fishers]} have no mean")
-    if len(fishers) == 1:
-        return fishers[0]
-    return type(fishers[0]).pooled(fishers, [weight / sum(weights) for weight in weights])
+    kept = [(fisher, weight / sum(weights)) for fisher, weight in zip(fishers, weights, strict=True) if weight]
+    if len(kept) == 1:
+        return kept[0][0]
+    return type(fishers[0]).pooled([fisher for fisher, _ in kept], [share for _, share in kept])
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     A_m = (1/n) Σ_{i,t} δ_t δ_tᵀ  (p, p),     B_m = (1/M_m) Σ_{i,t} x_t x_tᵀ  (q, q)
 
 n examples, M_m relevant tokens: those whose output gradient at module m is no rounding of zero (padding, and whatever
-the answer's loss does not depend on, is none): over ``ROUNDING`` units of rounding of the largest of the example. (The
-query of a first token meets one key only: its gradient is zero, which kernels round to 1e-9 or to 0 as they please.)
+the answer's loss does not depend on, is none): over ``ROUNDING`` times the largest of the example. (The query of a
+first token meets one key only: its gradient is zero, which kernels round to 1e-9 or to 0 as they please.)
 This is K-FAC's *expand* convention for weights shared over tokens (2311.00636): tokens count as independent examples,
 gradients as independent of inputs. With one relevant token per example n = M, both factors are plain means, and the
 matrix equals the exact block where ``δδᵀ`` and ``xxᵀ`` are uncorrelated over the examples (always so for one example).
@@ -21,8 +21,8 @@ from src.fisher.accumulate import Accumulator, Allocate, zeros
 from src.fisher.base import ModuleFisher, Shapes, check_shape, halves_of, pooling_factors
 from src.fisher.summed import sum_of
 
-ROUNDING = 128
-"""Entries of an output gradient under this many units of rounding of the example's largest count as zero."""
+ROUNDING = 1e-5
+"""Output gradients under this share of the example's largest count as zero, in every format of numbers."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         """Add one module of a backward pass."""
         for half, weight, (deltas, inputs) in self._parts(delta, x):
             largest = deltas.abs().amax(2)
-            relevant = largest > ROUNDING * torch.finfo(deltas.dtype).eps * largest.amax(1, keepdim=True)
+            relevant = largest > ROUNDING * largest.amax(1, keepdim=True)
             weights = weight[:, None].expand_as(relevant)[relevant]
             d, z = deltas[relevant].double(), inputs[relevant].double()
             self._left[name][half] += ((d * weights[:, None]).T @ d).cpu()

@@ -106,10 +106,6 @@ class LowRankFisher(Fisher):
         """(D, D) matrix, for tests."""
         return self.factor().T @ self.factor()
 
-    def mean(self) -> torch.Tensor:
-        """(D,) mean signed score at the labels of this matrix, in float64; one draw per example."""
-        return torch.cat([block.sum(0) for _, block in self.blocks()]) / self.count
-
     def subset(self, examples: torch.Tensor) -> "LowRankFisher":
         """The Fisher of some of the examples ((k,) int64 positions), which shares these scores."""
         draws = self.height // self.count

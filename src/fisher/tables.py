@@ -37,7 +37,7 @@ class Table(Protocol):
 
 
 class MappedTable:
-    """A table in a safetensors file, mapped to be read only.
+    """A table in a safetensors file, mapped to be read only; it can be neither copied nor sent to other processes.
 
     Args:
         path: The file, sound.

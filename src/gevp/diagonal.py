@@ -7,7 +7,7 @@ import torch
 from src.fisher.base import Fisher
 from src.fisher.diagonal import DiagonalFisher
 from src.gevp.block import common_shapes
-from src.gevp.eigensystem import Eigensystem, condition, unrounded
+from src.gevp.eigensystem import Eigensystem, condition
 from src.gevp.pencil import Pencil
 
 
@@ -53,7 +53,7 @@ def solve_diagonal(pencil: Pencil) -> DiagonalSystem:
     common_shapes(sides)
     left = _diagonal(pencil.left, pencil.dim) + pencil.sigma
     right = _diagonal(pencil.right, pencil.dim) + pencil.epsilon
-    values, order = unrounded(left / right, pencil).sort(descending=True, stable=True)
+    values, order = (left / right).clamp_min(0.0).sort(descending=True, stable=True)
     return DiagonalSystem(pencil=pencil, values=values, left=left, right=right, order=order)
 
 

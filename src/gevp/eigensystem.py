@@ -171,4 +171,4 @@ def unrounded(values: torch.Tensor, pencil: Pencil) -> torch.Tensor:
 
 def condition(low: float, high: float, size: int) -> float | None:
     """Condition number of a symmetric matrix of this size with these extreme eigenvalues; None for a singular one."""
-    return high / low if low > size * torch.finfo(torch.float64).eps * high else None
+    return high / low if low > size * EPS * high else None

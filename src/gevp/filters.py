@@ -10,6 +10,7 @@ Where a solver has computed the leading eigenpairs alone, a filter that keeps mo
 is refused; ``soft`` needs none of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,8 @@ def topk(system: Eigensystem, k: int) -> TopCut:
     ordered = system.ordered()
     if len(ordered) < k < system.dim:
         raise ValueError(f"k is {k}, and {len(ordered)} of {system.dim} eigenpairs were computed; {MORE}")
-    allowed = _allowed(system)
+    levels = _levels(system)
+    allowed = _allowed(system, levels)
     if k not in allowed:
         below, above = allowed[allowed < k], allowed[allowed > k]
         least = below[-1].item() if len(below) else 0
@@ -95,39 +97,36 @@ def topk(system: Eigensystem, k: int) -> TopCut:
             f"k is {k}, which cuts through {above[0] - least} directions{what} (one eigenvalue, "
             f"{ordered[k - 1]:.3g}); expected at most {least} or at least {above[0]}"
         )
-    return _cut(system, k)
-
-
-def valid_cuts(system: Eigensystem, at_most: int | None = None) -> list[TopCut]:
-    """Every ``topk`` filter that does not cut through an eigenvalue, or so many of them evenly spaced, by k.
-
-    Those that need eigenpairs which were not computed are left out; the last one is always the whole patch.
-    """
-    allowed = _allowed(system)
-    if at_most is not None and len(allowed) > at_most:
-        allowed = allowed[torch.linspace(0, len(allowed) - 1, at_most).round().long()]
-    return [_cut(system, k) for k in allowed.tolist()]
+    return _cut(system, levels, k)
 
 
 def number_of_cuts(system: Eigensystem) -> int:
     """Number of valid cuts, the whole patch among them."""
-    return len(_allowed(system))
+    return len(_allowed(system, _levels(system)))
 
 
 def position(system: Eigensystem, k: int) -> float:
     """Where a cut stands among all valid ones, 0 to 1: what carries over to the spectrum of other rows."""
-    allowed = _allowed(system)
+    allowed = _allowed(system, _levels(system))
     return int((allowed < k).sum()) / max(1, len(allowed) - 1)
 
 
 def cut_at(system: Eigensystem, where: float) -> TopCut:
     """The valid cut nearest to a position between 0 and 1."""
-    allowed = _allowed(system)
-    index = round(where * (len(allowed) - 1))
-    if system.unknown and where < 1 and len(allowed) > 1:
-        # Between the last cut that is known and the whole patch lie all that are not: rounding must not leap over them.
-        index = min(index, len(allowed) - 2)
-    return _cut(system, int(allowed[index]))
+    return cuts_at(system, [where])[0]
+
+
+def cuts_at(system: Eigensystem, positions: Sequence[float]) -> list[TopCut]:
+    """The valid cut nearest to each of several positions between 0 and 1."""
+    levels = _levels(system)
+    allowed, cuts = _allowed(system, levels), []
+    for where in positions:
+        index = round(where * (len(allowed) - 1))
+        if system.unknown and where < 1 and len(allowed) > 1:
+            # Between the last known cut and the whole patch lie all that are not: rounding must not leap over them.
+            index = min(index, len(allowed) - 2)
+        cuts.append(_cut(system, levels, int(allowed[index])))
+    return cuts
 
 
 def _levels(system: Eigensystem) -> torch.Tensor:
@@ -136,15 +135,13 @@ def _levels(system: Eigensystem) -> torch.Tensor:
     return torch.cat([system.ordered(), bound])
 
 
-def _allowed(system: Eigensystem) -> torch.Tensor:
+def _allowed(system: Eigensystem, levels: torch.Tensor) -> torch.Tensor:
     """Every k, ascending, whose cut lies between two eigenvalues that are known to differ; D is always one."""
-    levels = _levels(system)
     distinct = levels[:-1] - levels[1:] > TIE * levels[:-1] + NOISE * levels[0]
     return torch.cat([distinct.nonzero().squeeze(1) + 1, torch.tensor([system.dim])])
 
 
-def _cut(system: Eigensystem, k: int) -> TopCut:
-    levels = _levels(system)
+def _cut(system: Eigensystem, levels: torch.Tensor, k: int) -> TopCut:
     return TopCut(((levels[k - 1] + levels[k]) / 2).item() if k < system.dim else float("-inf"), k)
 
 

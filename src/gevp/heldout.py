@@ -15,14 +15,14 @@ import torch
 
 from src.fisher.base import Fisher
 from src.gevp.eigensystem import Expansion
-from src.gevp.filters import MORE, cut_at, number_of_cuts
+from src.gevp.filters import MORE, cuts_at, number_of_cuts
 from src.gevp.pencil import Pencil
 from src.gevp.solve import EIGENPAIRS, solve
 
 CHUNK = 32
 """Filters that are applied together: bounds the memory of a path at 32 · D numbers."""
 ENERGY_CUTS = 256
-"""Most cuts that the ``energy`` rule compares: all of them up to this many, else so many evenly spaced."""
+"""Most positions that the ``energy`` rule compares: one for each cut up to this many, else evenly spaced."""
 ROUNDING = 1e-12
 """A share that is missed by less is kept."""
 
@@ -134,7 +134,7 @@ def _mean_shares(folds: Sequence[Fold], positions: Sequence[float]) -> tuple[tor
     """Shares (P,) of safety energy and (P,) of utility tax that the cuts at positions keep, means over the folds."""
     found = torch.empty(len(folds), 2, len(positions), dtype=torch.float64)
     for shares, fold in zip(found, folds, strict=True):
-        cuts = [cut_at(fold.expansion.system, where) for where in positions]
+        cuts = cuts_at(fold.expansion.system, positions)
         for start in range(0, len(cuts), CHUNK):
             some = slice(start, start + CHUNK)
             shares[:, some] = torch.stack(fold.kept(fold.expansion.along(cuts[some])))

@@ -12,13 +12,12 @@ asks for those of T: what only rounding made of 0 is 0, as in every solver, and 
 Legend of shapes: m dimensions of the space, D coordinates, k vectors that it is kept orthogonal to.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal, solveh_banded
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+from src.gevp.inverse import Product
+
 ERROR = 1e-12
 """Error of a filtered vector, relative to the vector, both in the norm of the metric."""
 SMALL = 1e-7

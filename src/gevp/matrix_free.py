@@ -28,7 +28,7 @@ import torch
 
 from src.gevp.eigensystem import EPS, Eigensystem, Expansion, Filter, condition, rounding, unrounded
 from src.gevp.filters import MORE, Soft, TopCut
-from src.gevp.inverse import Product, Ridged, ridged
+from src.gevp.inverse import Product, Ridged, ridged, ridged_product
 from src.gevp.iterations import TOLERANCE, conjugate_gradients, leading_eigenpairs
 from src.gevp.krylov import KrylovSpace
 from src.gevp.overlap import diagonal
@@ -45,14 +45,14 @@ class MatrixFreeSystem(Eigensystem):
     Attributes:
         vectors: (k, D) eigenvectors, orthonormal in the metric.
         duals: (k, D) the metric times the eigenvectors.
-        left: F_s + σI.
+        left: Product with F_s + σI.
         right: F_u + εI.
         following: Eigenvalue number k + 1; ∞ where it is not known.
     """
 
     vectors: torch.Tensor
     duals: torch.Tensor
-    left: Ridged
+    left: Product
     right: Ridged
     following: float
 
@@ -76,7 +76,7 @@ class MatrixFreeSystem(Eigensystem):
 
     def conditions(self) -> dict[str, float | None]:
         """Condition numbers of both sides; None where singular."""
-        sides = {"left": self.left, "right": self.right}
+        sides = {"left": ridged(self.pencil.left, self.sigma), "right": self.right}
         return {name: condition(side.low, side.high, self.dim) for name, side in sides.items()}
 
     def expand(self, patch: torch.Tensor) -> "MatrixFreeExpansion":
@@ -110,7 +110,7 @@ class MatrixFreeExpansion(Expansion):
             return None
         largest = max(self.system.values.tolist(), default=0.0)
         return KrylovSpace(
-            self.system.left.product,
+            self.system.left,
             self.system.right.inverse,
             start=self.outside,
             dual=dual,
@@ -132,7 +132,7 @@ class MatrixFreeExpansion(Expansion):
     def fitted_energies(self, phi: Filter) -> tuple[float, float]:
         """``cᵀ(F_s + σI)c`` and ``cᵀ(F_u + εI)c`` of the filtered patch, by products; on the rows that were fitted."""
         made = self.at(phi)
-        return (made @ self.system.left.product(made)).item(), (made @ self.system.right.product(made)).item()
+        return (made @ self.system.left(made)).item(), (made @ self.system.right.product(made)).item()
 
     def _filtered(self, phi: Filter) -> torch.Tensor:
         system, known = self.system, len(self.coefficients)
@@ -155,7 +155,7 @@ class MatrixFreeExpansion(Expansion):
         if coefficients is not None:
             return self._space.combine(coefficients)
         if tau not in self._direct:
-            left, right = self.system.left.product, self.system.right.product
+            left, right = self.system.left, self.system.right.product
             jacobi = _diagonals(self.system.pencil) @ torch.tensor([1.0, tau], dtype=torch.float64)
             self._direct[tau] = conjugate_gradients(lambda v: left(v) + tau * right(v), left(self.outside), jacobi)
         return self._direct[tau]
@@ -174,7 +174,7 @@ def without_eigenpairs(pencil: Pencil) -> MatrixFreeSystem:
     Raises:
         ValueError: the right side is not positive definite.
     """
-    left, right = ridged(pencil.left, pencil.sigma), ridged(pencil.right, pencil.epsilon)
+    left, right = ridged_product(pencil.left, pencil.sigma), ridged(pencil.right, pencil.epsilon)
     if not right.low > EPS * right.high:
         raise ValueError("the right side of the pencil is not positive definite: raise the ridge rho")
     none = torch.zeros(0, pencil.dim, dtype=torch.float64)
@@ -197,7 +197,7 @@ def solve_matrix_free(pencil: Pencil, *, k: int, seed: int = 0) -> MatrixFreeSys
     if not 1 <= k < pencil.dim:
         raise ValueError(f"k is {k}; expected 1 to D − 1 = {pencil.dim - 1} (the dense solver gives all)")
     system = without_eigenpairs(pencil)
-    left, right = system.left.product, system.right.product
+    left, right = system.left, system.right.product
     start = torch.from_numpy(np.random.default_rng(seed).standard_normal(pencil.dim))
     found, rows = leading_eigenpairs(left, right, system.right.inverse, count=min(k + 1, pencil.dim - 1), start=start)
     duals = torch.stack([right(row) for row in rows])

@@ -184,7 +184,7 @@ def _measure(one: Pass) -> dict[str, Any]:
     point = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
     return {
         "reference": None if given is None else point or "base",
-        "reference_identity": record.get("reference_identity"),
+        "reference_identity": record.get("reference_identity") or record.get("reference_sha256") or None,
         "utility weights": [entry.get("weight") for entry in record["utility"]] if "utility" in point else None,
         "labels": record.get("labels"),
         "granularity": record.get("granularity"),

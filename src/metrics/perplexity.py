@@ -106,12 +106,13 @@ def perplexity_difference(
         draws: Bootstrap draws.
     """
     count, total = len(tokens), sum(tokens)
-    ends = [sum(nll) / total for nll in (first, second)]
+    ends = [sum(nll) / total if total else inf for nll in (first, second)]
     if not all(map(isfinite, ends)) or max(ends) > LARGEST:
         return {"value": None, "n": count}
     found: dict[str, Any] = {"value": exp(ends[0]) - exp(ends[1]), "n": count}
     if count > 1:
         means = resampled_means(torch.tensor([first, second, tokens], dtype=torch.float64).T, draws=draws)
         each = (means[:, :2] / means[:, 2:]).exp()
-        found["interval"] = torch.quantile(each[:, 0] - each[:, 1], ENDS).tolist()
+        ends = torch.quantile(each[:, 0] - each[:, 1], ENDS).tolist()
+        found |= {"interval": ends} if all(map(isfinite, ends)) else {}
     return found

@@ -33,6 +33,7 @@ from src.models.progress import Progress
 from src.models.results import Results
 from src.models.sharding import shard
 from src.models.speed import MatmulMode
+from src.models.together import stop_together
 from src.models.whole_data import check_whole
 from src.provenance import versions
 
@@ -95,6 +96,7 @@ class EvaluationModule(LightningModule):
         self._computation: Computation
         self._progress: Progress
         self._parts: Parts
+        self._problems: list[str] = []
         self._keys: dict[tuple[int, int], str] = {}
         self._records: dict[tuple[int, int], dict[int, Record]] = {}
         self._swap: Swap
@@ -190,8 +192,9 @@ class EvaluationModule(LightningModule):
         if not batch.weight and not self._computation.sharded:
             return
         self._swap.to(batch.model)
+        before = len(self._problems)
         records = self._computed(batch, self._data.suites[batch.suite], score=self._scores)
-        if not batch.weight:
+        if not batch.weight or len(self._problems) > before:
             return
         records = [{"index": i} | record for i, record in zip(batch.index.tolist(), records, strict=True)]
         place = batch.model, batch.suite
@@ -220,10 +223,15 @@ class EvaluationModule(LightningModule):
             return self._computation.answers(suite, tokens, batch)
         except NotFinite as error:
             row = tokens.encoded[int(batch.index[error.place])].row.id
-            raise InputError(
+            problem = (
                 f"suite {suite.name}: {list(self.models)[batch.model]} gives {row} logits that are not numbers; look "
-                f"for NaN in its weights, or set base.dtype to a wider type than {self.base.dtype}"
-            ) from None
+                f"for NaN in its weights, set base.dtype to a wider type than {self.base.dtype}, or leave it out (what "
+                "others have answered is kept)"
+            )
+            if self.trainer.world_size == 1:
+                raise InputError(problem) from None
+            self._problems.append(problem)
+            return [""] * len(batch.index)
 
     def on_test_epoch_end(self) -> None:
         """Bring the processes together: metrics to ``metrics.json``, answers to ``answers/MODEL/SUITE.jsonl``."""
@@ -240,6 +248,7 @@ class EvaluationModule(LightningModule):
         self.trainer.strategy.barrier("answers")
 
     def _finished(self) -> Results:
+        stop_together(self._problems)
         self._swap.to(None)
         torch.set_float32_matmul_precision("highest")
         return Results(self._data, list(self.models), self._records, self.output, self.trainer)

@@ -33,12 +33,19 @@ from src.models.fisher_open import open_pass
 from src.models.fisher_output import publish, ready_file, remove_joined, remove_stale
 from src.models.fisher_pass import Coordinates, FisherPass
 from src.models.fisher_record import write_pass
-from src.models.fisher_settings import check_draws, check_relearn, check_representation, check_utility
+from src.models.fisher_settings import (
+    check_draws,
+    check_matmul_error,
+    check_relearn,
+    check_representation,
+    check_utility,
+)
 from src.models.logits import answer_logits, leaf_embeddings
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
+from src.models.together import stop_together
 from src.models.whole_data import check_whole
 
 log = logging.getLogger(__name__)
@@ -106,6 +113,7 @@ class FisherModule(LightningModule):
         self.labels["benign"] = self.labels["utility"]
         check_draws(draws, self.labels.values())
         check_representation(representation, coordinates)
+        check_matmul_error(max_matmul_error)
         if relearn:
             check_relearn(self.labels.values(), coordinates)
         names = [utility] if isinstance(utility, str) else utility
@@ -243,6 +251,8 @@ class FisherModule(LightningModule):
                 self._measure(running, batch)
         answered = int((batch.lengths > batch.answer_starts).sum())
         running.end_step(batch_idx, answered if batch.weight else 0)
+        if self.trainer.world_size == 1:
+            stop_together([running.problem])
         self._progress.advance(rows, f"F_{running.name}")
 
     def _measure(self, running: FisherPass, batch: Batch) -> None:
@@ -271,6 +281,7 @@ class FisherModule(LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Bring the processes together and write one file per pass; all appear at once, when all are whole."""
         self._leave()
+        stop_together(running.problem for running in self._running.values())
         self.trainer.strategy.barrier("fisher parts")
         for name, running in self._running.items():
             fisher, mean = running.join(self.trainer.strategy.root_device)

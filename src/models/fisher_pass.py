@@ -77,6 +77,7 @@ class FisherPass:
 
     def __post_init__(self) -> None:
         self.fisher, self.mean = self.make()
+        self.problem = ""
         self._open: int | None = None
         self._rows = 0
 
@@ -100,17 +101,18 @@ class FisherPass:
     def flush(self) -> None:
         """Write what has been accumulated since the last shard; no sums where there was no row.
 
-        Raises:
-            InputError: scores are not finite.
+        Scores that are not finite are a :attr:`problem`, and nothing is written: processes must stop together.
         """
         if self._open is None:
             return
-        for sums in (self.fisher, self.mean):
-            if sums is not None and (module := sums.unsound()) is not None:
-                raise InputError(
-                    f"F_{self.name}: the scores of {module} are NaN or infinite; see whether the base with the "
-                    "adapters of its reference point gives finite losses"
-                )
+        unsound = [sums.unsound() for sums in (self.fisher, self.mean) if sums is not None]
+        if module := next(filter(None, unsound), None):
+            self.problem = (
+                f"F_{self.name}: the scores of {module} are NaN or infinite; see whether the base with the adapters of "
+                "its reference point gives finite losses"
+            )
+        if self.problem:
+            return
         tensors = {ROWS: torch.tensor([self._rows])}
         if self._rows:
             tensors |= self.fisher.state()

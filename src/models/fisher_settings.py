@@ -48,6 +48,16 @@ def check_relearn(labels: Collection[str], coordinates: Coordinates) -> None:
         raise InputError("model.relearn: rows of random tokens have no answers to learn; expected labels model or data")
 
 
+def check_matmul_error(largest: float) -> None:
+    """Check the largest relative error of a product that is accepted.
+
+    Raises:
+        InputError: it is no positive number.
+    """
+    if not largest > 0:
+        raise InputError(f"model.max_matmul_error is {largest}; expected a number above 0")
+
+
 def check_representation(representation: Representation, coordinates: Coordinates) -> None:
     """Check that a representation exists in these coordinates.
 

@@ -204,10 +204,13 @@ def _greedy_in_step(
     model: Any, batch: Batch, *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int
 ) -> list[list[int]]:
     prompts, mask = left_padded_prompts(batch, pad_id)
-    rows = range(len(prompts))
+    rows, found = range(len(prompts)), []
 
     def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        check_finite(logits, rows)
+        try:
+            check_finite(logits, rows)
+        except NotFinite as error:
+            found.append(error)  # the other processes need this one to the last step
         return logits
 
     with _finite_masks():
@@ -221,6 +224,8 @@ def _greedy_in_step(
             logits_processor=[checked],
             synced_gpus=True,
         )
+    if found:
+        raise found[0]
     return [_until_stop(row, stop_ids) for row in out[:, prompts.shape[1] :].tolist()]
 
 

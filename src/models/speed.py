@@ -16,8 +16,6 @@ from typing import Literal
 import torch
 from torch.nn.functional import linear
 
-from src.errors import InputError
-
 log = logging.getLogger(__name__)
 
 MatmulMode = Literal["auto", "highest", "high", "medium"]
@@ -109,12 +107,7 @@ def choose_matmul(
         rows: Rows of the products to measure: tokens of a training step, or rows of a decoding step.
         copies: Whether the caller can multiply by copies.
         device: Type of the device that will multiply.
-
-    Raises:
-        InputError: ``max_error`` is no positive number.
     """
-    if not max_error > 0:
-        raise InputError(f"model.max_matmul_error is {max_error}; expected a number above 0")
     weights = _layers_to_measure(model)
     choice: str = mode
     others = "highest" if mode == "bfloat16" else choice

@@ -145,7 +145,7 @@ def _front(method: str, points: Sequence[Scores], expert: Scores, attacks_at_mos
     found = summed_up(
         safety=[one["safety"] for one in points],
         utility=[one["utility"] for one in points],
-        attacks=[one["attack"] for one in points if one["attack"]],
+        attacks=[one["attack"] for one in points] if all(one["attack"] for one in points) else [],
         expert_utility=expert["utility"],
         keep=KEEP,
         at_most=attacks_at_most,

@@ -4,7 +4,7 @@ import ctypes
 import os
 import struct
 
-from src.sandbox.libc import LIBC, check
+from src.sandbox.libc import LIBC, PR_SET_DUMPABLE, check
 
 PR_SET_SECCOMP = 22
 DENIED = {
@@ -33,7 +33,6 @@ FILE_CONTROL = {"x86_64": 72, "aarch64": 25}
 SET_OWNER = (8, 15)
 """Commands of fcntl that name a process to send signals to."""
 PROCESS_CONTROL = {"x86_64": 157, "aarch64": 167}
-PR_SET_DUMPABLE = 4
 """The option of prctl that would hide a program's open files from the process that watches their size."""
 ALLOW, DENY, NO_SUCH_CALL, KILL = 0x7FFF0000, 0x00050001, 0x00050000 | 38, 0x80000000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, GIVE = 0x20, 0x15, 0x35, 0x45, 0x06

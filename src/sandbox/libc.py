@@ -7,6 +7,7 @@ from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NOBODY = 65534
+PR_SET_DUMPABLE = 4
 SYSTEM = (
     "/lib /lib32 /lib64 /usr/lib /usr/lib32 /usr/lib64 /nix/store /gnu/store /usr/share/zoneinfo /etc/localtime "
     "/etc/ld.so.cache"
@@ -43,4 +44,4 @@ def leave_root(folder: str) -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    LIBC.prctl(4, 1, 0, 0, 0)  # a change of user makes /proc/self unwritable
+    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # a change of user makes /proc/self unwritable
