@@ -8,6 +8,7 @@ from src.data.batches import EncodedRows
 from src.data.chat import Encoded
 from src.data.rows import Row
 from src.models.generation import NotFinite, check_finite, greedy
+from tests.commands import ROOT, run_processes
 from tests.evaluations import answers, evaluate, flags, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
@@ -90,3 +91,21 @@ def test_a_row_without_a_likeliest_token_is_named(row):
     with pytest.raises(NotFinite) as error:
         check_finite(torch.tensor([[0.0, -float("inf")], row]), [4, 7])
     assert error.value.place == 7
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("hardware", ["ddp_sim.yaml", "fsdp_sim.yaml"])
+def test_a_row_of_one_process_without_numbers_stops_both(tmp_path, hardware):
+    model, tokenizer = make_model(tie_word_embeddings=False), make_tokenizer()
+    model.get_input_embeddings().weight[tokenizer("~").input_ids[0]] = float("nan")
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "base")
+    prompts = [f"{p} ~" if p[0] == "e" else p for p in PROMPTS]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"id": p[0], "prompt": p} for p in prompts])
+    one = {"name": "asks", "kind": "harmful", "rows": str(rows), "max_new_tokens": 3, "score": False}
+    trainer = str(ROOT / "trainers" / hardware)
+    arguments = flags(tmp_path / "base", tmp_path, [one], tmp_path / "out", "--trainer", trainer, batch_size=1)
+    said = " ".join(run_processes(arguments, code=2).split())
+    assert "suite asks: base gives e logits that are not numbers" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "metrics.json").exists()

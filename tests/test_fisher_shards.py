@@ -17,6 +17,7 @@ from src.models.fisher_output import PARTS, PASSES, publish, ready_file
 from src.models.fisher_pass import FisherPass
 from src.models.fisher_weights import example_weights
 from src.models.progress import Progress
+from src.models.together import stop_together
 
 
 def test_a_part_with_any_changed_bit_is_not_read(tmp_path, caplog):
@@ -105,9 +106,11 @@ def test_scores_that_are_not_finite_end_a_pass_and_name_the_module(tmp_path, kin
     running.fisher.begin(examples(torch.arange(2), ["x", "y"]))
     for name in shapes:
         running.fisher.update(name, torch.ones(2, 1, 1), torch.full((2, 1, 2), bad if name == "b" else 1.0))
-    with pytest.raises(InputError, match="F_safety: the scores of b are NaN or infinite"):
-        running.end_step(0, 2)
+    running.end_step(0, 2)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="F_safety: the scores of b are NaN or infinite"):
+        stop_together(["", running.problem])
+    stop_together(["", ""])
 
 
 def test_files_of_two_runs_never_lie_together(tmp_path, monkeypatch):
