@@ -225,8 +225,8 @@ class EvaluationModule(LightningModule):
             row = tokens.encoded[int(batch.index[error.place])].row.id
             problem = (
                 f"suite {suite.name}: {list(self.models)[batch.model]} gives {row} logits that are not numbers; look "
-                f"for NaN in its weights, or set base.dtype to a wider type than {self.base.dtype}; a run without it goes "
-                "on from what others have answered"
+                f"for NaN in its weights, or set base.dtype to a wider type than {self.base.dtype}; a run without it "
+                "goes on from what others have answered"
             )
             if self.trainer.world_size == 1:
                 raise InputError(problem) from None
