@@ -47,7 +47,8 @@ def report(
     costs = _tradeoff(Path(results), found, expert, attacks_at_most)
     tables = {"Shares with 95 % intervals (Wilson)": _shares(found, columns)}
     if costs is not None:
-        title = f"Against {costs.expert}, the same rows, with 95 % intervals (bootstrap)"
+        intervals = "95 % intervals (paired bootstrap, of yes/no scores never narrower than Tango's)"
+        title = f"Against {costs.expert}, the same rows, with {intervals}"
         tables |= {title: cost_rows(costs)} | ({"Fronts over strengths": front_rows(costs)} if costs.fronts else {})
     with new_directory(Path(output)) as folder:
         write_text(folder / "table.md", "\n".join(f"{name}\n\n{_markdown(rows)}" for name, rows in tables.items()))
