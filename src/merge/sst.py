@@ -61,8 +61,8 @@ class Sst(MergeMethod):
         radius: Longest step of ``relearn``, as a share of the patch's norm; the ridge on F_s grows until the step fits.
             Above 0.
         eigenpairs: Leading eigenpairs to compute where F_s and F_u have different representations in more than 4 096
-            coordinates: filters can keep no more than these, and the spectrum and the held-out curve show no more.
-            Unset means 64, and none for ``soft``, which needs none. At least 1.
+            coordinates: filters can keep no more than these. ``soft`` needs none, and computes none there: it then has
+            no spectrum to show. At least 1.
         seed: Seed of the random directions.
         holdout_seed: Seed of the split of calibration rows for the reported energies, where the Fisher file still
             knows its rows (``lowrank``); other files, and ``relearn``, split by row id.
@@ -83,19 +83,18 @@ class Sst(MergeMethod):
         form: Form = "additive",
         trust: float = 10.0,
         radius: float = 0.2,
-        eigenpairs: int | None = None,
+        eigenpairs: int = EIGENPAIRS,
         seed: int = 0,
         holdout_seed: int = 0,
     ) -> None:
         check_numbers(rho, rho_s, t, trust, radius)
         check_filter(filter, k, share)
         check_together(filter, control, coefficients, rho_s)
-        if eigenpairs is not None and eigenpairs < 1:
+        if eigenpairs < 1:
             raise InputError(f"method.eigenpairs is {eigenpairs}; expected at least 1")
         self.filter, self.t, self.k, self.share, self.rho, self.rho_s = filter, t, k, share, rho, rho_s
         self.control, self.coefficients, self.form, self.trust = control, coefficients, form, trust
-        default = 0 if filter == "soft" else EIGENPAIRS
-        self.radius, self.eigenpairs = radius, default if eigenpairs is None else eigenpairs
+        self.radius, self.eigenpairs = radius, eigenpairs
         self.seed, self.holdout_seed = seed, holdout_seed
 
     @property
@@ -175,7 +174,7 @@ class Sst(MergeMethod):
                     "at the patched point: a run with `--model.relearn true`"
                 )
             return relearned(fisher, whole, RelearnSettings(self.t, self.trust, self.rho_s, self.radius))
-        split = {"seed": self.holdout_seed, "eigenpairs": self.eigenpairs}
+        split = {"seed": self.holdout_seed, "eigenpairs": 0 if self.filter == "soft" else self.eigenpairs}
         key = (self.rho, self.rho_s, self._pencil_control, self.form, *split.values())
         if key not in known:
             known[key] = solve_once(fisher.safety, fisher.utility, whole, self._pencil, **split)
