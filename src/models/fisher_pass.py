@@ -111,14 +111,13 @@ class FisherPass:
                 f"F_{self.name}: the scores of {module} are NaN or infinite; see whether the base with the adapters of "
                 "its reference point gives finite losses"
             )
-        if self.problem:
-            return
         tensors = {ROWS: torch.tensor([self._rows])}
         if self._rows:
             tensors |= self.fisher.state()
         if self._rows and self.mean is not None:
             tensors |= {f"mean.{name}": tensor for name, tensor in self.mean.state().items()}
-        self.shards.write(self.rank, self._open, tensors)
+        if not self.problem:
+            self.shards.write(self.rank, self._open, tensors)
         self.fisher, self.mean = self.make()
         self._open, self._rows = None, 0
 
