@@ -17,7 +17,7 @@ from src.models.fisher_output import PARTS, PASSES, publish, ready_file
 from src.models.fisher_pass import FisherPass
 from src.models.fisher_weights import example_weights
 from src.models.progress import Progress
-from src.models.together import stop_together
+from src.models.stopping import stop_together
 
 
 def test_a_part_with_any_changed_bit_is_not_read(tmp_path, caplog):

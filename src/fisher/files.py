@@ -23,7 +23,7 @@ from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.magnitude import Magnitude
-from src.fisher.tables import DTYPES, MappedTable
+from src.fisher.score_tables import DTYPES, MappedTable
 
 RECORD = "sst_fisher"
 HALVES = "mean.halves"
@@ -174,26 +174,28 @@ def _shapes(
     return {name: (p, q) for name, (p, q) in given.items()}
 
 
+def _check_columns(path: Path, what: str, block: torch.Tensor, first: int, shapes: Shapes) -> None:
+    """Stop at NaN or infinite values in a block (rows, columns) of coordinates, and name the module of the first."""
+    sound = torch.isfinite(block).all(0)
+    if not sound.all():
+        ends = torch.tensor([p * q for p, q in shapes.values()]).cumsum(0)
+        place = int(torch.searchsorted(ends, first + int((~sound).nonzero()[0]), right=True))
+        name = [*shapes, "no module"][place]
+        raise InputError(f"{path}: the {what} of {name} hold NaN or infinite values")
+
+
 def _check_scores(path: Path, fisher: LowRankFisher, shapes: Shapes) -> None:
-    """Stop at NaN or infinite scores, which the module of the first is named for."""
-    ends = torch.tensor([p * q for p, q in shapes.values()]).cumsum(0)
+    """Stop at NaN or infinite scores, block by block."""
     for columns, block in fisher.blocks():
-        sound = torch.isfinite(block).all(0)
-        if not sound.all():
-            at = columns.start + int((~sound).nonzero()[0])
-            name = list(shapes)[int(torch.searchsorted(ends, at, right=True))]
-            raise InputError(f"{path}: the scores of {name} hold NaN or infinite values")
+        _check_columns(path, "scores", block, columns.start, shapes)
 
 
 def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
     """Stop at NaN or infinite values, module by module."""
-    sizes = [p * q for p, q in shapes.values()]
     for key, tensor in tensors.items():
         kind, _, module = key.partition(".")
-        if kind == "mean" and tensor.ndim and tensor.shape[-1] == sum(sizes):
-            for name, part in zip(shapes, tensor.split(sizes, dim=-1), strict=True):
-                if not torch.isfinite(part).all():
-                    raise InputError(f"{path}: the {kind} of {name} hold NaN or infinite values")
+        if kind == "mean" and tensor.ndim:
+            _check_columns(path, kind, tensor.reshape(-1, tensor.shape[-1]), 0, shapes)
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             what = "vectors" if kind in ("u", "v") else "sums"
             raise InputError(f"{path}: the {what} {kind} of {module or 'all modules'} hold NaN or infinite values")

@@ -17,7 +17,7 @@ import torch
 from src.fisher.accumulate import row_half
 from src.fisher.base import Fisher, Shapes
 from src.fisher.columns import column_blocks
-from src.fisher.tables import StackedTables, Table, release, rows_of
+from src.fisher.score_tables import StackedTables, Table, release, rows_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def category_text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def parts(category: str) -> list[str]:
+def categories_of(category: str) -> list[str]:
     """The categories that a text names, each once."""
     return list(dict.fromkeys(category.split(APART)))
 
@@ -30,4 +30,4 @@ def named_categories(categories: Sequence[str]) -> list[str]:
 
 def each_category(categories: Iterable[str]) -> list[str]:
     """Every single category that rows have, sorted."""
-    return sorted({name for category in categories for name in parts(category)})
+    return sorted({name for category in categories for name in categories_of(category)})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from src.metrics.categories import parts
+from src.metrics.categories import categories_of
 from src.metrics.collapse import is_collapsed
 from src.metrics.exact import AnswerForm, is_exact
 from src.metrics.intervals import wilson
@@ -36,7 +36,7 @@ class Rate(Metric):
         self.hits[0] += sum(flags)
         self.total[0] += len(flags)
         for flag, category in zip(flags, categories or (), strict=bool(categories)):
-            for name in parts(category):
+            for name in categories_of(category):
                 place = 1 + self.categories.index(name)
                 self.hits[place] += int(flag)
                 self.total[place] += 1

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from src.metrics.bootstrap import ENDS, resampled_means
-from src.metrics.categories import each_category, parts
+from src.metrics.categories import categories_of, each_category
 
 MICRO = 1_000_000
 """Negative log-likelihoods are summed in whole micro-nats: integer addition is associative, float addition is not."""
@@ -58,7 +58,7 @@ class AnswerPerplexity(Metric):
         found = self._summary(rows)
         if not self.categories:
             return found
-        names = [parts(self.categories[place]) for place in rows[:, 3].tolist()]
+        names = [categories_of(self.categories[place]) for place in rows[:, 3].tolist()]
         groups = {one: torch.tensor([one in each for each in names]) for one in each_category(self.categories)}
         return found | {"categories": {one: self._summary(rows[chosen]) for one, chosen in groups.items()}}
 

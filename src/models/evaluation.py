@@ -33,7 +33,7 @@ from src.models.progress import Progress
 from src.models.results import Results
 from src.models.sharding import shard
 from src.models.speed import MatmulMode
-from src.models.together import stop_together
+from src.models.stopping import stop_together
 from src.models.whole_data import check_whole
 from src.provenance import versions
 

@@ -45,7 +45,7 @@ from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
-from src.models.together import stop_together
+from src.models.stopping import stop_together
 from src.models.whole_data import check_whole
 
 log = logging.getLogger(__name__)

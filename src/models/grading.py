@@ -15,7 +15,7 @@ from src.data.suite import Suite
 from src.errors import InputError
 from src.metrics.agreement import count_pairs, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference
-from src.metrics.categories import each_category, named_categories, parts
+from src.metrics.categories import categories_of, each_category, named_categories
 from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
 from src.metrics.counters import FlagRate, share
@@ -129,7 +129,7 @@ def _mean(values: Sequence[float], named: Sequence[str], *, whole: bool) -> Reco
     found: Record = share(round(sum(values)), len(values)) if whole else bootstrap(values).as_dict()
     if named:
         groups = {
-            name: [value for value, one in zip(values, named, strict=True) if name in parts(one)]
+            name: [value for value, one in zip(values, named, strict=True) if name in categories_of(one)]
             for name in each_category(named)
         }
         found["categories"] = {name: _mean(group, (), whole=whole) for name, group in groups.items()}

@@ -26,7 +26,7 @@ import json, resource, sys, time
 from pathlib import Path
 import torch
 from src.fisher.lowrank import LowRankFisher
-from src.fisher.tables import MappedTable
+from src.fisher.score_tables import MappedTable
 from src.gevp.filters import soft
 from src.gevp.heldout import curve, split_rows
 from src.gevp.lowrank import solve_lowrank
