@@ -134,9 +134,9 @@ def test_single_tokens_take_one_pass_per_batch_and_share_their_beginning(base, f
     seen = []
     original = computation.letter_scores
 
-    def counted(model, batch, letters, *, pack):
+    def counted(model, batch, letters, *, pack, **given):
         seen.append((len(batch.index), batch.common_prefix, pack))
-        return original(model, batch, letters, pack=pack)
+        return original(model, batch, letters, pack=pack, **given)
 
     monkeypatch.setattr(computation, "letter_scores", counted)
     suite = {"name": "mc", "kind": "choice", "rows": str(files[0]), "few_shot": str(files[1]), "shots": 2}

@@ -45,11 +45,14 @@ class Batch:
     def split(self, rows: int) -> Iterator["Batch"]:
         """Parts of at most so many rows, each cut to its own longest row."""
         for start in range(0, len(self.index), rows):
-            part = slice(start, start + rows)
-            width = int(self.lengths[part].max())
-            yield Batch(
-                self.index[part], self.ids[part, :width], self.lengths[part], self.answer_starts[part], self.weight
-            )
+            yield self.part(slice(start, start + rows))
+
+    def part(self, rows: slice | list[int]) -> "Batch":
+        """Some rows, cut to the longest of them."""
+        width = int(self.lengths[rows].max())
+        return Batch(
+            self.index[rows], self.ids[rows, :width], self.lengths[rows], self.answer_starts[rows], self.weight
+        )
 
     @property
     def answer_mask(self) -> torch.Tensor:

@@ -14,9 +14,11 @@ from src.data.batches import Batch
 from src.models.logits import answer_logits
 
 
-def letter_scores(model: Any, batch: Batch, letters: Sequence[int], *, pack: bool) -> torch.Tensor:
+def letter_scores(
+    model: Any, batch: Batch, letters: Sequence[int], *, pack: bool, narrow: bool = False
+) -> torch.Tensor:
     """Log-likelihoods (N, C) in nats, float64, of C single tokens behind each question."""
-    logits = answer_logits(model, batch, pack=pack)
+    logits = answer_logits(model, batch, pack=pack, narrow=narrow)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.log_softmax(-1)[:, torch.tensor(letters, device=wide.device)].double()
 

@@ -1,7 +1,9 @@
 """What an evaluation computes on one batch: answers, likelihoods of references, scores of choices."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,17 +16,21 @@ from src.models.choices import letter_scores
 from src.models.generation import Choose, greedy, likeliest, sampler
 from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack
 from src.models.partial import Record
-from src.models.products import fast_products
+from src.models.products import NarrowCopies, fast_products
+from src.models.settling import MOST_SHARED, settle
 from src.models.speed import MatmulMode, choose_matmul
 
 
-def choose_modes(mode: MatmulMode, model: torch.nn.Module, max_error: float, *, device: str = "cpu") -> dict[str, str]:
-    """How float32 matrices are multiplied when scoring (many rows at once) and when decoding (few)."""
+def choose_modes(
+    mode: MatmulMode, model: torch.nn.Module, max_error: float, *, choices: bool, device: str = "cpu"
+) -> dict[str, str]:
+    """How float32 matrices are multiplied when scoring (many rows), decoding (few), for choices and for close ones."""
     # A mode that rounds to bfloat16 converts every weight anew at every decoding step: three times slower in a real
     # loop, although the products alone look faster.
     accepted = {"score": (max_error, 512), "decode": (min(max_error, 1e-5), 64)}
+    accepted |= {"settle": (min(max_error, 1e-5), 512), "choose": (max_error, 512)} if choices else {}
     return {
-        use: choose_matmul(mode, model, max_error=error, rows=rows, device=device)
+        use: choose_matmul(mode, model, max_error=error, rows=rows, copies=use == "choose", device=device)
         for use, (error, rows) in accepted.items()
     }
 
@@ -35,7 +41,7 @@ class Computation:
 
     Args:
         model: A transformers causal language model.
-        modes: How float32 matrices are multiplied when scoring and when decoding.
+        modes: How float32 matrices are multiplied for each use, see :func:`choose_modes`.
         sharded: Whether other processes hold parts of the weights: then every process makes the same passes.
     """
 
@@ -43,6 +49,7 @@ class Computation:
     modes: dict[str, str]
     sharded: bool
     _can_pack: bool | None = None
+    _copies: NarrowCopies | None = None
 
     def answers(self, suite: Suite, tokens: SuiteTokens, batch: Batch) -> list[str]:
         """Generated answers, as text. Code keeps its white space where it continues a prompt."""
@@ -73,13 +80,46 @@ class Computation:
         return [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), counts.tolist(), strict=True)]
 
     def choices(self, tokens: SuiteTokens, batch: Batch) -> list[Record]:
-        """Log-likelihoods: of all letters for a sequence that stands for its row, else of the sequence's choice."""
-        if not tokens.letters:
-            return [{"score": -record["nll"]} for record in self.likelihoods(batch)]
-        torch.set_float32_matmul_precision(self.modes["score"])
-        scores = letter_scores(self.model, batch, tokens.letters, pack=self._packs(batch)).tolist()
+        """Log-likelihoods: of all letters for a sequence that stands for its row, else of the sequence's choice.
+
+        Where products round, rows that hang on it are computed again with exact ones (:mod:`src.models.settling`).
+        """
+        precise, mode = self.modes["settle"], self.modes["choose"]
+        # A sharded layer needs every process in every pass, and which rows are computed again differs between them.
+        if self.sharded or batch.common_prefix > MOST_SHARED * int(batch.lengths.sum()):
+            mode = precise
+        found = self._choice_scores(tokens, batch, mode)
+        if mode != precise:
+            units, rows = _units(tokens, batch)
+
+            def flat(scores: Sequence[list[float]], unit: list[int]) -> list[float]:
+                return [score for place in unit for score in scores[place]]
+
+            def exact(which: list[int]) -> list[list[float]]:
+                places = [place for i in which for place in units[i]]
+                again = self._choice_scores(tokens, batch.part(places), precise)
+                for place, scores in zip(places, again, strict=True):
+                    found[place] = scores
+                return [flat(found, units[i]) for i in which]
+
+            weights = [_ways(row, letters=bool(tokens.letters)) for row in rows]
+            settle([flat(found, unit) for unit in units], weights, exact)
+        return [{"scores": scores} if tokens.letters else {"score": scores[0]} for scores in found]
+
+    def _choice_scores(self, tokens: SuiteTokens, batch: Batch, mode: str) -> list[list[float]]:
+        """Of each sequence: the log-likelihoods of its row's letters, or that of its own choice."""
+        narrow, packs = mode == "bfloat16", self._packs(batch)
+        torch.set_float32_matmul_precision("highest" if narrow else mode)
+        if narrow and self._copies is None:
+            self._copies = NarrowCopies(self.model)
+        with self._copies.used() if narrow and self._copies else nullcontext():
+            if not tokens.letters:
+                together = len(batch.index) if self.sharded else SCORED_TOGETHER
+                nll, _ = answer_nll(self.model, batch, pack=packs, narrow=narrow, together=together)
+                return [[-one] for one in nll.tolist()]
+            scores = letter_scores(self.model, batch, tokens.letters, pack=packs, narrow=narrow).tolist()
         rows: list[Any] = [tokens.encoded[i].row for i in batch.index.tolist()]
-        return [{"scores": found[: len(row.choices)]} for found, row in zip(scores, rows, strict=True)]
+        return [one[: len(row.choices)] for one, row in zip(scores, rows, strict=True)]
 
     def strangeness(self, tokens: SuiteTokens, batch: Batch, answers: Sequence[str]) -> list[float]:
         """Mean negative log-likelihood (nats per token) of generated answers; 0 where there is none."""
@@ -101,6 +141,19 @@ class Computation:
             if first.common_prefix:
                 self._can_pack = can_pack(self.model, first)
         return bool(self._can_pack)
+
+
+def _units(tokens: SuiteTokens, batch: Batch) -> tuple[list[list[int]], list[Any]]:
+    """Places in the batch of each row's sequences, which lie side by side, and the rows."""
+    rows: list[Any] = [tokens.encoded[i].row for i in batch.index.tolist()]
+    units = [[place for place, _ in group] for _, group in groupby(enumerate(rows), key=lambda pair: id(pair[1]))]
+    return units, [rows[unit[0]] for unit in units]
+
+
+def _ways(row: Any, *, letters: bool) -> list[list[float]]:
+    """Factors of the choices' scores, for each way in which a row is graded: as they are, and by length."""
+    plain = [1.0] * len(row.choices)
+    return [plain] if letters else [plain, [1 / len(choice) for choice in row.choices]]
 
 
 def _stream(suite: Suite, tokens: SuiteTokens, index: int) -> str:

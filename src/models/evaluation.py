@@ -57,7 +57,8 @@ class EvaluationModule(LightningModule):
         baseline: Name of the model that differences are taken to; unset is the first.
         all_pairs: Take the differences of all pairs of models, and not to the baseline alone.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
-        max_matmul_error: Largest relative error of a product that ``auto`` accepts.
+        max_matmul_error: Largest relative error of a product that ``auto`` accepts. Choices do not hang on it: what
+            is close is computed again exactly.
     """
 
     def __init__(
@@ -128,7 +129,11 @@ class EvaluationModule(LightningModule):
             return
         self.model = load_model(self.base)
         modes = choose_modes(
-            self.matmul, self.model, self.max_matmul_error, device=self.trainer.strategy.root_device.type
+            self.matmul,
+            self.model,
+            self.max_matmul_error,
+            choices=any(suite.kind == "choice" for suite in self._data.suites),
+            device=self.trainer.strategy.root_device.type,
         )
         self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
         for adapter in self.models.values():
@@ -169,7 +174,8 @@ class EvaluationModule(LightningModule):
             for number, suite in enumerate(data.suites):
                 key = result_key(
                     base=self.base_digest,
-                    number_format=[*form, self.matmul, self.max_matmul_error, str(self.trainer.precision)],
+                    number_format=[*form, self.matmul, self.max_matmul_error, str(self.trainer.precision)]
+                    + (["settled"] if suite.kind == "choice" else []),
                     adapter=adapter and adapter.identity,
                     content=data.content(suite),
                     versions=[package[name] for name in NUMERICAL],

@@ -105,12 +105,12 @@ SCORED_TOGETHER = 8
 
 
 def answer_nll(
-    model: Any, batch: Batch, *, pack: bool, together: int = SCORED_TOGETHER
+    model: Any, batch: Batch, *, pack: bool, narrow: bool = False, together: int = SCORED_TOGETHER
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood (N,) in nats, float64, of each row's answer, and its number of tokens (N,)."""
     sums, counts = [], []
     for part in batch.split(together):
-        log_p = _widened(answer_logits(model, part, pack=pack)).log_softmax(-1)
+        log_p = _widened(answer_logits(model, part, pack=pack, narrow=narrow)).log_softmax(-1)
         nll = -log_p.gather(1, answer_targets(part)[:, None]).squeeze(1).double()
         owners, rows = answer_rows(part), len(part.index)
         sums.append(torch.zeros(rows, dtype=torch.float64, device=nll.device).index_add_(0, owners, nll))
