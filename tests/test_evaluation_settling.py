@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from src.models.choices import chosen
+from src.models.computation import choose_modes
 from src.models.products import NarrowCopies
 from src.models.settling import FEWEST, gap, lead, settle
 from tests.evaluations import answers, choice_rows, evaluate, write_jsonl
@@ -117,3 +118,15 @@ def test_copies_round_products_and_nothing_else():
         wide = last(x)
         with copies.used():
             assert torch.equal(last(x), wide)
+
+
+@pytest.mark.parametrize("mode", ["auto", "medium"])
+def test_close_choices_are_settled_by_products_that_do_not_round(mode):
+    modes = choose_modes(mode, make_model().float(), 5e-3, choices=True)
+    assert set(modes) == {"score", "decode", "settle", "choose"}
+    torch.set_float32_matmul_precision(modes["settle"])
+    x, w = (torch.randn(512, 512, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    exact = x.double() @ w.double()
+    assert ((x @ w).double() - exact).norm() < 1e-5 * exact.norm()
+    torch.set_float32_matmul_precision("highest")
+    assert mode == "auto" or modes["choose"] == mode

@@ -29,10 +29,12 @@ def choose_modes(
     # loop, although the products alone look faster.
     accepted = {"score": (max_error, 512), "decode": (min(max_error, 1e-5), 64)}
     accepted |= {"settle": (min(max_error, 1e-5), 512), "choose": (max_error, 512)} if choices else {}
-    return {
+    found = {
         use: choose_matmul(mode, model, max_error=error, rows=rows, copies=use == "choose", device=device)
         for use, (error, rows) in accepted.items()
     }
+    # Of a mode that was asked for nobody knows whether it rounds.
+    return found | {"settle": "highest"} if choices and mode != "auto" else found
 
 
 @dataclass

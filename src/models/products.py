@@ -84,7 +84,7 @@ class NarrowCopies:
         return lambda x: linear(self._narrow(x), weight, bias)
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
-        """X rounded; several layers in a row get the same one."""
+        """What goes in, rounded; several layers in a row get the same."""
         if x is not self._last[0]:
             self._last = x, x.bfloat16()
         return self._last[1]  # type: ignore[no-any-return]
