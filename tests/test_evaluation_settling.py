@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from src.models import computation
 from src.models.choices import chosen
 from src.models.computation import choose_modes
 from src.models.products import NarrowCopies
@@ -118,6 +119,28 @@ def test_copies_round_products_and_nothing_else():
         wide = last(x)
         with copies.used():
             assert torch.equal(last(x), wide)
+
+
+@pytest.mark.parametrize(("shots", "rounds"), [(0, True), (3, False)])
+def test_a_long_common_beginning_is_not_computed_twice(base, tmp_path, monkeypatch, shots, rounds):
+    seen = set()
+    original = computation.letter_scores
+
+    def noted(*given, narrow, **more):
+        seen.add(narrow)
+        return original(*given, narrow=narrow, **more)
+
+    monkeypatch.setattr(computation, "letter_scores", noted)
+    monkeypatch.setattr("src.models.evaluation.choose_modes", lambda *_, **__: EXACT | {"choose": "bfloat16"})
+    rows = [
+        row | {"question": f"{i} " + row["question"] * 4} for i, row in enumerate(choice_rows(24, ("tiny_things",)))
+    ]
+    few = write_jsonl(tmp_path / "few.jsonl", choice_rows(6, ("tiny_things",), start=50))
+    suite = {"name": "mc", "kind": "choice", "rows": str(write_jsonl(tmp_path / "mc.jsonl", rows))}
+    suite |= {"few_shot": str(few), "shots": shots} if shots else {}
+    given = evaluate(base, tmp_path, [suite], "--model.base.dtype", "float32", batch_size=12)
+    assert given["mc"]["accuracy"]["n"] == 24
+    assert seen == ({True, False} if rounds else {False})
 
 
 @pytest.mark.parametrize("mode", ["auto", "medium"])

@@ -88,7 +88,7 @@ class Computation:
         """
         precise, mode = self.modes["settle"], self.modes["choose"]
         # A sharded layer needs every process in every pass, and which rows are computed again differs between them.
-        if self.sharded or batch.common_prefix > MOST_SHARED * int(batch.lengths.sum()):
+        if self.sharded or _share_of_beginning(batch) > MOST_SHARED:
             mode = precise
         found = self._choice_scores(tokens, batch, mode)
         if mode != precise:
@@ -143,6 +143,12 @@ class Computation:
             if first.common_prefix:
                 self._can_pack = can_pack(self.model, first)
         return bool(self._can_pack)
+
+
+def _share_of_beginning(batch: Batch) -> float:
+    """Share of the tokens computed for a packed batch that all of its rows begin with."""
+    rest = int((batch.lengths - batch.common_prefix).sum())
+    return batch.common_prefix / (batch.common_prefix + rest)
 
 
 def _units(tokens: SuiteTokens, batch: Batch) -> tuple[list[list[int]], list[Any]]:

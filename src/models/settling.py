@@ -13,7 +13,10 @@ from math import hypot, inf, isfinite, nan, sqrt
 SURE = 8.0
 """A choice stands where it leads by so many times what rounding does (root mean square of the rows known both ways)."""
 MOST_SHARED = 0.1
-"""Share of a batch's tokens that may be a beginning common to its rows: it is computed again with the close ones."""
+"""Share of a batch's tokens that may be a beginning common to its rows: it is computed again with the close ones.
+
+With five worked examples of MMLU (a fifth of the tokens) it took a quarter longer than exact products alone.
+"""
 FEWEST = 2
 """Rows of a batch, at least, that are computed both ways, …"""
 ONE_IN = 16
