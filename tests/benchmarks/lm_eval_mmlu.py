@@ -1,7 +1,7 @@
 """Run by the interpreter of ``.oracles/lm-eval``: MMLU by lm-evaluation-harness on local rows, as JSON on stdout.
 
-Arguments: model directory, rows, few-shot rows, shots, batch size. The task is the harness's own template; only where
-its rows come from is changed.
+Arguments: model directory, rows, few-shot rows, shots, batch size, number format. The task is the harness's own
+template; only where its rows come from is changed.
 """
 
 import json
@@ -33,11 +33,11 @@ def task(folder, subject, rows, few):
 
 
 def main():
-    model_dir, rows_path, few_path, shots, batch = sys.argv[1:]
+    model_dir, rows_path, few_path, shots, batch, dtype = sys.argv[1:]
     rows, few = (
         [json.loads(line) for line in Path(path).read_text().split("\n") if line] for path in (rows_path, few_path)
     )
-    model = HFLM(pretrained=model_dir, device="cpu", dtype="float32", batch_size=int(batch))
+    model = HFLM(pretrained=model_dir, device="cpu", dtype=dtype, batch_size=int(batch))
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         given = [task(Path(folder), subject, rows, few) for subject in subjects]
