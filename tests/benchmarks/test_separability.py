@@ -1,9 +1,11 @@
 """How well harmful prompts and prompts that only sound harmful are told apart by a linear reading of a base model.
 
 Logistic regression on the hidden state at the last prompt token, layer by layer: what a model that has to decide there
-between refusing and answering can read linearly. Trained on three kinds of rows:
+between refusing and answering can read linearly. Trained on four kinds of rows:
 
 * ``calibration``: the sources that the studies train and calibrate on, none of the prompts' own benchmark;
+* ``own``: those and the borderline prompts of ``src/data/demo`` for training and calibration, of XSTest's kinds but not
+  from it;
 * ``other types``: those and XSTest's prompts of all types but the one tested (homonyms, figurative language, …);
 * ``same types``: those and other XSTest prompts of the same types (five folds; near-duplicates by design).
 
@@ -24,7 +26,8 @@ from src.data.chat import Encoder
 from src.data.sources import RowSource, load_rows
 from src.models.base import BaseSpec, load_model, load_tokenizer
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 SPEC = BaseSpec(**({"name": os.environ["BENCH_MODEL"]} if "BENCH_MODEL" in os.environ else {}))
 EVERY = 3
 """Layers between two readings."""
@@ -94,14 +97,23 @@ def test_how_far_a_linear_reading_tells_harmful_from_harmless():
     harmful, safe = rows("train/safety_refusal.jsonl", 500), rows("calib/borderline.jsonl")
     unsafe_rows, safe_rows = rows("eval/harmful_xstest_unsafe.jsonl"), rows("eval/overrefusal_xstest_safe.jsonl")
     train = [features(model, encoder, given) for given in (harmful, safe + rows("train/instruct.jsonl", 250))]
+    demo = [load_rows(str(ROOT / f"src/data/demo/borderline.{split}.jsonl")) for split in ("calib", "train")]
+    own = features(model, encoder, [row for part in demo for row in part])
     unsafe, borderline = (features(model, encoder, given) for given in (unsafe_rows, safe_rows))
     draw = torch.Generator().manual_seed(0)
     folds = [(torch.randperm(len(given), generator=draw) % 5).tolist() for given in (unsafe, borderline)]
-    kinds = {"calibration": None, "other types": [types_of(unsafe_rows), types_of(safe_rows)], "same types": folds}
+    kinds = {
+        "calibration": None,
+        "own": None,
+        "other types": [types_of(unsafe_rows), types_of(safe_rows)],
+        "same types": folds,
+    }
     for kind, parts in kinds.items():
         best = None
         for layer in range(unsafe.shape[1]):
             fitted, tested = [part[:, layer] for part in train], (unsafe[:, layer], borderline[:, layer])
+            if kind == "own":
+                fitted[1] = torch.cat([fitted[1], own[:, layer]])
             if parts is None:
                 one, zero = (scores(*fitted, given).float() for given in tested)
             else:
