@@ -85,6 +85,18 @@ def test_demo_rows_are_not_those_of_the_research_data():
             assert Row("x", prompt).prompt_hash not in shipped, (path, prompt)
 
 
+@pytest.mark.skipif(not Path("../shared/data").is_dir(), reason="the research data set ../shared/data is not here")
+@pytest.mark.parametrize("name", ["overrefusal_xstest_safe", "harmful_xstest_unsafe"])
+def test_studies_may_calibrate_on_the_demos_borderline_prompts(name):
+    """Studies evaluate on XSTest: no prompt of either is a near-duplicate of the other's, not even at .4 for .5."""
+    tested = [grams(row.prompt) for row in load_rows(f"../shared/data/eval/{name}.jsonl", need_response=False)]
+    for row in (
+        row for split in SPLITS for row in load_rows(str(DEMO / f"borderline.{split}.jsonl"), need_response=True)
+    ):
+        own = grams(row.prompt)
+        assert max(len(own & other) / len(own | other) for other in tested) < 0.4, row.prompt
+
+
 def write(path, *rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return str(path)

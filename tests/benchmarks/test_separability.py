@@ -97,8 +97,8 @@ def test_how_far_a_linear_reading_tells_harmful_from_harmless():
     harmful, safe = rows("train/safety_refusal.jsonl", 500), rows("calib/borderline.jsonl")
     unsafe_rows, safe_rows = rows("eval/harmful_xstest_unsafe.jsonl"), rows("eval/overrefusal_xstest_safe.jsonl")
     train = [features(model, encoder, given) for given in (harmful, safe + rows("train/instruct.jsonl", 250))]
-    demo = [load_rows(str(ROOT / f"src/data/demo/borderline.{split}.jsonl")) for split in ("calib", "train")]
-    own = features(model, encoder, [row for part in demo for row in part])
+    demo = [f"{ROOT}/src/data/demo/borderline.{split}.jsonl" for split in ("calib", "train")]
+    own = features(model, encoder, [row for path in demo for row in load_rows(path, need_response=False)])
     unsafe, borderline = (features(model, encoder, given) for given in (unsafe_rows, safe_rows))
     draw = torch.Generator().manual_seed(0)
     folds = [(torch.randperm(len(given), generator=draw) % 5).tolist() for given in (unsafe, borderline)]
