@@ -27,19 +27,21 @@ class FisherPair:
 
 @dataclass(frozen=True)
 class PatchedFisher(FisherPair):
-    """Both Fisher matrices, and what re-learned coefficients need beside them, all at θ0 + ΔW_u + P.
+    """Both Fisher matrices, and what re-learned coefficients need beside them, all but F_u at θ0 + ΔW_u + P.
 
     Attributes:
         benign: F_u⁺, the utility Fisher matrix at the patched point.
         safety_mean: (D,) mean score of refusals with the data's labels.
         benign_mean: (D,) mean score of benign answers with the data's labels.
         halves: The same of two disjoint halves of the rows, where files hold them.
+        start: (D,) coefficients of P; unset where P is the safety adapter's own update.
     """
 
     benign: Fisher
     safety_mean: torch.Tensor
     benign_mean: torch.Tensor
     halves: "tuple[PatchedFisher, PatchedFisher] | None" = None
+    start: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ per expert, each with the ``utility`` pass of that expert alone.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from src.merge.base import FisherBesideBase, FisherPair, MergeMethod
 from src.merge.base_point import read_at_base, weights_of
 from src.merge.fisher_passes import Pass, read_pass
 from src.merge.patched_fishers import mean_fisher, patched
+from src.merge.relearn_point import start_of
 from src.models.base import weights_folder
 from src.models.reference import reference_weights
 
@@ -104,7 +105,8 @@ def read_pair(
     basis, f_u = CoreBasis(first.file.u, first.file.v), mean_fisher(utilities)
     pair = FisherPair(first.file.fisher, f_u, basis)
     if method.relearns:
-        pair = patched(basis, first, utilities, benign)
+        _check_alike([first, *benign], ("reference", "reference_identity", "utility weights"))
+        pair = replace(patched(basis, first, utilities, benign), start=start_of(first, basis, experts, safety))
     if at_base:
         pair = _beside_base(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)
@@ -162,15 +164,19 @@ def checked_weights(folders: Sequence[str], weights: Sequence[float] | None) -> 
     return given
 
 
-def _check_alike(passes: Sequence[Pass]) -> None:
+def _check_alike(passes: Sequence[Pass], keys: Sequence[str] | None = None) -> None:
     """Check that passes over several data sets have a mean: one reference point, one kind of label, one of example.
+
+    Args:
+        passes: The passes.
+        keys: What must be the same; unset means all of that.
 
     Raises:
         InputError: they have not.
     """
     for one in passes[1:]:
         for key, wanted in _measure(passes[0]).items():
-            if (found := _measure(one)[key]) != wanted:
+            if key in (keys or (key,)) and (found := _measure(one)[key]) != wanted:
                 raise InputError(
                     f"{one.path}: {key} is {found}, that of {passes[0].path} is {wanted}; expected the same in all "
                     "directories of a mean"

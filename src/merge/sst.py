@@ -54,7 +54,9 @@ class Sst(MergeMethod):
             drops it there. At least 0, above 0 with ``relearn``.
         control: A control in the method's place: ``random`` directions, as many as the filter keeps; ``safety_only``
             (F_u a multiple of the identity), ``utility_only`` (F_s one), ``swapped`` Fisher matrices.
-        coefficients: ``filter`` the patch, or ``relearn`` its coefficients in one step on mean signed scores.
+        coefficients: ``filter`` the patch, or ``relearn`` its coefficients in one step on mean signed scores, from
+            where these were measured: the whole patch, or, for a second step, a merged adapter of a first one
+            (``--model.reference_safety '{logs/merged: 1.0}'`` of the fisher command).
         form: ``additive`` filters ΔW_s; ``interpolating`` filters ΔW_s − ΔW_u, which needs Fisher files of
             ``--model.basis union``, F_s of them where that patch leads: ``--model.reference_safety {safety: 1.0}``.
         trust: Weight of the utility trust region of ``relearn``, relative: a = trust · tr(F_s)/tr(F_u). At least 0.
@@ -172,6 +174,11 @@ class Sst(MergeMethod):
                 raise InputError(
                     "method.coefficients 'relearn' needs mean scores of both data sets and the utility Fisher matrix "
                     "at the patched point: a run with `--model.relearn true`"
+                )
+            if self.form == "interpolating" and fisher.start is None:
+                raise InputError(
+                    "method.form interpolating re-learns ΔW_s − ΔW_u, and the mean scores were measured at ΔW_u + ΔW_s; "
+                    "expected a run with `--model.reference_safety '{safety: 1.0}'`"
                 )
             return relearned(fisher, whole, RelearnSettings(self.t, self.trust, self.rho_s, self.radius))
         split = {"seed": self.holdout_seed, "eigenpairs": 0 if self.filter == "soft" else self.eigenpairs}

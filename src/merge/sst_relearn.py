@@ -5,7 +5,7 @@
 What is reported as held out is measured as for filters: each half of the rows is fitted once, by matrices and mean
 scores of its own, and judged by the other half,
 
-    safety energy kept = cᵀ F_s c / c0ᵀ F_s c0,     utility tax kept = cᵀ F_u c / c0ᵀ F_u c0,     means of both halves
+    safety energy kept = cᵀ F_s c / C_sᵀ F_s C_s,     utility tax kept = cᵀ F_u c / C_sᵀ F_u C_s,     means of both halves
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class RelearnSettings:
         t: Weight of benign answers.
         trust: Weight of the utility trust region.
         rho_s: Proximal ridge, above 0.
-        radius: Longest step, as a share of the norm of the coefficients to start from.
+        radius: Longest step, as a share of the whole patch's norm.
     """
 
     t: float
@@ -51,29 +51,36 @@ class RelearnSettings:
 def relearned(
     fisher: PatchedFisher, whole: torch.Tensor, settings: RelearnSettings
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(D,) new coefficients of a patch (D,), and numbers for the manifest.
+    """(D,) new coefficients of a patch, from those at the point where mean scores were measured, and numbers for the
+    manifest.
 
     Args:
         fisher: Fisher matrices and mean scores.
-        whole: Coefficients to start from.
+        whole: (D,) coefficients of the whole patch, in shares of whose norm the step is measured.
         settings: Relative settings.
     """
+    start = whole if fisher.start is None else fisher.start
     problem, length = settings.problem(fisher), whole.norm().item()
-    made, sigma = relearn(problem, whole, settings.radius * length)
-    found = {"objective_before": problem.objective(whole, whole), "objective_after": problem.objective(made, whole)}
-    found |= {"step": ((made - whole).norm() / length).item() if length else 0.0}
+    made, sigma = relearn(problem, start, settings.radius * length)
+    found = {"objective_before": problem.objective(start, start), "objective_after": problem.objective(made, start)}
+    found |= {"step": ((made - start).norm() / length).item() if length else 0.0}
+    found |= {"start_norm": (start.norm() / length).item()} if length and fisher.start is not None else {}
     found |= {"sigma": sigma, "tau": problem.tau, "trust": problem.trust}
-    return made, found | {"held_out": held_out(fisher.halves, whole, settings)}
+    return made, found | {"held_out": held_out(fisher.halves, whole, start, settings)}
 
 
 def held_out(
-    halves: tuple[PatchedFisher, PatchedFisher] | None, whole: torch.Tensor, settings: RelearnSettings
+    halves: tuple[PatchedFisher, PatchedFisher] | None,
+    whole: torch.Tensor,
+    start: torch.Tensor,
+    settings: RelearnSettings,
 ) -> dict[str, float] | None:
     """Mean shares that a step fitted to one half of the rows keeps on the other; None where they can't be measured.
 
     Args:
         halves: Both halves.
-        whole: (D,) coefficients to start from.
+        whole: (D,) coefficients of the whole patch.
+        start: (D,) coefficients to start from.
         settings: Relative settings.
     """
     if halves is None:
@@ -84,6 +91,6 @@ def held_out(
         before = [side.energy(whole) for side in sides]
         if min(*before, *(f.trace() for f in (fitted.safety, fitted.benign, fitted.utility))) <= 0:
             return None
-        made, _ = relearn(settings.problem(fitted), whole, settings.radius * whole.norm().item())
+        made, _ = relearn(settings.problem(fitted), start, settings.radius * whole.norm().item())
         kept += torch.tensor([side.energy(made) / energy for side, energy in zip(sides, before, strict=True)]) / 2
     return dict(zip(("safety_energy_kept", "utility_tax_kept"), kept.tolist(), strict=True))

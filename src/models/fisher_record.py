@@ -12,7 +12,7 @@ from src.fisher.accumulate import MeanScores
 from src.fisher.base import Fisher
 from src.fisher.files import FisherFile
 from src.models.fisher_weights import pass_weights
-from src.models.reference import reference_identities
+from src.models.reference import named_adapters
 from src.provenance import versions
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
     def entry(adapter: Adapter, weight: float) -> dict[str, Any]:
         return {"path": adapter.name, "sha256": adapter.sha256, "identity": adapter.identity, "weight": weight}
 
-    rows = module.data.rows[name]
+    rows, named = module.data.rows[name], named_adapters(module.references[name])
     return {
         "pass": name,
         "labels": module.labels[name],
@@ -39,10 +39,10 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "safety": entry(module.safety, 1.0),
         "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
         "basis_sha256": module.core.digest(),
-        "reference_identity": reference_identities(module.references[name]),
+        "reference_identity": {name: adapter.identity for name, adapter in named.items()},
         "rows": [row.id for row in rows],
         "rows_sha256": rows_sha256(rows),
-        "seen": sorted({row.prompt_hash for row in rows}),
+        "seen": sorted({row.prompt_hash for row in rows}.union(*(adapter.seen for adapter in named.values()))),
         "versions": versions(),
     }
 

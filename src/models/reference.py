@@ -50,7 +50,7 @@ def reference_update(
     return weighted_sum([adapter.pairs for adapter in adapters], [weight for _, weight in parts])
 
 
-def reference_identities(reference: Reference) -> dict[str, str]:
-    """Identity (weights and scaling) of each adapter that a reference point names itself."""
+def named_adapters(reference: Reference) -> dict[str, Adapter]:
+    """The adapters that a reference point names itself, by those names."""
     named = [] if isinstance(reference, str) else [name for name in reference if name not in ("utility", "safety")]
-    return {name: read_adapter(name).identity for name in named}
+    return {name: read_adapter(name) for name in named}

@@ -1,0 +1,136 @@
+"""Re-learned coefficients start where their mean scores were measured: a second step, a part of the patch, a difference."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from src.adapters.basis import CoreBasis
+from src.adapters.pairs import weighted_sum
+from src.adapters.peft_files import read_adapter
+from src.cli import main
+from src.fisher.files import load_fisher
+from tests.commands import measured_once
+from tests.oracles import dense_relearned
+
+STEP = {"t": 2.0, "trust": 3.0, "rho_s": 5.0}
+RELEARN = ["--method", "Sst", "--method.coefficients", "relearn"]
+FREE = [*RELEARN, "--method.radius", "1e9", *(text for k, v in STEP.items() for text in (f"--method.{k}", str(v)))]
+
+
+@pytest.fixture(scope="module")
+def measured(base, adapters, rows, tmp_path_factory):
+    """Directories of Fisher files with mean scores by name, each measured once."""
+    measure = measured_once(tmp_path_factory.mktemp("points"), base, adapters, rows)
+    return lambda name, *flags: measure(name, "--model.relearn", "true", *flags)
+
+
+@pytest.fixture(scope="module")
+def first(adapters, measured, tmp_path_factory):
+    """A merge by a first step, at strength 1.4."""
+    output = tmp_path_factory.mktemp("first") / "merged"
+    assert merge(adapters, measured("patched"), output, *FREE, "--alpha", "1.4") == 0
+    return output
+
+
+def merge(adapters, fisher, output, *flags):
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(fisher)]
+    return main(["merge", *given, "--output", str(output), *flags])
+
+
+def patch_of(folder, adapters, basis):
+    """Core coordinates of what a merge adds to the utility adapter."""
+    pairs = [read_adapter(where).pairs for where in (folder, adapters["utility"])]
+    return basis.coordinates(weighted_sum(pairs, [1.0, -1.0])).numpy()
+
+
+def stepped(fisher, start):
+    """A step from ``start``, by dense matrices."""
+    files = [load_fisher(fisher / f"{name}.safetensors") for name in ("safety", "benign", "utility")]
+    s, b, u = (file.fisher.dense().numpy() for file in files)
+    weights = {"tau": STEP["t"] * np.trace(s) / np.trace(b), "trust": STEP["trust"] * np.trace(s) / np.trace(u)}
+    means = [file.mean.numpy() for file in files[:2]]
+    return dense_relearned(s, b, u, *means, start, **weights, sigma=STEP["rho_s"] * np.trace(s) / len(start))
+
+
+def basis_of(fisher):
+    file = load_fisher(fisher / "safety.safetensors")
+    return CoreBasis(file.u, file.v)
+
+
+def test_a_second_step_goes_on_from_the_first(adapters, measured, first, tmp_path):
+    second = measured("second", "--model.reference_safety", f"{{{first}: 1.0}}")
+    assert merge(adapters, second, tmp_path / "m", *FREE) == 0
+    basis = basis_of(second)
+    start = patch_of(first, adapters, basis)
+    whole = basis.coordinates(read_adapter(adapters["safety"]).pairs).numpy()
+    assert np.linalg.norm(start - whole) > 0.1 * np.linalg.norm(whole)
+    made = patch_of(tmp_path / "m", adapters, basis)
+    np.testing.assert_allclose(made, stepped(second, start), rtol=1e-5, atol=1e-6 * np.linalg.norm(whole))
+    findings = read_adapter(tmp_path / "m").manifest["findings"]
+    assert findings["start_norm"] == pytest.approx(np.linalg.norm(start) / np.linalg.norm(whole), rel=1e-5)
+    assert findings["objective_after"] < findings["objective_before"]
+    # A short step stays at the first one's end: the radius bounds what is added to it.
+    assert merge(adapters, second, tmp_path / "short", *RELEARN, "--method.radius", "1e-7") == 0
+    np.testing.assert_allclose(patch_of(tmp_path / "short", adapters, basis), start, atol=1e-6 * np.linalg.norm(whole))
+
+
+def test_what_the_first_step_has_seen_the_second_has_seen(adapters, measured, first):
+    second = measured("second", "--model.reference_safety", f"{{{first}: 1.0}}")
+    seen = {name: load_fisher(second / f"{name}.safetensors").record["seen"] for name in ("safety", "utility")}
+    assert read_adapter(first).seen <= set(seen["safety"])
+    assert not read_adapter(first).seen <= set(seen["utility"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "share"), [("{utility: 1.0, safety: 0.5}", 0.5), ("utility", 0.0), ("{utility: 1, safety: 1}", 1.0)]
+)
+def test_a_step_starts_at_the_share_of_the_patch_that_was_measured_at(adapters, measured, tmp_path, reference, share):
+    fisher = measured(f"at-{share}", "--model.reference_safety", reference)
+    assert merge(adapters, fisher, tmp_path / "m", *FREE) == 0
+    basis = basis_of(fisher)
+    whole = basis.coordinates(read_adapter(adapters["safety"]).pairs).numpy()
+    made = patch_of(tmp_path / "m", adapters, basis)
+    np.testing.assert_allclose(made, stepped(fisher, share * whole), rtol=1e-5, atol=1e-6 * np.linalg.norm(whole))
+
+
+@pytest.mark.parametrize("reference", ["base", "{safety: 1.0}", "{utility: 2.0, safety: 1.0}"])
+def test_a_point_outside_of_the_core_space_is_one_line(adapters, measured, tmp_path, capsys, reference):
+    fisher = measured(reference, "--model.reference_safety", reference)
+    assert merge(adapters, fisher, tmp_path / "m", *RELEARN) == 2
+    assert "lies outside the core space" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_first_step_that_is_gone_or_another_now_is_one_line(adapters, measured, first, tmp_path, capsys):
+    moved = shutil.copytree(first, tmp_path / "first")
+    fisher = measured("moved", "--model.reference_safety", f"{{{moved}: 1.0}}")
+    assert merge(adapters, fisher, tmp_path / "m", *RELEARN) == 0
+    shutil.rmtree(moved)
+    assert merge(adapters, fisher, tmp_path / "n", *RELEARN) == 2
+    assert "first, which cannot be read" in capsys.readouterr().err
+    assert merge(adapters, measured("patched"), moved, *RELEARN) == 0
+    assert merge(adapters, fisher, tmp_path / "n", *RELEARN) == 2
+    assert "whose weights have changed since" in capsys.readouterr().err
+
+
+def test_both_passes_with_mean_scores_are_of_one_point(adapters, measured, tmp_path, capsys):
+    mixed = shutil.copytree(measured("patched"), tmp_path / "mixed")
+    half = measured("at-0.5", "--model.reference_safety", "{utility: 1.0, safety: 0.5}")
+    shutil.copy(half / "benign.safetensors", mixed)
+    assert merge(adapters, mixed, tmp_path / "m", *RELEARN) == 2
+    assert "reference is" in capsys.readouterr().err
+
+
+def test_a_difference_is_learned_anew_from_where_it_leads(adapters, measured, tmp_path, capsys):
+    form = [*FREE, "--method.form", "interpolating"]
+    assert merge(adapters, measured("union", "--model.basis", "union"), tmp_path / "m", *form) == 2
+    assert "--model.reference_safety '{safety: 1.0}'" in capsys.readouterr().err
+    there = measured("there", "--model.basis", "union", "--model.reference_safety", "{safety: 1.0}")
+    assert merge(adapters, there, tmp_path / "n", *form) == 0
+    basis = basis_of(there)
+    pairs = [read_adapter(adapters[name]).pairs for name in ("safety", "utility")]
+    start = basis.coordinates(weighted_sum(pairs, [1.0, -1.0]))
+    made = patch_of(tmp_path / "n", adapters, basis)
+    np.testing.assert_allclose(made, stepped(there, start.numpy()), rtol=1e-5, atol=1e-6 * torch.linalg.norm(start).item())
