@@ -1,10 +1,12 @@
-"""Re-learned coefficients start where their mean scores were measured: a second step, a part of the patch, a difference."""
+"""Re-learned coefficients start where mean scores were measured: at a first step, in the patch, at a difference."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from src.adapters.basis import CoreBasis
 from src.adapters.pairs import weighted_sum
@@ -99,20 +101,38 @@ def test_a_step_starts_at_the_share_of_the_patch_that_was_measured_at(adapters, 
 def test_a_point_outside_of_the_core_space_is_one_line(adapters, measured, tmp_path, capsys, reference):
     fisher = measured(reference, "--model.reference_safety", reference)
     assert merge(adapters, fisher, tmp_path / "m", *RELEARN) == 2
-    assert "lies outside the core space" in capsys.readouterr().err
+    assert "no patch in the core space" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
 
-def test_a_first_step_that_is_gone_or_another_now_is_one_line(adapters, measured, first, tmp_path, capsys):
+def test_a_second_step_needs_the_first_ones_adapter_no_more(adapters, measured, first, tmp_path, capsys):
     moved = shutil.copytree(first, tmp_path / "first")
     fisher = measured("moved", "--model.reference_safety", f"{{{moved}: 1.0}}")
-    assert merge(adapters, fisher, tmp_path / "m", *RELEARN) == 0
     shutil.rmtree(moved)
-    assert merge(adapters, fisher, tmp_path / "n", *RELEARN) == 2
-    assert "first, which cannot be read" in capsys.readouterr().err
-    assert merge(adapters, measured("patched"), moved, *RELEARN) == 0
-    assert merge(adapters, fisher, tmp_path / "n", *RELEARN) == 2
-    assert "whose weights have changed since" in capsys.readouterr().err
+    assert merge(adapters, fisher, tmp_path / "m", *FREE) == 0
+    second = measured("second", "--model.reference_safety", f"{{{first}: 1.0}}")
+    assert merge(adapters, second, tmp_path / "n", *FREE) == 0
+    both = [read_adapter(tmp_path / name).pairs for name in "mn"]
+    for name, pair in both[0].items():
+        torch.testing.assert_close(pair.dense(), both[1][name].dense())
+    assert not capsys.readouterr().err.count("Traceback")
+
+
+def test_a_start_that_is_no_number_is_one_line(adapters, measured, first, tmp_path, capsys):
+    second = measured("second", "--model.reference_safety", f"{{{first}: 1.0}}")
+    broken = shutil.copytree(second, tmp_path / "broken")
+    path = broken / "safety.safetensors"
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(path)
+    tensors["start"][3] = float("nan")
+    save_file(tensors, path, metadata=metadata)
+    assert merge(adapters, broken, tmp_path / "m", *RELEARN) == 2
+    assert "safety.safetensors: the start of" in capsys.readouterr().err
+    del tensors["start"]
+    save_file(tensors, path, metadata=metadata)
+    assert merge(adapters, broken, tmp_path / "m", *RELEARN) == 2
+    assert "no patch in the core space" in capsys.readouterr().err
 
 
 def test_both_passes_with_mean_scores_are_of_one_point(adapters, measured, tmp_path, capsys):
@@ -133,4 +153,6 @@ def test_a_difference_is_learned_anew_from_where_it_leads(adapters, measured, tm
     pairs = [read_adapter(adapters[name]).pairs for name in ("safety", "utility")]
     start = basis.coordinates(weighted_sum(pairs, [1.0, -1.0]))
     made = patch_of(tmp_path / "n", adapters, basis)
-    np.testing.assert_allclose(made, stepped(there, start.numpy()), rtol=1e-5, atol=1e-6 * torch.linalg.norm(start).item())
+    np.testing.assert_allclose(
+        made, stepped(there, start.numpy()), rtol=1e-5, atol=1e-6 * torch.linalg.norm(start).item()
+    )

@@ -2,7 +2,7 @@
 
 The record names the representation, the modules and the coordinates; tensors are ``u.MODULE`` and ``v.MODULE`` (core
 coordinates only), those of the representation, and ``mean`` where mean signed scores were taken too, with
-``mean.halves`` of the two halves of the rows.
+``mean.halves`` of the two halves of the rows and, elsewhere than at the patched point, ``start``: the patch there.
 """
 
 import json
@@ -26,7 +26,7 @@ from src.fisher.magnitude import Magnitude
 from src.fisher.score_tables import DTYPES, MappedTable
 
 RECORD = "sst_fisher"
-HALVES = "mean.halves"
+HALVES, START = "mean.halves", "start"
 KINDS: dict[str, type] = {
     "count": int,
     **dict.fromkeys(("modules", "shapes", "rows", "seen", "utility"), list),
@@ -50,6 +50,8 @@ class FisherFile:
         record: Provenance: labels, seed, rows, prompt hashes, base, reference point, adapters, versions, settings.
         mean: (D,) mean signed score with the data's labels, float64, where it was taken.
         half_means: (2, D) the same of each half of the rows, where they were kept apart.
+        start: (D,) coordinates of the patch at the point where mean scores were taken, float64; nothing at the patched
+            point, and where the core space has none.
     """
 
     fisher: Fisher
@@ -58,6 +60,7 @@ class FisherFile:
     record: dict[str, Any]
     mean: torch.Tensor | None = None
     half_means: torch.Tensor | None = None
+    start: torch.Tensor | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -79,6 +82,7 @@ class FisherFile:
         tensors |= {f"v.{name}": matrix for name, matrix in self.v.items()}
         tensors |= {} if self.mean is None else {"mean": self.mean}
         tensors |= {} if self.half_means is None else {HALVES: self.half_means}
+        tensors |= {} if self.start is None else {START: self.start}
         record = self.record | {
             "modules": list(self.shapes),
             "shapes": list(self.shapes.values()),
@@ -117,9 +121,9 @@ def load_fisher(path: Path) -> FisherFile:
         _check_finite(path, {f"{s}.{n}": t for s, side in (("u", u), ("v", v)) for n, t in side.items()}, shapes)
         kind = REPRESENTATIONS[record.get("representation", "lowrank")]
         _check_finite(path, {name: tensor for name, tensor in tensors.items() if name != "scores"}, shapes)
-        mean, half_means = (tensors.pop(key, None) for key in ("mean", HALVES))
+        mean, half_means, start = (tensors.pop(key, None) for key in ("mean", HALVES, START))
         dim = sum(p * q for p, q in shapes.values())
-        for key, own, expected in (("mean", mean, (dim,)), (HALVES, half_means, (2, dim))):
+        for key, own, expected in (("mean", mean, (dim,)), (HALVES, half_means, (2, dim)), (START, start, (dim,))):
             if own is not None:
                 check_shape(key, own, expected)
         fisher = kind.from_tensors(tensors, shapes=shapes, count=record["count"])
@@ -133,7 +137,7 @@ def load_fisher(path: Path) -> FisherFile:
         raise
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    return FisherFile(fisher, u, v, record, mean, half_means)
+    return FisherFile(fisher, u, v, record, mean, half_means, start)
 
 
 def _record(path: Path, text: str) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Shape
     """Stop at NaN or infinite values, module by module."""
     for key, tensor in tensors.items():
         kind, _, module = key.partition(".")
-        if kind == "mean" and tensor.ndim:
+        if kind in ("mean", START) and tensor.ndim:
             _check_columns(path, kind, tensor.reshape(-1, tensor.shape[-1]), 0, shapes)
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             what = "vectors" if kind in ("u", "v") else "sums"

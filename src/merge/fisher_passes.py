@@ -13,6 +13,7 @@ from src.errors import InputError
 from src.files import sha256_file
 from src.fisher.files import FisherFile, load_fisher
 from src.merge.base import MergeMethod
+from src.models.patch_at import is_patched
 
 NEEDED = ("pass", "base", "basis_sha256", "safety", "seen", "utility")
 """Keys of a record that every merge reads."""
@@ -53,6 +54,21 @@ class Pass:
         if self.file.mean is None:
             raise InputError(f"{self.path}: holds no mean scores; {RELEARN}")
         return self.file.mean
+
+    def start(self) -> torch.Tensor | None:
+        """(D,) coefficients at the point where mean scores were taken; nothing where they are the whole patch's.
+
+        Raises:
+            InputError: that point is no patch of the utility adapters in the core space.
+        """
+        check_keys(self, ("reference",))
+        at = self.file.record["reference"]
+        if self.file.start is None and not is_patched(at):
+            raise InputError(
+                f"{self.path}: mean scores of the point {at}, which is no patch in the safety adapter's core space; "
+                "expected --model.reference_safety patched, or a merged adapter of these very adapters by Sst"
+            )
+        return self.file.start
 
     def check_base(self, adapter: Adapter) -> None:
         """Check that it was measured on the adapter's base."""

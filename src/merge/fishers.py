@@ -25,7 +25,6 @@ from src.merge.base import FisherBesideBase, FisherPair, MergeMethod
 from src.merge.base_point import read_at_base, weights_of
 from src.merge.fisher_passes import Pass, read_pass
 from src.merge.patched_fishers import mean_fisher, patched
-from src.merge.relearn_point import start_of
 from src.models.base import weights_folder
 from src.models.reference import reference_weights
 
@@ -106,7 +105,7 @@ def read_pair(
     pair = FisherPair(first.file.fisher, f_u, basis)
     if method.relearns:
         _check_alike([first, *benign], ("reference", "reference_identity", "utility weights"))
-        pair = replace(patched(basis, first, utilities, benign), start=start_of(first, basis, experts, safety))
+        pair = replace(patched(basis, first, utilities, benign), start=first.start())
     if at_base:
         pair = _beside_base(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)

@@ -177,7 +177,7 @@ class Sst(MergeMethod):
                 )
             if self.form == "interpolating" and fisher.start is None:
                 raise InputError(
-                    "method.form interpolating re-learns ΔW_s − ΔW_u, and the mean scores were measured at ΔW_u + ΔW_s; "
+                    "method.form interpolating re-learns ΔW_s − ΔW_u, and the mean scores are those of ΔW_u + ΔW_s; "
                     "expected a run with `--model.reference_safety '{safety: 1.0}'`"
                 )
             return relearned(fisher, whole, RelearnSettings(self.t, self.trust, self.rho_s, self.radius))

@@ -5,7 +5,7 @@
 What is reported as held out is measured as for filters: each half of the rows is fitted once, by matrices and mean
 scores of its own, and judged by the other half,
 
-    safety energy kept = cᵀ F_s c / C_sᵀ F_s C_s,     utility tax kept = cᵀ F_u c / C_sᵀ F_u C_s,     means of both halves
+    safety energy kept = cᵀ F_s c / C_sᵀ F_s C_s,     utility tax kept = cᵀ F_u c / C_sᵀ F_u C_s,     means of both
 """
 
 from dataclasses import dataclass
@@ -51,11 +51,10 @@ class RelearnSettings:
 def relearned(
     fisher: PatchedFisher, whole: torch.Tensor, settings: RelearnSettings
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(D,) new coefficients of a patch, from those at the point where mean scores were measured, and numbers for the
-    manifest.
+    """(D,) new coefficients of a patch, and numbers for the manifest.
 
     Args:
-        fisher: Fisher matrices and mean scores.
+        fisher: Fisher matrices, mean scores, and the coefficients where they were measured: the step starts there.
         whole: (D,) coefficients of the whole patch, in shares of whose norm the step is measured.
         settings: Relative settings.
     """

@@ -41,6 +41,7 @@ from src.models.fisher_settings import (
     check_utility,
 )
 from src.models.logits import answer_logits, leaf_embeddings
+from src.models.patch_at import patch_at
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
 from src.models.sharding import shard
@@ -131,7 +132,8 @@ class FisherModule(LightningModule):
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
         check_compatible([*self.utility, self.safety])
         self.core = self._core_basis([self.safety] if basis == "safety" else [*self.utility, self.safety])
-        self.passes = {"safety": "safety", "utility": "utility"}
+        starts = patch_at(reference_safety, self.utility, self.weights, self.safety, self.core) if relearn else None
+        self.start, self.passes = starts, {"safety": "safety", "utility": "utility"}
         if relearn:
             self.passes["benign"], self.references["benign"] = "utility", reference_safety
         self.output = Path()

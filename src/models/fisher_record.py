@@ -60,7 +60,7 @@ def write_pass(module: "FisherModule", name: str, fisher: Fisher, means: MeanSco
     record = pass_record(module, name) | {"trace": fisher.trace(), "settings": module.settings}
     u, v = (module.core.u, module.core.v) if module.coordinates == "core" else ({}, {})
     mean, halves = (None, None) if means is None else (means.mean, means.halves)
-    FisherFile(fisher, u, v, record, mean, halves).save(path)
+    FisherFile(fisher, u, v, record, mean, halves, None if means is None else module.start).save(path)
     log.info("F_%s: n = %d, D = %d, trace %.4g", name, fisher.count, fisher.dim, record["trace"])
 
 

@@ -1,0 +1,50 @@
+"""The patch at a reference point, in core coordinates: where re-learned coefficients start.
+
+    θ_ref = θ0 + ΔW_u + U C Vᵀ
+
+``patched`` is the whole safety patch. Any other point in the core space around the utility expert will do: a part
+of the patch (``{utility: 1.0, safety: 0.5}``), or a merged adapter (``{logs/merged: 1.0}``), for a second step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from src.adapters.basis import CoreBasis
+from src.adapters.pairs import weighted_sum
+from src.adapters.peft_files import Adapter
+from src.adapters.read_together import same_inputs
+from src.models.reference import NAMED, Reference, named_adapters, reference_weights
+
+OUTSIDE = 1e-3
+"""Largest share of the update that may lie outside the core space."""
+
+
+def is_patched(reference: Reference) -> bool:
+    """Whether a point is θ0 + ΔW_u + ΔW_s, by whatever name."""
+    return {name: weight for name, weight in reference_weights(reference).items() if weight} == NAMED["patched"]
+
+
+def patch_at(
+    reference: Reference, utility: Sequence[Adapter], weights: Sequence[float], safety: Adapter, basis: CoreBasis
+) -> torch.Tensor | None:
+    """(D,) core coordinates of what a reference point adds to θ0 + ΔW_u, float64.
+
+    Nothing at the patched point, where they are those of the safety adapter, and where the core space cannot hold them.
+
+    Args:
+        reference: The point.
+        utility: Utility adapters.
+        weights: Their weights in ΔW_u.
+        safety: Safety adapter.
+        basis: Its core space.
+    """
+    if is_patched(reference):
+        return None
+    at, named = reference_weights(reference), named_adapters(reference) | {"safety": safety}
+    beyond = at.pop("utility", 0.0) - 1.0
+    parts = [(adapter, beyond * weight) for adapter, weight in zip(utility, weights, strict=True)]
+    parts = [(adapter, weight) for adapter, weight in parts + [(named[n], w) for n, w in at.items()] if weight]
+    adapters = same_inputs([adapter for adapter, _ in parts])
+    update = weighted_sum([adapter.pairs for adapter in adapters], [weight for _, weight in parts]) if parts else {}
+    return basis.coordinates(update) if basis.residual(update) <= OUTSIDE else None
