@@ -15,6 +15,7 @@ from src.experiments import stage
 from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
 from src.experiments.engine import CellError
+from src.fisher.files import load_fisher
 from tests.tiny import write_rows
 
 ran = []
@@ -256,6 +257,23 @@ def test_trainings_beside_other_experts_are_methods_of_the_grid(folder, base, ro
     assert all(row["fit"] > 0 for row in spent)
 
 
+def test_a_second_step_measures_at_the_merge_of_the_first(folder, base, rows):
+    relearn = {"class_path": "Sst", "init_args": {"coefficients": "relearn"}}
+    twice = {"name": "twice", "method": relearn, "first": {"method": relearn, "alpha": 1.5}}
+    methods = [twice | {"fisher": {"model": {"relearn": True}}, "strength": {"values": [0.5, 1.0]}}]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": methods}, name="twice") == 0
+    assert ran == ["fisher", "merge", "fisher", "merge", "test"]
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    first = next(one for one in cells if one["label"] == "twice, first step, alpha = 1.5, seed 0")
+    second = next(one for one in cells if one["label"] == "Fisher at twice, first step, alpha = 1.5, seed 0")
+    assert second["needs"]["first"] == [first["key"]]
+    assert first["found"]["alpha"] == 1.5
+    file = load_fisher(folder / "work" / "weights" / second["key"] / "safety.safetensors")
+    assert file.start is not None
+    assert list(file.record["reference"]) == [str(folder / "work" / "weights" / first["key"])]
+    assert {"twice @ 0.5", "twice @ 1"} <= {row["model"] for row in document(folder, "twice")["tables"][0]["rows"]}
+
+
 def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folder, base, rows):
     """As in configs/comparison.yaml: passes of their own, over those of the study."""
     own = {"coordinates": "weight", "reference_safety": {"safety": 1.0}, "halves": False}
@@ -349,6 +367,7 @@ def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tas
         ("SafetyTax", {"methods": [{"name": "x"}]}, "expected one of method, combine and train"),
         ("SafetyTax", {"methods": [METHODS[0] | {"train": "mixed"}]}, "train takes neither method nor combine"),
         ("SafetyTax", {"methods": [{"name": "x", "train": "core"}]}, "train core needs a method"),
+        ("SafetyTax", {"methods": [METHODS[1] | {"first": {"method": METHODS[1]["method"]}}]}, "coefficients relearn"),
         ("Interference", {"tasks": "nowhere", "counts": [2], "methods": METHODS}, "expected combine"),
         ("Ablations", {"reference": METHODS[1], "axes": [{"option": "colour", "values": [1]}]}, "axis colour"),
     ],

@@ -78,7 +78,9 @@ class Stages:
     def _fisher(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch
         model = {"utility": self._paths(cell, "utility"), "safety": self._paths(cell, "safety")[0]}
-        settings = dict(cell.settings) | {"model": dict(cell.settings["model"]) | model}
+        first = self._paths(cell, "first")
+        point = {"reference_safety": dict.fromkeys(first, 1.0)} if first else {}
+        settings = dict(cell.settings) | {"model": dict(cell.settings["model"]) | model | point}
         flags = [*self.hardware, "--output", str(self.store.weights(cell)), "--overwrite", "true"]
         cost, arguments = self._run("fisher", name, settings, flags)
         files = sorted(path.name for path in self.store.weights(cell).glob("*.safetensors"))

@@ -7,7 +7,7 @@ from typing import Any
 from src.errors import InputError
 from src.experiments.cell import Cell, digest
 from src.experiments.content import count_rows, plain_sources, redrawn, sources
-from src.experiments.settings import ExpertSpec, MethodSpec, Recipe, layered, plain, plain_base, read_config
+from src.experiments.settings import ExpertSpec, MethodSpec, Recipe, Strengths, layered, plain, plain_base, read_config
 from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
 from src.merge.combinations.linear import Linear
@@ -82,8 +82,10 @@ class Grid:
         """The safety expert."""
         return self.expert(self.recipe.safety, seed, "safety", over)
 
-    def fisher(self, utility: Sequence[Cell], safety: Cell, seed: int, over: Mapping[str, Any]) -> Cell:
-        """Both Fisher passes.
+    def fisher(
+        self, utility: Sequence[Cell], safety: Cell, seed: int, over: Mapping[str, Any], first: Cell | None = None
+    ) -> Cell:
+        """Both Fisher passes, F_s at a first step's merge where there is one.
 
         Raises:
             InputError: the recipe does not say on which rows.
@@ -100,8 +102,9 @@ class Grid:
             settings["data"][side] = self.drawn_anew(settings["data"][side], seed)
         counts = [count_rows(settings["data"][side]) for side in rows]
         units = None if None in counts else float(sum(count or 0 for count in counts))
-        needs = {"utility": tuple(utility), "safety": (safety,)}
-        return Cell("fisher", f"Fisher, seed {seed}", settings, needs, units=units)
+        needs = {"utility": tuple(utility), "safety": (safety,)} | ({} if first is None else {"first": (first,)})
+        label = "Fisher" if first is None else f"Fisher at {first.label.rpartition(', seed')[0]}"
+        return Cell("fisher", f"{label}, seed {seed}", settings, needs, units=units)
 
     def drawn_anew(self, rows: Any, seed: int) -> list[dict[str, Any]]:
         """Calibration rows of this seed; files that experts are trained on keep their parts."""
@@ -117,7 +120,8 @@ class Grid:
         if method is not None and method.needs_safety:
             needs["safety"] = (safety,)
         if method is not None and method.needs_fisher:
-            needs["fisher"] = (self.fisher(utility, safety, seed, layered(_mean_point(spec, utility), spec.fisher)),)
+            over = layered(_mean_point(spec, utility), spec.fisher)
+            needs["fisher"] = (self.fisher(utility, safety, seed, over, self._first(spec, utility, safety, seed)),)
         settings: dict[str, Any] = {"method": method, "combine": spec.combine, "rank": spec.rank, "energy": spec.energy}
         settings = {key: plain(value) for key, value in settings.items() if value is not None}
         parents = {role: [c.key for c in cells] for role, cells in needs.items()}
@@ -128,6 +132,14 @@ class Grid:
             label = f"{spec.title(value)}, seed {seed}"
             found.append((value, Cell("merge", label, settings | {"strength": strength}, needs, batch, 1.0)))
         return found
+
+    def _first(self, spec: MethodSpec, utility: Sequence[Cell], safety: Cell, seed: int) -> Cell | None:
+        """The merge of a method's first step."""
+        if spec.first is None:
+            return None
+        path, title = Strengths("alpha", [spec.first.alpha]), f"{spec.name}, first step"
+        before = MethodSpec(title, spec.first.method, spec.combine, path, fisher=spec.fisher)
+        return self.merges(before, utility, safety, seed)[0][1]
 
     def test(self, made: Cell | None, label: str, suites: list[dict[str, Any]] | None = None) -> Cell:
         """Evaluation of the model that a cell made, or of the bare base."""

@@ -38,6 +38,19 @@ class Strengths:
 
 
 @dataclass
+class FirstStep:
+    """The merge that a second step of re-learned coefficients goes on from.
+
+    Args:
+        method: How its patch is derived.
+        alpha: Its strength.
+    """
+
+    method: MergeMethod
+    alpha: float = 1.0
+
+
+@dataclass
 class MethodSpec:
     """A method of a study.
 
@@ -56,6 +69,8 @@ class MethodSpec:
         settings: Settings of the training, nested as in the YAML of ``fit``.
         fisher: Settings of this method's Fisher passes, over those of the study.
         control: A control: shown, and no competitor.
+        first: For re-learned coefficients: a merge at which the Fisher passes are taken, in place of the whole patch's
+            point; the method's step goes on from there.
     """
 
     name: str
@@ -68,6 +83,7 @@ class MethodSpec:
     settings: dict[str, Any] = field(default_factory=dict)
     fisher: dict[str, Any] = field(default_factory=dict)
     control: bool = False
+    first: FirstStep | None = None
 
     def title(self, value: float) -> str:
         """A point of the path in words: ``TIES, alpha = 0.5``."""
@@ -93,6 +109,8 @@ class MethodSpec:
             raise InputError(
                 f"method {self.name}: combine alone has no alpha; expected strength option none or combine.NAME"
             )
+        if self.first is not None and (self.method is None or not self.method.relearns):
+            raise InputError(f"method {self.name}: first is for a method with coefficients relearn")
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
 
