@@ -368,6 +368,18 @@ def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tas
         ("SafetyTax", {"methods": [METHODS[0] | {"train": "mixed"}]}, "train takes neither method nor combine"),
         ("SafetyTax", {"methods": [{"name": "x", "train": "core"}]}, "train core needs a method"),
         ("SafetyTax", {"methods": [METHODS[1] | {"first": {"method": METHODS[1]["method"]}}]}, "coefficients relearn"),
+        (
+            "SafetyTax",
+            {
+                "methods": [
+                    METHODS[1]
+                    | {"method": {"class_path": "Sst", "init_args": {"coefficients": "relearn"}}}
+                    | {"first": {"method": {"class_path": "TaskArithmetic"}, "alpha": 0.5}}
+                    | {"fisher": {"model": {"reference_safety": "patched"}}}
+                ]
+            },
+            "not both",
+        ),
         ("Interference", {"tasks": "nowhere", "counts": [2], "methods": METHODS}, "expected combine"),
         ("Ablations", {"reference": METHODS[1], "axes": [{"option": "colour", "values": [1]}]}, "axis colour"),
     ],

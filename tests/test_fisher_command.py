@@ -479,6 +479,7 @@ def test_another_scaling_of_a_reference_adapter_is_another_pass(base, adapters, 
     "flags",
     [
         ["--model.relearn", "true"],
+        ["--model.relearn", "true", "--model.reference_safety", "{utility: 1.0, safety: 0.5}"],
         ["--model.representation", "diagonal", "--model.relearn", "true", "--model.halves", "false"],
         ["--model.draws", "3", "--model.labels_utility", "data"],
         ["--model.base.dtype", "float32", "--trainer.precision", "64-true"],

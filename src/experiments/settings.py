@@ -111,6 +111,8 @@ class MethodSpec:
             )
         if self.first is not None and (self.method is None or not self.method.relearns):
             raise InputError(f"method {self.name}: first is for a method with coefficients relearn")
+        if self.first is not None and "reference_safety" in self.fisher.get("model", {}):
+            raise InputError(f"method {self.name}: expected first or fisher.model.reference_safety, not both")
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
 

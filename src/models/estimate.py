@@ -140,6 +140,7 @@ def estimate(
     processes: int = 1,
     undrawn: Collection[str] = (),
     means: Collection[str] = (),
+    started: bool = False,
     precision: str = "32-true",
     checkpointing: bool = False,
 ) -> Estimate:
@@ -159,6 +160,7 @@ def estimate(
         processes: Number of processes.
         undrawn: Passes whose labels are not drawn: one score per example.
         means: Passes that take mean scores too.
+        started: Whether the files of these keep the patch at their point.
         precision: The Trainer's.
         checkpointing: Whether activations are computed again in the backward pass.
 
@@ -192,11 +194,12 @@ def estimate(
         0 if weight_coordinates else 8 * sum(whole[name][0] * p + whole[name][1] * q for name, (p, q) in shapes.items())
     )
     open_scores = max(drawn[n] * sum(sorted(each, reverse=True)[:shard_rows]) for n, each in counts.items())
+    dim = sum(p * q for p, q in sides.values())
     return Estimate(
         rows=rows,
         tokens=tokens,
-        dim=sum(p * q for p, q in sides.values()),
-        disk=sum(size) + bases * len(rows) + mean * len(means),
+        dim=dim,
+        disk=sum(size) + bases * len(rows) + (mean + (8 * dim if started else 0)) * len(means),
         shards=sum(parts),
         joined=_joined_bytes(size, bases) if representation == "lowrank" else 0,
         weights=int(sum(p.numel() for p in model.parameters()) * per_weight / shards),

@@ -173,6 +173,7 @@ class FisherModule(LightningModule):
             processes=trainer.world_size,
             undrawn=[name for name in self.passes if self.labels[name] != "model"],
             means=[name for name in self.passes if name != "utility"] if self.relearn else (),
+            started=self.start is not None,
             precision=str(trainer.precision),
             checkpointing=self.gradient_checkpointing,
         )
