@@ -101,7 +101,7 @@ def test_a_step_starts_at_the_share_of_the_patch_that_was_measured_at(adapters, 
 def test_a_point_outside_of_the_core_space_is_one_line(adapters, measured, tmp_path, capsys, reference):
     fisher = measured(reference, "--model.reference_safety", reference)
     assert merge(adapters, fisher, tmp_path / "m", *RELEARN) == 2
-    assert "no patch in the core space" in capsys.readouterr().err
+    assert "no patch in the safety adapter's core space" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
 
@@ -132,7 +132,7 @@ def test_a_start_that_is_no_number_is_one_line(adapters, measured, first, tmp_pa
     del tensors["start"]
     save_file(tensors, path, metadata=metadata)
     assert merge(adapters, broken, tmp_path / "m", *RELEARN) == 2
-    assert "no patch in the core space" in capsys.readouterr().err
+    assert "no patch in the safety adapter's core space" in capsys.readouterr().err
 
 
 def test_both_passes_with_mean_scores_are_of_one_point(adapters, measured, tmp_path, capsys):
