@@ -177,8 +177,8 @@ def _check_alike(passes: Sequence[Pass], keys: Sequence[str] | None = None) -> N
         for key, wanted in _measure(passes[0]).items():
             if key in (keys or (key,)) and (found := _measure(one)[key]) != wanted:
                 raise InputError(
-                    f"{one.path}: {key} is {found}, that of {passes[0].path} is {wanted}; expected the same in all "
-                    "directories of a mean"
+                    f"{one.path}: {key} is {found}, that of {passes[0].path} is {wanted}; expected the same in "
+                    "all files that are taken together"
                 )
 
 

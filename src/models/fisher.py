@@ -132,10 +132,11 @@ class FisherModule(LightningModule):
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
         check_compatible([*self.utility, self.safety])
         self.core = self._core_basis([self.safety] if basis == "safety" else [*self.utility, self.safety])
-        starts = patch_at(reference_safety, self.utility, self.weights, self.safety, self.core) if relearn else None
-        self.start, self.passes = starts, {"safety": "safety", "utility": "utility"}
+        self.start: torch.Tensor | None = None
+        self.passes = {"safety": "safety", "utility": "utility"}
         if relearn:
             self.passes["benign"], self.references["benign"] = "utility", reference_safety
+            self.start = patch_at(reference_safety, self.utility, self.weights, self.safety, self.core)
         self.output = Path()
         self.settings: dict[str, Any] = {}
         self.shared_settings: dict[str, Any] = {}
