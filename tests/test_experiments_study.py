@@ -274,6 +274,29 @@ def test_a_second_step_measures_at_the_merge_of_the_first(folder, base, rows):
     assert {"twice @ 0.5", "twice @ 1"} <= {row["model"] for row in document(folder, "twice")["tables"][0]["rows"]}
 
 
+def test_a_third_step_has_two_before_it(folder, base, rows, capsys):
+    """The passes of the second are at the first's merge, those of the third at the second's."""
+    relearn = {"class_path": "Sst", "init_args": {"coefficients": "relearn", "radius": 0.6}}
+    half = {"method": {"class_path": "TaskArithmetic"}, "alpha": 0.5}
+    methods = [
+        {"name": "thrice", "method": relearn, "first": {"method": relearn, "first": half}}
+        | {"fisher": {"model": {"relearn": True}}, "strength": {"option": "t", "values": [4.0, 2.0]}}
+    ]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": methods}, name="thrice") == 0
+    assert ran == ["merge", "fisher", "merge", "fisher", "merge", "test"]
+    found = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    cells = {one["label"]: one for one in found}
+    names = ["thrice, first step, first step, alpha = 0.5", "thrice, first step, alpha = 1"]
+    for name in names:
+        passes, merge = cells[f"Fisher at {name}, seed 0"], cells[f"{name}, seed 0"]
+        assert passes["needs"]["first"] == [merge["key"]]
+    assert cells[f"{names[1]}, seed 0"]["needs"]["fisher"] == [cells[f"Fisher at {names[0]}, seed 0"]["key"]]
+    plain = [{"name": "wrong", "method": relearn, "first": half | {"first": half}}]
+    capsys.readouterr()
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": plain}, name="wrong") == 2
+    assert "method wrong, first step: first is for a method with coefficients relearn" in capsys.readouterr().err
+
+
 def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folder, base, rows):
     """As in configs/comparison.yaml: passes of their own, over those of the study."""
     own = {"coordinates": "weight", "reference_safety": {"safety": 1.0}, "halves": False}

@@ -138,7 +138,7 @@ class Grid:
         if spec.first is None:
             return None
         path, title = Strengths("alpha", [spec.first.alpha]), f"{spec.name}, first step"
-        before = MethodSpec(title, spec.first.method, spec.combine, path, fisher=spec.fisher)
+        before = MethodSpec(title, spec.first.method, spec.combine, path, fisher=spec.fisher, first=spec.first.first)
         return self.merges(before, utility, safety, seed)[0][1]
 
     def test(self, made: Cell | None, label: str, suites: list[dict[str, Any]] | None = None) -> Cell:

@@ -44,10 +44,12 @@ class FirstStep:
     Args:
         method: How its patch is derived.
         alpha: Its strength.
+        first: The step before it, where it is not the first itself.
     """
 
     method: MergeMethod
     alpha: float = 1.0
+    first: "FirstStep | None" = None
 
 
 @dataclass
@@ -70,7 +72,7 @@ class MethodSpec:
         fisher: Settings of this method's Fisher passes, over those of the study.
         control: A control: shown, and no competitor.
         first: For re-learned coefficients: a merge at which the Fisher passes are taken, in place of the whole patch's
-            point; the method's step goes on from there.
+            point; the method's step goes on from there. It may have a ``first`` of its own.
     """
 
     name: str
