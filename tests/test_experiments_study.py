@@ -6,12 +6,14 @@ import shutil
 import time
 from contextlib import redirect_stderr
 from functools import partial
+from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from src.cli import main
-from src.experiments import stage
+from src.experiments import lineage, stage
 from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
 from src.experiments.engine import CellError
@@ -160,6 +162,44 @@ def test_results_alone_are_enough_on_another_machine(folder, base, rows):
     shutil.rmtree(folder / "work")
     assert run_study(folder, recipe(base, rows), "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
     assert ran == []
+
+
+def test_weights_that_are_made_again_and_differ_are_told_of(folder, base, rows, monkeypatch, caplog):
+    """Another processor ends a training elsewhere; a strength that is added there is of other weights than the rest."""
+
+    def elsewhere(arguments, log_file):
+        cost = in_process(arguments, log_file)
+        if arguments[0] == "fit":
+            file = Path(arguments[arguments.index("--output") + 1]) / "adapter_model.safetensors"
+            save_file({name: 1.001 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        return cost
+
+    def told():
+        return [note for note in document(folder, "tax")["notes"] if "was trained more than once" in note]
+
+    def add(*values):
+        more = [METHODS[0] | {"strength": {"values": [0.5, 1.0, *values]}}]
+        assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": more}, name="tax") == 0
+
+    for path in (folder / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        assert all(len(hashes) == 1 for hashes in cell["trained"].values())
+        assert bool(cell["trained"]) == (cell["label"] != "base")
+    monkeypatch.setattr(lineage.log, "handlers", [caplog.handler])  # commands in this process take stderr with them
+    shutil.rmtree(folder / "work")
+    add(1.5)
+    assert ran == ["fit", "fit", "merge", "test"]
+    assert told() == []
+    assert "trained again" not in caplog.text
+    shutil.rmtree(folder / "work")
+    monkeypatch.setattr(stage, "Stages", partial(Stages, execute=elsewhere))
+    add(1.5, 2.0)
+    assert caplog.text.count("trained again, and the weights differ from before") == 2
+    notes = told()
+    assert [note.split(", seed 0")[0] for note in notes] == ["utility", "safety"]
+    groups = notes[1].partition("weights: ")[2].split("; ")
+    assert "TA, alpha = 1.5, seed 0" in groups[0]
+    assert groups[1].endswith(" in TA, alpha = 2, seed 0.")
 
 
 def test_prompts_are_shown_and_not_kept(folder, base, rows):

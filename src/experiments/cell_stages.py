@@ -12,6 +12,7 @@ import yaml
 
 from src.experiments.cell import Cell, digest
 from src.experiments.command import Cost, run_command
+from src.experiments.lineage import trained, warn_of_other_weights
 from src.experiments.pencils import kept_pencil
 from src.experiments.rows import by_suite
 from src.experiments.settings import layered
@@ -43,8 +44,13 @@ class Stages:
         name = f"{batch[0].stage}-{digest([cell.key for cell in batch])}"
         cost, arguments, found = collect(name, batch)
         record = {"cost": cost.shared(len(batch)), "command": ["python", "-m", "src", *arguments]}
+        record |= {"versions": versions()}
         self.store.clear(name)
-        return {cell.key: {"found": found[cell.key]} | record | {"versions": versions()} for cell in batch}
+        records = {c.key: {"found": found[c.key]} | record | {"trained": trained(c, self.store)} for c in batch}
+        for cell in batch:
+            if cell.stage == "fit" and self.store.has_result(cell):
+                warn_of_other_weights(cell, self.store.read(cell), records[cell.key])
+        return records
 
     def _run(
         self, command: str, name: str, settings: Mapping[str, Any], flags: Sequence[str]

@@ -14,6 +14,7 @@ from src.experiments.costs import totals
 from src.experiments.document import Document
 from src.experiments.engine import Engine, Outcome, to_compute
 from src.experiments.grid import Grid
+from src.experiments.lineage import mixtures
 from src.experiments.settings import Recipe, plain
 from src.experiments.store import Store, source_hash
 from src.experiments.study import Plan, Study
@@ -99,6 +100,7 @@ def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: D
         notes.append(
             f"This page was written by state {source_hash()} of the source, its cells by {', '.join(sources)}."
         )
+    notes += mixtures(plan.cells, store)
     notes += [f"Failed: {label}" for label in failed_labels(outcome, plan.cells)]
     return document | {
         "notes": notes,

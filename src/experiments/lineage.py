@@ -1,0 +1,62 @@
+"""Which trained weights the cells of a study were made from.
+
+A training that is repeated on another processor ends with slightly other weights under the same key. Every record names
+the hashes of the trained adapters that went into it, so that a study which mixes two of them says so.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from src.experiments.cell import Cell, closure
+from src.experiments.store import Record, Store
+from src.files import sha256_file
+
+log = logging.getLogger(__name__)
+
+Trained = dict[str, list[str]]
+"""Key of a training to the SHA-256 of its adapter; several where what went in was not all of one run of it."""
+SHOWN = 8
+"""Digits of a hash that a note shows."""
+
+
+def trained(cell: Cell, store: Store) -> Trained:
+    """The trained adapters that a cell was made from, its own included; older records tell none."""
+    found: dict[str, set[str]] = {}
+    for parent in cell.parents:
+        for key, hashes in store.read(parent).get("trained", {}).items():
+            found.setdefault(key, set()).update(hashes)
+    if cell.stage == "fit":
+        found[cell.key] = {sha256_file(store.weights(cell) / "adapter_model.safetensors")}
+    return {key: sorted(hashes) for key, hashes in found.items()}
+
+
+def warn_of_other_weights(cell: Cell, before: Record, now: Record) -> None:
+    """Say so where a training that was repeated for its weights ended with others; by its loss for older records."""
+    known = "trained" if "trained" in before else "found"
+    if before[known] == now[known]:
+        return
+    log.warning(
+        "%s: trained again, and the weights differ from before (validation loss %.6g, was %.6g), as they do on another "
+        "processor; cells computed earlier are of the old ones",
+        cell.label,
+        now["found"]["val_loss"],
+        before["found"]["val_loss"],
+    )
+
+
+def mixtures(cells: Sequence[Cell], store: Store) -> list[str]:
+    """A sentence for every training of which models of a study have different weights."""
+    models: dict[str, dict[str, list[str]]] = {}
+    everything = closure(cells)
+    for cell in everything:
+        if cell.stage == "test" and store.has_result(cell):
+            for key, hashes in store.read(cell).get("trained", {}).items():
+                for one in hashes:
+                    models.setdefault(key, {}).setdefault(one, []).append(cell.label)
+    labels = {cell.key: cell.label for cell in everything}
+    found = []
+    for key, groups in models.items():
+        if len(groups) > 1:
+            shown = "; ".join(f"{one[:SHOWN]} in {', '.join(names)}" for one, names in groups.items())
+            found.append(f"{labels[key]} was trained more than once, and models differ in its weights: {shown}.")
+    return found
