@@ -23,6 +23,7 @@ from src.models.base import load_tokenizer
 from src.models.checkpoints import AtomicCheckpoints, check_checkpoint
 from src.models.fisher_output import remove_done
 from src.models.speed import keep_freed_memory
+from src.models.stopping import StopAtSigterm
 from src.parsing import TrainerParser
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class TrainerCommand(LightningCLI):
                 "logger": True,
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
+                "callbacks": StopAtSigterm(),
             },
             save_config_kwargs={"overwrite": True},
             save_config_callback=SaveConfigCallback,

@@ -32,9 +32,17 @@ DATA = ["--model.labels", "data"]
 class KillAt(Callback):
     """Ends the process as SIGKILL does, in the middle of the second pass."""
 
+    signal = signal.SIGKILL
+
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if (dataloader_idx, batch_idx) == (1, 4):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signal)
+
+
+class TerminateAt(KillAt):
+    """Sends SIGTERM there, as ``kill``, a container's stop and SLURM do."""
+
+    signal = signal.SIGTERM
 
 
 def encode(tokenizer, path):
@@ -176,6 +184,26 @@ def test_a_killed_pass_goes_on_from_its_last_shard(base, adapters, rows, tmp_pat
         assert list(whole) == list(cut)
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert not (tmp_path / "cut" / ".parts").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("hardware", ["cpu.yaml", "ddp_sim.yaml"])
+def test_a_terminated_pass_stops_after_its_batch_and_goes_on_later(base, adapters, rows, tmp_path, capsys, hardware):
+    flags = ["--model.shard_rows", "4", "--data.batch_size", "1"]
+    command = fisher_flags(base, adapters, rows, tmp_path / "cut", *flags, hardware=hardware)
+    stop = ["--trainer.callbacks+=tests.test_fisher_command.TerminateAt"]
+    arguments = [sys.executable, "-m", "src", *command, *stop]
+    found = subprocess.run(arguments, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 2
+    assert "error: interrupted; what was finished is kept" in found.stderr
+    assert not list((tmp_path / "cut").glob("*.safetensors"))
+    assert list((tmp_path / "cut" / ".parts").rglob("*.safetensors"))
+    if hardware == "cpu.yaml":
+        assert main(command) == 0
+        assert "parts of an interrupted pass are kept" in " ".join(capsys.readouterr().err.split())
+        assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *flags)) == 0
+        for name, whole in tensors(tmp_path / "whole").items():
+            assert all(torch.equal(value, tensors(tmp_path / "cut")[name][key]) for key, value in whole.items())
 
 
 @pytest.mark.processes

@@ -1,10 +1,26 @@
-"""What stops one process stops all: the others would wait for it for ever in the next collective operation."""
+"""What stops a run: a problem of one process stops all, which would wait for it for ever; SIGTERM stops every loop."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from src.errors import InputError
+
+
+class StopAtSigterm(Callback):
+    """Ends a prediction loop at SIGTERM, as Lightning (2.6) does with its other loops: after the batch at hand."""
+
+    def on_predict_batch_end(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
+        """Stop, where the signal has come.
+
+        Raises:
+            SIGTERMException: it has.
+        """
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
 
 def stop_together(problems: Iterable[str]) -> None:
