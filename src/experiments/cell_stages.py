@@ -43,10 +43,10 @@ class Stages:
         collect = getattr(self, f"_{batch[0].stage}")
         name = f"{batch[0].stage}-{digest([cell.key for cell in batch])}"
         cost, arguments, found = collect(name, batch)
-        record = {"cost": cost.shared(len(batch)), "command": ["python", "-m", "src", *arguments]}
-        record |= {"versions": versions()}
+        command = ["python", "-m", "src", *arguments]
+        shared = {"cost": cost.shared(len(batch)), "command": command, "versions": versions()}
         self.store.clear(name)
-        records = {c.key: {"found": found[c.key]} | record | {"trained": trained(c, self.store)} for c in batch}
+        records = {c.key: {"found": found[c.key]} | shared | {"trained": trained(c, self.store)} for c in batch}
         for cell in batch:
             if cell.stage == "fit" and self.store.has_result(cell):
                 warn_of_other_weights(cell, self.store.read(cell), records[cell.key])

@@ -7,6 +7,7 @@ the hashes of the trained adapters that went into it, so that a study which mixe
 import logging
 from collections.abc import Sequence
 
+from src.adapters.peft_files import WEIGHTS
 from src.experiments.cell import Cell, closure
 from src.experiments.store import Record, Store
 from src.files import sha256_file
@@ -26,7 +27,7 @@ def trained(cell: Cell, store: Store) -> Trained:
         for key, hashes in store.read(parent).get("trained", {}).items():
             found.setdefault(key, set()).update(hashes)
     if cell.stage == "fit":
-        found[cell.key] = {sha256_file(store.weights(cell) / "adapter_model.safetensors")}
+        found[cell.key] = {sha256_file(store.weights(cell) / WEIGHTS)}
     return {key: sorted(hashes) for key, hashes in found.items()}
 
 
