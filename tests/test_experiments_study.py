@@ -358,6 +358,34 @@ def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folde
     assert not [table for table in found["tables"] if table["title"] == "Overlap of F_s and F_u" and table["rows"]]
 
 
+def test_led_has_its_magnitudes_measured_at_the_experts_and_at_the_base(folder, base, rows, capsys):
+    """As in configs/comparison.yaml; the paper's share of safety is its path."""
+    own = {"coordinates": "weight", "representation": "magnitude", "labels": "data", "halves": False}
+    spec = {
+        "name": "LED",
+        "method": {"class_path": "Led"},
+        "strength": {"option": "weight_safety", "values": [0.5, 1.0]},
+        "fisher": {"model": own | {"reference_safety": {"safety": 1.0}, "relearn": False}},
+        "rank": 4,
+    }
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": [spec]}, name="led") == 0
+    assert ran == ["fisher", "fisher", "merge", "test"]
+    found = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    cells = {one["label"]: one for one in found if one["stage"] in ("fisher", "merge")}
+    merges = [cells[f"LED, weight_safety = {value:g}, seed 0"] for value in (0.5, 1)]
+    assert [merge["found"]["settings"]["weight_safety"] for merge in merges] == [0.5, 1.0]
+    weights = {name: folder / "work" / "weights" / cells[name]["key"] for name in cells if name.startswith("Fisher at")}
+    ((name, at_base),) = weights.items()
+    assert name == "Fisher at the base, seed 0"
+    assert merges[0]["needs"]["base_fisher"] == [at_base.name]
+    for one in ("safety", "utility"):
+        assert load_fisher(at_base / f"{one}.safetensors").record["reference"] == "base"
+    capsys.readouterr()
+    named = [spec | {"method": {"class_path": "Led", "init_args": {"base_fisher": str(at_base)}}}]
+    assert run_study(folder, recipe(base, rows), "SafetyTax", {"methods": named}, name="named") == 2
+    assert "method LED: leave base_fisher out; a study measures at the base itself" in capsys.readouterr().err
+
+
 def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):
     axes = [{"option": "method.t", "values": [3.0]}, {"option": "fisher.model.labels", "values": ["data"]}]
     arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}, "methods": [METHODS[0]]}

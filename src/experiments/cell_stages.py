@@ -15,7 +15,7 @@ from src.experiments.command import Cost, run_command
 from src.experiments.lineage import trained, warn_of_other_weights
 from src.experiments.pencils import kept_pencil
 from src.experiments.rows import by_suite
-from src.experiments.settings import layered
+from src.experiments.settings import BASE_FISHER, layered
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
 from src.merge.sweep import point_name
@@ -98,6 +98,8 @@ class Stages:
         settings = {key: value for key, value in first.settings.items() if key != "strength"}
         settings["utility"] = self._paths(first, "utility")
         settings |= {role: self._paths(first, role)[0] for role in ("safety", "fisher") if first.needs.get(role)}
+        if first.needs.get(BASE_FISHER):
+            settings = layered(settings, {"method": {"init_args": {BASE_FISHER: self._paths(first, BASE_FISHER)[0]}}})
         option = first.settings["strength"]["option"]
         values = [cell.settings["strength"]["value"] for cell in batch]
         if option == "alpha":

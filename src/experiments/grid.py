@@ -1,17 +1,30 @@
 """From a recipe to cells: which settings and which other cells each step of the pipeline is made from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell, digest
 from src.experiments.content import count_rows, plain_sources, redrawn, sources
-from src.experiments.settings import ExpertSpec, MethodSpec, Recipe, Strengths, layered, plain, plain_base, read_config
+from src.experiments.settings import (
+    BASE_FISHER,
+    ExpertSpec,
+    MethodSpec,
+    Recipe,
+    Strengths,
+    layered,
+    plain,
+    plain_base,
+    read_config,
+)
 from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
 from src.merge.combinations.linear import Linear
 from src.merge.settings import with_option
+
+AT_BASE = {"model": {"reference_safety": "base", "reference_utility": "base"}}
+"""Settings of Fisher passes at the base, for methods that compare the experts with it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,9 @@ class Grid:
         if method is not None and method.needs_fisher:
             over = layered(_mean_point(spec, utility), spec.fisher)
             needs["fisher"] = (self.fisher(utility, safety, seed, over, self._first(spec, utility, safety, seed)),)
+            if method.beside_base:
+                at_base = self.fisher(utility, safety, seed, layered(over, AT_BASE))
+                needs[BASE_FISHER] = (replace(at_base, label=f"Fisher at the base, seed {seed}"),)
         settings: dict[str, Any] = {"method": method, "combine": spec.combine, "rank": spec.rank, "energy": spec.energy}
         settings = {key: plain(value) for key, value in settings.items() if value is not None}
         parents = {role: [c.key for c in cells] for role, cells in needs.items()}

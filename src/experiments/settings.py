@@ -22,6 +22,9 @@ from src.merge.combination import Combination
 from src.metrics.judging import Judge
 from src.models.base import BaseSpec
 
+BASE_FISHER = "base_fisher"
+"""A method's option for Fisher files measured at the base, and the role of the cell that a study makes of them."""
+
 
 @dataclass
 class Strengths:
@@ -113,6 +116,8 @@ class MethodSpec:
             )
         if self.first is not None and (self.method is None or not self.method.relearns):
             raise InputError(f"method {self.name}: first is for a method with coefficients relearn")
+        if getattr(self.method, BASE_FISHER, None) is not None:
+            raise InputError(f"method {self.name}: leave {BASE_FISHER} out; a study measures at the base itself")
         if self.first is not None and "reference_safety" in self.fisher.get("model", {}):
             raise InputError(f"method {self.name}: expected first or fisher.model.reference_safety, not both")
         if self.strength.option == "none" and len(self.strength.values) > 1:

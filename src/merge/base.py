@@ -77,6 +77,8 @@ class MergeMethod(ABC):
     """Representations of Fisher matrices that it can work with."""
     takes_full_rank = True
     """Whether updates may be full rank, such as a TIES merge of several experts."""
+    beside_base = False
+    """Whether it needs Fisher files measured at the base too, which its option ``base_fisher`` names."""
 
     @property
     def name(self) -> str:

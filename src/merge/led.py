@@ -47,6 +47,7 @@ class Led(MergeMethod):
     needs_fisher = True
     coordinates = "weight"
     representations = ("magnitude",)
+    beside_base = True
 
     def __init__(
         self,
