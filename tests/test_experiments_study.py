@@ -359,7 +359,7 @@ def test_averages_by_fisher_files_of_whole_weights_are_methods_of_the_grid(folde
 
 
 def test_led_has_its_magnitudes_measured_at_the_experts_and_at_the_base(folder, base, rows, capsys):
-    """As in configs/comparison.yaml; the paper's share of safety is its path."""
+    """Passes as in configs/comparison.yaml; the path is over the weight of the safety update."""
     own = {"coordinates": "weight", "representation": "magnitude", "labels": "data", "halves": False}
     spec = {
         "name": "LED",
