@@ -144,7 +144,7 @@ class Peak:
             self.most = max(self.most, self._now() - self.before)
 
 
-MODULES, SIDE = 16, 320
+MODULES, SIDE = 16, 640
 MODULE = 2 * 8 * SIDE * SIDE
 """Bytes of one module's sums: two halves, float64."""
 
