@@ -8,10 +8,12 @@ import torch
 from src.experiments.comparison import Choice, chosen_point, summary
 from src.experiments.document import best_rows
 from src.experiments.holm import holm
+from src.experiments.interference_tables import performance_table
+from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, mean_kept, slope
 from src.experiments.scores import by_category, gathered, in_split, row_keys, row_scores
 from src.experiments.statements import claims, claims_table, tally
-from src.metrics.bootstrap import paired_difference
+from src.metrics.bootstrap import Estimate, paired_difference
 
 KINDS = {"bad": "harmful", "safe": "borderline", "task": "utility", "free": "utility", "said": "benign"}
 
@@ -135,10 +137,10 @@ def test_categories_are_counted_over_harmful_suites_only():
     assert by_category(one) == {"y": (sum(flags[::3]), 40), "x": (sum(flags) - sum(flags[::3]), 80)}
 
 
-def kept(count, values, noise=0.0):
-    draws = torch.full((400,), sum(values) / len(values), dtype=torch.float64)
-    draws = draws + noise * torch.randn(400, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    return Kept("TA", count, 0, {f"t{i}": value for i, value in enumerate(values)}, draws, 50)
+def kept(count, values, noise=0.0, seed=0, method="TA"):
+    drift = noise * torch.randn(400, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    tasks = {f"t{i}": value for i, value in enumerate(values)}
+    return Kept(method, count, seed, tasks, {t: value + drift for t, value in tasks.items()}, dict.fromkeys(tasks, 25))
 
 
 def test_slope_and_variance_of_what_is_kept():
@@ -150,3 +152,54 @@ def test_slope_and_variance_of_what_is_kept():
     assert groups[2][0].variance == pytest.approx(0.02)
     noisy = mean_kept([kept(2, [1.0, 0.8], noise=0.1)])
     assert noisy.low < 0.9 < noisy.high
+
+
+def test_slope_is_over_the_tasks_of_every_number_of_experts():
+    """Easy tasks among the added experts do not hide what the first ones lost."""
+    groups = {
+        2: [kept(2, [0.8, 0.6])],
+        4: [kept(4, [0.6, 0.4, 1.0, 1.0])],
+        6: [kept(6, [0.4, 0.2, 1.0, 1.0, 1.0, 1.0])],
+    }
+    found = slope(groups)
+    assert found.value == pytest.approx(-0.1)
+    assert found.n == 50
+    assert mean_kept(groups[6]).value > mean_kept(groups[2]).value
+
+
+def test_slope_is_the_mean_of_the_seeds_slopes():
+    """Seeds merge tasks of their own; one with a single number of experts says nothing."""
+    two, four = (
+        [kept(2, [1.0, 0.8]), kept(2, [0.5], seed=1), kept(2, [0.1], seed=2)],
+        [kept(4, [0.6, 0.8]), kept(4, [0.5], seed=1)],
+    )
+    assert slope({2: two, 4: four}).value == pytest.approx(-0.05)
+    assert slope({2: [kept(2, [1.0])], 4: [kept(4, [1.0], seed=1)]}) is None
+
+
+def test_summary_of_interference_says_what_is_kept_and_whether_it_is_safe():
+    merges = [
+        kept(8, [0.9, 0.9], method="TSV-M"),
+        kept(8, [0.5, 0.5], method="TIES"),
+        kept(4, [1.0, 1.0], method="TIES"),
+    ]
+    refused = {"TSV-M, 8 experts": 0.05, "TIES, 8 experts": 0.8}
+    points = {name: {"refusal": Estimate(share, share, share, 100)} for name, share in refused.items()}
+    first, second = interference_summary(merges, points)
+    assert first == (
+        "With 8 experts merged, TSV-M keeps the largest share of the experts' performance: 0.90 [0.90, 0.90], "
+        "refusing 0.05 of the harmful prompts."
+    )
+    assert second.startswith("Of those that refuse 50% of the harmful prompts or more, TIES keeps the largest share")
+    (only,) = interference_summary(merges[1:], points)
+    assert "TIES" in only
+    assert "No method refuses 50%" in interference_summary(merges[:1], points)[1]
+    assert "refus" not in "".join(interference_summary(merges, {}))
+
+
+def test_performance_kept_is_also_told_for_the_tasks_in_all_merges():
+    merges = [kept(2, [0.8, 0.6]), kept(4, [0.6, 0.4, 1.0, 1.0])]
+    shown = performance_table(merges, {})["rows"]
+    assert [row["kept"]["value"] for row in shown] == pytest.approx([0.7, 0.75])
+    assert [row["shared"]["value"] for row in shown] == pytest.approx([0.7, 0.5])
+    assert "shared" not in performance_table(merges[:1], {})["rows"][0]

@@ -142,7 +142,7 @@ class Interference(Study):
             methods.setdefault(model.method, []).append(model)
         shown = {model.test.label: model for model in merged if model.seed == merged[0].seed}
         return {
-            "summary": summary(kept),
+            "summary": summary(kept, scores),
             "notes": notes,
             "fronts": kept_front(kept, scores),
             "tables": [

@@ -6,8 +6,8 @@ The interval of the mean over tasks resamples the rows of each task (merge and e
 taken as measured in the denominators of the draws, which would otherwise be zero now and then on few rows.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,16 +26,16 @@ class Kept:
         count: Number of experts.
         seed: The seed.
         tasks: Task to kept share; a task that its expert scored 0 on has none.
-        draws: (S,) bootstrap draws of the mean over tasks.
-        rows: Number of rows of all tasks together.
+        drawn: Task to (S,) bootstrap draws of its share.
+        rows: Task to number of rows.
     """
 
     method: str
     count: int
     seed: int
     tasks: dict[str, float]
-    draws: torch.Tensor
-    rows: int
+    drawn: dict[str, torch.Tensor]
+    rows: dict[str, int]
 
     @property
     def mean(self) -> float:
@@ -49,13 +49,27 @@ class Kept:
             return 0.0
         return sum((value - self.mean) ** 2 for value in self.tasks.values()) / (len(self.tasks) - 1)
 
+    @property
+    def draws(self) -> torch.Tensor:
+        """(S,) bootstrap draws of the mean over tasks."""
+        return torch.stack(list(self.drawn.values())).mean(dim=0)
+
+    def of(self, tasks: Collection[str]) -> "Kept":
+        """What is kept of some of the tasks."""
+        return replace(
+            self,
+            tasks={task: share for task, share in self.tasks.items() if task in tasks},
+            drawn={task: draws for task, draws in self.drawn.items() if task in tasks},
+            rows={task: count for task, count in self.rows.items() if task in tasks},
+        )
+
 
 def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store) -> Kept | None:
     """What a merged model keeps; nothing where no expert of it was measured with a score above 0."""
     by_task: dict[str, list[float]] = {}
     for (suite, _, _), value in row_scores(store.read(model.test)).get("utility", {}).items():
         by_task.setdefault(suite, []).append(value)
-    tasks, draws, rows = {}, [], 0
+    tasks, drawn, rows = {}, {}, {}
     for number, (task, values) in enumerate(by_task.items()):
         record = alone.get((task, model.seed))
         own = [] if record is None else list(row_scores(record)["utility"].values())
@@ -64,31 +78,52 @@ def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store)
         expert = sum(own) / len(own)
         tasks[task] = sum(values) / len(values) / expert
         means = resampled_means(torch.tensor(values, dtype=torch.float64), seed=number, draws=DRAWS)
-        draws.append(means / expert)
-        rows += len(values)
+        drawn[task] = means / expert
+        rows[task] = len(values)
     if not tasks:
         return None
     method, _, rest = model.method.rpartition(" (")
     name = method if model.strength is None else f"{method} @ {model.strength:g}"
-    return Kept(name, int(rest.rstrip(")")), model.seed, tasks, torch.stack(draws).mean(dim=0), rows)
+    return Kept(name, int(rest.rstrip(")")), model.seed, tasks, drawn, rows)
 
 
 def mean_kept(found: Sequence[Kept]) -> Estimate:
     """Mean over seeds of what equal merges keep, with its 95 % interval."""
-    draws = torch.stack([one.draws for one in found]).mean(dim=0)
-    low, high = torch.quantile(draws, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-    return Estimate(sum(one.mean for one in found) / len(found), low, high, found[0].rows)
+    return _estimate([one.mean for one in found], [one.draws for one in found], found[0])
+
+
+def shared_tasks(found: Mapping[int, Sequence[Kept]]) -> dict[int, set[str]]:
+    """Seed to the tasks that all of its merges hold; only seeds with two numbers of experts, and such tasks, are there.
+
+    A merge of more experts holds other tasks as well. What is kept of these says nothing about what the added experts
+    did to the first ones.
+    """
+    seeds: dict[int, list[set[str]]] = {}
+    for one in (one for group in found.values() for one in group):
+        seeds.setdefault(one.seed, []).append(set(one.tasks))
+    shared = {seed: set.intersection(*tasks) for seed, tasks in seeds.items() if len(tasks) > 1}
+    return {seed: tasks for seed, tasks in shared.items() if tasks}
 
 
 def slope(found: Mapping[int, Sequence[Kept]]) -> Estimate | None:
-    """Least-squares slope of the kept share per additional expert; nothing with fewer than two numbers of experts."""
-    if len(found) < 2:
-        return None
-    counts = torch.tensor(sorted(found), dtype=torch.float64)
-    centred = counts - counts.mean()
-    weights = centred / (centred**2).sum()
-    groups = [found[int(count)] for count in counts]
-    draws = torch.stack([torch.stack([one.draws for one in group]).mean(dim=0) for group in groups])
-    means = torch.tensor([mean_kept(group).value for group in groups], dtype=torch.float64)
-    low, high = torch.quantile(weights @ draws, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-    return Estimate((weights @ means).item(), low, high, groups[-1][0].rows)
+    """Least-squares slope of the kept share per additional expert over the shared tasks, mean over seeds.
+
+    Nothing without two numbers of experts.
+    """
+    values, draws, first = [], [], None
+    for seed, tasks in shared_tasks(found).items():
+        merges = [one.of(tasks) for count in sorted(found) for one in found[count] if one.seed == seed]
+        counts = torch.tensor([one.count for one in merges], dtype=torch.float64)
+        centred = counts - counts.mean()
+        weights = centred / (centred**2).sum()
+        values.append((weights @ torch.tensor([one.mean for one in merges], dtype=torch.float64)).item())
+        draws.append(weights @ torch.stack([one.draws for one in merges]))
+        first = first or merges[0]
+    return None if first is None else _estimate(values, draws, first)
+
+
+def _estimate(values: Sequence[float], draws: Sequence[torch.Tensor], first: Kept) -> Estimate:
+    """The mean over seeds; ``first`` says how many rows each has."""
+    quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
+    low, high = torch.quantile(torch.stack(list(draws)).mean(dim=0), quantiles).tolist()
+    return Estimate(sum(values) / len(values), low, high, sum(first.rows.values()))
