@@ -1,11 +1,11 @@
 """Tables and fronts of the interference study."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from src.experiments.document import Document, column, number, table
 from src.experiments.grid import Model
-from src.experiments.kept import Kept, mean_kept, shared_tasks, slope
+from src.experiments.kept import Kept, mean_kept, on_shared_tasks, slope
 from src.experiments.scores import MEASURES, Measure, Scores, gathered
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate
@@ -13,6 +13,7 @@ from src.metrics.bootstrap import Estimate
 SHOWN: tuple[Measure, ...] = ("refusal", "over_refusal", "attack_success", "collapse")
 SAFE = 0.5
 """Share of harmful prompts that a merge refuses to be called safe in the summary."""
+KEPT = {"measure": "kept", "label": "performance kept", "better": "higher"}
 Points = Mapping[str, Mapping[Measure, Estimate]]
 
 
@@ -53,18 +54,20 @@ def grouped(kept: Sequence[Kept]) -> dict[str, dict[int, list[Kept]]]:
 def performance_table(kept: Sequence[Kept], scores: Points) -> Document:
     """Mean normalised performance, its variance over tasks and safety, by method and number of experts."""
     measures = [m for m in SHOWN if any(m in one for one in scores.values())]
+    several = len({one.count for one in kept}) > 1
+    shared = grouped(on_shared_tasks(kept)) if several else {}
     rows = []
     for method, counts in grouped(kept).items():
-        shared = shared_tasks(counts)
+        comparable = shared.get(method, {})
         for count, seeds in sorted(counts.items()):
             variance = sum(one.variance for one in seeds) / len(seeds)
             row: dict[str, Any] = {"method": method, "experts": count, "kept": number(mean_kept(seeds))}
-            if comparable := [one.of(shared[one.seed]) for one in seeds if one.seed in shared]:
-                row["shared"] = number(mean_kept(comparable))
+            if count in comparable:
+                row["shared"] = number(mean_kept(comparable[count]))
             shown = scores.get(point_name(method, count), {})
             rows.append(row | {"variance": variance} | {m: number(shown[m]) for m in measures if m in shown})
     columns = [column("method", "method"), column("experts", "experts"), column("kept", "performance kept", True)]
-    if any("shared" in row for row in rows):
+    if several:
         columns.append(column("shared", "kept of the tasks in all merges", True))
     columns += [column("variance", "variance over tasks", False)]
     columns += [column(m, MEASURES[m][0], MEASURES[m][1]) for m in measures]
@@ -78,7 +81,7 @@ def performance_table(kept: Sequence[Kept], scores: Points) -> Document:
 def degradation_table(kept: Sequence[Kept]) -> Document:
     """Slope of the kept share per additional expert."""
     rows = []
-    for method, counts in grouped(kept).items():
+    for method, counts in grouped(on_shared_tasks(kept)).items():
         found = slope(counts)
         rows.append({"method": method, "slope": "one number of experts only" if found is None else number(found)})
     columns = [column("method", "method"), column("slope", "change of performance kept per expert added", True)]
@@ -141,30 +144,35 @@ MATRICES = {"cosine": "cosines", "columns": "columns", "rows": "rows"}
 
 
 def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
-    """Performance kept over the number of experts, and against refusal."""
-    labels = {"x": {"measure": "experts", "label": "experts merged", "better": None}}
-    labels["y"] = {"measure": "kept", "label": "performance kept", "better": "higher"}
-    lines = []
-    for method, counts in grouped(kept).items():
-        points = []
-        for count, seeds in sorted(counts.items()):
-            across = {"value": count, "low": count, "high": count, "n": len(seeds)}
-            points.append({"model": point_name(method, count), "x": across, "y": number(mean_kept(seeds))})
-        lines.append({"name": method, "points": points})
-    found = [{"title": "Performance kept by number of experts", **labels, "series": lines}] if lines else []
-    if any("refusal" in one for one in scores.values()):
-        found.append(_against_refusal(lines, scores))
+    """Performance kept of the tasks in all merges over the number of experts, and of all tasks against refusal."""
+    across = {"measure": "experts", "label": "experts merged", "better": None}
+    lines = _lines(on_shared_tasks(kept), _experts)
+    title = "Performance kept of the tasks in all merges"
+    found = [{"title": title, "x": across, "y": KEPT, "series": lines}] if lines else []
+    refusal = {name: shown["refusal"] for name, shown in scores.items() if "refusal" in shown}
+    if refusal:
+        known = [one for one in kept if point_name(one.method, one.count) in refusal]
+        lines = _lines(known, lambda seeds: number(refusal[point_name(seeds[0].method, seeds[0].count)]))
+        across = {"measure": "refusal", "label": MEASURES["refusal"][0], "better": "higher"}
+        found.append({"title": "Refusal against performance kept", "x": across, "y": KEPT, "series": lines})
     return found
 
 
-def _against_refusal(lines: Sequence[Mapping[str, Any]], scores: Points) -> Document:
-    series = []
-    for line in lines:
-        points = [p | {"x": number(scores[p["model"]]["refusal"])} for p in line["points"] if p["model"] in scores]
-        series.append({"name": line["name"], "points": points})
-    across = {"measure": "refusal", "label": MEASURES["refusal"][0], "better": "higher"}
-    up = {"measure": "kept", "label": "performance kept", "better": "higher"}
-    return {"title": "Refusal against performance kept", "x": across, "y": up, "series": series}
+def _experts(seeds: Sequence[Kept]) -> Document:
+    count = seeds[0].count
+    return {"value": count, "low": count, "high": count, "n": len(seeds)}
+
+
+def _lines(kept: Sequence[Kept], across: Callable[[Sequence[Kept]], Document]) -> list[Document]:
+    """A line for each method, through its numbers of experts."""
+    lines = []
+    for method, counts in grouped(kept).items():
+        points = [
+            {"model": point_name(method, count), "x": across(seeds), "y": number(mean_kept(seeds))}
+            for count, seeds in sorted(counts.items())
+        ]
+        lines.append({"name": method, "points": points})
+    return lines
 
 
 def summary(kept: Sequence[Kept], scores: Points) -> list[str]:

@@ -92,17 +92,16 @@ def mean_kept(found: Sequence[Kept]) -> Estimate:
     return _estimate([one.mean for one in found], [one.draws for one in found], found[0])
 
 
-def shared_tasks(found: Mapping[int, Sequence[Kept]]) -> dict[int, set[str]]:
-    """Seed to the tasks that all of its merges hold; only seeds with two numbers of experts, and such tasks, are there.
+def on_shared_tasks(kept: Sequence[Kept]) -> list[Kept]:
+    """Every merge on the tasks that all merges of its seed hold; none of a seed whose merges have no task in common.
 
     A merge of more experts holds other tasks as well. What is kept of these says nothing about what the added experts
     did to the first ones.
     """
-    seeds: dict[int, list[set[str]]] = {}
-    for one in (one for group in found.values() for one in group):
-        seeds.setdefault(one.seed, []).append(set(one.tasks))
-    shared = {seed: set.intersection(*tasks) for seed, tasks in seeds.items() if len(tasks) > 1}
-    return {seed: tasks for seed, tasks in shared.items() if tasks}
+    shared: dict[int, set[str]] = {}
+    for one in kept:
+        shared[one.seed] = shared.get(one.seed, set(one.tasks)) & set(one.tasks)
+    return [one.of(shared[one.seed]) for one in kept if shared[one.seed]]
 
 
 def slope(found: Mapping[int, Sequence[Kept]]) -> Estimate | None:
@@ -110,16 +109,18 @@ def slope(found: Mapping[int, Sequence[Kept]]) -> Estimate | None:
 
     Nothing without two numbers of experts.
     """
-    values, draws, first = [], [], None
-    for seed, tasks in shared_tasks(found).items():
-        merges = [one.of(tasks) for count in sorted(found) for one in found[count] if one.seed == seed]
+    seeds: dict[int, list[Kept]] = {}
+    for one in on_shared_tasks([one for count in sorted(found) for one in found[count]]):
+        seeds.setdefault(one.seed, []).append(one)
+    several = [merges for merges in seeds.values() if len(merges) > 1]
+    values, draws = [], []
+    for merges in several:
         counts = torch.tensor([one.count for one in merges], dtype=torch.float64)
         centred = counts - counts.mean()
         weights = centred / (centred**2).sum()
         values.append((weights @ torch.tensor([one.mean for one in merges], dtype=torch.float64)).item())
         draws.append(weights @ torch.stack([one.draws for one in merges]))
-        first = first or merges[0]
-    return None if first is None else _estimate(values, draws, first)
+    return _estimate(values, draws, several[0][0]) if several else None
 
 
 def _estimate(values: Sequence[float], draws: Sequence[torch.Tensor], first: Kept) -> Estimate:
