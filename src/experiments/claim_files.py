@@ -1,9 +1,9 @@
 """Claims: which process works on which cell, as files that exactly one process can create (O_EXCL).
 
 Several processes, or machines on a shared folder, work on one grid without a server. A claim names host, process and
-the process's start, and is touched while its owner lives. It is stale where that process is gone (same host), or where
-it has not been touched for long, by the clock of the folder (another host). Stale claims are removed under a lock, so
-that no two processes remove one after the other what is a fresh claim by then.
+the process's start, and is touched while its owner lives. It is stale where that process is gone (same host), where it
+has not been touched for long, by the clock of the folder (another host), or where it was never written to its end.
+Stale claims are removed under a lock, so that no two processes remove one after the other what is fresh by then.
 """
 
 import json
@@ -18,6 +18,8 @@ from filelock import FileLock
 
 HEARTBEAT = 20.0
 """Seconds between touches of a claim."""
+UNWRITTEN = 5.0
+"""Seconds after which a claim that names no owner was left by a process that was killed while it wrote it."""
 
 
 class Claims:
@@ -69,7 +71,9 @@ class Claims:
         except FileNotFoundError:
             return False
         owner = self._read(key)
-        if owner is not None and owner.get("host") == self.host:
+        if owner is None:
+            return age > UNWRITTEN
+        if owner.get("host") == self.host:
             return process_start(owner["pid"]) != owner["started"]
         return age > self.stale_after
 

@@ -28,7 +28,8 @@ class Cost:
 
     Attributes:
         seconds: Wall time, with the start of Python.
-        peak_mb: Largest resident memory of one of its processes, in MB (10⁶ bytes).
+        peak_mb: Largest resident memory of one of its processes, in MB (10⁶ bytes). Linux counts what the engine's own
+            process had before the command began, so it is never below that (an engine holds no model).
         processor: What it ran on.
     """
 
