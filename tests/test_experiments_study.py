@@ -420,6 +420,10 @@ def test_interference_merges_growing_numbers_of_experts(tasks, base, rows, tmp_p
     assert run_study(tmp_path, asked, "Interference", arguments) == 0
     assert ran.count("fit") == 4
     assert ran.count("inspect") == 1
+    records = [json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")]
+    (geometry,) = [record for record in records if record["stage"] == "inspect"]
+    assert {"cosines", "columns", "rows"} <= set(geometry["found"])
+    assert "angles" not in geometry["found"]
     found = document(tmp_path)
     titles = [table["title"] for table in found["tables"]]
     assert "Angles between experts" in titles

@@ -144,7 +144,9 @@ class Stages:
         output = self.store.running(name)
         settings = {"adapters": self._paths(cell, "adapters")}
         cost, arguments = self._run("inspect", name, settings, ["--output", str(output), "--overwrite", "true"])
-        return cost, arguments, {cell.key: read_json(output / "inspect.json", "the comparison of adapters")}
+        found = read_json(output / "inspect.json", "the comparison of adapters")
+        # Every angle of every module and pair: 16 MB for 20 experts. A study shows means, which stand beside them.
+        return cost, arguments, {cell.key: {name: value for name, value in found.items() if name != "angles"}}
 
     def _paths(self, cell: Cell, role: str) -> list[str]:
         return [str(self.store.weights(parent)) for parent in cell.needs.get(role, ())]
