@@ -8,7 +8,7 @@ import torch
 from src.experiments.comparison import Choice, chosen_point, summary
 from src.experiments.document import best_rows
 from src.experiments.holm import holm
-from src.experiments.interference_tables import performance_table
+from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, mean_kept, slope
 from src.experiments.scores import by_category, gathered, in_split, row_keys, row_scores
@@ -203,3 +203,24 @@ def test_performance_kept_is_also_told_for_the_tasks_in_all_merges():
     assert [row["kept"]["value"] for row in shown] == pytest.approx([0.7, 0.75])
     assert [row["shared"]["value"] for row in shown] == pytest.approx([0.7, 0.5])
     assert "shared" not in performance_table(merges[:1], {})["rows"][0]
+
+
+def test_lines_of_interference_go_through_numbers_of_experts_or_else_through_strengths():
+    merges = [
+        kept(4, [0.5, 0.5], method="TIES @ 1"),
+        kept(4, [0.4, 0.4], method="TIES @ 2"),
+        kept(4, [0.3], method="sum"),
+    ]
+    points = {f"{one.method}, 4 experts": {"refusal": Estimate(0.5, 0.4, 0.6, 100)} for one in merges}
+    (against,) = kept_front(merges, points)
+    assert [line["name"] for line in against["series"]] == ["TIES", "sum"]
+    assert [point["model"] for point in against["series"][0]["points"]] == [
+        "TIES @ 1, 4 experts",
+        "TIES @ 2, 4 experts",
+    ]
+    over, _ = kept_front([*merges, kept(8, [0.2, 0.2], method="TIES @ 1")], points)
+    assert [(line["name"], len(line["points"])) for line in over["series"]] == [
+        ("TIES @ 1", 2),
+        ("TIES @ 2", 1),
+        ("sum", 1),
+    ]

@@ -144,15 +144,23 @@ MATRICES = {"cosine": "cosines", "columns": "columns", "rows": "rows"}
 
 
 def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
-    """Performance kept of the tasks in all merges over the number of experts, and of all tasks against refusal."""
-    across = {"measure": "experts", "label": "experts merged", "better": None}
-    lines = _lines(on_shared_tasks(kept), _experts)
-    title = "Performance kept of the tasks in all merges"
-    found = [{"title": title, "x": across, "y": KEPT, "series": lines}] if lines else []
+    """Performance kept of the tasks in all merges over the number of experts, and of all tasks against refusal.
+
+    With one number of experts there is nothing to draw over it, and a method's strengths make its line.
+    """
+    several = len({one.count for one in kept}) > 1
+    found = []
+    if several:
+        across = {"measure": "experts", "label": "experts merged", "better": None}
+        lines = _lines(on_shared_tasks(kept), _experts, by_number=True)
+        title = "Performance kept of the tasks in all merges"
+        found.append({"title": title, "x": across, "y": KEPT, "series": lines})
     refusal = {name: shown["refusal"] for name, shown in scores.items() if "refusal" in shown}
     if refusal:
         known = [one for one in kept if point_name(one.method, one.count) in refusal]
-        lines = _lines(known, lambda seeds: number(refusal[point_name(seeds[0].method, seeds[0].count)]))
+        lines = _lines(
+            known, lambda seeds: number(refusal[point_name(seeds[0].method, seeds[0].count)]), by_number=several
+        )
         across = {"measure": "refusal", "label": MEASURES["refusal"][0], "better": "higher"}
         found.append({"title": "Refusal against performance kept", "x": across, "y": KEPT, "series": lines})
     return found
@@ -163,16 +171,15 @@ def _experts(seeds: Sequence[Kept]) -> Document:
     return {"value": count, "low": count, "high": count, "n": len(seeds)}
 
 
-def _lines(kept: Sequence[Kept], across: Callable[[Sequence[Kept]], Document]) -> list[Document]:
-    """A line for each method, through its numbers of experts."""
-    lines = []
+def _lines(kept: Sequence[Kept], across: Callable[[Sequence[Kept]], Document], *, by_number: bool) -> list[Document]:
+    """Lines through the numbers of experts of a method at a strength, or else through the strengths of a method."""
+    lines: dict[str, list[Document]] = {}
     for method, counts in grouped(kept).items():
-        points = [
-            {"model": point_name(method, count), "x": across(seeds), "y": number(mean_kept(seeds))}
-            for count, seeds in sorted(counts.items())
-        ]
-        lines.append({"name": method, "points": points})
-    return lines
+        name = method if by_number else method.rpartition(" @ ")[0] or method
+        for count, seeds in sorted(counts.items()):
+            point = {"model": point_name(method, count), "x": across(seeds), "y": number(mean_kept(seeds))}
+            lines.setdefault(name, []).append(point)
+    return [{"name": name, "points": points} for name, points in lines.items()]
 
 
 def summary(kept: Sequence[Kept], scores: Points) -> list[str]:
