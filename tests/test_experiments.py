@@ -275,6 +275,16 @@ def test_a_command_is_measured_and_its_error_is_the_reason(tmp_path):
         run_command(["fitt"], tmp_path / "log.txt")
 
 
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak is its own")
+def test_the_peak_of_a_command_is_not_that_of_the_process_that_starts_it(tmp_path):
+    code = "import pathlib, sys; from src.experiments.command import run_command as run; held = b'x' * 2_500_000_000; "
+    code += "print(run(['--help'], pathlib.Path(sys.argv[1])).peak_mb)"
+    given = [sys.executable, "-c", code, str(tmp_path / "log.txt")]
+    said = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 5 < float(said.stdout) < 2000
+
+
 def test_commands_do_not_see_the_launcher_of_their_engine():
     launcher = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "SLURM_PROCID": "1"}
     kept = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}

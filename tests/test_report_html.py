@@ -221,6 +221,13 @@ def test_harmful_prompts_are_folded_and_others_are_not(parsed):
     assert folds[0]["class"] == "harmful"
 
 
+def test_of_many_prompts_of_a_kind_the_first_is_shown():
+    kinds = ["utility", "harmful", "utility", "borderline", "borderline"]
+    asked = [{"suite": f"s{i}", "kind": kind, "prompt": "p", "answers": []} for i, kind in enumerate(kinds)]
+    folds = Page(page(document() | {"examples": asked})).all("details")
+    assert [("open" in one) for one in folds[:5]] == [True, False, False, True, False]
+
+
 def test_empty_tables_and_fronts_leave_no_trace(parsed):
     sections = [attributes.get("id") for attributes in parsed.all("section")]
     assert sections == ["front0", "table0", "examples", "provenance"]

@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src.experiments.engine import CellError
-from src.experiments.launch import PARENT
+from src.experiments.launch import PARENT, PEAKS
 
 PROJECT = Path(__file__).resolve().parents[2]
 MODULE = "src.experiments.launch"
@@ -28,8 +29,7 @@ class Cost:
 
     Attributes:
         seconds: Wall time, with the start of Python.
-        peak_mb: Largest resident memory of one of its processes, in MB (10⁶ bytes). Linux counts what the engine's own
-            process had before the command began, so it is never below that (an engine holds no model).
+        peak_mb: Largest resident memory of one of its processes, in MB (10⁶ bytes).
         processor: What it ran on.
     """
 
@@ -58,9 +58,9 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
         CellError: it ended with another code than 0.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {PARENT: str(os.getpid())}
     started = time.monotonic()
-    with log_file.open("wb") as output:
+    with tempfile.NamedTemporaryFile("r") as peaks, log_file.open("wb") as output:
+        environment = os.environ | {PARENT: str(os.getpid()), PEAKS: peaks.name}
         child = subprocess.Popen(
             [sys.executable, "-m", MODULE, *arguments],
             stdin=subprocess.DEVNULL,
@@ -75,10 +75,11 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
             child.terminate()
             child.wait()
             raise
+        told = [int(line) * 1024 / 1e6 for line in peaks]
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise CellError(_reason(log_file, child.returncode))
-    return Cost(time.monotonic() - started, _peak(usage), processor())
+    return Cost(time.monotonic() - started, max(told, default=_peak(usage)), processor())
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
@@ -101,6 +102,7 @@ def _importable(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _peak(usage: resource.struct_rusage) -> float:
+    """Where the command's own processes did not say it."""
     unit = 1 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss * unit / 1e6
 

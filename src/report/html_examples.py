@@ -1,4 +1,8 @@
-"""Answers of all models to the same prompts, side by side; what harmful prompts drew is folded away."""
+"""Answers of all models to the same prompts, side by side.
+
+What harmful prompts drew is folded away, and of each kind of other prompts all but the first: with 20 tasks the page
+would be 50 000 pixels high.
+"""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,12 +15,12 @@ def example_section(examples: Sequence[Mapping[str, Any]]) -> str:
     """A block for each prompt; nothing without any."""
     if not examples:
         return ""
-    blocks = "".join(_block(example) for example in examples)
+    first = {example["kind"]: place for place, example in reversed(list(enumerate(examples)))}
+    blocks = "".join(_block(example, first[example["kind"]] == place) for place, example in enumerate(examples))
     return f'<section id="examples"><h2>Example answers</h2>{blocks}</section>'
 
 
-def _block(example: Mapping[str, Any]) -> str:
-    harmful = example["kind"] in HARMFUL
+def _block(example: Mapping[str, Any], shown: bool) -> str:
     answers = "".join(
         f"<div><h4>{escape(answer['model'])}</h4><p>{escape(answer['answer']) or '<em>(empty)</em>'}</p></div>"
         for answer in example["answers"]
@@ -24,8 +28,8 @@ def _block(example: Mapping[str, Any]) -> str:
     heading = f"{escape(example['suite'])} ({escape(example['kind'])})"
     prompt = example["prompt"] or f"prompt {example['id']}, left out"
     inner = f'<p class="prompt">{escape(prompt)}</p><div class="answers">{answers}</div>'
-    if harmful:
+    if example["kind"] in HARMFUL:
         return (
             f'<details class="harmful"><summary>{heading}: a harmful prompt and its answers</summary>{inner}</details>'
         )
-    return f"<details open><summary>{heading}: {escape(prompt[:80])}</summary>{inner}</details>"
+    return f"<details{' open' * shown}><summary>{heading}: {escape(prompt[:80])}</summary>{inner}</details>"
