@@ -17,6 +17,7 @@ from src.experiments import lineage, stage
 from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
 from src.experiments.engine import CellError
+from src.experiments.study import left_out
 from src.fisher.files import load_fisher
 from tests.tiny import write_rows
 
@@ -227,6 +228,13 @@ def test_the_report_of_an_unfinished_study_computes_nothing(folder, base, rows):
     assert found["notes"][0] == "TA @ 1 is left out: not computed or failed (1 of 7 points)."
     chosen = [row["model"] for row in found["tables"][0]["rows"]]
     assert "TA @ 0.5" in chosen
+
+
+def test_the_note_on_what_is_left_out_names_a_path_once():
+    assert left_out([], 7) == []
+    names = ["base", "mixed, plain", "A @ 0.5", "A @ 1", "B, post hoc @ 2"]
+    said = "base is left out, and so are mixed, plain; A @ 0.5, 1; B, post hoc @ 2: not computed or failed (5 of 9 points)."
+    assert left_out(names, 9) == [said]
 
 
 def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, capsys):

@@ -67,7 +67,11 @@ def left_out(names: Sequence[str], total: int) -> list[str]:
     """The note on points that a report does not show; none where it shows all."""
     if not names:
         return []
-    others = f", and so are {', '.join(names[1:])}" if names[1:] else ""
+    paths: dict[str, list[str]] = {}
+    for name in names[1:]:
+        method, at, strength = name.rpartition(" @ ")
+        paths.setdefault(f"{method}{at}" or name, []).append(strength if at else "")
+    others = f", and so are {'; '.join(start + ', '.join(path) for start, path in paths.items())}" if paths else ""
     return [f"{names[0]} is left out{others}: not computed or failed ({len(names)} of {total} points)."]
 
 
