@@ -233,8 +233,8 @@ def test_the_report_of_an_unfinished_study_computes_nothing(folder, base, rows):
 def test_the_note_on_what_is_left_out_names_a_path_once():
     assert left_out([], 7) == []
     names = ["base", "mixed, plain", "A @ 0.5", "A @ 1", "B, post hoc @ 2"]
-    said = "base is left out, and so are mixed, plain; A @ 0.5, 1; B, post hoc @ 2: not computed or failed (5 of 9 points)."
-    assert left_out(names, 9) == [said]
+    others = "mixed, plain; A @ 0.5, 1; B, post hoc @ 2"
+    assert left_out(names, 9) == [f"base is left out, and so are {others}: not computed or failed (5 of 9 points)."]
 
 
 def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, capsys):
