@@ -75,11 +75,11 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
             child.terminate()
             child.wait()
             raise
-        told = [int(line) * 1024 / 1e6 for line in peaks]
+        peak_mb = _peak_mb(peaks.read(), usage)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise CellError(_reason(log_file, child.returncode))
-    return Cost(time.monotonic() - started, max(told, default=_peak(usage)), processor())
+    return Cost(time.monotonic() - started, peak_mb, processor())
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
@@ -101,10 +101,10 @@ def _importable(environment: dict[str, str]) -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join(places)}
 
 
-def _peak(usage: resource.struct_rusage) -> float:
-    """Where the command's own processes did not say it."""
+def _peak_mb(told: str, usage: resource.struct_rusage) -> float:
+    """Of what the command's processes told (Linux, see :mod:`src.experiments.launch`), else of what the system says."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * unit / 1e6
+    return max(map(int, told.split()), default=usage.ru_maxrss) * unit / 1e6
 
 
 def _reason(log_file: Path, code: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from src.experiments.document import Document, column, number, table
 from src.experiments.grid import Model
 from src.experiments.kept import Kept, mean_kept, on_shared_tasks, slope
+from src.experiments.point_names import method_and_strength, name_and_experts, of_experts
 from src.experiments.scores import MEASURES, Measure, Scores, gathered
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate
@@ -17,18 +18,11 @@ KEPT = {"measure": "kept", "label": "performance kept", "better": "higher"}
 Points = Mapping[str, Mapping[Measure, Estimate]]
 
 
-def point_name(method: str, count: int) -> str:
-    """``TIES @ 1, 8 experts``."""
-    return f"{method}, {count} experts"
-
-
 def safety_scores(models: Sequence[Model], store: Store) -> dict[str, dict[Measure, Estimate]]:
     """Refusal and the like of every merge, means over seeds."""
     points: dict[str, list[Record]] = {}
     for model in models:
-        method, _, rest = model.method.rpartition(" (")
-        name = method if model.strength is None else f"{method} @ {model.strength:g}"
-        points.setdefault(point_name(name, int(rest.rstrip(")"))), []).append(store.read(model.test))
+        points.setdefault(of_experts(*name_and_experts(model)), []).append(store.read(model.test))
     found: dict[str, dict[Measure, Estimate]] = {}
     for name, records in points.items():
         kept = [_without_tasks(record) for record in records]
@@ -64,7 +58,7 @@ def performance_table(kept: Sequence[Kept], scores: Points) -> Document:
             row: dict[str, Any] = {"method": method, "experts": count, "kept": number(mean_kept(seeds))}
             if count in comparable:
                 row["shared"] = number(mean_kept(comparable[count]))
-            shown = scores.get(point_name(method, count), {})
+            shown = scores.get(of_experts(method, count), {})
             rows.append(row | {"variance": variance} | {m: number(shown[m]) for m in measures if m in shown})
     columns = [column("method", "method"), column("experts", "experts"), column("kept", "performance kept", True)]
     if several:
@@ -157,9 +151,9 @@ def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
         found.append({"title": title, "x": across, "y": KEPT, "series": lines})
     refusal = {name: shown["refusal"] for name, shown in scores.items() if "refusal" in shown}
     if refusal:
-        known = [one for one in kept if point_name(one.method, one.count) in refusal]
+        known = [one for one in kept if of_experts(one.method, one.count) in refusal]
         lines = _lines(
-            known, lambda seeds: number(refusal[point_name(seeds[0].method, seeds[0].count)]), by_number=several
+            known, lambda seeds: number(refusal[of_experts(seeds[0].method, seeds[0].count)]), by_number=several
         )
         across = {"measure": "refusal", "label": MEASURES["refusal"][0], "better": "higher"}
         found.append({"title": "Refusal against performance kept", "x": across, "y": KEPT, "series": lines})
@@ -175,9 +169,9 @@ def _lines(kept: Sequence[Kept], across: Callable[[Sequence[Kept]], Document], *
     """Lines through the numbers of experts of a method at a strength, or else through the strengths of a method."""
     lines: dict[str, list[Document]] = {}
     for method, counts in grouped(kept).items():
-        name = method if by_number else method.rpartition(" @ ")[0] or method
+        name = method if by_number else method_and_strength(method)[0]
         for count, seeds in sorted(counts.items()):
-            point = {"model": point_name(method, count), "x": across(seeds), "y": number(mean_kept(seeds))}
+            point = {"model": of_experts(method, count), "x": across(seeds), "y": number(mean_kept(seeds))}
             lines.setdefault(name, []).append(point)
     return [{"name": name, "points": points} for name, points in lines.items()]
 
@@ -188,7 +182,7 @@ def summary(kept: Sequence[Kept], scores: Points) -> list[str]:
         return ["No merge has been measured with its experts, so nothing is said about interference."]
     most = max(one.count for one in kept)
     found = {m: mean_kept(c[most]) for m, c in grouped(kept).items() if most in c}
-    refusal = {m: shown["refusal"] for m in found if "refusal" in (shown := scores.get(point_name(m, most), {}))}
+    refusal = {m: shown["refusal"] for m in found if "refusal" in (shown := scores.get(of_experts(m, most), {}))}
     safe = {m: found[m] for m, share in refusal.items() if share.value >= SAFE}
     lines = [f"With {most} experts merged, {_best(found, refusal)}."]
     if refusal and not safe:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from src.experiments.grid import Model
+from src.experiments.point_names import name_and_experts
 from src.experiments.scores import DRAWS, QUANTILES, row_scores
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate, resampled_means
@@ -82,9 +83,7 @@ def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store)
         rows[task] = len(values)
     if not tasks:
         return None
-    method, _, rest = model.method.rpartition(" (")
-    name = method if model.strength is None else f"{method} @ {model.strength:g}"
-    return Kept(name, int(rest.rstrip(")")), model.seed, tasks, drawn, rows)
+    return Kept(*name_and_experts(model), model.seed, tasks, drawn, rows)
 
 
 def mean_kept(found: Sequence[Kept]) -> Estimate:

@@ -1,4 +1,4 @@
-"""``python -m src.experiments.launch COMMAND …``: a command that ends when the engine that started it does.
+"""``python -m src.experiments.launch COMMAND …``: a command that ends with its engine and tells it its peak memory.
 
 After SIGKILL of the engine nobody would stop its command, and the engine that goes on would start it a second time in
 the same folder. Linux sends the death signal of ``prctl(2)``; elsewhere the command runs to its end.

@@ -8,6 +8,7 @@ from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.document import Document
 from src.experiments.grid import Grid, Model
+from src.experiments.point_names import at_strength, method_and_strength
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
 
@@ -51,7 +52,7 @@ def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) 
 
 def name_of(model: Model) -> str:
     """A point of a path, apart from its seed."""
-    return model.method if model.strength is None else f"{model.method} @ {model.strength:g}"
+    return at_strength(model.method, model.strength)
 
 
 def finished(models: Sequence[Model], store: Store) -> tuple[dict[str, list[Model]], list[str]]:
@@ -67,11 +68,13 @@ def left_out(names: Sequence[str], total: int) -> list[str]:
     """The note on points that a report does not show; none where it shows all."""
     if not names:
         return []
-    paths: dict[str, list[str]] = {}
-    for name in names[1:]:
-        method, at, strength = name.rpartition(" @ ")
-        paths.setdefault(f"{method}{at}" or name, []).append(strength if at else "")
-    others = f", and so are {'; '.join(start + ', '.join(path) for start, path in paths.items())}" if paths else ""
+    strengths: dict[str, list[str]] = {}
+    for method, strength in map(method_and_strength, names[1:]):
+        strengths.setdefault(method, []).append(strength)
+    others = "; ".join(
+        f"{method} @ {', '.join(found)}" if any(found) else method for method, found in strengths.items()
+    )
+    others = f", and so are {others}" if others else ""
     return [f"{names[0]} is left out{others}: not computed or failed ({len(names)} of {total} points)."]
 
 

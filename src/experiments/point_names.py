@@ -1,0 +1,25 @@
+"""How points of a study are called, in tables, fronts and notes: ``TIES @ 0.5``, ``TIES @ 0.5, 8 experts``."""
+
+from src.experiments.grid import Model
+
+
+def at_strength(method: str, strength: float | None) -> str:
+    """``TIES @ 0.5``; the method alone where it has no strength."""
+    return method if strength is None else f"{method} @ {strength:g}"
+
+
+def method_and_strength(name: str) -> tuple[str, str]:
+    """What :func:`at_strength` joined; the strength is empty where there is none."""
+    method, at, strength = name.rpartition(" @ ")
+    return (method, strength) if at else (name, "")
+
+
+def of_experts(name: str, count: int) -> str:
+    """``TIES @ 1, 8 experts``."""
+    return f"{name}, {count} experts"
+
+
+def name_and_experts(model: Model) -> tuple[str, int]:
+    """``TIES @ 1`` and 8, of a model of the interference study, whose method is called ``TIES (8)``."""
+    method, _, count = model.method.rpartition(" (")
+    return at_strength(method, model.strength), int(count.rstrip(")"))
