@@ -98,7 +98,7 @@ class Comparison(Study):
             cost_table(of_methods(points), store),
         ]
         return {
-            "summary": [*summary(made, chosen.get(self.ours)), *sentences(equal, self.ours)],
+            "summary": [*sentences(equal, self.ours), *summary(made, chosen.get(self.ours))],
             "notes": [*notes, self._rule()],
             "fronts": fronts(test, paths(points), "test rows"),
             "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
