@@ -46,19 +46,31 @@ def test_help_of_a_command_explains_its_options(command, capsys):
         assert max(ours) < text.index("--trainer.")
 
 
-@pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*.yaml")))
-@pytest.mark.parametrize("hardware", sorted(p.name for p in ROOT.glob("trainers/*.yaml")))
+def command_of(path):
+    """The command that a config under ``configs/`` is for."""
+    if "study" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        return "experiment"
+    stem = next((c for c in ("merge", "test") if path.stem.startswith(f"{c}_")), path.stem)
+    return {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}.get(stem, stem)
+
+
+def configs_and_hardware():
+    """Configs of commands with a Trainer beside every hardware file, studies beside one: they only pass its name on."""
+    files = sorted(p.name for p in ROOT.glob("trainers/*.yaml"))
+    hardware = {"merge": [None], "judge": [None], "report": [None], "experiment": files[:1]}
+    for path in sorted(ROOT.glob("configs/*.yaml")):
+        for name in hardware.get(command_of(path), files):
+            yield pytest.param(path, name, id=f"{name}-configs/{path.name}")
+
+
+@pytest.mark.parametrize(("path", "hardware"), list(configs_and_hardware()))
 def test_every_config_parses_with_every_hardware_file(path, hardware, capsys):
-    stem = next((c for c in ("merge", "test") if Path(path).stem.startswith(f"{c}_")), Path(path).stem)
-    commands = {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}
-    is_study = "study" in yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
-    command = "experiment" if is_study else commands.get(stem, stem)
-    trainer = [] if command in ("merge", "judge", "report") else ["--trainer", hardware]
+    trainer = [] if hardware is None else ["--trainer", hardware]
     with pytest.raises(SystemExit) as stop:
-        main([command, "--config", path, *trainer, "--print_config"])
+        main([command_of(path), "--config", str(path.relative_to(ROOT)), *trainer, "--print_config"])
     assert stop.value.code == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    given = yaml.safe_load(Path(path).read_text())
+    given = yaml.safe_load(path.read_text())
     assert set(given) <= set(resolved)
 
 
