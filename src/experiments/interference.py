@@ -25,6 +25,7 @@ from src.experiments.interference_tables import (
     task_table,
 )
 from src.experiments.kept import kept_of
+from src.experiments.point_names import with_count
 from src.experiments.settings import ExpertSpec, MethodSpec, plain
 from src.experiments.store import Store
 from src.experiments.study import Plan, Study, check_names, left_out
@@ -101,7 +102,7 @@ class Interference(Study):
                     made = grid.merges(spec, experts[:count], safety, seed)
                     models += [
                         Model(
-                            f"{spec.name} ({count})",
+                            with_count(spec.name, count),
                             spec.shown(value),
                             seed,
                             grid.test(cell, f"{count} experts, {cell.label}", suites),

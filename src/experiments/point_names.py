@@ -19,7 +19,12 @@ def of_experts(name: str, count: int) -> str:
     return f"{name}, {count} experts"
 
 
+def with_count(method: str, count: int) -> str:
+    """``TIES (8)``: what the grid of the interference study calls a method that merges eight experts."""
+    return f"{method} ({count})"
+
+
 def name_and_experts(model: Model) -> tuple[str, int]:
-    """``TIES @ 1`` and 8, of a model of the interference study, whose method is called ``TIES (8)``."""
+    """``TIES @ 1`` and 8, of a model whose method :func:`with_count` has named."""
     method, _, count = model.method.rpartition(" (")
     return at_strength(method, model.strength), int(count.rstrip(")"))
