@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from src.errors import InputError
 from src.explain import choices, overview, page
+from src.whole_values import ConfigFile, after_empty
 
 NO_CLASS = re.compile(r'^Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]*)', re.DOTALL)
 REASONS = re.compile(
@@ -61,8 +62,9 @@ class OneLineErrors(ArgumentParser):
         for action in self._actions:
             if getattr(action, "_typehint", None) is bool:
                 action.nargs, action.const = "?", True
-        self._explain([part for given in (args[0] if args else None) or [] for part in _apart(given)])
-        return super().parse_args(*args, **kwargs)
+        given = list((args[0] if args else None) or [])
+        self._explain([part for argument in given for part in _apart(argument)])
+        return super().parse_args(*([after_empty(given), *args[1:]] if given else args), **kwargs)
 
     def _explain(self, arguments: list[str]) -> None:
         """Print what is asked for by ``--OPTION.help NAME`` and end, where the option takes classes of this project.
@@ -129,7 +131,7 @@ def _is_of_trainer(group: Any) -> bool:
 def run_function(function: Callable[..., None], name: str, summary: str, arguments: list[str]) -> None:
     """Parse a function's keyword arguments from flags and YAML, then call it."""
     parser = OneLineErrors(prog=f"python -m src {name}", description=summary)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the options below")
     parser.add_function_arguments(function, fail_untyped=True)
     config: Any = parser.parse_args(arguments)
     config.pop("config", None)

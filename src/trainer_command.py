@@ -25,6 +25,7 @@ from src.models.fisher_output import remove_done
 from src.models.speed import keep_freed_memory
 from src.models.stopping import StopAtSigterm
 from src.parsing import TrainerParser
+from src.whole_values import ConfigFile
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class TrainerCommand(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that reports errors in one line."""
         parser = TrainerParser(**kwargs)
-        parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file with any of the options below")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
