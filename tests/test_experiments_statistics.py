@@ -224,3 +224,16 @@ def test_lines_of_interference_go_through_numbers_of_experts_or_else_through_str
         ("TIES @ 2", 1),
         ("sum", 1),
     ]
+
+
+def test_the_likelihood_of_task_answers_is_a_measure_beside_that_of_benign_ones():
+    one, other = record(0.5, seed=1), record(0.5, seed=2)
+    for given, nll in ((one, 0.5), (other, 0.75)):
+        given["found"]["rows"]["task"]["nll"] = [nll] * 120
+    assert {row[0] for row in row_scores(one)["task_nll"]} == {"task"}
+    scores = gathered({"A": [one], "B": [other]})
+    assert scores["task_nll"].estimate("A").value == 0.5
+    assert {row[0] for row in scores["answer_nll"].rows} == {"safe", "said"}
+    (claim,) = claims(scores, "A", ["B"], ["task_nll"])
+    assert claim.sentence == "A beats B"
+    assert claim.difference.value == -0.25

@@ -28,7 +28,7 @@ from src.experiments.store import Store
 from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
 
 UTILITY = "utility"
-CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "answer_nll")
+CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "task_nll", "answer_nll")
 
 
 @dataclass

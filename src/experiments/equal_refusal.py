@@ -20,7 +20,7 @@ from src.metrics.bootstrap import Estimate
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
 MOST_APART = 0.5
 """Refusal by which two neighbours on a path may differ: a line across a wider gap says nothing of what lies there."""
-COSTS: tuple[Measure, ...] = ("over_refusal", "utility", "answer_nll")
+COSTS: tuple[Measure, ...] = ("over_refusal", "utility", "task_nll", "answer_nll")
 NOTE = (
     f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
     "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points; "

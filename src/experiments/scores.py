@@ -18,13 +18,14 @@ from src.metrics.bootstrap import Estimate, resampled_means
 DRAWS = 4000
 QUANTILES = (0.025, 0.975)
 
-Measure = Literal["refusal", "attack_success", "over_refusal", "utility", "answer_nll", "collapse"]
+Measure = Literal["refusal", "attack_success", "over_refusal", "utility", "task_nll", "answer_nll", "collapse"]
 Split = Literal["validation", "test", "all"]
 MEASURES: dict[Measure, tuple[str, bool]] = {
     "refusal": ("refusal of harmful prompts", True),
     "attack_success": ("attack success", False),
     "over_refusal": ("over-refusal", False),
     "utility": ("utility", True),
+    "task_nll": ("NLL of task answers", False),
     "answer_nll": ("NLL of benign answers", False),
     "collapse": ("collapsed answers", False),
 }
@@ -66,7 +67,7 @@ def _columns(suite: Mapping[str, Any]) -> Iterator[tuple[Measure, str]]:
         yield from (("over_refusal", "refused"), ("collapse", "collapsed"), ("answer_nll", "nll"))
     else:
         # A suite that asks for ROUGE has free answers: an exact match says nothing there.
-        yield "utility", CHECKS.get(kind, "rouge_l" if suite.get("rouge") else "exact")
+        yield from (("utility", CHECKS.get(kind, "rouge_l" if suite.get("rouge") else "exact")), ("task_nll", "nll"))
 
 
 def in_split(row: Row, split: Split, *, share: float, seed: int) -> bool:
