@@ -74,9 +74,13 @@ def test_single_keys_change_what_stands_there(resolved, flags):
     assert limits([data["val"]]) == [("demo.jsonl", 7, 1)]
 
 
-def test_a_later_list_of_methods_takes_no_settings_from_the_earlier_one(resolved):
+@pytest.mark.parametrize("short", [False, True])
+def test_a_later_list_of_methods_takes_no_settings_from_the_earlier_one(resolved, short):
     first = METHODS.format(ours="a", more=", rank: 64, first: {method: {class_path: TaskArithmetic}, alpha: 0.4}")
-    study = resolved("experiment", first, METHODS.format(ours="b", more=""))["study"]["init_args"]
+    later = METHODS.format(ours="b", more="")
+    if short:  # a class's options may stand without init_args where the class is known
+        later = yaml.safe_dump({"study": yaml.safe_load(later)["study"]["init_args"]})
+    study = resolved("experiment", first, later)["study"]["init_args"]
     assert [(one["name"], one["rank"], one["first"]) for one in study["methods"]] == [
         ("b", None, None),
         ("other", None, None),
