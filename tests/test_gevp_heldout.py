@@ -325,6 +325,38 @@ def test_sst_relearns_where_mean_scores_are_given(case):
         method.patch({}, safety, FisherPair(three[0], three[1], core))
 
 
+@pytest.mark.parametrize("radius", [1e9, 0.05])
+@pytest.mark.parametrize("kind", [LowRankAccumulator, DiagonalAccumulator])
+@pytest.mark.parametrize("control", ["safety_only", "utility_only"])
+def test_a_relearned_control_sees_one_data_set_alone(case, control, kind, radius):
+    """Dense twin: identities of the same trace and a zero mean in the place of what is left out."""
+    safety, core, make = case
+    three = [make(kind, rows, seed) for rows, seed in ((9, 1), (8, 2), (7, 3))]
+    draw = torch.Generator().manual_seed(4)
+    means = [torch.randn(core.dim, generator=draw, dtype=torch.float64) for _ in range(2)]
+    fisher = PatchedFisher(three[0], three[1], core, benign=three[2], safety_mean=means[0], benign_mean=means[1])
+    method = Sst(coefficients="relearn", control=control, t=2.0, trust=3.0, rho_s=5.0, radius=radius)
+    patch = method.patch({}, safety, fisher)
+    assert method.name == f"SST relearn ({control})"
+    start, found = core.coordinates(safety), core.coordinates(patch.pairs)
+    weights = {"tau": 2.0 * three[0].trace() / three[2].trace(), "trust": 3.0 * three[0].trace() / three[1].trace()}
+    left_out = [0] if control == "utility_only" else [1, 2]
+    dense = [each.dense().numpy() for each in three]
+    for i in left_out:
+        dense[i] = three[i].trace() / core.dim * np.eye(core.dim)
+    kept = [np.zeros(core.dim) if i in left_out else mean.numpy() for i, mean in ((0, means[0]), (2, means[1]))]
+    # The manifest's ridge holds the identity that stands in F_s's or in F_u's place at the patched point.
+    inside = (1.0 if control == "utility_only" else 2.0) * three[0].trace() / core.dim
+    sigma = patch.findings["sigma"] - inside
+    if radius > 1:
+        assert sigma == pytest.approx(5.0 * three[0].trace() / core.dim)
+    else:
+        assert 0.99 * radius <= (found - start).norm() / start.norm() <= radius
+    expected = dense_relearned(dense[0], dense[2], dense[1], *kept, start.numpy(), **weights, sigma=sigma)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-9)
+    assert patch.findings["objective_after"] < patch.findings["objective_before"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,7 +6,8 @@ A Fisher matrix is sign-blind, a mean score is not. With d = c − c0 the minimu
 
     (F_s + τF_u⁺ + aF_u + σI) d = g_s + τg_u⁺ − aF_u c0
 
-and σ > 0 makes it the only one. The quadratic model holds near c0 only: mean scores of a few hundred rows point along
+and σ > 0 makes it the only one. In a control a matrix is left out, and a multiple of the identity in its place: in F_s's
+and F_u⁺'s it is a larger σ, in aF_u's a term ½ s‖c‖², which adds s to the ridge and −s c0 to the right side. The quadratic model holds near c0 only: mean scores of a few hundred rows point along
 thousands of directions that no Fisher matrix of those rows opposes, so with a small σ the step is many times as long as
 the patch, and the model is destroyed. Where a radius is given, σ is the smallest, from the problem's own on, whose step
 is no longer than it: the trust-region step of Moré and Sorensen (SIAM J. Sci. Stat. Comput. 4, 1983).
@@ -38,46 +39,63 @@ class RelearnProblem:
     """What the step is made of.
 
     Attributes:
-        safety: F_s on refusals, at the patched point.
-        benign: F_u⁺ on benign answers, at the patched point.
-        utility: F_u on benign answers, at θ0 + ΔW_u: the trust region.
+        safety: F_s on refusals, at the patched point; None is the zero matrix.
+        benign: F_u⁺ on benign answers, at the patched point; None is the zero matrix.
+        utility: F_u on benign answers, at θ0 + ΔW_u: the trust region; None is the zero matrix.
         safety_mean: (D,) g_s, mean score of refusals with the data's labels, at the patched point.
         benign_mean: (D,) g_u⁺, mean score of benign answers with the data's labels, at the patched point.
         tau: Weight τ of benign answers, at least 0.
         trust: Weight a of the trust region, at least 0.
         sigma: Proximal ridge σ, above 0.
+        shrink: Weight s of ½‖c‖², at least 0.
     """
 
-    safety: Fisher
-    benign: Fisher
-    utility: Fisher
+    safety: Fisher | None
+    benign: Fisher | None
+    utility: Fisher | None
     safety_mean: torch.Tensor
     benign_mean: torch.Tensor
     tau: float
     trust: float
     sigma: float
+    shrink: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.sigma < float("inf") and 0 <= self.tau < float("inf") and 0 <= self.trust < float("inf")):
+        others = self.tau, self.trust, self.shrink
+        if not (0 < self.sigma < float("inf") and all(0 <= value < float("inf") for value in others)):
             raise ValueError(
-                f"sigma is {self.sigma}, tau {self.tau}, trust {self.trust}; expected sigma above 0, others at least 0"
+                f"sigma is {self.sigma}, tau {self.tau}, trust {self.trust}, shrink {self.shrink}; expected sigma above 0, "
+                "others at least 0"
             )
-        dims = [self.safety.dim, self.benign.dim, self.utility.dim, len(self.safety_mean), len(self.benign_mean)]
+        dims = [*(fisher.dim for fisher, _ in self.terms), len(self.safety_mean), len(self.benign_mean)]
         if len(set(dims)) > 1:
             raise ValueError(f"Fisher matrices and mean scores have {dims} coordinates; expected the same in each")
 
+    @property
+    def terms(self) -> list[tuple[Fisher, float]]:
+        """The matrices of the left side and their weights."""
+        three = (self.safety, 1.0), (self.benign, self.tau), (self.utility, self.trust)
+        return [(fisher, weight) for fisher, weight in three if fisher is not None]
+
     def product(self, vector: torch.Tensor) -> torch.Tensor:
-        """(D,) ``(F_s + τF_u⁺ + aF_u + σI) v``."""
-        total = self.safety.matvec(vector) + self.sigma * vector.double()
-        total += self.tau * self.benign.matvec(vector)
-        return total + self.trust * self.utility.matvec(vector)
+        """(D,) ``(F_s + τF_u⁺ + aF_u + (σ + s)I) v``."""
+        total = (self.sigma + self.shrink) * vector.double()
+        for fisher, weight in self.terms:
+            total += weight * fisher.matvec(vector)
+        return total
+
+    def target(self, start: torch.Tensor) -> torch.Tensor:
+        """(D,) right side at c0 (D,), in float64."""
+        total = self.safety_mean.double() + self.tau * self.benign_mean.double() - self.shrink * start.double()
+        return total if self.utility is None else total - self.trust * self.utility.matvec(start)
 
     def objective(self, coefficients: torch.Tensor, start: torch.Tensor) -> float:
         """The function that is minimised, at c (D,), from c0 (D,)."""
         step = coefficients.double() - start.double()
-        curvature = self.safety.energy(step) + self.tau * self.benign.energy(step) + self.sigma * step.square().sum()
-        slope = step @ (self.safety_mean.double() + self.tau * self.benign_mean.double())
-        return float(0.5 * curvature - slope + 0.5 * self.trust * self.utility.energy(coefficients))
+        total = self.sigma * step.square().sum() + self.shrink * coefficients.double().square().sum()
+        for fisher, weight in self.terms:
+            total += weight * fisher.energy(coefficients if fisher is self.utility else step)
+        return float(0.5 * total - step @ (self.safety_mean.double() + self.tau * self.benign_mean.double()))
 
 
 def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float | None = None) -> tuple[torch.Tensor, float]:
@@ -91,8 +109,7 @@ def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float | None =
     Raises:
         ValueError: σ is too small to be seen beside the matrices.
     """
-    target = problem.safety_mean.double() + problem.tau * problem.benign_mean.double()
-    target = target - problem.trust * problem.utility.matvec(start)
+    target = problem.target(start)
     step_at = _steps(problem, target)
     sigma, step = problem.sigma, step_at(problem.sigma)
     if radius is not None and step.norm() > radius:
@@ -120,24 +137,24 @@ def _shortened(
 
 def _steps(problem: RelearnProblem, target: torch.Tensor) -> Callable[[float], torch.Tensor]:
     """A function from σ to the step (D,); what does not depend on σ is computed once."""
-    three = [(problem.safety, 1.0), (problem.benign, problem.tau), (problem.utility, problem.trust)]
-    sides = [(fisher, weight**0.5) for fisher, weight in three if isinstance(fisher, LowRankFisher)]
-    if len(sides) < len(three):
-        whole = torch.stack([weight * diagonal(fisher) for fisher, weight in three]).sum(0)
+    shrink = problem.shrink
+    sides = [(fisher, weight**0.5) for fisher, weight in problem.terms if isinstance(fisher, LowRankFisher)]
+    if len(sides) < len(problem.terms):
+        whole = torch.stack([weight * diagonal(fisher) for fisher, weight in problem.terms]).sum(0) + shrink
         return lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target, whole + sigma)
     stack = ScoreStack([fisher for fisher, _ in sides], [weight for _, weight in sides])
     gram = stack.gram()
 
     def step_at(sigma: float) -> torch.Tensor:
-        ridged = gram.clone()
-        ridged.diagonal().add_(sigma)
+        ridge, ridged = sigma + shrink, gram.clone()
+        ridged.diagonal().add_(ridge)
         lower, failed = torch.linalg.cholesky_ex(ridged)
         if failed:
             raise ValueError("the ridge drowns in rounding, and no step is defined: raise the ridge rho_s")
 
         def solve(right: torch.Tensor) -> torch.Tensor:
             inner = torch.cholesky_solve(stack.times(right)[:, None], lower).squeeze(1)
-            return (right - stack.transposed(inner)) / sigma
+            return (right - stack.transposed(inner)) / ridge
 
         step = solve(target)
         # Woodbury subtracts nearly equal vectors where σ is small: one step of refinement repairs what that costs.

@@ -53,7 +53,8 @@ class Sst(MergeMethod):
         rho_s: Ridge on F_s, relative: σ = rho_s · tr(F_s)/D. Keeps the patch where no calibration row has looked; 0
             drops it there. At least 0, above 0 with ``relearn``.
         control: A control in the method's place: ``random`` directions, as many as the filter keeps; ``safety_only``
-            (F_u a multiple of the identity), ``utility_only`` (F_s one), ``swapped`` Fisher matrices.
+            (F_u a multiple of the identity), ``utility_only`` (F_s one), ``swapped`` Fisher matrices. With ``relearn``
+            only the two in the middle, which then leave the other data set's mean score out as well.
         coefficients: ``filter`` the patch, or ``relearn`` its coefficients in one step on mean signed scores, from
             where these were measured: the whole patch, or, for a second step, a merged adapter of a first one
             (``--model.reference_safety '{logs/merged: 1.0}'`` of the fisher command).
@@ -180,7 +181,8 @@ class Sst(MergeMethod):
                     "method.form interpolating re-learns ΔW_s − ΔW_u, and the mean scores are those of ΔW_u + ΔW_s; "
                     "expected a run with `--model.reference_safety '{safety: 1.0}'`"
                 )
-            return relearned(fisher, whole, RelearnSettings(self.t, self.trust, self.rho_s, self.radius))
+            settings = RelearnSettings(self.t, self.trust, self.rho_s, self.radius, self.control)
+            return relearned(fisher, whole, settings)
         split = {"seed": self.holdout_seed, "eigenpairs": 0 if self.filter == "soft" else self.eigenpairs}
         key = (self.rho, self.rho_s, self._pencil_control, self.form, *split.values())
         if key not in known:

@@ -6,15 +6,19 @@ What is reported as held out is measured as for filters: each half of the rows i
 scores of its own, and judged by the other half,
 
     safety energy kept = cᵀ F_s c / C_sᵀ F_s C_s,     utility tax kept = cᵀ F_u c / C_sᵀ F_u C_s,     means of both
+
+Controls (section 7) leave a data set out, its matrices being multiples of the identity of the same trace and its mean
+score zero: ``safety_only`` the benign rows, ``utility_only`` the refusals.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from src.gevp.relearn import RelearnProblem, relearn
 from src.merge.base import PatchedFisher
+from src.merge.sst_settings import Control
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,20 @@ class RelearnSettings:
         trust: Weight of the utility trust region.
         rho_s: Proximal ridge, above 0.
         radius: Longest step, as a share of the whole patch's norm.
+        control: ``none``, ``safety_only`` or ``utility_only``.
     """
 
     t: float
     trust: float
     rho_s: float
     radius: float
+    control: Control = "none"
 
     def problem(self, fisher: PatchedFisher) -> RelearnProblem:
         """The step's problem, in absolute numbers."""
         trace = fisher.safety.trace()
-        return RelearnProblem(
+        each = trace / fisher.safety.dim
+        problem = RelearnProblem(
             safety=fisher.safety,
             benign=fisher.benign,
             utility=fisher.utility,
@@ -44,8 +51,16 @@ class RelearnSettings:
             benign_mean=fisher.benign_mean,
             tau=self.t * trace / fisher.benign.trace(),
             trust=self.trust * trace / fisher.utility.trace(),
-            sigma=self.rho_s * trace / fisher.safety.dim,
+            sigma=self.rho_s * each,
         )
+        nothing = torch.zeros(problem.safety_mean.shape, dtype=torch.float64)
+        if self.control == "utility_only":
+            return replace(problem, safety=None, safety_mean=nothing, sigma=problem.sigma + each)
+        if self.control == "safety_only":
+            # τF_u⁺ and aF_u have t and trust times the trace of F_s.
+            sigma, shrink = problem.sigma + self.t * each, self.trust * each
+            return replace(problem, benign=None, utility=None, benign_mean=nothing, sigma=sigma, shrink=shrink)
+        return problem
 
 
 def relearned(

@@ -49,8 +49,8 @@ def check_together(filter: FilterName, control: Control, coefficients: Coefficie
     """
     if control == "random" and filter == "soft":
         raise InputError("method.control is 'random' with filter 'soft'; expected topk, energy or threshold")
-    if coefficients == "relearn" and (filter != "soft" or control != "none" or rho_s == 0):
+    if coefficients == "relearn" and (filter != "soft" or control in ("random", "swapped") or rho_s == 0):
         raise InputError(
             f"method.coefficients is 'relearn' with filter {filter!r}, control {control!r} and rho_s {rho_s}; "
-            "expected filter soft, control none and rho_s above 0: nothing is filtered"
+            "expected filter soft, control none, safety_only or utility_only, and rho_s above 0: nothing is filtered"
         )
