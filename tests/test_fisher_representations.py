@@ -11,6 +11,7 @@ from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
 from src.fisher.lowrank_accumulator import LowRankAccumulator
+from src.fisher.magnitude import MagnitudeAccumulator
 from tests.fisher_pass import batches, make_batch, no_bases, run_pass
 from tests.oracles import (
     autograd_scores,
@@ -186,3 +187,21 @@ def test_the_mean_score_is_the_gradient_of_the_mean_log_likelihood(model, encode
 def test_a_pass_without_any_row_is_refused(kind):
     with pytest.raises(ValueError, match="at least one example"):
         kind({"m": (2, 2)}).finish()
+
+
+@pytest.mark.parametrize("kind", [DiagonalAccumulator, MagnitudeAccumulator])
+def test_sums_of_float32_scores_are_kept_in_float64(kind):
+    """A running sum in float32 is off by 2e-6 after these 20 000 scores."""
+    draw = torch.Generator().manual_seed(0)
+    sides = [torch.rand(20_000, 1, side, generator=draw) + 0.5 for side in (3, 5)]
+    accumulator = kind({"m": (3, 5)}, halves=False)
+    for part in torch.arange(20_000).split(4):
+        accumulator.begin(examples(part, [str(i) for i in part.tolist()]))
+        accumulator.update("m", *(side[part] for side in sides))
+    scores = torch.einsum("ntp,ntq->npq", *(side.double() for side in sides)).flatten(1)
+    expected = (scores.square() if kind is DiagonalAccumulator else scores.abs()).mean(0)
+    running = torch.zeros(15)
+    for row in scores.float():
+        running += row.square() if kind is DiagonalAccumulator else row.abs()
+    assert error(running.double() / 20_000, expected) > 1e-6
+    assert error(accumulator.finish().mean("m"), expected) < 2e-7
