@@ -195,7 +195,7 @@ def test_sums_of_float32_scores_are_kept_in_float64(kind):
     draw = torch.Generator().manual_seed(0)
     sides = [torch.rand(20_000, 1, side, generator=draw) + 0.5 for side in (3, 5)]
     accumulator = kind({"m": (3, 5)}, halves=False)
-    for part in torch.arange(20_000).split(4):
+    for part in torch.arange(20_000).split(40):
         accumulator.begin(examples(part, [str(i) for i in part.tolist()]))
         accumulator.update("m", *(side[part] for side in sides))
     scores = torch.einsum("ntp,ntq->npq", *(side.double() for side in sides)).flatten(1)
