@@ -1,9 +1,9 @@
 """The diagonal of the Fisher matrix, ``f_j = (1/n) Σ_i g_{i,j}²``, in core or in weight coordinates.
 
 Every example's score is squared by itself: the square of a batch's mean gradient is smaller by about the batch size
-(1905.12558). In weight coordinates g_i = Σ_t δ_t x_tᵀ is as large as the weight, so rows are taken a few at a time, in the
-format of their scores; what these few add up to is added to a sum in float64.
-:mod:`src.fisher.magnitude` takes the mean of |g| in the same way.
+(1905.12558). In weight coordinates g_i = Σ_t δ_t x_tᵀ is as large as the weight, so rows are taken a few at a time, in
+the format of their scores; what these few add up to is added to a sum in float64. :mod:`src.fisher.magnitude` takes the
+mean of |g| in the same way.
 
 Legend of shapes: N examples, T tokens, p and q sides of a core (O and I of a weight), H halves of the examples.
 """

@@ -6,8 +6,10 @@ A Fisher matrix is sign-blind, a mean score is not. With d = c − c0 the minimu
 
     (F_s + τF_u⁺ + aF_u + σI) d = g_s + τg_u⁺ − aF_u c0
 
-and σ > 0 makes it the only one. In a control a matrix is left out, and a multiple of the identity in its place: in F_s's
-and F_u⁺'s it is a larger σ, in aF_u's a term ½ s‖c‖², which adds s to the ridge and −s c0 to the right side. The quadratic model holds near c0 only: mean scores of a few hundred rows point along
+and σ > 0 makes it the only one. In a control a matrix is left out, and a multiple of the identity in its place: in
+F_s's and F_u⁺'s it is a larger σ, in aF_u's a term ½ s‖c‖², which adds s to the ridge and −s c0 to the right side.
+
+The quadratic model holds near c0 only: mean scores of a few hundred rows point along
 thousands of directions that no Fisher matrix of those rows opposes, so with a small σ the step is many times as long as
 the patch, and the model is destroyed. Where a radius is given, σ is the smallest, from the problem's own on, whose step
 is no longer than it: the trust-region step of Moré and Sorensen (SIAM J. Sci. Stat. Comput. 4, 1983).
@@ -64,8 +66,8 @@ class RelearnProblem:
         others = self.tau, self.trust, self.shrink
         if not (0 < self.sigma < float("inf") and all(0 <= value < float("inf") for value in others)):
             raise ValueError(
-                f"sigma is {self.sigma}, tau {self.tau}, trust {self.trust}, shrink {self.shrink}; expected sigma above 0, "
-                "others at least 0"
+                f"sigma is {self.sigma}, tau {self.tau}, trust {self.trust}, shrink {self.shrink}; "
+                "expected sigma above 0, others at least 0"
             )
         dims = [*(fisher.dim for fisher, _ in self.terms), len(self.safety_mean), len(self.benign_mean)]
         if len(set(dims)) > 1:

@@ -17,6 +17,12 @@ STYLES = (
     ("#E69F00", "P"),
 )
 EXPERT_STYLES = {"base": ("#666666", "X"), "expert": ("#000000", "*")}
+MARKER = 9
+"""Size of a marker, points."""
+PLACES = [(x, y, side) for x, side in ((7, "left"), (-7, "right")) for y in (8, -8, 16, -16)]
+"""Where a label may stand, in order of preference: points from its marker, and which side of the text is there."""
+Label = tuple[str, float, float, str]
+"""Text, x, y and colour."""
 
 
 def plot_fronts(results: list[ModelResult], path: Path) -> bool:
@@ -32,21 +38,23 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(others), figsize=(5.6 * len(others), 5.4), sharey=True, squeeze=False)
-    for axis, column in zip(axes[0], others, strict=True):
-        _draw(axis, results, column, safety)
+    labels = [_draw(axis, results, column, safety) for axis, column in zip(axes[0], others, strict=True)]
     axes[0][0].set_ylabel(f"{safety}, harmful prompts  (higher is safer)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(6, len(labels)), frameon=False)
+    handles, methods = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, methods, loc="lower center", ncols=min(6, len(methods)), frameon=False)
     figure.suptitle("What safety costs: each method over its strengths, 95 % intervals")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
+    for axis, own in zip(axes[0], labels, strict=True):
+        _place(axis, own)
     # An explicit format: the temporary file's name does not end in .png.
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)
     return True
 
 
-def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> None:
-    styles = iter(STYLES * 4)
+def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> list[Label]:
+    """Draw points, paths and intervals; the labels are placed when the layout stands."""
+    styles, labels = iter(STYLES * 4), []
     for method, group in groupby(results, key=lambda r: r.method if r.alpha is not None else r.name):
         points = [r for r in group if column in r.shares and safety in r.shares]
         if not points:
@@ -60,24 +68,52 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> No
             yerr=[[s.value - s.low for s in y], [s.high - s.value for s in y]],
             color=colour,
             marker=marker,
-            markersize=9,
+            markersize=MARKER,
             elinewidth=0.8,
             alpha=0.9,
             linestyle="-" if len(points) > 1 else "none",
             label=method,
         )
-        # Every other path is labelled below its points: at like refusal the labels of two would lie on each other.
-        below = marker in [style[1] for style in STYLES[1::2]] or points[0].name == "utility"
         for point, sx, sy in zip(points, x, y, strict=True):
             text = f"α={point.alpha:g}" if point.alpha is not None else point.name
-            axis.annotate(
+            labels.append((text, sx.value, sy.value, colour))
+    better = "lower is better" if column.startswith("over") else "higher is better"
+    axis.set(xlabel=f"{column}  ({better})", xlim=(-0.04, 1.08), ylim=(-0.08, 1.08))
+    axis.grid(alpha=0.25)
+    return labels
+
+
+def _place(axis: Any, labels: list[Label]) -> None:
+    """Write each label where it covers as few markers and earlier labels as it can, inside of the axes."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    renderer, frame = axis.figure.canvas.get_renderer(), axis.get_window_extent()
+    half = MARKER / 2 * axis.figure.dpi / 72
+    centres = [axis.transData.transform((x, y)) for _, x, y, _ in labels]
+    taken = [Bbox([centre - half, centre + half]) for centre in centres]
+    for text, x, y, colour in labels:
+
+        def written(place: tuple[int, int, str], text: str = text, at: Any = (x, y), colour: str = colour) -> Any:
+            return axis.annotate(
                 text,
-                (sx.value, sy.value),
-                xytext=(7, -13 if below else 6),
+                at,
+                xytext=place[:2],
                 textcoords="offset points",
+                ha=place[2],
+                va="center",
                 fontsize=8,
                 color=colour,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )
-    better = "lower is better" if column.startswith("over") else "higher is better"
-    axis.set(xlabel=f"{column}  ({better})", xlim=(-0.04, 1.08), ylim=(-0.04, 1.08))
-    axis.grid(alpha=0.25)
+
+        covered = []
+        for place in PLACES:
+            tried = written(place)
+            box = tried.get_window_extent(renderer)
+            tried.remove()
+            inside = all(frame.contains(*corner) for corner in box.corners())
+            covered.append((not inside, sum(box.overlaps(other) for other in taken), len(covered), box))
+        _, _, best, box = min(covered, key=lambda one: one[:3])
+        written(PLACES[best])
+        taken.append(box)
