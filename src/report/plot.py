@@ -107,7 +107,7 @@ def _place(axis: Any, labels: list[Label]) -> None:
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )
 
-        covered = []
+        covered: list[tuple[bool, int, int, Any]] = []
         for place in PLACES:
             tried = written(place)
             box = tried.get_window_extent(renderer)
