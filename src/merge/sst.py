@@ -53,8 +53,8 @@ class Sst(MergeMethod):
         rho_s: Ridge on F_s, relative: σ = rho_s · tr(F_s)/D. Keeps the patch where no calibration row has looked; 0
             drops it there. At least 0, above 0 with ``relearn``.
         control: A control in the method's place: ``random`` directions, as many as the filter keeps; ``safety_only``
-            (F_u a multiple of the identity), ``utility_only`` (F_s one), ``swapped`` Fisher matrices. With ``relearn``
-            only the two in the middle, which then leave the other data set's mean score out as well.
+            (F_u a multiple of the identity), ``utility_only`` (F_s one), ``swapped`` Fisher matrices. ``relearn`` has
+            ``safety_only`` and ``utility_only``, which leave the other data set's mean score out as well.
         coefficients: ``filter`` the patch, or ``relearn`` its coefficients in one step on mean signed scores, from
             where these were measured: the whole patch, or, for a second step, a merged adapter of a first one
             (``--model.reference_safety '{logs/merged: 1.0}'`` of the fisher command).

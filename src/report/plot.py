@@ -2,7 +2,7 @@
 
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.files import write_atomically
 from src.report.results import ModelResult
@@ -19,10 +19,18 @@ STYLES = (
 EXPERT_STYLES = {"base": ("#666666", "X"), "expert": ("#000000", "*")}
 MARKER = 9
 """Size of a marker, points."""
-PLACES = [(x, y, side) for x, side in ((7, "left"), (-7, "right")) for y in (8, -8, 16, -16)]
-"""Where a label may stand, in order of preference: points from its marker, and which side of the text is there."""
-Label = tuple[str, float, float, str]
-"""Text, x, y and colour."""
+Place = tuple[int, int, str]
+"""Where a label stands: points from its marker, to the right and up, and which side of the text is there."""
+PLACES: list[Place] = [(x, y, side) for x, side in ((7, "left"), (-7, "right")) for y in (8, -8, 16, -16)]
+"""Where a label may stand, in order of preference."""
+
+
+class Label(NamedTuple):
+    """What is written beside a point."""
+
+    text: str
+    point: tuple[float, float]
+    colour: str
 
 
 def plot_fronts(results: list[ModelResult], path: Path) -> bool:
@@ -76,7 +84,7 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> li
         )
         for point, sx, sy in zip(points, x, y, strict=True):
             text = f"α={point.alpha:g}" if point.alpha is not None else point.name
-            labels.append((text, sx.value, sy.value, colour))
+            labels.append(Label(text, (sx.value, sy.value), colour))
     better = "lower is better" if column.startswith("over") else "higher is better"
     axis.set(xlabel=f"{column}  ({better})", xlim=(-0.04, 1.08), ylim=(-0.08, 1.08))
     axis.grid(alpha=0.25)
@@ -85,35 +93,37 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> li
 
 def _place(axis: Any, labels: list[Label]) -> None:
     """Write each label where it covers as few markers and earlier labels as it can, inside of the axes."""
-    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     renderer, frame = axis.figure.canvas.get_renderer(), axis.get_window_extent()
     half = MARKER / 2 * axis.figure.dpi / 72
-    centres = [axis.transData.transform((x, y)) for _, x, y, _ in labels]
+    centres = [axis.transData.transform(label.point) for label in labels]
     taken = [Bbox([centre - half, centre + half]) for centre in centres]
-    for text, x, y, colour in labels:
-
-        def written(place: tuple[int, int, str], text: str = text, at: Any = (x, y), colour: str = colour) -> Any:
-            return axis.annotate(
-                text,
-                at,
-                xytext=place[:2],
-                textcoords="offset points",
-                ha=place[2],
-                va="center",
-                fontsize=8,
-                color=colour,
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            )
-
-        covered: list[tuple[bool, int, int, Any]] = []
+    for label in labels:
+        found = []
         for place in PLACES:
-            tried = written(place)
+            tried = _write(axis, label, place)
             box = tried.get_window_extent(renderer)
             tried.remove()
-            inside = all(frame.contains(*corner) for corner in box.corners())
-            covered.append((not inside, sum(box.overlaps(other) for other in taken), len(covered), box))
-        _, _, best, box = min(covered, key=lambda one: one[:3])
-        written(PLACES[best])
+            outside = not all(frame.contains(*corner) for corner in box.corners())
+            found.append((outside, sum(box.overlaps(other) for other in taken), place, box))
+        _, _, place, box = min(found, key=lambda one: one[:2])
+        _write(axis, label, place)
         taken.append(box)
+
+
+def _write(axis: Any, label: Label, place: Place) -> Any:
+    """Write a label on a white rim, which keeps it readable on lines."""
+    from matplotlib.patheffects import withStroke
+
+    return axis.annotate(
+        label.text,
+        label.point,
+        xytext=place[:2],
+        textcoords="offset points",
+        ha=place[2],
+        va="center",
+        fontsize=8,
+        color=label.colour,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+    )
