@@ -48,14 +48,16 @@ def halves_by_name(file):
     return [(part.T @ part / len(part)).numpy() for part in parts]
 
 
-def twin(found, start):
-    """Mean shares over both halves, from dense matrices."""
+def twin(found, start, left_out=()):
+    """Mean shares over both halves, from dense matrices; what is left out fits as an identity with a mean of zero."""
     matrices = {name: halves_by_name(file) for name, file in found.items()}
     kept = []
     for fit in (0, 1):
-        s, u, b = (matrices[name][fit] for name in NAMES)
+        fitted = {name: matrices[name][fit] for name in NAMES}
+        fitted |= {name: np.trace(fitted[name]) / len(start) * np.eye(len(start)) for name in left_out}
+        s, u, b = fitted.values()
         weights = {"tau": STEP["t"] * np.trace(s) / np.trace(b), "trust": STEP["trust"] * np.trace(s) / np.trace(u)}
-        means = [found[name].half_means[fit].numpy() for name in ("safety", "benign")]
+        means = [found[name].half_means[fit].numpy() * (name not in left_out) for name in ("safety", "benign")]
         made = dense_relearned(s, b, u, *means, start, **weights, sigma=STEP["rho_s"] * np.trace(s) / len(start))
         judges = [matrices[name][1 - fit] for name in ("safety", "utility")]
         kept.append([made @ judge @ made / (start @ judge @ start) for judge in judges])
@@ -73,6 +75,19 @@ def test_a_step_fitted_to_one_half_is_judged_by_the_other(adapters, measured, tm
     assert held_out(adapters, f"[{fisher},{fisher}]", tmp_path / "n", *FREE) == pytest.approx(kept, rel=1e-6)
     short = held_out(adapters, fisher, tmp_path / "s", "--method.radius", "1e-6")
     assert short == pytest.approx({"safety_energy_kept": 1.0, "utility_tax_kept": 1.0}, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("control", "left_out"), [("safety_only", ("utility", "benign")), ("utility_only", ("safety",))]
+)
+def test_a_control_is_held_out_like_the_method(adapters, measured, tmp_path, control, left_out):
+    fisher = measured("lowrank", "--model.representation", "lowrank", "--model.relearn", "true")
+    found = files(fisher)
+    start = CoreBasis(found["safety"].u, found["safety"].v).coordinates(read_adapter(adapters["safety"]).pairs)
+    kept = held_out(adapters, fisher, tmp_path / "m", *FREE, "--method.control", control)
+    assert kept == pytest.approx(twin(found, start.numpy(), left_out), rel=1e-6)
+    assert kept != pytest.approx(twin(found, start.numpy()), rel=1e-3)
+    assert read_adapter(tmp_path / "m").manifest["method"] == f"SST relearn ({control})"
 
 
 def test_half_means_are_those_of_the_rows_scores(measured):
