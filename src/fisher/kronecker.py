@@ -91,7 +91,11 @@ class KroneckerFisher(ModuleFisher):
 
 
 class KroneckerAccumulator(Accumulator[KroneckerFisher]):
-    """Accumulates :class:`KroneckerFisher`; no score is ever formed."""
+    """Accumulates :class:`KroneckerFisher`; no score is ever formed.
+
+    The tokens of one backward pass are multiplied in the format that they come in (float32 at least), as in
+    :mod:`src.fisher.diagonal`; sums over passes are float64.
+    """
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
         super().__init__(shapes, halves=halves, allocate=allocate)
@@ -106,9 +110,8 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
             largest = deltas.abs().amax(2)
             relevant = largest > ROUNDING * largest.amax(1, keepdim=True)
             weights = weight[:, None].expand_as(relevant)[relevant]
-            d, z = deltas[relevant].double(), inputs[relevant].double()
-            self._left[name][half] += ((d * weights[:, None]).T @ d).cpu()
-            self._right[name][half] += ((z * weights[:, None]).T @ z).cpu()
+            for sums, tokens in ((self._left, deltas[relevant]), (self._right, inputs[relevant])):
+                sums[name][half] += ((tokens * weights[:, None].to(tokens.dtype)).T @ tokens).cpu()
             self._tokens[name][half] += weights.sum().cpu()
 
     def sums(self) -> Iterator[torch.Tensor]:
