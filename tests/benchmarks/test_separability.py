@@ -1,11 +1,12 @@
 """How well harmful prompts and prompts that only sound harmful are told apart by a linear reading of a base model.
 
 Logistic regression on the hidden state at the last prompt token, layer by layer: what a model that has to decide there
-between refusing and answering can read linearly. Trained on four kinds of rows:
+between refusing and answering can read linearly. Trained on several kinds of rows:
 
 * ``calibration``: the sources that the studies train and calibrate on, none of the prompts' own benchmark;
-* ``own``: those and the borderline prompts of ``src/data/demo`` for training and calibration, of XSTest's kinds but not
-  from it;
+* ``own, calib``, ``own, calib and train``, ``own, all``: those and borderline prompts of ``src/data/demo`` (96, 192 and
+  312), of XSTest's kinds but not from it;
+* ``own, all, and harmful``: those and the 516 harmful requests of ``src/data/demo``;
 * ``other types``: those and XSTest's prompts of all types but the one tested (homonyms, figurative language, …);
 * ``same types``: those and other XSTest prompts of the same types (five folds; near-duplicates by design).
 
@@ -28,9 +29,18 @@ from src.models.base import BaseSpec, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
+DEMO = ROOT / "src" / "data" / "demo"
 SPEC = BaseSpec(**({"name": os.environ["BENCH_MODEL"]} if "BENCH_MODEL" in os.environ else {}))
 EVERY = 3
 """Layers between two readings."""
+SPLITS = ("calib", "train", "eval")
+OWN = {
+    "own, calib": {"borderline": SPLITS[:1]},
+    "own, calib and train": {"borderline": SPLITS[:2]},
+    "own, all": {"borderline": SPLITS},
+    "own, all, and harmful": {"borderline": SPLITS, "harmful": SPLITS},
+}
+"""Splits of the project's own prompts, by their kind."""
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RIDGE = 1e-2
 """Of the regression, on standardised features."""
@@ -97,14 +107,17 @@ def test_how_far_a_linear_reading_tells_harmful_from_harmless():
     harmful, safe = rows("train/safety_refusal.jsonl", 500), rows("calib/borderline.jsonl")
     unsafe_rows, safe_rows = rows("eval/harmful_xstest_unsafe.jsonl"), rows("eval/overrefusal_xstest_safe.jsonl")
     train = [features(model, encoder, given) for given in (harmful, safe + rows("train/instruct.jsonl", 250))]
-    demo = [f"{ROOT}/src/data/demo/borderline.{split}.jsonl" for split in ("calib", "train")]
-    own = features(model, encoder, [row for path in demo for row in load_rows(path, need_response=False)])
+    own = {
+        (kind, split): features(model, encoder, load_rows(f"{DEMO}/{kind}.{split}.jsonl", need_response=False))
+        for kind in ("harmful", "borderline")
+        for split in SPLITS
+    }
     unsafe, borderline = (features(model, encoder, given) for given in (unsafe_rows, safe_rows))
     draw = torch.Generator().manual_seed(0)
     folds = [(torch.randperm(len(given), generator=draw) % 5).tolist() for given in (unsafe, borderline)]
     kinds = {
         "calibration": None,
-        "own": None,
+        **dict.fromkeys(OWN),
         "other types": [types_of(unsafe_rows), types_of(safe_rows)],
         "same types": folds,
     }
@@ -112,8 +125,9 @@ def test_how_far_a_linear_reading_tells_harmful_from_harmless():
         best = None
         for layer in range(unsafe.shape[1]):
             fitted, tested = [part[:, layer] for part in train], (unsafe[:, layer], borderline[:, layer])
-            if kind == "own":
-                fitted[1] = torch.cat([fitted[1], own[:, layer]])
+            for side, name in enumerate(("harmful", "borderline")):
+                added = [own[name, split][:, layer] for split in OWN.get(kind, {}).get(name, ())]
+                fitted[side] = torch.cat([fitted[side], *added])
             if parts is None:
                 one, zero = (scores(*fitted, given).float() for given in tested)
             else:
