@@ -189,15 +189,21 @@ def test_a_pass_without_any_row_is_refused(kind):
         kind({"m": (2, 2)}).finish()
 
 
-@pytest.mark.parametrize("kind", [DiagonalAccumulator, MagnitudeAccumulator])
-def test_sums_of_float32_scores_are_kept_in_float64(kind):
-    """A running sum in float32 is off by 2e-6 after these 20 000 scores."""
+def accumulate_many(accumulator):
+    """20 000 one-token examples in float32, 40 a pass: their output gradients (N, 1, 3) and inputs (N, 1, 5)."""
     draw = torch.Generator().manual_seed(0)
     sides = [torch.rand(20_000, 1, side, generator=draw) + 0.5 for side in (3, 5)]
-    accumulator = kind({"m": (3, 5)}, halves=False)
     for part in torch.arange(20_000).split(40):
         accumulator.begin(examples(part, [str(i) for i in part.tolist()]))
         accumulator.update("m", *(side[part] for side in sides))
+    return sides
+
+
+@pytest.mark.parametrize("kind", [DiagonalAccumulator, MagnitudeAccumulator])
+def test_sums_of_float32_scores_are_kept_in_float64(kind):
+    """A running sum in float32 is off by 2e-6 after these 20 000 scores."""
+    accumulator = kind({"m": (3, 5)}, halves=False)
+    sides = accumulate_many(accumulator)
     scores = torch.einsum("ntp,ntq->npq", *(side.double() for side in sides)).flatten(1)
     expected = (scores.square() if kind is DiagonalAccumulator else scores.abs()).mean(0)
     running = torch.zeros(15)
@@ -209,12 +215,8 @@ def test_sums_of_float32_scores_are_kept_in_float64(kind):
 
 def test_kronecker_factors_of_float32_activations_are_summed_in_float64():
     """As above: a running sum in float32 is off by more than 1e-6."""
-    draw = torch.Generator().manual_seed(0)
-    sides = [torch.rand(20_000, 1, side, generator=draw) + 0.5 for side in (3, 5)]
     accumulator = KroneckerAccumulator({"m": (3, 5)}, halves=False)
-    for part in torch.arange(20_000).split(40):
-        accumulator.begin(examples(part, [str(i) for i in part.tolist()]))
-        accumulator.update("m", *(side[part] for side in sides))
+    sides = accumulate_many(accumulator)
     for found, side in zip(accumulator.finish().factors("m"), sides, strict=True):
         expected = side[:, 0].double().T @ side[:, 0].double() / 20_000
         running = torch.zeros_like(expected, dtype=torch.float32)
