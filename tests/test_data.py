@@ -172,6 +172,19 @@ def test_selection_is_shuffled_by_seed_and_cut(tmp_path):
     assert len(one) == 3
 
 
+def test_one_answer_for_every_row_stands_in_place_of_the_column(tmp_path):
+    lines = ({"prompt": "a"}, {"prompt": "b", "response": "Sure."}, {"prompt": "c", "response": [{"role": "user"}]})
+    path = write(tmp_path / "a.jsonl", *lines)
+    rows = load_rows(RowSource(path, response=" I can't help with that. "), need_response=True)
+    assert [(row.prompt, row.response) for row in rows] == [(p, "I can't help with that.") for p in "abc"]
+    named = write(tmp_path / "goals.jsonl", {"goal": "a", "target": "Sure."})
+    mapping = tmp_path / "goals.yaml"
+    mapping.write_text(f"path: {named}\ncolumns: {{prompt: goal}}\nresponse: I can't help with that.\n")
+    assert [(row.prompt, row.response) for row in load_rows(str(mapping), need_response=True)] == [
+        ("a", "I can't help with that.")
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
@@ -186,6 +199,9 @@ def test_selection_is_shuffled_by_seed_and_cut(tmp_path):
         ([{"prompt": "a"}], {"columns": {"reply": "x"}}, "unknown field 'reply'"),
         ([{"prompt": "a"}], {"where": {"safe": True}}, r"a\.jsonl:1: no column 'safe'"),
         ([{"prompt": "a", "response": "b"}], {"remove": "("}, "remove is not a regular expression"),
+        ([{"prompt": "a"}], {"response": " "}, r"a\.jsonl: response is ' '; expected a text"),
+        ([{"prompt": "a"}], {"response": "no", "remove": "n"}, r"a\.jsonl: response is 'no'; .* neither remove"),
+        ([{"prompt": "a"}], {"response": "no", "columns": {"response": "x"}}, r"neither remove nor columns\.response"),
         ([{"prompt": "a", "response": "b"}], {"skip": 4}, "no rows left of 1"),
         ([{"prompt": "a", "response": "b"}], {"limit": 0}, "limit at least 1"),
     ],

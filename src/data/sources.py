@@ -7,7 +7,7 @@ A source maps the columns of a data set to the fields of a row. Mappings for wel
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ class RowSource:
             leaves a field empty.
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
+        response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
         unique: Keep the first row of each prompt only.
         skip: Number of rows to leave out at the beginning, after shuffling.
         limit: Number of rows to keep at most.
@@ -49,6 +50,7 @@ class RowSource:
     columns: dict[str, str] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
     remove: str | None = None
+    response: str | None = None
     unique: bool = False
     skip: int = 0
     limit: int | None = None
@@ -137,6 +139,9 @@ def load_records(value: Sources | None, build: Callable[[RowSource, int, str, di
     """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
     rows: list[R] = []
     for source in as_sources(value):
+        for name in ("remove", "response"):
+            if getattr(source, name) is not None:
+                raise InputError(f"{source.path}: {name} is for rows of a prompt and an answer; leave it out here")
         found = [
             build(source, number, place, record)
             for number, (place, record) in enumerate(_records(source))
@@ -168,6 +173,13 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
     if unknown := sorted(set(source.columns) - set(FIELDS)):
         raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; expected {', '.join(FIELDS)}")
     remove = _pattern(source)
+    answer = source.response
+    if answer is not None:
+        if not answer.strip() or remove is not None or "response" in source.columns:
+            raise InputError(
+                f"{source.path}: response is {answer!r}; expected a text, and neither remove nor columns.response"
+            )
+        source = replace(source, columns={**source.columns, "response": ""})
     for number, (place, record) in enumerate(_records(source)):
         if any(_column(record, key, place) != value for key, value in source.where.items()):
             continue
@@ -177,7 +189,9 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             raise InputError(
                 f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}"
             )
-        if remove is not None:
+        if answer is not None:
+            values["response"] = answer.strip()
+        elif remove is not None:
             values["response"] = remove.sub("", values["response"])
         if need_response and not values["response"]:
             raise InputError(
