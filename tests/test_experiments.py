@@ -147,6 +147,21 @@ def test_merged_weights_go_once_nobody_waits_for_them(tmp_path):
     assert to_compute(tests, store) == []
 
 
+def test_a_pass_is_merged_and_evaluated_before_the_next_pass_where_that_fills_a_command(tmp_path):
+    engine, _, _ = toy_engine(tmp_path)
+    passes = [Cell("fisher", f"pass {i}", {"i": i}) for i in range(2)]
+    merges = [
+        Cell("merge", f"merge {i}{j}", {"j": j}, {"fisher": (one,)}, batch=f"m{i}")
+        for i, one in enumerate(passes)
+        for j in range(2)
+    ]
+    tests = [Cell("test", f"test {merge.label[-2:]}", {}, {"adapter": (merge,)}, batch="t") for merge in merges]
+    engine.grid, engine.batch_size, order = closure(tests), 2, []
+    engine.compute = lambda batch: order.append(batch[0].label) or {c.key: {"cost": {"seconds": 1.0}} for c in batch}
+    engine.run()
+    assert order == ["pass 0", "merge 00", "test 00", "pass 1", "merge 10", "test 10"]
+
+
 def test_a_training_that_one_evaluation_needs_waits_for_those_of_shared_experts(tmp_path):
     engine, _, _ = toy_engine(tmp_path)
     alone, shared = Cell("fit", "alone", {"n": 1}), Cell("fit", "shared", {"n": 2})
