@@ -193,6 +193,7 @@ def test_weights_that_are_made_again_and_differ_are_told_of(folder, base, rows, 
     assert told() == []
     assert "trained again" not in caplog.text
     shutil.rmtree(folder / "work")
+    first = {path: path.read_text() for path in (folder / "cells").glob("*.json")}
     monkeypatch.setattr(stage, "Stages", partial(Stages, execute=elsewhere))
     add(1.5, 2.0)
     assert caplog.text.count("trained again, and the weights differ from before") == 2
@@ -201,6 +202,12 @@ def test_weights_that_are_made_again_and_differ_are_told_of(folder, base, rows, 
     groups = notes[1].partition("weights: ")[2].split("; ")
     assert "TA, alpha = 1.5, seed 0" in groups[0]
     assert groups[1].endswith(" in TA, alpha = 2, seed 0.")
+    # The first machine's results come back, by git say; the weights are still those of the second.
+    for path, text in first.items():
+        path.write_text(text)
+    add(1.5, 2.0, 3.0)
+    assert ran[-2:] == ["merge", "test"]
+    assert told()[1].endswith(" in TA, alpha = 2, seed 0, TA, alpha = 3, seed 0.")
 
 
 def test_prompts_are_shown_and_not_kept(folder, base, rows):

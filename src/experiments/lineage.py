@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from src.adapters.peft_files import WEIGHTS
 from src.experiments.cell import Cell, closure
-from src.experiments.store import Record, Store
+from src.experiments.store import WITH_WEIGHTS, Record, Store
 from src.files import sha256_file
 
 log = logging.getLogger(__name__)
@@ -21,14 +21,26 @@ SHOWN = 8
 
 
 def trained(cell: Cell, store: Store) -> Trained:
-    """The trained adapters that a cell was made from, its own included; older records tell none."""
+    """The trained adapters that a cell was made from, its own included; older records tell none.
+
+    A parent's weights are asked where they are here, and not its result: that may be of another run of the training.
+    """
     found: dict[str, set[str]] = {}
     for parent in cell.parents:
-        for key, hashes in store.read(parent).get("trained", {}).items():
+        for key, hashes in _of_parent(parent, store).items():
             found.setdefault(key, set()).update(hashes)
     if cell.stage == "fit":
         found[cell.key] = {sha256_file(store.weights(cell) / WEIGHTS)}
     return {key: sorted(hashes) for key, hashes in found.items()}
+
+
+def _of_parent(parent: Cell, store: Store) -> Trained:
+    result: Trained = store.read(parent).get("trained", {})
+    if parent.stage not in WITH_WEIGHTS or not store.has_weights(parent):
+        return result
+    own = {parent.key: [sha256_file(store.weights(parent) / WEIGHTS)]} if parent.stage == "fit" else {}
+    known: Trained = store.read_weights(parent).get("trained", result)  # weights of an older version do not tell
+    return known | own
 
 
 def warn_of_other_weights(cell: Cell, before: Record, now: Record) -> None:

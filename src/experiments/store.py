@@ -60,6 +60,15 @@ class Store:
         record: Record = read_json(self._result(cell), f"the result of {cell.label}")
         return record
 
+    def read_weights(self, cell: Cell) -> Record:
+        """What the weights at hand say of themselves: a result may have come from another machine since.
+
+        Raises:
+            InputError: there are none, or the file is broken.
+        """
+        record: Record = read_json(self.weights(cell) / WHOLE, f"the weights of {cell.label}")
+        return record
+
     def finish(self, cell: Cell, record: Mapping[str, Any]) -> None:
         """Keep what a cell gave: the weights are whole from here on, the result last."""
         known = {
@@ -72,7 +81,7 @@ class Store:
             "source": source_hash(),
         }
         if cell.stage in WITH_WEIGHTS:
-            write_json(self.weights(cell) / WHOLE, known)
+            write_json(self.weights(cell) / WHOLE, known | {"trained": record.get("trained", {})})
         lines = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in (known | dict(record)).items())
         # One key a line: long lists of rows stay small, and a difference between two commits can be read.
         write_text(self._result(cell), "{\n" + ",\n".join(lines) + "\n}\n")
