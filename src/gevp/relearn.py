@@ -29,6 +29,7 @@ import torch
 from src.fisher.base import Fisher
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.iterations import conjugate_gradients
+from src.gevp.kronecker_ridge import KroneckerRidge
 from src.gevp.overlap import diagonal
 from src.gevp.stack import ScoreStack
 
@@ -85,6 +86,20 @@ class RelearnProblem:
         for fisher, weight in self.terms:
             total += weight * fisher.matvec(vector)
         return total
+
+    def within(self, ridge: KroneckerRidge) -> "RelearnProblem":
+        """The same problem with σK in place of σI, in the coordinates in which K is the identity; s has to be 0.
+
+        Raises:
+            ValueError: a matrix is not held as scores.
+        """
+        if self.shrink:
+            raise ValueError(f"shrink is {self.shrink}; expected 0 beside a ridge of Kronecker form")
+        safety, benign, utility = (
+            None if side is None else ridge.fisher(side) for side in (self.safety, self.benign, self.utility)
+        )
+        g_s, g_u = ridge.scores(self.safety_mean), ridge.scores(self.benign_mean)
+        return replace(self, safety=safety, benign=benign, utility=utility, safety_mean=g_s, benign_mean=g_u)
 
     def target(self, start: torch.Tensor) -> torch.Tensor:
         """(D,) right side at c0 (D,), in float64."""

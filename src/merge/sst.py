@@ -24,7 +24,16 @@ from src.gevp.solve import EIGENPAIRS
 from src.merge.base import FisherPair, MergeMethod, Patch, PatchedFisher
 from src.merge.masked import Form
 from src.merge.sst_relearn import RelearnSettings, relearned
-from src.merge.sst_settings import Coefficients, Control, FilterName, check_filter, check_numbers, check_together
+from src.merge.sst_settings import (
+    Coefficients,
+    Control,
+    FilterName,
+    Ridge,
+    check_filter,
+    check_numbers,
+    check_ridge,
+    check_together,
+)
 from src.merge.sst_solved import Solved, solve_once
 
 log = logging.getLogger(__name__)
@@ -63,6 +72,10 @@ class Sst(MergeMethod):
         trust: Weight of the utility trust region of ``relearn``, relative: a = trust · tr(F_s)/tr(F_u). At least 0.
         radius: Longest step of ``relearn``, as a share of the patch's norm; the ridge on F_s grows until the step fits.
             Above 0.
+        ridge: What ``relearn`` holds a step by where no row has looked, and measures its length in: ``identity``, all
+            directions alike, or ``kronecker``, by what benign rows show of each layer's inputs and outputs (K = L ⊗ R,
+            1802.09568); that needs ``lowrank`` Fisher files, of at least some hundred rows.
+        damping: Multiple of the identity beside a ``kronecker`` ridge of mean diagonal 1; above 0.
         eigenpairs: Leading eigenpairs to compute where F_s and F_u have different representations in more than 4 096
             coordinates: filters can keep no more than these. ``soft`` needs none, and computes none there: it then has
             no spectrum to show. At least 1.
@@ -86,6 +99,8 @@ class Sst(MergeMethod):
         form: Form = "additive",
         trust: float = 10.0,
         radius: float = 0.2,
+        ridge: Ridge = "identity",
+        damping: float = 0.1,
         eigenpairs: int = EIGENPAIRS,
         seed: int = 0,
         holdout_seed: int = 0,
@@ -93,11 +108,12 @@ class Sst(MergeMethod):
         check_numbers(rho, rho_s, t, trust, radius)
         check_filter(filter, k, share)
         check_together(filter, control, coefficients, rho_s)
+        check_ridge(ridge, damping, coefficients, control)
         if eigenpairs < 1:
             raise InputError(f"method.eigenpairs is {eigenpairs}; expected at least 1")
         self.filter, self.t, self.k, self.share, self.rho, self.rho_s = filter, t, k, share, rho, rho_s
         self.control, self.coefficients, self.form, self.trust = control, coefficients, form, trust
-        self.radius, self.eigenpairs = radius, eigenpairs
+        self.radius, self.ridge, self.damping, self.eigenpairs = radius, ridge, damping, eigenpairs
         self.seed, self.holdout_seed = seed, holdout_seed
 
     @property
@@ -181,7 +197,8 @@ class Sst(MergeMethod):
                     "method.form interpolating re-learns ΔW_s − ΔW_u, and the mean scores are those of ΔW_u + ΔW_s; "
                     "expected a run with `--model.reference_safety '{safety: 1.0}'`"
                 )
-            settings = RelearnSettings(self.t, self.trust, self.rho_s, self.radius, self.control)
+            numbers = self.t, self.trust, self.rho_s, self.radius
+            settings = RelearnSettings(*numbers, self.control, self.ridge, self.damping)
             return relearned(fisher, whole, settings)
         split = {"seed": self.holdout_seed, "eigenpairs": 0 if self.filter == "soft" else self.eigenpairs}
         key = (self.rho, self.rho_s, self._pencil_control, self.form, *split.values())

@@ -1,6 +1,8 @@
 """Re-learned coefficients of a patch from Fisher files (method.md section 5a): relative settings made absolute.
 
-τ = t · tr(F_s)/tr(F_u⁺),   a = trust · tr(F_s)/tr(F_u),   σ ≥ rho_s · tr(F_s)/D with ‖c − c0‖ ≤ radius · ‖c0‖
+τ = t · tr(F_s)/tr(F_u⁺),   a = trust · tr(F_s)/tr(F_u),   σ ≥ rho_s · tr(F_s)/D with ‖c − c0‖ ≤ radius · ‖C_s‖
+
+With a ridge of Kronecker form (:mod:`src.gevp.kronecker_ridge`) σK stands for σI, and both norms are ‖·‖_K.
 
 What is reported as held out is measured as for filters: each half of the rows is fitted once, by matrices and mean
 scores of its own, and judged by the other half,
@@ -16,9 +18,10 @@ from typing import Any
 
 import torch
 
+from src.gevp.kronecker_ridge import kronecker_ridge
 from src.gevp.relearn import RelearnProblem, relearn
 from src.merge.base import PatchedFisher
-from src.merge.sst_settings import Control
+from src.merge.sst_settings import Control, Ridge
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class RelearnSettings:
         rho_s: Proximal ridge, above 0.
         radius: Longest step, as a share of the whole patch's norm.
         control: ``none``, ``safety_only`` or ``utility_only``.
+        ridge: What the proximal ridge is a multiple of, and the step's length measured in: ``identity`` or
+            ``kronecker``.
+        damping: Multiple of the identity beside a Kronecker ridge.
     """
 
     t: float
@@ -38,6 +44,8 @@ class RelearnSettings:
     rho_s: float
     radius: float
     control: Control = "none"
+    ridge: Ridge = "identity"
+    damping: float = 0.1
 
     def problem(self, fisher: PatchedFisher) -> RelearnProblem:
         """The step's problem, in absolute numbers."""
@@ -74,13 +82,47 @@ def relearned(
         settings: Relative settings.
     """
     start = whole if fisher.start is None else fisher.start
-    problem, length = settings.problem(fisher), whole.norm().item()
-    made, sigma = relearn(problem, start, settings.radius * length)
-    found = {"objective_before": problem.objective(start, start), "objective_after": problem.objective(made, start)}
-    found |= {"step": ((made - start).norm() / length).item() if length else 0.0}
-    found |= {"start_norm": (start.norm() / length).item()} if length and fisher.start is not None else {}
-    found |= {"sigma": sigma, "tau": problem.tau, "trust": problem.trust}
-    return made, found | {"held_out": held_out(fisher.halves, whole, start, settings)}
+    step = _step(fisher, whole, start, settings)
+    objective = step.problem.objective
+    found = {"objective_before": objective(step.start, step.start), "objective_after": objective(step.end, step.start)}
+    found |= {"step": ((step.end - step.start).norm() / step.length).item() if step.length else 0.0}
+    found |= {"start_norm": (start.norm() / whole.norm()).item()} if step.length and fisher.start is not None else {}
+    found |= {"sigma": step.sigma, "tau": step.problem.tau, "trust": step.problem.trust}
+    return step.made, found | {"held_out": held_out(fisher.halves, whole, start, settings)}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step in the coordinates in which its ridge is σI.
+
+    Attributes:
+        problem: What it is made of.
+        start: (D,) where it starts.
+        end: (D,) where it ends.
+        length: Norm of the whole patch.
+        sigma: The ridge that was used.
+        made: (D,) the coefficients where it ends, in the core space's own coordinates.
+    """
+
+    problem: RelearnProblem
+    start: torch.Tensor
+    end: torch.Tensor
+    length: float
+    sigma: float
+    made: torch.Tensor
+
+
+def _step(fisher: PatchedFisher, whole: torch.Tensor, start: torch.Tensor, settings: RelearnSettings) -> _Step:
+    problem = settings.problem(fisher)
+    if settings.ridge == "identity":
+        length = whole.norm().item()
+        made, sigma = relearn(problem, start, settings.radius * length)
+        return _Step(problem, start, made, length, sigma, made)
+    ridge = kronecker_ridge(fisher.benign, fisher.basis.shapes, settings.damping)
+    within, begin = problem.within(ridge), ridge.coordinates(start)
+    length = ridge.coordinates(whole).norm().item()
+    end, sigma = relearn(within, begin, settings.radius * length)
+    return _Step(within, begin, end, length, sigma, ridge.vectors(end))
 
 
 def held_out(
@@ -105,6 +147,6 @@ def held_out(
         before = [side.energy(whole) for side in sides]
         if min(*before, *(f.trace() for f in (fitted.safety, fitted.benign, fitted.utility))) <= 0:
             return None
-        made, _ = relearn(settings.problem(fitted), start, settings.radius * whole.norm().item())
+        made = _step(fitted, whole, start, settings).made
         kept += torch.tensor([side.energy(made) / energy for side, energy in zip(sides, before, strict=True)]) / 2
     return dict(zip(("safety_energy_kept", "utility_tax_kept"), kept.tolist(), strict=True))

@@ -7,6 +7,7 @@ from src.errors import InputError
 FilterName = Literal["soft", "topk", "energy", "threshold"]
 Control = Literal["none", "random", "safety_only", "utility_only", "swapped"]
 Coefficients = Literal["filter", "relearn"]
+Ridge = Literal["identity", "kronecker"]
 
 
 def check_numbers(rho: float, rho_s: float, t: float, trust: float, radius: float) -> None:
@@ -39,6 +40,21 @@ def check_filter(filter: FilterName, k: int | None, share: float | None) -> None
         raise InputError(f"method.k is {k}; expected at least 1")
     if share is not None and not 0 < share <= 1:
         raise InputError(f"method.share is {share}; expected a number above 0 and at most 1")
+
+
+def check_ridge(ridge: Ridge, damping: float, coefficients: Coefficients, control: Control) -> None:
+    """Check the form of the ridge.
+
+    Raises:
+        InputError: it is one of Kronecker form where there is none, or its damping is out of range.
+    """
+    if not 0 < damping < float("inf"):
+        raise InputError(f"method.damping is {damping}; expected a number above 0")
+    if ridge == "kronecker" and (coefficients != "relearn" or control == "safety_only"):
+        raise InputError(
+            f"method.ridge is 'kronecker' with coefficients {coefficients!r} and control {control!r}; expected "
+            "relearn, and control none or utility_only: this ridge is made of benign rows"
+        )
 
 
 def check_together(filter: FilterName, control: Control, coefficients: Coefficients, rho_s: float) -> None:
