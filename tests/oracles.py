@@ -122,7 +122,20 @@ def dense_ridged_kronecker(fisher, ridge):
     return scipy.linalg.block_diag(*blocks)
 
 
-def dense_relearned(dense_s, dense_benign, dense_u, g_s, g_benign, start, *, tau, trust, sigma):
-    """Minimum of the objective of method.md section 5a, from its normal equations at c itself."""
-    proximal = dense_s + tau * dense_benign + sigma * np.eye(len(start))
+def dense_kronecker_ridge(scores, total, shapes, damping):
+    """K of :mod:`src.gevp.kronecker_ridge` by its definition: Kronecker products of sums over single rows."""
+    blocks, first = [], 0
+    for p, q in shapes.values():
+        rows = scores[:, first : first + p * q].reshape(-1, p, q)
+        first += p * q
+        left = sum(row @ row.T for row in rows) / total
+        right = sum(row.T @ row for row in rows) / total
+        blocks.append(np.kron(left, right) / (np.trace(left) or 1.0))
+    each = sum(np.trace(block) for block in blocks) / first
+    return scipy.linalg.block_diag(*blocks) / each + damping * np.eye(first)
+
+
+def dense_relearned(dense_s, dense_benign, dense_u, g_s, g_benign, start, *, tau, trust, sigma, ridge=None):
+    """Minimum of the objective of method.md section 5a, from its normal equations at c itself; ``ridge`` stands for I."""
+    proximal = dense_s + tau * dense_benign + sigma * (np.eye(len(start)) if ridge is None else ridge)
     return np.linalg.solve(proximal + trust * dense_u, proximal @ start + g_s + tau * g_benign)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 
 from src.adapters.basis import CoreBasis
@@ -16,7 +15,7 @@ from src.gevp.kronecker_ridge import kronecker_ridge
 from src.merge.base import PatchedFisher
 from src.merge.sst import Sst
 from src.merge.sst_relearn import RelearnSettings, held_out, relearned
-from tests.oracles import dense_relearned
+from tests.oracles import dense_kronecker_ridge, dense_relearned
 from tests.test_fisher_files import SHAPES, random_fisher
 
 DIM = sum(p * q for p, q in SHAPES.values())
@@ -30,16 +29,7 @@ def draw(seed, *shape):
 
 
 def dense_ridge(fisher, damping):
-    """K by its definition: Kronecker products of sums over single rows."""
-    scores, total, blocks, first = fisher.scores.double().numpy(), fisher.total, [], 0
-    for p, q in SHAPES.values():
-        rows = scores[:, first : first + p * q].reshape(-1, p, q)
-        first += p * q
-        left = sum(row @ row.T for row in rows) / total
-        right = sum(row.T @ row for row in rows) / total
-        blocks.append(np.kron(left, right) / (np.trace(left) or 1.0))
-    each = sum(np.trace(block) for block in blocks) / DIM
-    return scipy.linalg.block_diag(*blocks) / each + damping * np.eye(DIM)
+    return dense_kronecker_ridge(fisher.scores.double().numpy(), fisher.total, SHAPES, damping)
 
 
 def weighted(fisher):
@@ -110,10 +100,8 @@ def test_a_step_equals_the_dense_solve_with_that_ridge(control, radius, start):
     if control == "utility_only":
         s, g_s = 0 * s, 0 * g_s
     ridge = dense_ridge(fisher.benign, 0.2)
-    # The twin takes a multiple of the identity: K minus the identity goes in with F_s.
-    sigma = found["sigma"]
-    held = s + sigma * (ridge - np.eye(DIM))
-    expected = dense_relearned(held, b, u, g_s, fisher.benign_mean.numpy(), begin.numpy(), **weights, sigma=sigma)
+    sigma, g_u = found["sigma"], fisher.benign_mean.numpy()
+    expected = dense_relearned(s, b, u, g_s, g_u, begin.numpy(), **weights, sigma=sigma, ridge=ridge)
     np.testing.assert_allclose(made.numpy(), expected, rtol=1e-7, atol=1e-9)
     length = np.sqrt(whole.numpy() @ ridge @ whole.numpy())
     step = np.sqrt((expected - begin.numpy()) @ ridge @ (expected - begin.numpy())) / length

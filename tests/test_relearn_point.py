@@ -14,7 +14,7 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.fisher.files import load_fisher
 from tests.commands import measured_once
-from tests.oracles import dense_relearned
+from tests.oracles import dense_kronecker_ridge, dense_relearned
 
 STEP = {"t": 2.0, "trust": 3.0, "rho_s": 5.0}
 RELEARN = ["--method", "Sst", "--method.coefficients", "relearn"]
@@ -47,13 +47,16 @@ def patch_of(folder, adapters, basis):
     return basis.coordinates(weighted_sum(pairs, [1.0, -1.0])).numpy()
 
 
-def stepped(fisher, start):
-    """A step from ``start``, by dense matrices."""
+def stepped(fisher, start, damping=None):
+    """A step from ``start``, by dense matrices; under a ridge of Kronecker form where that is damped."""
     files = [load_fisher(fisher / f"{name}.safetensors") for name in ("safety", "benign", "utility")]
     s, b, u = (file.fisher.dense().numpy() for file in files)
     weights = {"tau": STEP["t"] * np.trace(s) / np.trace(b), "trust": STEP["trust"] * np.trace(s) / np.trace(u)}
     means = [file.mean.numpy() for file in files[:2]]
-    return dense_relearned(s, b, u, *means, start, **weights, sigma=STEP["rho_s"] * np.trace(s) / len(start))
+    scores, total, shapes = files[1].fisher.scores.double().numpy(), files[1].fisher.total, files[1].shapes
+    ridge = None if damping is None else dense_kronecker_ridge(scores, total, shapes, damping)
+    sigma = STEP["rho_s"] * np.trace(s) / len(start)
+    return dense_relearned(s, b, u, *means, start, **weights, sigma=sigma, ridge=ridge)
 
 
 def basis_of(fisher):
@@ -95,6 +98,29 @@ def test_a_step_starts_at_the_share_of_the_patch_that_was_measured_at(adapters, 
     whole = basis.coordinates(read_adapter(adapters["safety"]).pairs).numpy()
     made = patch_of(tmp_path / "m", adapters, basis)
     np.testing.assert_allclose(made, stepped(fisher, share * whole), rtol=1e-5, atol=1e-6 * np.linalg.norm(whole))
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--model.basis", "union", "--model.reference_safety", "{utility: 1, safety: 0.5}")]
+)
+def test_a_ridge_of_kronecker_form_is_made_of_the_benign_pass(adapters, measured, tmp_path, flags):
+    fisher, share = measured(f"ridge-{len(flags)}", *flags), 0.5 if flags else 1.0
+    ridge = ["--method.ridge", "kronecker", "--method.damping", "0.3"]
+    assert merge(adapters, fisher, tmp_path / "m", *FREE, *ridge) == 0
+    assert merge(adapters, fisher, tmp_path / "n", *FREE) == 0
+    basis = basis_of(fisher)
+    whole = basis.coordinates(read_adapter(adapters["safety"]).pairs).numpy()
+    made, other = (patch_of(tmp_path / name, adapters, basis) for name in "mn")
+    expected, near = stepped(fisher, share * whole, damping=0.3), 1e-6 * np.linalg.norm(whole)
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=near)
+    assert np.linalg.norm(made - other) > 100 * near
+
+
+def test_a_ridge_of_kronecker_form_without_scores_is_one_line(adapters, measured, tmp_path, capsys):
+    fisher = measured("block", "--model.representation", "block")
+    assert merge(adapters, fisher, tmp_path / "m", *RELEARN, "--method.ridge", "kronecker") == 2
+    assert "method Sst: a ridge of Kronecker form needs lowrank Fisher files, not block" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("reference", ["base", "{safety: 1.0}", "{utility: 2.0, safety: 1.0}"])
