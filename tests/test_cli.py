@@ -50,7 +50,7 @@ def command_of(path):
     """The command that a config under ``configs/`` is for."""
     if "study" in yaml.safe_load(path.read_text(encoding="utf-8")):
         return "experiment"
-    stem = next((c for c in ("merge", "test") if path.stem.startswith(f"{c}_")), path.stem)
+    stem = next((c for c in ("fisher", "merge", "test") if path.stem.startswith(f"{c}_")), path.stem)
     return {"expert": "fit", "safety": "fit", "task_arithmetic": "merge"}.get(stem, stem)
 
 
