@@ -22,8 +22,10 @@ REPORT := $(wildcard src/report/*.py)
 UTILITY := $(DEMO)/utility/adapter_config.json
 SAFETY := $(DEMO)/safety/adapter_config.json
 FISHERS := $(DEMO)/fisher/utility.safetensors
+BETWEEN := $(DEMO)/fisher_between/utility.safetensors
 TA := $(DEMO)/task_arithmetic/alpha-1/adapter_config.json
 SST := $(DEMO)/sst/alpha-1/adapter_config.json
+SST_BETWEEN := $(DEMO)/sst_between/t-8/adapter_config.json
 METRICS := $(DEMO)/test/metrics.json
 TABLE := $(DEMO)/report/table.md
 
@@ -65,6 +67,9 @@ $(FISHERS): configs/fisher.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(S
 	@echo "== 3/6 Fisher information"
 	$(RUN) fisher --config fisher.yaml --overwrite true
 
+$(BETWEEN): configs/fisher_between.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(SAFETY) $(FISHER) | $(READY)
+	$(RUN) fisher --config fisher_between.yaml --overwrite true
+
 $(TA): configs/task_arithmetic.yaml $(UTILITY) $(SAFETY) $(MERGE) | $(READY)
 	$(RUN) merge --config task_arithmetic.yaml --overwrite true
 
@@ -72,8 +77,11 @@ $(SST): configs/merge.yaml $(FISHERS) $(MERGE) | $(READY)
 	@echo "== 4/6 merges"
 	$(RUN) merge --config merge.yaml --overwrite true
 
-$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(SST) $(TA) $(TEST) | $(READY)
-	@echo "== 5/6 evaluation of nine models"
+$(SST_BETWEEN): configs/merge_between.yaml $(BETWEEN) $(MERGE) | $(READY)
+	$(RUN) merge --config merge_between.yaml --overwrite true
+
+$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(FISHERS) $(BETWEEN) $(SST) $(SST_BETWEEN) $(TA) $(TEST) | $(READY)
+	@echo "== 5/6 evaluation of twelve models"
 	$(RUN) test --config test.yaml --output $(DEMO)/test --overwrite true
 
 $(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
@@ -83,8 +91,8 @@ $(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
 demo: $(TABLE)
 	@cat $(TABLE)
 	@echo
-	@echo "adapters   $(DEMO)/utility  $(DEMO)/safety  $(DEMO)/task_arithmetic/alpha-*  $(DEMO)/sst/alpha-*"
-	@echo "Fisher     $(DEMO)/fisher/safety.safetensors  $(DEMO)/fisher/utility.safetensors"
+	@echo "adapters   $(DEMO)/utility  $(DEMO)/safety  $(DEMO)/task_arithmetic/alpha-*  $(DEMO)/sst/alpha-*  $(DEMO)/sst_between/t-*"
+	@echo "Fisher     $(DEMO)/fisher/  $(DEMO)/fisher_between/"
 	@echo "answers    $(DEMO)/test/answers/MODEL/SUITE.jsonl"
 	@echo "table      $(DEMO)/report/table.md  .csv  .json"
 	@echo "plot       $(DEMO)/report/fronts.png"
