@@ -1,12 +1,16 @@
-"""Labels of the plot: beside their points, inside of the axes, and not on each other."""
+"""Labels of the plot: beside their points, inside of the axes, and not on each other; what forms a path."""
 
+import json
 from itertools import combinations
 
 import pytest
 from matplotlib import pyplot
 
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.sst import Sst
+from src.merge.sweep import swept_once, variants
 from src.report.plot import plot_fronts
-from src.report.results import ModelResult, Share
+from src.report.results import ModelResult, Share, load_results
 
 
 def result(name, method, alpha, refusal, over, accuracy):
@@ -52,3 +56,51 @@ def test_labels_stand_beside_their_points_and_not_on_each_other(figures, tmp_pat
             x, y = axis.transData.transform(label.xy)
             assert min(abs(x - box.x0), abs(x - box.x1)) < 10 * point
             assert abs(y - (box.y0 + box.y1) / 2) < 20 * point
+
+
+def loaded(tmp_path, *models):
+    """Results of merges, of which (name, method, alpha) are given."""
+    listed = [
+        {
+            "name": name,
+            "adapter": {"path": name},
+            "manifest": {"kind": "merge", "method": method, "alpha": alpha},
+            "suites": {},
+        }
+        for name, method, alpha in models
+    ]
+    (tmp_path / "metrics.json").write_text(json.dumps({"models": listed}))
+    return [(one.path, one.label) for one in load_results(tmp_path)]
+
+
+def test_a_sweep_at_one_alpha_is_a_path_along_its_option(tmp_path):
+    swept = [(f"s/t-{t}", f"SST relearn, t = {t}", 1.0) for t in (18, 8, 12.5)]
+    labels = ["SST relearn, t = 8", "SST relearn, t = 12.5", "SST relearn, t = 18"]
+    found = loaded(tmp_path, *swept, ("a", "SST soft", 1.0))
+    assert found == [("SST relearn", label) for label in labels] + [("SST soft", "SST soft, α = 1")]
+
+
+def test_a_sweep_at_another_alpha_says_so(tmp_path):
+    found = loaded(tmp_path, ("1", "Ties, combine.density = 0.3", 0.5), ("2", "Ties, combine.density = 0.1", 0.5))
+    path = "Ties, α = 0.5"
+    assert found == [(path, f"{path}, combine.density = {density}") for density in (0.1, 0.3)]
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        [("1", "SST soft, t = 3", 1.0), ("2", "SST soft, t = 5", 0.5)],  # strengths differ: paths along alpha
+        [("1", "SST soft, t = 3", 1.0)],  # one value
+        [("1", "SST soft, rho = 0.1, t = 3", 1.0), ("2", "SST soft, rho = 0.2, t = 5", 1.0)],  # two options
+        [("1", "SST soft, t = 3", 1.0), ("2", "SST relearn, t = 5", 1.0)],  # another method
+    ],
+)
+def test_other_sweeps_have_a_path_along_alpha_for_each_value(tmp_path, models):
+    found = loaded(tmp_path, *models)
+    assert sorted(found) == sorted((method, f"{method}, α = {alpha:g}") for _, method, alpha in models)
+
+
+def test_what_a_merge_writes_is_read_back():
+    point = next(iter(variants(Sst(), TaskArithmetic(), {"t": [0.1 + 0.2]})))
+    assert swept_once(f"SST soft, {point.label}") == ("SST soft", "t", 0.1 + 0.2)
+    assert swept_once("SST soft") is None

@@ -1,5 +1,6 @@
 """The points of a merge: every strength, and every value of the swept options, each with a directory of its own."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,6 +12,7 @@ from src.merge.combination import Combination
 from src.merge.settings import Method, with_option
 
 COMBINE = "combine."
+_SWEPT_ONCE = re.compile(r"(?P<name>[^=]+), (?P<option>[\w.]+) = (?P<value>[^,=]+)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ def _number(value: float) -> str:
     """A number in as few digits as tell it from others."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+def swept_once(method: str) -> tuple[str, str, float] | None:
+    """Name, option and value where a manifest lists a method under one swept value, such as ``SST soft, t = 3``."""
+    found = _SWEPT_ONCE.fullmatch(method)
+    return found and (found["name"], found["option"], float(found["value"]))
 
 
 def strengths(alpha: list[float] | float) -> list[float]:

@@ -63,7 +63,7 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
 def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> list[Label]:
     """Draw points, paths and intervals; the labels are placed when the layout stands."""
     styles, labels = iter(STYLES * 4), []
-    for method, group in groupby(results, key=lambda r: r.method if r.alpha is not None else r.name):
+    for method, group in groupby(results, key=lambda r: r.path):
         points = [r for r in group if column in r.shares and safety in r.shares]
         if not points:
             continue
@@ -83,7 +83,7 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> li
             label=method,
         )
         for point, sx, sy in zip(points, x, y, strict=True):
-            text = f"α={point.alpha:g}" if point.alpha is not None else point.name
+            text = f"{point.strength[0]}={point.strength[1]:g}" if point.strength else point.name
             labels.append(Label(text, (sx.value, sy.value), colour))
     better = "lower is better" if column.startswith("over") else "higher is better"
     axis.set(xlabel=f"{column}  ({better})", xlim=(-0.04, 1.08), ylim=(-0.08, 1.08))

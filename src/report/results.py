@@ -1,11 +1,13 @@
 """Evaluation results as rows of a table: one per model, in the order base, experts, merges by method and strength."""
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
 from src.files import read_json
+from src.merge.sweep import swept_once
 
 COLUMNS = {
     "harmful": ("refusal", "refusal"),
@@ -45,6 +47,7 @@ class ModelResult:
         shares: Column to share.
         collapse: Suite to share of collapsed answers.
         perplexity: Suite to perplexity of the reference answers.
+        swept: The option and value that tell a merge from the others of its path, where alpha does not.
     """
 
     name: str
@@ -53,11 +56,27 @@ class ModelResult:
     shares: dict[str, Share]
     collapse: dict[str, float]
     perplexity: dict[str, float]
+    swept: tuple[str, float] | None = None
+
+    @property
+    def path(self) -> str:
+        """What its points form a path of: a merge method over its strengths, or the model alone."""
+        if self.alpha is None:
+            return self.name
+        if self.swept is None:
+            return self.method
+        name = self.method.rpartition(f", {self.swept[0]} = ")[0]
+        return name if self.alpha == 1 else f"{name}, α = {self.alpha:g}"
+
+    @property
+    def strength(self) -> tuple[str, float] | None:
+        """Name and value of what grows along its path; nothing where it is no merge."""
+        return self.swept or (None if self.alpha is None else ("α", self.alpha))
 
     @property
     def label(self) -> str:
         """Name in tables: a merge is called by method and strength."""
-        return self.name if self.alpha is None else f"{self.method}, α = {self.alpha:g}"
+        return self.path if self.strength is None else f"{self.path}, {self.strength[0]} = {self.strength[1]:g}"
 
 
 def load_results(folder: Path) -> list[ModelResult]:
@@ -70,7 +89,20 @@ def load_results(folder: Path) -> list[ModelResult]:
     record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
     if not isinstance(record, dict) or not record.get("models"):
         raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
-    return sorted((_result(model) for model in record["models"]), key=_order)
+    return sorted(_by_sweep([_result(model) for model in record["models"]]), key=_order)
+
+
+def _by_sweep(found: list[ModelResult]) -> list[ModelResult]:
+    """Merges at one alpha, several of a swept option, lie on a path along that option."""
+    paths = defaultdict(list)
+    for one in found:
+        if one.alpha is not None and (point := swept_once(one.method)):
+            paths[point[:2]].append((one, point))
+    swept: dict[str, tuple[str, float]] = {}
+    for points in paths.values():
+        if len({one.alpha for one, _ in points}) == 1 < len({value for _, (*_, value) in points}):
+            swept |= {one.name: (option, value) for one, (_, option, value) in points}
+    return [replace(one, swept=swept.get(one.name)) for one in found]
 
 
 def _result(model: dict[str, Any]) -> ModelResult:
@@ -99,5 +131,5 @@ def _order(result: ModelResult) -> tuple[int, int, str, float, str]:
     leaf = Path(result.name).name
     expert = EXPERT_ORDER.index(leaf) if leaf in EXPERT_ORDER else len(EXPERT_ORDER)
     # Task arithmetic is the baseline: its block comes before those of other methods.
-    method = "" if result.method == "TaskArithmetic" else result.method
-    return group, expert, method, result.alpha or 0.0, result.name
+    method = "" if result.method == "TaskArithmetic" else result.path
+    return group, expert, method, result.strength[1] if result.strength else 0.0, result.name

@@ -101,7 +101,7 @@ def tradeoff(
     methods: dict[str, list[Scores]] = defaultdict(list)
     for one in results:
         if one.alpha is not None:
-            methods[one.method].append(scores[one.name])
+            methods[one.path].append(scores[one.name])
     fronts = [_front(method, points, reference, attacks_at_most) for method, points in methods.items()]
     return Tradeoff(expert.name, attacks_at_most, costs, fronts)
 
