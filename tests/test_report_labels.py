@@ -77,13 +77,20 @@ def test_a_sweep_at_one_alpha_is_a_path_along_its_option(tmp_path):
     swept = [(f"s/t-{t}", f"SST relearn, t = {t}", 1.0) for t in (18, 8, 12.5)]
     labels = ["SST relearn, t = 8", "SST relearn, t = 12.5", "SST relearn, t = 18"]
     found = loaded(tmp_path, *swept, ("a", "SST soft", 1.0))
-    assert found == [("SST relearn", label) for label in labels] + [("SST soft", "SST soft, α = 1")]
+    assert found == [("SST relearn over t", label) for label in labels] + [("SST soft", "SST soft, α = 1")]
+
+
+def test_a_sweep_and_a_path_of_alphas_of_one_method_are_two_paths(tmp_path):
+    swept = [(f"s/t-{t}", f"SST soft, t = {t}", 1.0) for t in (3, 5)]
+    found = loaded(tmp_path, *swept, *((f"a-{alpha}", "SST soft", alpha) for alpha in (1.0, 1.2)))
+    assert [path for path, _ in found] == ["SST soft", "SST soft", "SST soft over t", "SST soft over t"]
 
 
 def test_a_sweep_at_another_alpha_says_so(tmp_path):
     found = loaded(tmp_path, ("1", "Ties, combine.density = 0.3", 0.5), ("2", "Ties, combine.density = 0.1", 0.5))
     path = "Ties, α = 0.5"
-    assert found == [(path, f"{path}, combine.density = {density}") for density in (0.1, 0.3)]
+    labels = [f"{path}, combine.density = {density}" for density in (0.1, 0.3)]
+    assert found == [(f"{path} over combine.density", label) for label in labels]
 
 
 @pytest.mark.parametrize(
@@ -103,4 +110,5 @@ def test_other_sweeps_have_a_path_along_alpha_for_each_value(tmp_path, models):
 def test_what_a_merge_writes_is_read_back():
     point = next(iter(variants(Sst(), TaskArithmetic(), {"t": [0.1 + 0.2]})))
     assert swept_once(f"SST soft, {point.label}") == ("SST soft", "t", 0.1 + 0.2)
-    assert swept_once("SST soft") is None
+    assert swept_once("SST soft, t = 1e-05") == ("SST soft", "t", 1e-5)
+    assert swept_once("SST soft") is swept_once("of another tool, mode = fast") is None

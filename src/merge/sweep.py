@@ -12,7 +12,7 @@ from src.merge.combination import Combination
 from src.merge.settings import Method, with_option
 
 COMBINE = "combine."
-_SWEPT_ONCE = re.compile(r"(?P<name>[^=]+), (?P<option>[\w.]+) = (?P<value>[^,=]+)")
+_SWEPT_ONCE = re.compile(r"(?P<name>[^=]+), (?P<option>[\w.]+) = (?P<value>-?[\d.]+(?:e[+-]?\d+)?)")
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,7 @@ class ModelResult:
         """What its points form a path of: a merge method over its strengths, or the model alone."""
         if self.alpha is None:
             return self.name
-        if self.swept is None:
-            return self.method
-        name = self.method.rpartition(f", {self.swept[0]} = ")[0]
-        return name if self.alpha == 1 else f"{name}, α = {self.alpha:g}"
+        return self.method if self.swept is None else f"{self._unswept} over {self.swept[0]}"
 
     @property
     def strength(self) -> tuple[str, float] | None:
@@ -76,7 +73,16 @@ class ModelResult:
     @property
     def label(self) -> str:
         """Name in tables: a merge is called by method and strength."""
-        return self.path if self.strength is None else f"{self.path}, {self.strength[0]} = {self.strength[1]:g}"
+        if self.strength is None:
+            return self.name
+        return f"{self._unswept if self.swept else self.method}, {self.strength[0]} = {self.strength[1]:g}"
+
+    @property
+    def _unswept(self) -> str:
+        """Its method, and alpha where that is not 1, without what was swept."""
+        assert self.swept is not None
+        name = self.method.rpartition(f", {self.swept[0]} = ")[0]
+        return name if self.alpha == 1 else f"{name}, α = {self.alpha:g}"
 
 
 def load_results(folder: Path) -> list[ModelResult]:
