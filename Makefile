@@ -22,7 +22,7 @@ REPORT := $(wildcard src/report/*.py)
 UTILITY := $(DEMO)/utility/adapter_config.json
 SAFETY := $(DEMO)/safety/adapter_config.json
 FISHERS := $(DEMO)/fisher/utility.safetensors
-BETWEEN := $(DEMO)/fisher_between/utility.safetensors
+FISHERS_BETWEEN := $(DEMO)/fisher_between/utility.safetensors
 TA := $(DEMO)/task_arithmetic/alpha-1/adapter_config.json
 SST := $(DEMO)/sst/alpha-1/adapter_config.json
 SST_BETWEEN := $(DEMO)/sst_between/t-8/adapter_config.json
@@ -67,7 +67,7 @@ $(FISHERS): configs/fisher.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(S
 	@echo "== 3/6 Fisher information"
 	$(RUN) fisher --config fisher.yaml --overwrite true
 
-$(BETWEEN): configs/fisher_between.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(SAFETY) $(FISHER) | $(READY)
+$(FISHERS_BETWEEN): configs/fisher_between.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(SAFETY) $(FISHER) | $(READY)
 	$(RUN) fisher --config fisher_between.yaml --overwrite true
 
 $(TA): configs/task_arithmetic.yaml $(UTILITY) $(SAFETY) $(MERGE) | $(READY)
@@ -77,10 +77,10 @@ $(SST): configs/merge.yaml $(FISHERS) $(MERGE) | $(READY)
 	@echo "== 4/6 merges"
 	$(RUN) merge --config merge.yaml --overwrite true
 
-$(SST_BETWEEN): configs/merge_between.yaml $(BETWEEN) $(MERGE) | $(READY)
+$(SST_BETWEEN): configs/merge_between.yaml $(FISHERS_BETWEEN) $(MERGE) | $(READY)
 	$(RUN) merge --config merge_between.yaml --overwrite true
 
-$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(FISHERS) $(BETWEEN) $(SST) $(SST_BETWEEN) $(TA) $(TEST) | $(READY)
+$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(FISHERS) $(FISHERS_BETWEEN) $(SST) $(SST_BETWEEN) $(TA) $(TEST) | $(READY)
 	@echo "== 5/6 evaluation of twelve models"
 	$(RUN) test --config test.yaml --output $(DEMO)/test --overwrite true
 
