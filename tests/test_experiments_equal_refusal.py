@@ -106,3 +106,23 @@ def test_without_refusals_or_ours_nothing_is_compared():
     assert gaps(FOUND, CURVES, "nobody") == []
     assert equal_refusal_table([], "A")["rows"] == []
     assert sentences([], "A") == []
+
+
+def test_p_values_are_adjusted_for_every_comparison_of_the_table():
+    answers = scores({name: 0.5 for name in OVER.models}, 5)  # no model differs from another
+    found = gaps(FOUND | {"answer_nll": answers}, CURVES, "A")
+    drawn = {name: resampled_means(one.values, seed=0, draws=4000).numpy() for name, one in FOUND.items()}
+    paths = {name: [REFUSAL.models.index(model) for model in CURVES[name]] for name in "AB"}
+    one, two = (
+        cost_at(np.array(found[0].levels), drawn["refusal"][:, path], drawn["over_refusal"][:, path]).mean(1)
+        for path in (paths["A"], paths["B"])
+    )
+    p = 2 * (1 + min((one <= two).sum(), (one >= two).sum())) / 4001
+    # Two methods share a range with A, on two measures each; the other three comparisons differ by nothing.
+    assert found[0].p_values == {"over_refusal": pytest.approx(4 * p), "answer_nll": 1.0}
+    assert found[1].p_values == {}
+    assert found[2].p_values == {"over_refusal": 1.0, "answer_nll": 1.0}
+    written = equal_refusal_table(found, "A")
+    assert written["rows"][0]["over_refusal_holm"] == pytest.approx(4 * p)
+    assert written["rows"][1]["over_refusal_holm"] == ""
+    assert "for all 4 of this table together: of the 1 differences whose interval excludes 0, 1 also" in written["note"]

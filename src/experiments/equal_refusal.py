@@ -10,11 +10,13 @@ Legend of shapes: S bootstrap draws, K points of a path, L levels of refusal.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from src.experiments.document import Document, bound, column, number, table
-from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores
+from src.experiments.holm import holm
+from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores, two_sided_p
 from src.metrics.bootstrap import Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
@@ -26,6 +28,10 @@ NOTE = (
     "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points; "
     f"neighbours more than {MOST_APART:g} apart leave a gap."
 )
+HOLM = (
+    "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "
+    "the {claims} differences whose interval excludes 0, {kept} also hold at 5 % after adjustment."
+)
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,13 @@ class Gap:
         other: The method that ours is compared with.
         levels: Levels of refusal that both reach; none where the paths have no common range.
         differences: Ours − other by measure, means over the levels.
+        p_values: Of no difference, by measure, after Holm's adjustment for all comparisons of ours.
     """
 
     other: str
     levels: tuple[float, ...]
     differences: Mapping[Measure, Estimate]
+    p_values: Mapping[Measure, float]
 
     def wins(self, measure: Measure) -> int:
         """1 where ours is better, −1 where it is worse, 0 where the interval holds zero."""
@@ -66,9 +74,16 @@ def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], 
         levels = common_levels(refusals)
         for path in refusals:
             levels = levels[covered(levels, path)]
-        parts = {m: _difference(scores["refusal"], scores[m], curves[ours], curves[other], levels) for m in measures}
-        found.append(Gap(other, tuple(levels.tolist()), {m: one for m, one in parts.items() if one is not None}))
-    return found
+        parts = {
+            m: _difference(scores["refusal"], scores[m], curves[ours], curves[other], levels)
+            for m in (measures if len(levels) else ())
+        }
+        found.append((other, tuple(levels.tolist()), parts))
+    adjusted = iter(holm([p for *_, parts in found for _, p in parts.values()]))
+    return [
+        Gap(other, levels, {m: one for m, (one, _) in parts.items()}, {m: next(adjusted) for m in parts})
+        for other, levels, parts in found
+    ]
 
 
 def common_levels(refusals: Sequence[np.ndarray]) -> np.ndarray:
@@ -106,26 +121,34 @@ def _draws(scores: Scores, models: Sequence[str]) -> np.ndarray:
 
 def _difference(
     refusal: Scores, cost: Scores, ours: Sequence[str], other: Sequence[str], levels: np.ndarray
-) -> Estimate | None:
-    if not len(levels):
-        return None
+) -> tuple[Estimate, float]:
+    """The mean difference over the levels with its interval, and the p-value of none."""
     one, two = (cost_at(levels, _draws(refusal, path), _draws(cost, path)).mean(1) for path in (ours, other))
     measured, *_ = drawn = one - two
     low, high = np.quantile(drawn[1:], QUANTILES)
-    return Estimate(float(measured), float(low), float(high), len(cost.rows))
+    return Estimate(float(measured), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
 
 
 def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
     """Differences at equal refusal, a row for each other method."""
     measures = list(dict.fromkeys(measure for gap in found for measure in gap.differences))
     columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
-    columns += [column(measure, f"{MEASURES[measure][0]}, difference") for measure in measures]
+    for measure in measures:
+        columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
+        columns.append(column(f"{measure}_holm", "p (Holm)"))
     rows = []
     for gap in found:
         reached = f"{gap.levels[0]:.2f} – {gap.levels[-1]:.2f}" if gap.levels else "no common range"
-        cells = {measure: number(one) for measure, one in gap.differences.items()}
-        rows.append({"other": gap.other, "range": reached} | dict.fromkeys(measures, "") | cells)
-    return table(f"{ours} at equal refusal (test rows)", columns, rows, note=NOTE)
+        cells: dict[str, Any] = {measure: number(one) for measure, one in gap.differences.items()}
+        cells |= {f"{measure}_holm": p for measure, p in gap.p_values.items()}
+        rows.append({one["key"]: "" for one in columns} | {"other": gap.other, "range": reached} | cells)
+    return table(f"{ours} at equal refusal (test rows)", columns, rows, note=f"{NOTE} {_holm_note(found)}")
+
+
+def _holm_note(found: Sequence[Gap]) -> str:
+    claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
+    count = sum(len(gap.p_values) for gap in found)
+    return HOLM.format(count=count, claims=len(claimed), kept=sum(p < 0.05 for p in claimed))
 
 
 def sentences(found: Sequence[Gap], ours: str) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from src.experiments.store import Record
@@ -118,15 +119,19 @@ class Scores:
         return self._estimate(value, self.draws[:, one] - self.draws[:, two])
 
     def p_value(self, first: str, second: str) -> float:
-        """Two-sided bootstrap p-value of no difference: twice the smaller tail beyond zero, at least 2 / (S + 1)."""
+        """Two-sided bootstrap p-value of no difference."""
         one, two = self.models.index(first), self.models.index(second)
-        drawn = self.draws[:, one] - self.draws[:, two]
-        tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-        return min(1.0, 2 * (tail + 1) / (DRAWS + 1))
+        return two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy())
 
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
         low, high = torch.quantile(drawn, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         return Estimate(value, low, high, len(self.rows))
+
+
+def two_sided_p(drawn: np.ndarray) -> float:
+    """Bootstrap p-value of no difference, of drawn differences (S,): twice the smaller tail, at least 2 / (S + 1)."""
+    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
 
 
 def gathered(
