@@ -284,6 +284,20 @@ def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
     assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
 
 
+def test_mixed_training_sees_the_rows_that_a_calibration_has(folder, base, rows):
+    """Its rows are added to its own, and a draw from them is another one for every seed."""
+    benign = {"path": str(rows["benign"]), "seed": 7, "limit": 3}
+    mixed = {"name": "mixed", "train": "mixed", "strength": {"option": "safety_rows", "values": [2]}, "rows": benign}
+    arguments = {"methods": [mixed]}
+    assert run_study(folder, recipe(base, rows), "SafetyTax", arguments, name="mixed", seeds=(0, 1)) == 0
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    fits = {one["label"]: one for one in cells if one["stage"] == "fit"}
+    for seed in (0, 1):
+        fit = fits[f"mixed, safety_rows = 2, seed {seed}"]
+        assert fit["found"]["rows"]["train"] == 13 + 3 + 2
+        assert [s["seed"] for s in fit["settings"]["data"]["train"] if s["path"] == str(rows["benign"])] == [7 + seed]
+
+
 def test_trainings_beside_other_experts_are_methods_of_the_grid(folder, base, rows):
     """Fine-tuning of the core, and AlignGuard in training: trainings that need cells of their own."""
     guard = {"class_path": "AlignGuard", "init_args": {"k": 4}}
@@ -477,6 +491,7 @@ def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tas
         ("SafetyTax", {"methods": [{"name": "x"}]}, "expected one of method, combine and train"),
         ("SafetyTax", {"methods": [METHODS[0] | {"train": "mixed"}]}, "train takes neither method nor combine"),
         ("SafetyTax", {"methods": [{"name": "x", "train": "core"}]}, "train core needs a method"),
+        ("SafetyTax", {"methods": [METHODS[0] | {"rows": "rows.jsonl"}]}, "rows are for train mixed"),
         ("SafetyTax", {"methods": [METHODS[1] | {"first": {"method": METHODS[1]["method"]}}]}, "coefficients relearn"),
         (
             "SafetyTax",

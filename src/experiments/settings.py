@@ -71,6 +71,8 @@ class MethodSpec:
             ``model.regularizer`` in ``settings``; its Fisher file is measured at the safety expert); a strength other
             than ``safety_rows`` is then a dotted key of ``settings``. ``core`` fine-tunes the safety expert's core on
             the rows of the Fisher passes beside the utility expert; ``method`` then merges what came out.
+        rows: Rows that ``train`` other than ``core`` learns from as well, drawn anew for every seed as those of the
+            Fisher passes: what a calibration has seen, for a baseline that trains on it.
         settings: Settings of the training, nested as in the YAML of ``fit``.
         fisher: Settings of this method's Fisher passes, over those of the study.
         control: A control: shown, and no competitor.
@@ -85,6 +87,7 @@ class MethodSpec:
     rank: int | None = None
     energy: float | None = None
     train: Literal["mixed", "utility", "beside_safety", "core"] | None = None
+    rows: Sources | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     fisher: dict[str, Any] = field(default_factory=dict)
     control: bool = False
@@ -104,10 +107,7 @@ class MethodSpec:
             raise InputError(
                 f"method {self.name}: strength.values is {self.strength.values}; expected different values"
             )
-        if self.train == "core" and self.method is None:
-            raise InputError(f"method {self.name}: train core needs a method that merges the tuned safety expert")
-        if self.train not in (None, "core") and (self.method is not None or self.combine is not None):
-            raise InputError(f"method {self.name}: train takes neither method nor combine")
+        self._check_train()
         if self.train is None and self.method is None and self.combine is None:
             raise InputError(f"method {self.name}: expected one of method, combine and train")
         if self.train is None and self.method is None and self.strength.option == "alpha":
@@ -122,6 +122,14 @@ class MethodSpec:
             raise InputError(f"method {self.name}: expected first or fisher.model.reference_safety, not both")
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
+
+    def _check_train(self) -> None:
+        if self.train == "core" and self.method is None:
+            raise InputError(f"method {self.name}: train core needs a method that merges the tuned safety expert")
+        if self.train not in (None, "core") and (self.method is not None or self.combine is not None):
+            raise InputError(f"method {self.name}: train takes neither method nor combine")
+        if self.rows is not None and self.train in (None, "core"):
+            raise InputError(f"method {self.name}: rows are for train mixed, utility and beside_safety")
 
 
 @dataclass

@@ -27,6 +27,8 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
     if expert is None:
         raise InputError(f"method {spec.name}: train needs recipe.utility")
     train, over, label = list(plain_sources(expert.train)), spec.settings, spec.title(value)
+    if spec.rows is not None:
+        train += grid.drawn_anew(plain_sources(spec.rows), seed)
     if spec.strength.option not in (SAFETY_ROWS, "none"):
         over = layered(over, at_path(spec.strength.option, value))
     if spec.train == "beside_safety":
