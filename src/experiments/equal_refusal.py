@@ -135,7 +135,7 @@ def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
     columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
     for measure in measures:
         columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
-        columns.append(column(f"{measure}_holm", "p (Holm)"))
+        columns.append(column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
     rows = []
     for gap in found:
         reached = f"{gap.levels[0]:.2f} – {gap.levels[-1]:.2f}" if gap.levels else "no common range"
