@@ -87,6 +87,17 @@ def test_holm_agrees_with_the_definition_worked_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
+def test_a_table_too_long_for_its_draws_says_so():
+    scores = gathered({"A": [record(1.0)], "B": [record(0.0)]})
+    hundred = claims(scores, "A", ["B"] * 100, ["refusal"])
+    assert hundred[0].p_value == pytest.approx(2 / 4001)  # no draw on the other side of zero
+    assert "of the 100 claims, 100 also hold at 5 % after adjustment." in claims_table(hundred, "Claims")["note"]
+    assert "none can hold" not in claims_table(hundred, "Claims")["note"]
+    longer = claims_table(claims(scores, "A", ["B"] * 101, ["refusal"]), "Claims")["note"]
+    assert "of the 101 claims, 0 also hold at 5 % after adjustment. 4000 draws give no p-value below 0.0005" in longer
+    assert longer.endswith("among 101 comparisons none can hold.")
+
+
 def test_a_claim_is_made_only_where_the_interval_excludes_zero():
     given = {"A": [record(0.9, over=0.5, seed=1)], "B": [record(0.3, over=0.1, seed=2)], "C": [record(0.88, seed=3)]}
     scores = gathered(given)

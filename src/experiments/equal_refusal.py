@@ -16,7 +16,7 @@ import numpy as np
 
 from src.experiments.document import Document, bound, column, number, table
 from src.experiments.holm import holm
-from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores, two_sided_p
+from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores, too_many, two_sided_p
 from src.metrics.bootstrap import Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
@@ -148,7 +148,7 @@ def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
 def _holm_note(found: Sequence[Gap]) -> str:
     claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
     count = sum(len(gap.p_values) for gap in found)
-    return HOLM.format(count=count, claims=len(claimed), kept=sum(p < 0.05 for p in claimed))
+    return HOLM.format(count=count, claims=len(claimed), kept=sum(p < 0.05 for p in claimed)) + too_many(count)
 
 
 def sentences(found: Sequence[Gap], ours: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from src.experiments.document import Document, bound, column, number, table
 from src.experiments.holm import holm
-from src.experiments.scores import MEASURES, Measure, Scores
+from src.experiments.scores import MEASURES, Measure, Scores, too_many
 from src.metrics.bootstrap import Estimate
 
 NO_DIFFERENCE = "no difference shown"
@@ -85,7 +85,7 @@ def claims_table(found: Sequence[Claim], title: str) -> Document:
     ]
     heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B", "p": "p", "holm": "p (Holm)"}
     columns = [column(key, label) for key, label in (heads | {"claim": "claim"}).items()]
-    note = HOLM.format(count=len(found), claims=len(made), kept=kept)
+    note = HOLM.format(count=len(found), claims=len(made), kept=kept) + too_many(len(found))
     return table(title, columns, rows, note=note)
 
 
