@@ -16,7 +16,8 @@ import numpy as np
 
 from src.experiments.document import Document, bound, column, number, table
 from src.experiments.holm import holm
-from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores, too_many, two_sided_p
+from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores, two_sided_p
+from src.experiments.statements import holm_note
 from src.metrics.bootstrap import Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
@@ -27,10 +28,6 @@ NOTE = (
     f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
     "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points; "
     f"neighbours more than {MOST_APART:g} apart leave a gap."
-)
-HOLM = (
-    "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "
-    "the {claims} differences whose interval excludes 0, {kept} also hold at 5 % after adjustment."
 )
 
 
@@ -142,13 +139,10 @@ def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
         cells: dict[str, Any] = {measure: number(one) for measure, one in gap.differences.items()}
         cells |= {f"{measure}_holm": p for measure, p in gap.p_values.items()}
         rows.append({one["key"]: "" for one in columns} | {"other": gap.other, "range": reached} | cells)
-    return table(f"{ours} at equal refusal (test rows)", columns, rows, note=f"{NOTE} {_holm_note(found)}")
-
-
-def _holm_note(found: Sequence[Gap]) -> str:
     claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
     count = sum(len(gap.p_values) for gap in found)
-    return HOLM.format(count=count, claims=len(claimed), kept=sum(p < 0.05 for p in claimed)) + too_many(count)
+    note = holm_note(claimed, count, "differences whose interval excludes 0")
+    return table(f"{ours} at equal refusal (test rows)", columns, rows, note=f"{NOTE} {note}")
 
 
 def sentences(found: Sequence[Gap], ours: str) -> list[str]:

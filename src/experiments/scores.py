@@ -134,14 +134,6 @@ def two_sided_p(drawn: np.ndarray) -> float:
     return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
 
 
-def too_many(count: int) -> str:
-    """A sentence for a table of so many comparisons that no bootstrap p-value is small enough to hold among them."""
-    least = 2 / (DRAWS + 1)
-    if count * least < 0.05:
-        return ""
-    return f" {DRAWS} draws give no p-value below {least:.5f}: among {count} comparisons none can hold."
-
-
 def gathered(
     records: Mapping[str, Sequence[Record]], split: Split = "all", *, share: float = 0.5, split_seed: int = 0
 ) -> dict[Measure, Scores]:

@@ -6,15 +6,19 @@ from typing import Any
 
 from src.experiments.document import Document, bound, column, number, table
 from src.experiments.holm import holm
-from src.experiments.scores import MEASURES, Measure, Scores, too_many
+from src.experiments.scores import DRAWS, MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
 NO_DIFFERENCE = "no difference shown"
-HOLM = (
+BOOTSTRAP = (
     "Paired bootstrap over prompts of means over seeds, 95 % intervals. A claim is made where the interval of the "
-    "difference excludes 0. Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of "
-    "this table together: of the {claims} claims, {kept} also hold at 5 % after adjustment."
+    "difference excludes 0. "
 )
+HOLM = (
+    "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "
+    "the {claims} {what}, {kept} also hold at 5 % after adjustment."
+)
+TOO_MANY = " {draws} draws give no p-value below {least:.5f}: among {count} comparisons none can hold."
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,6 @@ def claims(
 def claims_table(found: Sequence[Claim], title: str) -> Document:
     """Claims as a table, with the note on multiple comparisons."""
     made = [claim for claim in found if claim.winner is not None]
-    kept = sum(claim.adjusted < 0.05 for claim in made)
     rows: list[dict[str, Any]] = [
         {
             "measure": MEASURES[claim.measure][0],
@@ -85,8 +88,21 @@ def claims_table(found: Sequence[Claim], title: str) -> Document:
     ]
     heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B", "p": "p", "holm": "p (Holm)"}
     columns = [column(key, label) for key, label in (heads | {"claim": "claim"}).items()]
-    note = HOLM.format(count=len(found), claims=len(made), kept=kept) + too_many(len(found))
+    note = BOOTSTRAP + holm_note([claim.adjusted for claim in made], len(found), "claims")
     return table(title, columns, rows, note=note)
+
+
+def holm_note(claimed: Sequence[float], count: int, what: str) -> str:
+    """How many claims of a table hold once adjusted, and where the bootstrap's p-values are too coarse for any to.
+
+    Args:
+        claimed: Adjusted p-values of those that their intervals make.
+        count: Comparisons of the table.
+        what: The claims' name.
+    """
+    note = HOLM.format(count=count, claims=len(claimed), what=what, kept=sum(p < 0.05 for p in claimed))
+    least = 2 / (DRAWS + 1)
+    return note if count * least < 0.05 else note + TOO_MANY.format(draws=DRAWS, least=least, count=count)
 
 
 def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:
