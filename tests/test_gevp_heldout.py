@@ -415,6 +415,22 @@ def test_a_relearned_merge_has_its_map_drawn(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("dim", "title", "scale"),
+    [(4, "Share of the patch kept", "norm kept"), (None, "Re-learned patch", "norm over that of the safety patch")],
+)
+def test_a_map_says_whether_its_patch_is_a_part_of_the_whole(tmp_path, monkeypatch, dim, title, scale):
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda _figure: None)
+    plot_pencil({"kept_by_module": {"model.layers.0.q": 1.2}, "held_out": None, "dim": dim}, tmp_path / "p.png")
+    axis, bar = pyplot.gcf().axes
+    monkeypatch.undo()
+    pyplot.close("all")
+    assert axis.get_title() == f"{title}, by module"
+    assert bar.get_ylabel() == scale
+
+
 def test_a_ridge_that_drowns_in_rounding_is_named():
     with pytest.raises(ValueError, match="raise the ridge rho_s"):
         relearn(problem([LowRankAccumulator] * 3, sigma=1e-25), random_patch())

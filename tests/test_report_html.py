@@ -161,6 +161,17 @@ def test_the_pencil_says_every_number_on_hover():
     assert len(tips) == 3 + 3 + 1 + 9
 
 
+def test_a_relearned_patch_is_not_said_to_be_kept():
+    entry = pencil(dim=None, spectrum=None, curve=None, effective_rank=None, patch_norm_kept=2.9)
+    text = page(document() | {"fronts": [], "pencils": [entry]})
+    assert "This merge has 2.9 times the safety patch&#x27;s norm; on held-out rows" in text
+    assert "Share of the patch kept" not in text
+    assert "norm kept" not in text
+    assert "Re-learned patch, layer by module" in text
+    assert "layer 0, mlp.up: 1.250 times the safety patch's norm" in tips_of(entry)
+    assert "Share of the patch kept, layer by module" in page(with_pencils())
+
+
 def test_the_map_is_darkest_where_most_was_kept_and_a_plot_is_one_stop_of_the_tab_key():
     found = Page(page(with_pencils()))
     assert found.balanced

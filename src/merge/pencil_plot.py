@@ -1,7 +1,8 @@
 """Plots of a merge by SST, from the findings in its manifest.
 
 Three panels: the spectrum (log λ over rank); the safety energy that a growing subspace keeps against the utility tax it
-pays, on held-out rows; and a map of the share of the patch that was kept, layer by module.
+pays, on held-out rows; and a map of the share of the patch that was kept, layer by module. Re-learned coefficients have
+no spectrum, and may be larger than the patch's: their map is of its norm beside the safety patch's.
 """
 
 import re
@@ -98,11 +99,12 @@ def module_grid(kept: Mapping[str, float | None]) -> tuple[list[int], list[str],
 def _modules(axis: Any, findings: Mapping[str, Any]) -> None:
     layers, modules, grid = module_grid(findings["kept_by_module"])
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
-    axis.figure.colorbar(image, ax=axis, label="norm kept")
+    filtered = findings.get("dim") is not None  # Re-learned coefficients solve no pencil.
+    axis.figure.colorbar(image, ax=axis, label="norm kept" if filtered else "norm over that of the safety patch")
     step = max(1, -(-len(layers) // MOST_LABELS))
     axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axis.set_xticks(range(len(modules)), modules, rotation=45, ha="right", fontsize=8)
-    axis.set(ylabel="layer", title="Share of the patch kept, by module")
+    axis.set(ylabel="layer", title=f"{'Share of the patch kept' if filtered else 'Re-learned patch'}, by module")
 
 
 PANELS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {

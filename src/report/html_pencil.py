@@ -30,15 +30,21 @@ def pencil_section(entry: Mapping[str, Any], anchor: str) -> str:
     if pencil is None:
         said = f"The result of this merge (cell {entry['cell']}) holds no spectrum and no map, so none is shown."
         return f'{head}<p class="note">{escape(said)}</p></section>'
-    drawn = [_spectrum(pencil), _curve(pencil), map_panel(pencil["map"], SIZE["width"])]
+    drawn = [_spectrum(pencil), _curve(pencil), map_panel(pencil["map"], SIZE["width"], _is_filtered(pencil))]
     note = "".join(f'<p class="note">{escape(text)}</p>' for text in _notes(entry))
     return f'{head}{note}<div class="panels">{"".join(drawn)}</div></section>'
+
+
+def _is_filtered(pencil: Mapping[str, Any]) -> bool:
+    """Whether a pencil was solved: re-learned coefficients have none, and its size is none of their numbers."""
+    return pencil["dim"] is not None
 
 
 def _notes(entry: Mapping[str, Any]) -> list[str]:
     pencil, numbers = entry["pencil"], []
     if pencil["patch_norm_kept"] is not None:
-        numbers.append(f"kept {pencil['patch_norm_kept']:.3g} of the patch's norm")
+        said = "kept {:.3g} of the" if _is_filtered(pencil) else "has {:.3g} times the safety"
+        numbers.append(f"{said.format(pencil['patch_norm_kept'])} patch's norm")
     if pencil["held_out"]:
         energy, tax = pencil["held_out"]["safety_energy_kept"], pencil["held_out"]["utility_tax_kept"]
         numbers.append(f"on held-out rows {energy:.3g} of its safety energy and {tax:.3g} of its utility tax")
