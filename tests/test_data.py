@@ -204,6 +204,8 @@ def test_one_answer_for_every_row_stands_in_place_of_the_column(tmp_path):
         ([{"prompt": "a"}], {"response": "no", "columns": {"response": "x"}}, r"neither remove nor columns\.response"),
         ([{"prompt": "a", "response": "b"}], {"skip": 4}, "no rows left of 1"),
         ([{"prompt": "a", "response": "b"}], {"limit": 0}, "limit at least 1"),
+        ([{"prompt": "a", "response": "b"}], {"answer_tokens": 0}, r"a\.jsonl: answer_tokens is 0; expected a whole"),
+        ([{"prompt": "a", "response": "b"}], {"answer_tokens": "5"}, r"answer_tokens is .5.; expected a whole"),
     ],
 )
 def test_bad_rows_name_file_line_and_key(tmp_path, lines, options, message):
@@ -233,6 +235,18 @@ def test_only_the_answer_and_its_end_are_scored(tokenizer):
     assert text == encoder.prompt_text("hello") + "yes<|im_end|>"
     assert tokenizer.decode(encoded.ids[encoded.answer_start :]) == "yes<|im_end|>"
     assert encoder.encode(Row("a", "hello")).ids == encoded.prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answer"), [(1, "y"), (3, "yes"), (4, "yes<|im_end|>"), (9, "yes<|im_end|>"), (None, "yes<|im_end|>")]
+)
+def test_an_answer_may_be_cut_to_its_first_tokens(tokenizer, tmp_path, tokens, answer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "hello", "response": "yes"})
+    (row,) = load_rows(RowSource(path, answer_tokens=tokens), need_response=True)
+    assert row.response == "yes"
+    encoded = Encoder(tokenizer).encode(row)
+    assert tokenizer.decode(encoded.ids[encoded.answer_start :]) == answer
+    assert encoded.prompt_ids == Encoder(tokenizer).encode(Row("a", "hello")).ids
 
 
 def test_raw_prompts_need_no_template(tokenizer):
@@ -296,6 +310,19 @@ def test_the_hash_of_rows_tells_order_and_content_apart(rows):
     assert rows_sha256(one) == rows_sha256(two)
     assert rows_sha256(one) != rows_sha256(list(reversed(one)))
     assert rows_sha256(one) != rows_sha256([*one[:-1], replace(one[-1], response="other")])
+    assert rows_sha256(one) != rows_sha256([*one[:-1], replace(one[-1], answer_tokens=5)])
+
+
+def test_rows_of_whole_answers_keep_their_hash():
+    # Of the line {"category": "", "id": "a", "prompt": "b", "response": "c", "source": "d"}.
+    expected = "963029c5efdc5a116f55afd663212fe1800bcb42b93d9d7c328c95116e6b8598"
+    assert rows_sha256([Row("a", "b", "c", source="d")]) == expected
+
+
+def test_evaluation_takes_whole_answers(rows):
+    suite = Suite("a", "utility", RowSource(str(rows["task"]), answer_tokens=2))
+    with pytest.raises(InputError, match=r"suite a: .*: answer_tokens is for training and Fisher passes; leave it out"):
+        suite.load()
 
 
 def test_suites_are_checked(rows):

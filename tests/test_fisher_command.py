@@ -131,6 +131,18 @@ def test_token_scores_sum_to_those_of_their_row(base, adapters, rows, tmp_path):
     assert parts.count > whole.count
 
 
+def test_a_score_of_the_first_tokens_is_the_sum_of_theirs(base, adapters, rows, tmp_path):
+    by_token = [*DATA, "--model.granularity", "token"]
+    parts = run(base, adapters, rows, tmp_path / "parts", *by_token)["safety"].fisher
+    source = json.dumps({"path": str(rows["harmful"]), "answer_tokens": 2})
+    found = run(base, adapters, rows, tmp_path / "out", *DATA, f"--data.safety={source}")["safety"].fisher
+    place = torch.tensor([int((parts.groups[:i] == group).sum()) for i, group in enumerate(parts.groups)])
+    first = place < 2
+    summed = torch.zeros_like(found.scores).index_add_(0, parts.groups[first], parts.scores[first])
+    torch.testing.assert_close(found.scores, summed)
+    assert first.sum() < parts.count
+
+
 def test_random_tokens_need_no_data(base, adapters, rows, tmp_path):
     flags = ["--model.labels", "random_tokens", "--data.safety", "null", "--data.utility", "null"]
     sizes = ["--data.random_rows", "6", "--data.random_prompt", "[2,5]", "--data.random_answer", "[1,4]"]

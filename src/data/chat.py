@@ -17,7 +17,10 @@ SHORTEST = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one row. ``ids[:answer_start]`` is the prompt, the rest the answer with its end token."""
+    """Token ids of one row. ``ids[:answer_start]`` is the prompt, the rest the answer with its end token.
+
+    Of a row with ``answer_tokens`` it is so many tokens of that.
+    """
 
     row: Row
     ids: list[int]
@@ -85,6 +88,7 @@ class Encoder:
         answer: list[int] = []
         if row.response and with_answer:
             answer = [*self.tokenizer(row.response, add_special_tokens=False).input_ids, self.end_id]
+            answer = answer[: row.answer_tokens]
         room = max(self.max_length - len(answer), self.max_length // 2)
         if len(prompt) + len(answer) > self.max_length:
             self.truncated += 1

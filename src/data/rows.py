@@ -12,13 +12,23 @@ from src.errors import InputError
 
 @dataclass(frozen=True)
 class Row:
-    """One example. ``response`` is empty where a data set has prompts only."""
+    """One example.
+
+    Attributes:
+        id: Identifier, unique within its source.
+        prompt: What the user says.
+        response: Reference answer; empty where a data set has prompts only.
+        category: Kind of prompt, where known.
+        source: Where the row was read.
+        answer_tokens: Number of tokens of the answer that are learned or measured, from its first on; nothing is all.
+    """
 
     id: str
     prompt: str
     response: str = ""
     category: str = ""
     source: str = ""
+    answer_tokens: int | None = None
 
     @property
     def prompt_hash(self) -> str:
@@ -30,7 +40,11 @@ def rows_sha256(rows: Iterable[Any]) -> str:
     """SHA-256 of rows (data classes), identifiers included, in their order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        values = asdict(row)
+        # Rows of whole answers have the hash that they had before answers could be cut.
+        if values.get("answer_tokens") is None:
+            values.pop("answer_tokens", None)
+        digest.update(json.dumps(values, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -37,6 +37,8 @@ class RowSource:
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
+        answer_tokens: Learn or measure the first tokens of each answer only, not its end unless it is that short: what
+            decides whether a model refuses (Qi et al., 2406.05946). For training and Fisher passes.
         unique: Keep the first row of each prompt only.
         skip: Number of rows to leave out at the beginning, after shuffling.
         limit: Number of rows to keep at most.
@@ -51,6 +53,7 @@ class RowSource:
     where: dict[str, Any] = field(default_factory=dict)
     remove: str | None = None
     response: str | None = None
+    answer_tokens: int | None = None
     unique: bool = False
     skip: int = 0
     limit: int | None = None
@@ -139,7 +142,7 @@ def load_records(value: Sources | None, build: Callable[[RowSource, int, str, di
     """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
     rows: list[R] = []
     for source in as_sources(value):
-        for name in ("remove", "response"):
+        for name in ("remove", "response", "answer_tokens"):
             if getattr(source, name) is not None:
                 raise InputError(f"{source.path}: {name} is for rows of a prompt and an answer; leave it out here")
         found = [
@@ -180,6 +183,7 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
                 f"{source.path}: response is {answer!r}; expected a text, and neither remove nor columns.response"
             )
         source = replace(source, columns={**source.columns, "response": ""})
+    _check_answer_tokens(source)
     for number, (place, record) in enumerate(_records(source)):
         if any(_column(record, key, place) != value for key, value in source.where.items()):
             continue
@@ -198,7 +202,13 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
                 f"{place}: the row has no answer; expected text in {source.columns.get('response', 'response')!r}"
             )
         values["id"] = values["id"] or f"{Path(source.path).name}/{number}"
-        yield Row(**values, source=source.path)
+        yield Row(**values, source=source.path, answer_tokens=source.answer_tokens)
+
+
+def _check_answer_tokens(source: RowSource) -> None:
+    tokens = source.answer_tokens
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise InputError(f"{source.path}: answer_tokens is {tokens!r}; expected a whole number of at least 1")
 
 
 def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:

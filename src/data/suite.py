@@ -155,7 +155,11 @@ class Suite:
             return load_choices(self.rows)
         if self.kind == "code":
             return load_code(self.rows)
-        return load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+        rows = load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
+        for row in rows:
+            if row.answer_tokens is not None:
+                raise InputError(f"{row.source}: answer_tokens is for training and Fisher passes; leave it out here")
+        return rows
 
 
 def _warn_of_ids(name: str, rows: Sequence[Row]) -> None:
