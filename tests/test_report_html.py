@@ -11,6 +11,7 @@ import pytest
 from src.errors import InputError
 from src.report.html import page, tables_csv, write_report
 from src.report.html_axes import log_ticks, ticks
+from src.report.html_pencil import pencil_tables
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path", "rect"}
 
@@ -169,6 +170,9 @@ def test_a_relearned_patch_is_not_said_to_be_kept():
     assert "norm kept" not in text
     assert "Re-learned patch, layer by module" in text
     assert "layer 0, mlp.up: 1.250 times the safety patch's norm" in tips_of(entry)
+    named = {row["what"] for row in pencil_tables([entry])[0]["rows"]}
+    assert "norm over that of the safety patch, of mlp.up, layer 0" in named
+    assert not any(name.startswith("kept of") for name in named)
     assert "Share of the patch kept, layer by module" in page(with_pencils())
 
 

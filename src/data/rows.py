@@ -40,10 +40,8 @@ def rows_sha256(rows: Iterable[Any]) -> str:
     """SHA-256 of rows (data classes), identifiers included, in their order."""
     digest = hashlib.sha256()
     for row in rows:
-        values = asdict(row)
         # Rows of whole answers have the hash that they had before answers could be cut.
-        if values.get("answer_tokens") is None:
-            values.pop("answer_tokens", None)
+        values = {key: value for key, value in asdict(row).items() if (key, value) != ("answer_tokens", None)}
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 

@@ -8,7 +8,7 @@ no spectrum, and may be larger than the patch's: their map is of its norm beside
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.files import write_atomically
 
@@ -18,6 +18,44 @@ ROUNDING = 1e-12
 MOST_LABELS = 16
 """Most layers that are named."""
 LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+class MapWords(NamedTuple):
+    """What a map says of its numbers: the norm of each module's patch over that of the whole safety patch there.
+
+    Attributes:
+        title: Its title.
+        scale: The name of its scale.
+        one: What a module's number is, with a place for it.
+        whole: The same of the whole patch's.
+        csv: The name of a number in tables, in front of its module's.
+    """
+
+    title: str
+    scale: str
+    one: str
+    whole: str
+    csv: str
+
+
+FILTERED = MapWords("Share of the patch kept", "norm kept", "{} kept", "kept {} of the patch's norm", "kept of")
+RELEARNED = MapWords(
+    "Re-learned patch",
+    "norm over that of the safety patch",
+    "{} times the safety patch's norm",
+    "has {} times the safety patch's norm",
+    "norm over that of the safety patch, of",
+)
+
+
+def map_words(findings: Mapping[str, Any]) -> MapWords:
+    """The words for a merge: a filter keeps a part of the patch, re-learned coefficients may be larger than it.
+
+    Args:
+        findings: Findings of :class:`src.merge.sst.Sst`, or what a study keeps of them. ``dim`` is the size of the
+            pencil that a filter solved; re-learned coefficients solve none.
+    """
+    return RELEARNED if findings.get("dim") is None else FILTERED
 
 
 def plot_pencil(findings: Mapping[str, Any], path: Path) -> None:
@@ -99,12 +137,12 @@ def module_grid(kept: Mapping[str, float | None]) -> tuple[list[int], list[str],
 def _modules(axis: Any, findings: Mapping[str, Any]) -> None:
     layers, modules, grid = module_grid(findings["kept_by_module"])
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
-    filtered = findings.get("dim") is not None  # Re-learned coefficients solve no pencil.
-    axis.figure.colorbar(image, ax=axis, label="norm kept" if filtered else "norm over that of the safety patch")
+    words = map_words(findings)
+    axis.figure.colorbar(image, ax=axis, label=words.scale)
     step = max(1, -(-len(layers) // MOST_LABELS))
     axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axis.set_xticks(range(len(modules)), modules, rotation=45, ha="right", fontsize=8)
-    axis.set(ylabel="layer", title=f"{'Share of the patch kept' if filtered else 'Re-learned patch'}, by module")
+    axis.set(ylabel="layer", title=f"{words.title}, by module")
 
 
 PANELS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {

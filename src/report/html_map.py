@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from src.merge.pencil_plot import MapWords
 from src.report.html_panel import panel, reached
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 8, 92
@@ -13,13 +14,13 @@ MOST_LABELS = 16
 """Most layers that are named."""
 
 
-def map_panel(grid: Mapping[str, Any], width: int, filtered: bool) -> str:
+def map_panel(grid: Mapping[str, Any], width: int, words: MapWords) -> str:
     """The map with its scale.
 
     Args:
         grid: ``layers``, ``modules`` and ``kept``: a row for each layer, nothing where a layer has no such module.
         width: Width of the view box.
-        filtered: Whether the patch is a filtered one; a re-learned one keeps nothing, and may be larger than the whole.
+        words: What its numbers are.
     """
     layers, modules, kept = grid["layers"], grid["modules"], grid["kept"]
     most = max([share for row in kept for share in row if share is not None], default=1.0) or 1.0
@@ -31,18 +32,11 @@ def map_panel(grid: Mapping[str, Any], width: int, filtered: bool) -> str:
             box = (LEFT + place * wide, TOP + row * high, wide, high)
             shapes.append(_tile(box, None if share is None else share / most))
             name = module if layer < 0 else f"layer {layer}, {module}"
-            tips.append(f"{name}: {_said(share, filtered)}")
+            tips.append(f"{name}: {'nothing to keep' if share is None else words.one.format(f'{share:.3f}')}")
     labels = _layer_labels(layers, high) + _module_labels(modules, wide, floor)
-    scale = _scale(most, width, floor + BOTTOM, filtered)
+    scale = _scale(most, width, floor + BOTTOM, words.scale)
     drawing = f'<g class="c0">{reached(shapes, tips, len(modules))}</g>{labels}{scale}'
-    title = "Share of the patch kept" if filtered else "Re-learned patch"
-    return panel(f"{title}, layer by module", drawing, width, round(floor + BOTTOM + SCALE))
-
-
-def _said(share: float | None, filtered: bool) -> str:
-    if share is None:
-        return "nothing to keep"
-    return f"{share:.3f} kept" if filtered else f"{share:.3f} times the safety patch's norm"
+    return panel(f"{words.title}, layer by module", drawing, width, round(floor + BOTTOM + SCALE))
 
 
 def _tile(box: tuple[float, float, float, float], strength: float | None) -> str:
@@ -72,13 +66,13 @@ def _module_labels(modules: Sequence[str], wide: float, floor: float) -> str:
     return "".join(parts)
 
 
-def _scale(most: float, width: int, top: float, filtered: bool) -> str:
+def _scale(most: float, width: int, top: float, name: str) -> str:
     """From nothing to the most that a module kept."""
     steps, long = 20, (width - LEFT - RIGHT) / 20
     tiles = "".join(_tile((LEFT + i * long, top, long, 10), (i + 0.5) / steps) for i in range(steps))
     ends = [
         (LEFT, "start", "0"),
-        ((LEFT + width - RIGHT) / 2, "middle", "norm kept" if filtered else "norm over that of the safety patch"),
+        ((LEFT + width - RIGHT) / 2, "middle", name),
         (width - RIGHT, "end", f"{most:.3g}"),
     ]
     texts = "".join(f'<text x="{x}" y="{top + 26}" text-anchor="{anchor}">{text}</text>' for x, anchor, text in ends)

@@ -8,6 +8,7 @@ from html import escape
 from math import log10
 from typing import Any
 
+from src.merge.pencil_plot import map_words
 from src.report.html_axes import Frame, log_ticks, plain_ticks
 from src.report.html_map import map_panel
 from src.report.html_panel import line_of, panel, points_of
@@ -30,21 +31,15 @@ def pencil_section(entry: Mapping[str, Any], anchor: str) -> str:
     if pencil is None:
         said = f"The result of this merge (cell {entry['cell']}) holds no spectrum and no map, so none is shown."
         return f'{head}<p class="note">{escape(said)}</p></section>'
-    drawn = [_spectrum(pencil), _curve(pencil), map_panel(pencil["map"], SIZE["width"], _is_filtered(pencil))]
+    drawn = [_spectrum(pencil), _curve(pencil), map_panel(pencil["map"], SIZE["width"], map_words(pencil))]
     note = "".join(f'<p class="note">{escape(text)}</p>' for text in _notes(entry))
     return f'{head}{note}<div class="panels">{"".join(drawn)}</div></section>'
-
-
-def _is_filtered(pencil: Mapping[str, Any]) -> bool:
-    """Whether a pencil was solved: re-learned coefficients have none, and its size is none of their numbers."""
-    return pencil["dim"] is not None
 
 
 def _notes(entry: Mapping[str, Any]) -> list[str]:
     pencil, numbers = entry["pencil"], []
     if pencil["patch_norm_kept"] is not None:
-        said = "kept {:.3g} of the" if _is_filtered(pencil) else "has {:.3g} times the safety"
-        numbers.append(f"{said.format(pencil['patch_norm_kept'])} patch's norm")
+        numbers.append(map_words(pencil).whole.format(f"{pencil['patch_norm_kept']:.3g}"))
     if pencil["held_out"]:
         energy, tax = pencil["held_out"]["safety_energy_kept"], pencil["held_out"]["utility_tax_kept"]
         numbers.append(f"on held-out rows {energy:.3g} of its safety energy and {tax:.3g} of its utility tax")
@@ -135,8 +130,8 @@ def _numbers(pencil: Mapping[str, Any] | None) -> dict[str, Any]:
             found[f"held-out {name} kept"] = pencil["held_out"][key]
         for where, value in zip(*((pencil["curve"] or {}).get(k, []) for k in ("position", key)), strict=True):
             found[f"held-out {name} kept, {where:.1%} of the cuts"] = value
-    grid = pencil["map"]
+    grid, name = pencil["map"], map_words(pencil).csv
     for layer, row in zip(grid["layers"], grid["kept"], strict=True):
         for module, value in zip(grid["modules"], row, strict=True):
-            found[f"kept of {module}" + (f", layer {layer}" if layer >= 0 else "")] = value
+            found[f"{name} {module}" + (f", layer {layer}" if layer >= 0 else "")] = value
     return found
