@@ -103,6 +103,16 @@ def test_a_path_is_merged_and_evaluated_with_one_command_each(compared):
     assert sorted(commands) == sorted(["fit", "fit", "fisher", "merge", "merge", "test"])
 
 
+def test_a_comparison_can_be_of_some_of_its_methods_only(base, rows, folder):
+    longer = METHODS[0] | {"name": "TIES", "strength": {"values": [0.5]}}
+    arguments = {"methods": [*METHODS, longer], "ours": "SST", "only": ["SST"]}
+    assert run_study(folder, recipe(base, rows), "Comparison", arguments, name="some") == 0
+    assert ran == []
+    found = document(folder, "some")
+    assert [row["model"].split(" @ ")[0] for row in found["tables"][0]["rows"]] == ["base", "utility", "safety", "SST"]
+    assert not any("left out" in note for note in found["notes"])
+
+
 def test_the_report_says_what_was_measured(compared):
     folder, _ = compared
     found = document(folder)
@@ -485,6 +495,12 @@ def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tas
     ("kind", "arguments", "message"),
     [
         ("Comparison", {"methods": METHODS, "ours": "nobody"}, "study.ours is nobody"),
+        ("Comparison", {"methods": METHODS, "ours": "SST", "only": ["TA"]}, "study.ours is SST"),
+        (
+            "Comparison",
+            {"methods": METHODS, "ours": "SST", "only": ["SST", "TIES"]},
+            "only names TIES; expected some of: TA, SST",
+        ),
         ("Comparison", {"methods": [METHODS[0], METHODS[1] | {"strength": {"values": [1]}}], "ours": "SST"}, "equal"),
         ("SafetyTax", {"methods": [METHODS[0], METHODS[0]]}, "names are TA, TA"),
         ("SafetyTax", {"methods": [METHODS[0] | {"name": "base"}]}, "names are base"),

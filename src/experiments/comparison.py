@@ -25,7 +25,18 @@ from src.experiments.scores import MEASURES, Measure, Scores, gathered
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import Claim, claims, claims_table, tally
 from src.experiments.store import Store
-from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
+from src.experiments.study import (
+    REFERENCES,
+    Plan,
+    Study,
+    check_names,
+    every_path,
+    finished,
+    named,
+    of_methods,
+    paths,
+    records,
+)
 
 UTILITY = "utility"
 CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "task_nll", "answer_nll")
@@ -57,10 +68,14 @@ class Comparison(Study):
         methods: The methods, controls among them; all have as many strengths, but those whose strength option is none.
         ours: The method whose claims are made.
         choice: How strengths are chosen.
+        only: Names of the methods to compute and report; all where none is given.
     """
 
-    def __init__(self, methods: list[MethodSpec], ours: str, choice: Choice | None = None) -> None:
+    def __init__(
+        self, methods: list[MethodSpec], ours: str, choice: Choice | None = None, only: list[str] | None = None
+    ) -> None:
         check_names(methods)
+        methods = named(methods, only)
         if ours not in [method.name for method in methods]:
             raise InputError(f"study.ours is {ours}; expected the name of one of the methods")
         counts = {m.name: len(m.strength.values) for m in methods if m.strength.option != "none"}

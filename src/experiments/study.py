@@ -107,3 +107,16 @@ def check_names(methods: Sequence[MethodSpec]) -> None:
         raise InputError(f"methods: names are {', '.join(names) or 'none'}; expected different ones, not {REFERENCES}")
     for method in methods:
         method.check()
+
+
+def named(methods: list[MethodSpec], only: Sequence[str] | None) -> list[MethodSpec]:
+    """The methods of these names, in the order of the list; all where no name is given.
+
+    Raises:
+        InputError: a name is no method's.
+    """
+    unknown = set(only or ()) - {method.name for method in methods}
+    if unknown:
+        names = ", ".join(method.name for method in methods)
+        raise InputError(f"study.only names {', '.join(sorted(unknown))}; expected some of: {names}")
+    return [method for method in methods if not only or method.name in only]
