@@ -206,6 +206,9 @@ def test_one_answer_for_every_row_stands_in_place_of_the_column(tmp_path):
         ([{"prompt": "a", "response": "b"}], {"limit": 0}, "limit at least 1"),
         ([{"prompt": "a", "response": "b"}], {"answer_tokens": 0}, r"a\.jsonl: answer_tokens is 0; expected a whole"),
         ([{"prompt": "a", "response": "b"}], {"answer_tokens": "5"}, r"answer_tokens is .5.; expected a whole"),
+        ([{"prompt": "a", "response": "b"}], {"weight": 0}, r"a\.jsonl: weight is 0; expected a number above 0"),
+        ([{"prompt": "a", "response": "b"}], {"weight": "2"}, r"weight is .2.; expected a number above 0"),
+        ([{"prompt": "a", "response": "b"}], {"weight": float("nan")}, "weight is nan; expected a number above 0"),
     ],
 )
 def test_bad_rows_name_file_line_and_key(tmp_path, lines, options, message):
@@ -323,6 +326,16 @@ def test_evaluation_takes_whole_answers(rows):
     suite = Suite("a", "utility", RowSource(str(rows["task"]), answer_tokens=2))
     with pytest.raises(InputError, match=r"suite a: .*: answer_tokens is for training and Fisher passes; leave it out"):
         suite.load()
+
+
+def test_weights_are_for_fisher_passes(rows):
+    source = RowSource(str(rows["task"]), weight=2)
+    with pytest.raises(InputError, match=r"suite a: .*: weight is for Fisher passes; leave it out"):
+        Suite("a", "utility", source).load()
+    with pytest.raises(InputError, match="weight is for Fisher passes; leave it out"):
+        ExpertData(train=source, val=str(rows["val"]))
+    with pytest.raises(InputError, match="expected them or weights of rows, not both"):
+        CalibrationData(utility=source, utility_weights=[3.0])
 
 
 def test_suites_are_checked(rows):

@@ -235,7 +235,7 @@ def test_bad_choice_rows_name_place_and_key(tmp_path, change, message):
         load_choices(RowSource(str(path), columns={"keys": "x"}))
 
 
-@pytest.mark.parametrize("options", [{"response": "A"}, {"remove": "x"}, {"answer_tokens": 2}])
+@pytest.mark.parametrize("options", [{"response": "A"}, {"remove": "x"}, {"answer_tokens": 2}, {"weight": 2.0}])
 def test_choice_rows_take_no_option_of_answers(tmp_path, options):
     path = write_jsonl(tmp_path / "mc.jsonl", choice_rows(1))
     with pytest.raises(InputError, match=rf"mc\.jsonl: {next(iter(options))} is for rows of a prompt and an answer"):

@@ -123,6 +123,15 @@ def test_weighted_sources_give_the_weighted_mean(base, adapters, rows, tmp_path)
     torch.testing.assert_close(found.dense(), expected)
 
 
+def test_rows_of_a_source_may_count_more_than_others(base, adapters, rows, tmp_path):
+    plain = run(base, adapters, rows, tmp_path / "plain", *DATA)["utility"].fisher.scores
+    heavy = json.dumps([{"path": str(rows["benign"]), "weight": 8}, str(rows["task"])])
+    found = run(base, adapters, rows, tmp_path / "out", *DATA, f"--data.utility={heavy}")["utility"].fisher
+    benign, task = plain[:9], plain[9:]
+    expected = (8 * benign.T @ benign + task.T @ task) / (8 * 9 + 13)
+    torch.testing.assert_close(found.dense(), expected)
+
+
 def test_token_scores_sum_to_those_of_their_row(base, adapters, rows, tmp_path):
     whole = run(base, adapters, rows, tmp_path / "whole", *DATA)["safety"].fisher
     parts = run(base, adapters, rows, tmp_path / "parts", *DATA, "--model.granularity", "token")["safety"].fisher

@@ -76,6 +76,10 @@ def test_a_rows_weight_is_that_of_its_examples():
     torch.testing.assert_close(found[[0, 2]], torch.tensor([0.75 * 10 / 4, 0.25 * 10 / 6], dtype=torch.float64))
     assert found[0] == found[1]
     assert found[2] == found[4]
+    # Rows of the second source count twice: as its 6 tokens times 2 beside 4 do.
+    twice = example_weights([1, 3, 2, 0, 4], [2, 3], None, [1.0, 2.0])
+    torch.testing.assert_close(twice, example_weights([1, 3, 2, 0, 4], [2, 3], [4.0, 12.0]))
+    torch.testing.assert_close(twice[2] / twice[0], torch.tensor(2.0, dtype=torch.float64))
     with pytest.raises(InputError, match="no row of source 2 has an answer token"):
         example_weights([1, 0], [1, 1], None)
 

@@ -24,7 +24,7 @@ class CalibrationData(TokenizedData):
         safety: Harmful prompts with refusals (F_s).
         utility: Benign prompts with good answers (F_u): task rows, general instructions and borderline-safe prompts.
         utility_weights: Weight of each source of ``utility`` in the mean F_u = Σ w_k F_k / Σ w_k; unset weighs each by
-            its number of rows.
+            its number of rows, times their ``weight``.
         random_rows: Number of rows of random tokens, where labels are ``random_tokens``.
         random_prompt: Least and greatest number of random tokens in a prompt.
         random_answer: Least and greatest number of random tokens in an answer.
@@ -58,6 +58,9 @@ class CalibrationData(TokenizedData):
             raise InputError(
                 f"data.utility_weights is {utility_weights}; expected {given} numbers above 0, finite, one a source"
             )
+        self.row_weights = {"safety": _weights(safety), "utility": _weights(utility)}
+        if utility_weights is not None and set(self.row_weights["utility"]) != {1.0}:
+            raise InputError("data.utility_weights weigh whole sources; expected them or weights of rows, not both")
         self.source_weights = {"safety": None, "utility": utility_weights}
         if random_rows < 1:
             raise InputError(f"data.random_rows is {random_rows}; expected at least 1")
@@ -117,6 +120,11 @@ class CalibrationData(TokenizedData):
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per pass; every row exactly once, filled up by batches of weight 0 to equal numbers of steps."""
         return [self.loader(self.encoded[name], even=True) for name in self._passes]
+
+
+def _weights(sources: Sources | None) -> list[float]:
+    """Of each source, what one of its rows counts."""
+    return [float(source.weight) for source in as_sources(sources)]
 
 
 def row_weights(counts: list[int], weights: list[float] | None) -> torch.Tensor:

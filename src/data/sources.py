@@ -39,6 +39,7 @@ class RowSource:
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
         answer_tokens: Learn or measure the first tokens of each answer only, not its end unless it is that short: what
             decides whether a model refuses (Qi et al., 2406.05946). For training and Fisher passes.
+        weight: How much each row counts in the mean beside rows of other sources; above 0. For Fisher passes.
         unique: Keep the first row of each prompt only.
         skip: Number of rows to leave out at the beginning, after shuffling.
         limit: Number of rows to keep at most.
@@ -54,6 +55,7 @@ class RowSource:
     remove: str | None = None
     response: str | None = None
     answer_tokens: int | None = None
+    weight: float = 1.0
     unique: bool = False
     skip: int = 0
     limit: int | None = None
@@ -135,16 +137,22 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     return rows
 
 
+def refuse(value: Sources | None, purpose: str, *names: str) -> None:
+    """Stop at a source that sets one of these options, which are for another purpose."""
+    for source in as_sources(value):
+        for name in names:
+            if getattr(source, name) not in (None, 1.0):
+                raise InputError(f"{source.path}: {name} is for {purpose}; leave it out here")
+
+
 R = TypeVar("R", bound=Row)
 
 
 def load_records(value: Sources | None, build: Callable[[RowSource, int, str, dict[str, Any]], R]) -> list[R]:
     """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
     rows: list[R] = []
+    refuse(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight")
     for source in as_sources(value):
-        for name in ("remove", "response", "answer_tokens"):
-            if getattr(source, name) is not None:
-                raise InputError(f"{source.path}: {name} is for rows of a prompt and an answer; leave it out here")
         found = [
             build(source, number, place, record)
             for number, (place, record) in enumerate(_records(source))
@@ -183,7 +191,7 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
                 f"{source.path}: response is {answer!r}; expected a text, and neither remove nor columns.response"
             )
         source = replace(source, columns={**source.columns, "response": ""})
-    _check_answer_tokens(source)
+    _check_numbers(source)
     for number, (place, record) in enumerate(_records(source)):
         if any(_column(record, key, place) != value for key, value in source.where.items()):
             continue
@@ -205,10 +213,12 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
         yield Row(**values, source=source.path, answer_tokens=source.answer_tokens)
 
 
-def _check_answer_tokens(source: RowSource) -> None:
-    tokens = source.answer_tokens
+def _check_numbers(source: RowSource) -> None:
+    tokens, weight = source.answer_tokens, source.weight
     if tokens is not None and (type(tokens) is not int or tokens < 1):
         raise InputError(f"{source.path}: answer_tokens is {tokens!r}; expected a whole number of at least 1")
+    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+        raise InputError(f"{source.path}: weight is {weight!r}; expected a number above 0, finite")
 
 
 def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:
