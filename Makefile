@@ -25,7 +25,7 @@ FISHERS := $(DEMO)/fisher/utility.safetensors
 FISHERS_BETWEEN := $(DEMO)/fisher_between/utility.safetensors
 TA := $(DEMO)/task_arithmetic/alpha-1/adapter_config.json
 SST := $(DEMO)/sst/alpha-1/adapter_config.json
-SST_BETWEEN := $(DEMO)/sst_between/t-8/adapter_config.json
+SST_BETWEEN := $(DEMO)/sst_between/t-5/adapter_config.json
 METRICS := $(DEMO)/test/metrics.json
 TABLE := $(DEMO)/report/table.md
 
