@@ -322,8 +322,9 @@ def test_rows_of_whole_answers_keep_their_hash():
     assert rows_sha256([Row("a", "b", "c", source="d")]) == expected
 
 
-def test_evaluation_takes_whole_answers(rows):
-    suite = Suite("a", "utility", RowSource(str(rows["task"]), answer_tokens=2))
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_evaluation_takes_whole_answers(rows, tokens):
+    suite = Suite("a", "utility", RowSource(str(rows["task"]), answer_tokens=tokens))
     with pytest.raises(InputError, match=r"suite a: .*: answer_tokens is for training and Fisher passes; leave it out"):
         suite.load()
 

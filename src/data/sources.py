@@ -141,7 +141,7 @@ def refuse(value: Sources | None, purpose: str, *names: str) -> None:
     """Stop at a source that sets one of these options, which are for another purpose."""
     for source in as_sources(value):
         for name in names:
-            if getattr(source, name) not in (None, 1.0):
+            if getattr(source, name) != getattr(RowSource, name):
                 raise InputError(f"{source.path}: {name} is for {purpose}; leave it out here")
 
 
