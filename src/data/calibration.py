@@ -58,8 +58,8 @@ class CalibrationData(TokenizedData):
             raise InputError(
                 f"data.utility_weights is {utility_weights}; expected {given} numbers above 0, finite, one a source"
             )
-        self.row_weights = {"safety": _weights(safety), "utility": _weights(utility)}
-        if utility_weights is not None and set(self.row_weights["utility"]) != {1.0}:
+        self.weights_per_row = {"safety": _weights_per_row(safety), "utility": _weights_per_row(utility)}
+        if utility_weights is not None and set(self.weights_per_row["utility"]) != {1.0}:
             raise InputError("data.utility_weights weigh whole sources; expected them or weights of rows, not both")
         self.source_weights = {"safety": None, "utility": utility_weights}
         if random_rows < 1:
@@ -122,7 +122,7 @@ class CalibrationData(TokenizedData):
         return [self.loader(self.encoded[name], even=True) for name in self._passes]
 
 
-def _weights(sources: Sources | None) -> list[float]:
+def _weights_per_row(sources: Sources | None) -> list[float]:
     """Of each source, what one of its rows counts."""
     return [float(source.weight) for source in as_sources(sources)]
 

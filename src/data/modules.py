@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from src.data.batches import WINDOW, Batch, batch_loader
 from src.data.chat import Encoded, Encoder, Template
 from src.data.rows import Row
-from src.data.sources import Sources, load_rows, refuse
+from src.data.sources import Sources, load_rows, refuse_options
 from src.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class ExpertData(TokenizedData):
             raise InputError(f"data.window is {window}; expected at least 1 batch")
         self.train, self.val, self.seed, self.window = train, val, seed, window
         for sources in (train, val):
-            refuse(sources, "Fisher passes", "weight")
+            refuse_options(sources, "Fisher passes", "weight")
         self.rows = {
             "train": load_rows(train, need_response=True),
             "val": load_rows(val, need_response=True),

@@ -137,7 +137,7 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     return rows
 
 
-def refuse(value: Sources | None, purpose: str, *names: str) -> None:
+def refuse_options(value: Sources | None, purpose: str, *names: str) -> None:
     """Stop at a source that sets one of these options, which are for another purpose."""
     for source in as_sources(value):
         for name in names:
@@ -151,7 +151,7 @@ R = TypeVar("R", bound=Row)
 def load_records(value: Sources | None, build: Callable[[RowSource, int, str, dict[str, Any]], R]) -> list[R]:
     """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
     rows: list[R] = []
-    refuse(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight")
+    refuse_options(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight")
     for source in as_sources(value):
         found = [
             build(source, number, place, record)

@@ -12,7 +12,7 @@ from src.data.choice_prompts import ChoiceStyle
 from src.data.choice_rows import load_choices
 from src.data.code_rows import load_code
 from src.data.rows import Row
-from src.data.sources import Sources, load_rows, refuse
+from src.data.sources import Sources, load_rows, refuse_options
 from src.errors import InputError
 from src.metrics.exact import AnswerForm, last_number
 from src.metrics.judging import Judge
@@ -155,8 +155,8 @@ class Suite:
             return load_choices(self.rows)
         if self.kind == "code":
             return load_code(self.rows)
-        refuse(self.rows, "training and Fisher passes", "answer_tokens")
-        refuse(self.rows, "Fisher passes", "weight")
+        refuse_options(self.rows, "training and Fisher passes", "answer_tokens")
+        refuse_options(self.rows, "Fisher passes", "weight")
         return load_rows(self.rows, need_response=self.kind == "utility" or not self.generate)
 
 

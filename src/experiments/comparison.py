@@ -32,8 +32,8 @@ from src.experiments.study import (
     check_names,
     every_path,
     finished,
-    named,
     of_methods,
+    only_named,
     paths,
     records,
 )
@@ -75,7 +75,7 @@ class Comparison(Study):
         self, methods: list[MethodSpec], ours: str, choice: Choice | None = None, only: list[str] | None = None
     ) -> None:
         check_names(methods)
-        methods = named(methods, only)
+        methods = only_named(methods, only)
         if ours not in [method.name for method in methods]:
             raise InputError(f"study.ours is {ours}; expected the name of one of the methods")
         counts = {m.name: len(m.strength.values) for m in methods if m.strength.option != "none"}

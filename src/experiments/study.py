@@ -109,7 +109,7 @@ def check_names(methods: Sequence[MethodSpec]) -> None:
         method.check()
 
 
-def named(methods: list[MethodSpec], only: Sequence[str] | None) -> list[MethodSpec]:
+def only_named(methods: list[MethodSpec], only: Sequence[str] | None) -> list[MethodSpec]:
     """The methods of these names, in the order of the list; all where no name is given.
 
     Raises:

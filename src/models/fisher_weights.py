@@ -22,25 +22,26 @@ def pass_weights(module: "FisherModule", name: str) -> dict[Granularity, torch.T
     data, of = module.data, module.passes[name]
     answers = [len(row.ids) - row.answer_start for row in data.encoded[name]]
     if name in module.random_passes:
-        sizes, weights, each = [len(answers)], None, [1.0]
+        sizes, weights, per_row = [len(answers)], None, [1.0]
     else:
-        sizes, weights, each = [len(rows) for rows in data.sources[of]], data.source_weights[of], data.row_weights[of]
+        sizes, weights = [len(rows) for rows in data.sources[of]], data.source_weights[of]
+        per_row = data.weights_per_row[of]
     return {
-        "sequence": example_weights([min(count, 1) for count in answers], sizes, weights, each),
-        "token": example_weights(answers, sizes, weights, each),
+        "sequence": example_weights([min(count, 1) for count in answers], sizes, weights, per_row),
+        "token": example_weights(answers, sizes, weights, per_row),
     }
 
 
 def example_weights(
-    examples: Sequence[int], sizes: Sequence[int], weights: list[float] | None, of_rows: Sequence[float] = ()
+    examples: Sequence[int], sizes: Sequence[int], weights: list[float] | None, per_row: Sequence[float] = ()
 ) -> torch.Tensor:
     """(n,) weight of each example of a row.
 
     Args:
         examples: Number of examples of each of n rows.
         sizes: Number of rows of each source, in the order of the rows.
-        weights: w_k of each source; unset weighs each by its number of examples, times what ``of_rows`` says.
-        of_rows: What each example of a source counts; nothing is 1.
+        weights: w_k of each source; unset weighs each by its number of examples, times what ``per_row`` says.
+        per_row: What each example of a source counts; nothing is 1.
 
     Raises:
         InputError: a source has no example.
@@ -49,8 +50,8 @@ def example_weights(
     counts = [int(part.sum()) for part in each.split(list(sizes))]
     if not all(counts):
         raise InputError(f"data: no row of source {counts.index(0) + 1} has an answer token; raise data.max_length")
-    if weights is None and of_rows:
-        weights = [count * weight for count, weight in zip(counts, of_rows, strict=True)]
+    if weights is None and per_row:
+        weights = [count * weight for count, weight in zip(counts, per_row, strict=True)]
     found = row_weights(counts, weights)
     # A row's weight is that of its first example.
     return found[(each.cumsum(0) - each).clamp(max=len(found) - 1)]
