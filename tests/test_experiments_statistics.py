@@ -11,7 +11,7 @@ from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, mean_kept, slope
-from src.experiments.scores import by_category, gathered, in_split, row_keys, row_scores
+from src.experiments.scores import by_category, gathered, in_split, joined, row_keys, row_scores
 from src.experiments.statements import claims, claims_table, tally
 from src.metrics.bootstrap import Estimate, paired_difference
 
@@ -60,6 +60,28 @@ def test_validation_and_test_rows_part_all_rows_whatever_their_suite_and_order()
     assert len(validation) / len(rows) == pytest.approx(0.3, abs=0.04)
     assert in_split(("other", validation[0][1], 5), "validation", share=0.3, seed=1)
     assert validation != [row for row in rows if in_split(row, "validation", share=0.3, seed=2)]
+
+
+def test_rows_of_suites_that_only_report_are_test_rows_unless_they_were_asked_before():
+    def with_further(refused):
+        first, further = record(refused), record(refused, seed=9)
+        further["settings"] = {"data": {"suites": [{"name": "more", "kind": "harmful"}]}}
+        ids = ["bad0000", "bad0001", *(f"more{i:04d}" for i in range(50))]
+        columns = {"ids": ids, "categories": ["z"] * 52, "refused": [1] * 52, "collapsed": [0] * 52}
+        further["found"] = {"rows": {"more": columns}}
+        return joined(first, further)
+
+    models = {"A": [with_further(0.5)], "B": [with_further(0.4)]}
+    whole, validation, test = (gathered(models, part, share=0.4)["refusal"] for part in ("all", "validation", "test"))
+    assert len(whole.rows) == 172
+    assert sorted(validation.rows + test.rows) == sorted(whole.rows)
+    assert not any(row[1].startswith("more") for row in validation.rows)
+    for one in ("bad0000", "bad0001"):
+        part = validation if in_split(("bad", one, 0), "validation", share=0.4, seed=0) else test
+        assert {("bad", one, 0), ("more", one, 0)} <= set(part.rows)
+    alone = gathered({"A": [record(0.5)], "B": [record(0.4)]}, "validation", share=0.4)["refusal"]
+    assert {row for row in validation.rows if row[0] == "bad"} == set(alone.rows)
+    assert by_category(models["A"][0])["z"] == (52, 52)
 
 
 def test_scores_are_means_over_seeds_and_differences_are_paired():

@@ -113,6 +113,55 @@ def test_a_comparison_can_be_of_some_of_its_methods_only(base, rows, folder):
     assert not any("left out" in note for note in found["notes"])
 
 
+def with_further(asked, folder, name="more tasks"):
+    path = write_rows(folder / "further.jsonl", 9, what="further")
+    suite = {"name": name, "kind": "utility", "rows": str(path), "max_new_tokens": 4}
+    return asked | {"evaluation": asked["evaluation"] | {"further": [suite]}}
+
+
+@pytest.mark.parametrize("kind", ["Comparison", "SafetyTax"])
+def test_further_suites_are_answered_by_a_finished_study_in_a_command_of_their_own(base, rows, folder, kind):
+    before = set((folder / "cells").iterdir())
+    own = {"ours": "SST"} if kind == "Comparison" else {}
+    asked = with_further(recipe(base, rows), folder)
+    assert run_study(folder, asked, kind, {"methods": METHODS} | own, name="more") == 0
+    assert sorted(ran) == ["merge", "merge", "test"]  # weights of merges had gone; experts and passes are there
+    added = [json.loads(path.read_text()) for path in set((folder / "cells").iterdir()) - before]
+    assert [cell["stage"] for cell in added] == ["test"] * 7
+    assert {tuple(cell["found"]["rows"]) for cell in added} == {("more tasks",)}
+    found = document(folder, "more")
+    sizes = {row["model"]: row["utility"]["n"] for row in found["tables"][0]["rows"]}
+    if kind == "SafetyTax":
+        assert set(sizes.values()) == {9 + 9}
+        return
+    first = json.loads((folder / "work" / "studies" / "tiny" / "study.json").read_text())
+    (before_n,) = {row["utility"]["n"] for row in first["tables"][0]["rows"]}
+    assert set(sizes.values()) == {before_n + 9}
+    assert [row["model"] for row in found["tables"][0]["rows"]] == [row["model"] for row in first["tables"][0]["rows"]]
+    assert any("only report (more tasks): all of their rows are test rows" in note for note in found["notes"])
+    (seeds,) = [table for table in found["tables"] if table["title"].startswith("Seed by seed")]
+    assert {row["utility"]["n"] for row in seeds["rows"]} == {before_n + 9}
+
+
+def test_a_point_whose_further_suites_are_left_is_left_out(base, rows, folder):
+    asked = with_further(recipe(base, rows), folder)
+    given = {"methods": METHODS, "ours": "SST"}
+    assert run_study(folder, asked, "Comparison", given, "--compute", "false", name="more") == 0
+    found = document(folder, "more")
+    assert found["tables"][0]["rows"] == []
+    assert any("7 of 7 points" in note for note in found["notes"])
+
+
+def test_further_suites_are_refused_where_nothing_would_report_them(base, rows, tmp_path, capsys):
+    ablations = {"reference": METHODS[1], "axes": [{"option": "method.t", "values": [3.0]}]}
+    assert run_study(tmp_path, with_further(recipe(base, rows), tmp_path), "Ablations", ablations) == 2
+    assert "evaluation.further: Ablations asks no suites that only report" in capsys.readouterr().err
+    twice = with_further(recipe(base, rows), tmp_path, name="task")
+    assert run_study(tmp_path, twice, "SafetyTax", {"methods": METHODS}) == 2
+    assert "several suites are named task; expected different names" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_report_says_what_was_measured(compared):
     folder, _ = compared
     found = document(folder)

@@ -29,9 +29,11 @@ from src.experiments.study import (
     REFERENCES,
     Plan,
     Study,
+    answered,
     check_names,
     every_path,
     finished,
+    further_note,
     of_methods,
     only_named,
     paths,
@@ -70,6 +72,8 @@ class Comparison(Study):
         choice: How strengths are chosen.
         only: Names of the methods to compute and report; all where none is given.
     """
+
+    reports_further = True
 
     def __init__(
         self, methods: list[MethodSpec], ours: str, choice: Choice | None = None, only: list[str] | None = None
@@ -114,7 +118,7 @@ class Comparison(Study):
         ]
         return {
             "summary": [*sentences(equal, self.ours), *summary(made, chosen.get(self.ours))],
-            "notes": [*notes, self._rule()],
+            "notes": [*notes, self._rule(), *further_note(plan.models)],
             "fronts": fronts(test, paths(points), "test rows"),
             "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
             "tables": tables,
@@ -188,7 +192,7 @@ def spread_table(
     found = []
     for name in names:
         for model in points[name]:
-            scores = gathered({name: [store.read(model.test)]}, "test", **split)
+            scores = gathered({name: [answered(model, store)]}, "test", **split)
             found.append((name, model.seed, scores))
     columns = [column("model", "model"), column("seed", "seed"), *(measure_columns(found[0][2]) if found else [])]
     rows = [

@@ -32,6 +32,8 @@ class SafetyTax(Study):
         methods: The methods.
     """
 
+    reports_further = True
+
     def __init__(self, methods: list[MethodSpec]) -> None:
         check_names(methods)
         self.methods = methods

@@ -6,6 +6,7 @@ difference is a paired one. Legend of shapes: N rows, M models, S bootstrap draw
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -50,6 +51,17 @@ def row_scores(record: Record) -> dict[Measure, dict[Row, float]]:
     return found
 
 
+def joined(record: Record, further: Record) -> Record:
+    """One record of a model's answers in two test cells; what the second asks anew has ``reports``: it only reports."""
+    suites = [*record["settings"]["data"]["suites"], *further["settings"]["data"]["suites"]]
+    asked, anew = (
+        {one for columns in cell["found"]["rows"].values() for one in columns["ids"]} for cell in (record, further)
+    )
+    rows = {**record["found"]["rows"], **further["found"]["rows"]}
+    settings = record["settings"] | {"data": record["settings"]["data"] | {"suites": suites}}
+    return record | {"settings": settings, "found": record["found"] | {"rows": rows}, "reports": anew - asked}
+
+
 def row_keys(suite: str, ids: Sequence[str]) -> list[Row]:
     """Keys of a suite's rows; equal prompts are told apart by their order."""
     seen: dict[str, int] = {}
@@ -71,7 +83,7 @@ def _columns(suite: Mapping[str, Any]) -> Iterator[tuple[Measure, str]]:
         yield from (("utility", CHECKS.get(kind, "rouge_l" if suite.get("rouge") else "exact")), ("task_nll", "nll"))
 
 
-def in_split(row: Row, split: Split, *, share: float, seed: int) -> bool:
+def in_split(row: Row, split: Split, *, share: float, seed: int, reports: AbstractSet[str] = frozenset()) -> bool:
     """Whether a row belongs to a split: by a hash of its prompt, whatever suite and order it comes in.
 
     Args:
@@ -79,9 +91,12 @@ def in_split(row: Row, split: Split, *, share: float, seed: int) -> bool:
         split: The split.
         share: Share of validation rows.
         seed: Which division.
+        reports: Rows on which nothing is chosen; all of them are test rows.
     """
     if split == "all":
         return True
+    if row[1] in reports:
+        return split == "test"
     place = int.from_bytes(hashlib.sha256(f"{seed}:{row[1]}".encode()).digest()[:8], "big") / 2**64
     return (place < share) == (split == "validation")
 
@@ -149,13 +164,14 @@ def gathered(
         ValueError: two models or seeds answered different rows.
     """
     by_model = {model: [row_scores(record) for record in given] for model, given in records.items()}
+    reports = {one for given in records.values() for record in given for one in record.get("reports", ())}
     found: dict[Measure, Scores] = {}
     for measure in MEASURES:
         named = {model: [one[measure] for one in seeds if measure in one] for model, seeds in by_model.items()}
-        if not all(named.values()):
+        if not named or not all(named.values()):
             continue
         first = next(iter(named.values()))[0]
-        rows = tuple(row for row in first if in_split(row, split, share=share, seed=split_seed))
+        rows = tuple(row for row in first if in_split(row, split, share=share, seed=split_seed, reports=reports))
         for model, seeds in named.items():
             if len(seeds) != len(by_model[model]) or any(one.keys() != first.keys() for one in seeds):
                 raise ValueError(f"{model}, {measure}: seeds or models answered different rows")

@@ -173,11 +173,22 @@ class EvaluationSpec:
 
     Args:
         suites: Suites of prompts; every model of the study answers all of them.
+        further: Suites that only report: no strength is chosen on them, so all of their rows are test rows. They are
+            answered by commands of their own; a finished study that is given more of them goes on from its answers.
         settings: Further settings of ``test``, nested like its YAML, such as ``data: {batch_size: 80}``.
     """
 
     suites: list[Suite]
     settings: dict[str, Any] = field(default_factory=dict)
+    further: list[Suite] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Stop where two suites share a name: answers are kept under it."""
+        names = [suite.name for suite in (*self.suites, *self.further)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            said = ", ".join(twice)
+            raise InputError(f"recipe.evaluation: several suites are named {said}; expected different names")
 
 
 @dataclass

@@ -69,6 +69,10 @@ def experiment(
         raise InputError(f"seeds is {seeds}; expected different seeds")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    recipe.evaluation.check()
+    if recipe.evaluation.further and not study.reports_further:
+        kind = type(study).__name__
+        raise InputError(f"recipe.evaluation.further: {kind} asks no suites that only report; expected none")
     store = Store(Path(results), Path(work))
     plan = study.plan(Grid(recipe), seeds)
     if dry_run:

@@ -9,6 +9,7 @@ from src.experiments.cell import Cell
 from src.experiments.document import Document
 from src.experiments.grid import Grid, Model
 from src.experiments.point_names import at_strength, method_and_strength
+from src.experiments.scores import joined
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
 
@@ -25,11 +26,17 @@ class Plan:
     @property
     def cells(self) -> list[Cell]:
         """Everything to compute."""
-        return [*(model.test for model in self.models), *self.others]
+        return [*(cell for model in self.models for cell in model.tests), *self.others]
 
 
 class Study(ABC):
-    """A study; its subclasses are the registry of ``--study``."""
+    """A study; its subclasses are the registry of ``--study``.
+
+    Attributes:
+        reports_further: Whether it asks the recipe's ``evaluation.further``.
+    """
+
+    reports_further = False
 
     @abstractmethod
     def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
@@ -41,13 +48,13 @@ class Study(ABC):
 
 
 def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) -> Plan:
-    """For every seed the references and every method's whole path."""
+    """For every seed the references and every method's whole path, further suites included."""
     found: list[Model] = []
     for seed in seeds:
         found += grid.references(seed)
         for method in methods:
             found += grid.models(method, seed)
-    return Plan(found)
+    return Plan([grid.reporting(model) for model in found])
 
 
 def name_of(model: Model) -> str:
@@ -60,7 +67,11 @@ def finished(models: Sequence[Model], store: Store) -> tuple[dict[str, list[Mode
     points: dict[str, list[Model]] = {}
     for model in models:
         points.setdefault(name_of(model), []).append(model)
-    whole = {name: seeds for name, seeds in points.items() if all(store.has_result(model.test) for model in seeds)}
+    whole = {
+        name: seeds
+        for name, seeds in points.items()
+        if all(store.has_result(cell) for model in seeds for cell in model.tests)
+    }
     return whole, left_out([name for name in points if name not in whole], len(points))
 
 
@@ -79,8 +90,24 @@ def left_out(names: Sequence[str], total: int) -> list[str]:
 
 
 def records(points: Mapping[str, Sequence[Model]], store: Store) -> dict[str, list[Record]]:
-    """Records of the test cells of points, one per seed."""
-    return {name: [store.read(model.test) for model in seeds] for name, seeds in points.items()}
+    """What the models of points answered, one record per seed."""
+    return {name: [answered(model, store) for model in seeds] for name, seeds in points.items()}
+
+
+def answered(model: Model, store: Store) -> Record:
+    """What a model answered, in its first suites and in those that only report."""
+    found = store.read(model.test)
+    return found if model.further is None else joined(found, store.read(model.further))
+
+
+def further_note(models: Sequence[Model]) -> list[str]:
+    """The note on suites whose rows all report; none where there are none."""
+    cells = [model.further for model in models if model.further is not None]
+    names = [suite["name"] for suite in cells[0].settings["data"]["suites"]] if cells else []
+    said = ", ".join(names)
+    return [f"No strength was chosen on suites that only report ({said}): all of their rows are test rows."] * bool(
+        names
+    )
 
 
 def paths(points: Mapping[str, Sequence[Model]]) -> dict[str, list[str]]:
