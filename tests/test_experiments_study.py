@@ -479,8 +479,16 @@ def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):
     arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}, "methods": [METHODS[0]]}
     assert run_study(folder, recipe(base, rows), "Ablations", arguments, name="ablations") == 0
     assert sorted(ran) == ["fisher", "merge", "merge", "test"]
-    names = [row["model"].split(" @ ")[0] for row in document(folder, "ablations")["tables"][0]["rows"]]
+    tables = document(folder, "ablations")["tables"]
+    names = [row["model"].split(" @ ")[0] for row in tables[0]["rows"]]
     assert names == ["base", "utility", "safety", "SST", "method.t = 3.0", "fisher.model.labels = data", "TA"]
+    equal = {
+        one["title"]: [row["other"] for row in one["rows"]] for one in tables if "at equal refusal" in one["title"]
+    }
+    assert equal == {
+        "SST at equal refusal (validation rows)": ["method.t = 3.0", "fisher.model.labels = data", "TA"],
+        "TA at equal refusal (validation rows)": ["SST", "method.t = 3.0", "fisher.model.labels = data"],
+    }
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.errors import InputError
-from src.experiments.comparison import CLAIMED, Choice, chosen_point, summary
+from src.experiments.comparison import CLAIMED, UTILITY, Choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
+from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.scores import gathered
@@ -106,10 +107,13 @@ class Ablations(Study):
         """Variants against the reference, on validation rows."""
         points, notes = finished(plan.models, store)
         scores = gathered(records(points, store), "validation", share=self.choice.share, split_seed=self.choice.seed)
-        chosen = {method: chosen_point(scores, names, self.choice) for method, names in paths(points).items()}
+        series = paths(points)
+        chosen = {method: chosen_point(scores, names, self.choice) for method, names in series.items()}
         ours = chosen.get(self.reference.name)
         others = [name for method, name in chosen.items() if method not in (*REFERENCES, self.reference.name)]
         made = claims(scores, ours, others, CLAIMED) if ours else []
+        curves = {name: [*series.get(UTILITY, ()), *path] for name, path in series.items() if name not in REFERENCES}
+        equal = {spec.name: gaps(scores, curves, spec.name) for spec in (self.reference, *self.methods)}
         rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
         columns = [column("model", "model"), *measure_columns(scores)]
         note = "Strengths are chosen on the rows that are shown: for choosing defaults, not for claims."
@@ -117,14 +121,14 @@ class Ablations(Study):
         tables = [
             table("Variants (validation rows)", columns, rows, note=note, best=best),
             claims_table(made, "The reference against its variants (validation rows)"),
+            *(equal_refusal_table(found, name, "validation rows") for name, found in equal.items()),
             overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
-        shown = fronts(scores, paths(points), "validation rows")
         return {
-            "summary": summary(made, ours),
+            "summary": [*sentences(equal[self.reference.name], self.reference.name), *summary(made, ours)],
             "notes": notes,
-            "fronts": shown,
+            "fronts": fronts(scores, series, "validation rows"),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,
             "examples": [],

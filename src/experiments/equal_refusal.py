@@ -126,8 +126,8 @@ def _difference(
     return Estimate(float(measured), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
 
 
-def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
-    """Differences at equal refusal, a row for each other method."""
+def equal_refusal_table(found: Sequence[Gap], ours: str, where: str = "test rows") -> Document:
+    """Differences at equal refusal, a row for each other method; ``where`` says on which rows."""
     measures = list(dict.fromkeys(measure for gap in found for measure in gap.differences))
     columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
     for measure in measures:
@@ -142,7 +142,7 @@ def equal_refusal_table(found: Sequence[Gap], ours: str) -> Document:
     claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
     count = sum(len(gap.p_values) for gap in found)
     note = holm_note(claimed, count, "differences whose interval excludes 0")
-    return table(f"{ours} at equal refusal (test rows)", columns, rows, note=f"{NOTE} {note}")
+    return table(f"{ours} at equal refusal ({where})", columns, rows, note=f"{NOTE} {note}")
 
 
 def sentences(found: Sequence[Gap], ours: str) -> list[str]:
