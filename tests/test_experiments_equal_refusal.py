@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from src.experiments.equal_refusal import common_levels, cost_at, covered, equal_refusal_table, gaps, sentences
+from src.experiments.equal_refusal import (
+    Gap,
+    common_levels,
+    cost_at,
+    covered,
+    equal_refusal_table,
+    gaps,
+    meets,
+    sentences,
+)
 from src.experiments.scores import Scores
 from src.metrics.bootstrap import resampled_means
 
@@ -97,6 +106,7 @@ def test_a_planted_difference_is_said_and_nothing_else():
     assert "worse than A (+0." in back
     rows = equal_refusal_table(found, "A")["rows"]
     assert [row["range"] == "no common range" for row in rows] == [False, True, False]
+    assert meets(found)
     assert rows[1]["over_refusal"] == ""
 
 
@@ -106,6 +116,8 @@ def test_without_refusals_or_ours_nothing_is_compared():
     assert gaps(FOUND, CURVES, "nobody") == []
     assert equal_refusal_table([], "A")["rows"] == []
     assert sentences([], "A") == []
+    assert not meets([])
+    assert not meets([Gap("B", (), {}, {})])
 
 
 def test_p_values_are_adjusted_for_every_comparison_of_the_table():

@@ -482,12 +482,21 @@ def test_ablations_change_one_setting_and_share_the_rest(folder, base, rows):
     tables = document(folder, "ablations")["tables"]
     names = [row["model"].split(" @ ")[0] for row in tables[0]["rows"]]
     assert names == ["base", "utility", "safety", "SST", "method.t = 3.0", "fisher.model.labels = data", "TA"]
+    assert not any("at equal refusal" in table["title"] for table in tables)  # this model refuses nothing
+
+
+def test_ablations_compare_paths_at_equal_refusal_where_they_meet(folder, base, rows, monkeypatch):
+    monkeypatch.setattr("src.experiments.ablations.meets", bool)
+    axes = [{"option": "method.t", "values": [3.0]}]
+    arguments = {"reference": METHODS[1], "axes": axes, "choice": {"share": 0.6}, "methods": [METHODS[0]]}
+    assert run_study(folder, recipe(base, rows), "Ablations", arguments, name="ablations") == 0
+    tables = document(folder, "ablations")["tables"]
     equal = {
         one["title"]: [row["other"] for row in one["rows"]] for one in tables if "at equal refusal" in one["title"]
     }
     assert equal == {
-        "SST at equal refusal (validation rows)": ["method.t = 3.0", "fisher.model.labels = data", "TA"],
-        "TA at equal refusal (validation rows)": ["SST", "method.t = 3.0", "fisher.model.labels = data"],
+        "SST at equal refusal (validation rows)": ["method.t = 3.0", "TA"],
+        "TA at equal refusal (validation rows)": ["SST", "method.t = 3.0"],
     }
 
 

@@ -9,7 +9,7 @@ from src.errors import InputError
 from src.experiments.comparison import CLAIMED, UTILITY, Choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
-from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
+from src.experiments.equal_refusal import equal_refusal_table, gaps, meets, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.scores import gathered
@@ -121,7 +121,7 @@ class Ablations(Study):
         tables = [
             table("Variants (validation rows)", columns, rows, note=note, best=best),
             claims_table(made, "The reference against its variants (validation rows)"),
-            *(equal_refusal_table(found, name, "validation rows") for name, found in equal.items()),
+            *(equal_refusal_table(found, name, "validation rows") for name, found in equal.items() if meets(found)),
             overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]

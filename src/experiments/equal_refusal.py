@@ -83,6 +83,11 @@ def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], 
     ]
 
 
+def meets(found: Sequence[Gap]) -> bool:
+    """Whether any other path reaches a level of refusal that ours reaches."""
+    return any(gap.levels for gap in found)
+
+
 def common_levels(refusals: Sequence[np.ndarray]) -> np.ndarray:
     """(L,) the levels of refusal that every path reaches."""
     low, high = max(r.min() for r in refusals), min(r.max() for r in refusals)
