@@ -125,8 +125,9 @@ class Ablations(Study):
             overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
+        said = [sentence for name, found in equal.items() for sentence in sentences(found, name)]
         return {
-            "summary": [*sentences(equal[self.reference.name], self.reference.name), *summary(made, ours)],
+            "summary": [*said, *summary(made, ours)],
             "notes": notes,
             "fronts": fronts(scores, series, "validation rows"),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
