@@ -103,11 +103,10 @@ def answered(model: Model, store: Store) -> Record:
 def further_note(models: Sequence[Model]) -> list[str]:
     """The note on suites whose rows all report; none where there are none."""
     cells = [model.further for model in models if model.further is not None]
-    names = [suite["name"] for suite in cells[0].settings["data"]["suites"]] if cells else []
-    said = ", ".join(names)
-    return [f"No strength was chosen on suites that only report ({said}): all of their rows are test rows."] * bool(
-        names
-    )
+    if not cells:
+        return []
+    said = ", ".join(suite["name"] for suite in cells[0].settings["data"]["suites"])
+    return [f"No strength was chosen on suites that only report ({said}): all of their rows are test rows."]
 
 
 def paths(points: Mapping[str, Sequence[Model]]) -> dict[str, list[str]]:
