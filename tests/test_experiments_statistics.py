@@ -69,7 +69,7 @@ def test_rows_of_suites_that_only_report_are_test_rows_unless_they_were_asked_be
         ids = ["bad0000", "bad0001", *(f"more{i:04d}" for i in range(50))]
         columns = {"ids": ids, "categories": ["z"] * 52, "refused": [1] * 52, "collapsed": [0] * 52}
         further["found"] = {"rows": {"more": columns}}
-        return joined(first, further)
+        return joined(first, [further])
 
     models = {"A": [with_further(0.5)], "B": [with_further(0.4)]}
     whole, validation, test = (gathered(models, part, share=0.4)["refusal"] for part in ("all", "validation", "test"))

@@ -113,10 +113,12 @@ def test_a_comparison_can_be_of_some_of_its_methods_only(base, rows, folder):
     assert not any("left out" in note for note in found["notes"])
 
 
-def with_further(asked, folder, name="more tasks"):
-    path = write_rows(folder / "further.jsonl", 9, what="further")
-    suite = {"name": name, "kind": "utility", "rows": str(path), "max_new_tokens": 4}
-    return asked | {"evaluation": asked["evaluation"] | {"further": [suite]}}
+def with_further(asked, folder, *names):
+    suites = []
+    for place, name in enumerate(names or ["more tasks"]):
+        path = write_rows(folder / f"further{place}.jsonl", 9 - place, what=f"further{place}")
+        suites.append({"name": name, "kind": "utility", "rows": str(path), "max_new_tokens": 4})
+    return asked | {"evaluation": asked["evaluation"] | {"further": suites}}
 
 
 @pytest.mark.parametrize("kind", ["Comparison", "SafetyTax"])
@@ -143,6 +145,21 @@ def test_further_suites_are_answered_by_a_finished_study_in_a_command_of_their_o
     assert {row["utility"]["n"] for row in seeds["rows"]} == {before_n + 9}
 
 
+def test_a_suite_that_is_added_to_further_ones_undoes_none_of_their_answers(base, rows, folder):
+    given = {"methods": METHODS, "ours": "SST"}
+    assert run_study(folder, with_further(recipe(base, rows), folder), "Comparison", given, name="one") == 0
+    before = set((folder / "cells").iterdir())
+    more = with_further(recipe(base, rows), folder, "more tasks", "still more")
+    assert run_study(folder, more, "Comparison", given, name="two") == 0
+    added = [json.loads(path.read_text()) for path in set((folder / "cells").iterdir()) - before]
+    assert len(added) == 7
+    assert {tuple(cell["found"]["rows"]) for cell in added} == {("still more",)}
+    one, two = (document(folder, name) for name in ("one", "two"))
+    sizes = [{row["utility"]["n"] for row in found["tables"][0]["rows"]} for found in (one, two)]
+    assert sizes[1] == {n + 8 for n in sizes[0]}
+    assert any("only report (more tasks, still more): all" in note for note in two["notes"])
+
+
 def test_a_point_whose_further_suites_are_left_is_left_out(base, rows, folder):
     asked = with_further(recipe(base, rows), folder)
     given = {"methods": METHODS, "ours": "SST"}
@@ -156,7 +173,7 @@ def test_further_suites_are_refused_where_nothing_would_report_them(base, rows, 
     ablations = {"reference": METHODS[1], "axes": [{"option": "method.t", "values": [3.0]}]}
     assert run_study(tmp_path, with_further(recipe(base, rows), tmp_path), "Ablations", ablations) == 2
     assert "evaluation.further: Ablations asks no suites that only report" in capsys.readouterr().err
-    twice = with_further(recipe(base, rows), tmp_path, name="task")
+    twice = with_further(recipe(base, rows), tmp_path, "task")
     assert run_study(tmp_path, twice, "SafetyTax", {"methods": METHODS}) == 2
     assert "several suites are named task; expected different names" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()

@@ -37,7 +37,7 @@ class Model:
         seed: The seed of everything that went in.
         test: The cell with its evaluation.
         made: The cell with its weights; nothing for the base.
-        further: The cell with its answers to the suites that only report, where there are any.
+        further: The cells with its answers to the suites that only report, one for each.
     """
 
     method: str
@@ -45,12 +45,12 @@ class Model:
     seed: int
     test: Cell
     made: Cell | None
-    further: Cell | None = None
+    further: tuple[Cell, ...] = ()
 
     @property
     def tests(self) -> list[Cell]:
         """Its evaluations."""
-        return [self.test] if self.further is None else [self.test, self.further]
+        return [self.test, *self.further]
 
 
 class Grid:
@@ -174,10 +174,10 @@ class Grid:
         return Cell("test", label, settings, needs, batch=digest(settings), units=_answers(asked))
 
     def reporting(self, model: Model) -> Model:
-        """The model with its answers to the recipe's further suites, where it has any."""
+        """The model with its answers to the recipe's further suites, a cell for each: more of them undo none."""
         suites = [plain(suite) for suite in self.recipe.evaluation.further]
-        label = f"{model.test.label}, further suites"
-        return replace(model, further=self.test(model.made, label, suites)) if suites else model
+        cells = [self.test(model.made, f"{model.test.label}, {suite['name']}", [suite]) for suite in suites]
+        return replace(model, further=tuple(cells))
 
     def models(self, spec: MethodSpec, seed: int) -> list[Model]:
         """Every point of a method's path, evaluated, on the recipe's utility and safety experts."""

@@ -51,15 +51,20 @@ def row_scores(record: Record) -> dict[Measure, dict[Row, float]]:
     return found
 
 
-def joined(record: Record, further: Record) -> Record:
-    """One record of a model's answers in two test cells; what the second asks anew has ``reports``: it only reports."""
-    suites = [*record["settings"]["data"]["suites"], *further["settings"]["data"]["suites"]]
-    asked, anew = (
-        {one for columns in cell["found"]["rows"].values() for one in columns["ids"]} for cell in (record, further)
-    )
-    rows = {**record["found"]["rows"], **further["found"]["rows"]}
+def joined(record: Record, further: Sequence[Record]) -> Record:
+    """One record of a model's answers in several test cells; what only the further ones ask is in ``reports``."""
+    if not further:
+        return record
+    suites = [suite for cell in (record, *further) for suite in cell["settings"]["data"]["suites"]]
+    rows = dict(pair for cell in (record, *further) for pair in cell["found"]["rows"].items())
     settings = record["settings"] | {"data": record["settings"]["data"] | {"suites": suites}}
-    return record | {"settings": settings, "found": record["found"] | {"rows": rows}, "reports": anew - asked}
+    reports = set().union(*map(_asked, further)) - _asked(record)
+    return record | {"settings": settings, "found": record["found"] | {"rows": rows}, "reports": reports}
+
+
+def _asked(record: Record) -> set[str]:
+    """Ids of the prompts that a test cell asks."""
+    return {one for columns in record["found"]["rows"].values() for one in columns["ids"]}
 
 
 def row_keys(suite: str, ids: Sequence[str]) -> list[Row]:

@@ -174,7 +174,8 @@ class EvaluationSpec:
     Args:
         suites: Suites of prompts; every model of the study answers all of them.
         further: Suites that only report: no strength is chosen on them, so all of their rows are test rows. They are
-            answered by commands of their own; a finished study that is given more of them goes on from its answers.
+            answered by commands of their own, one for each suite; a finished study that is given more of them goes on
+            from its answers.
         settings: Further settings of ``test``, nested like its YAML, such as ``data: {batch_size: 80}``.
     """
 

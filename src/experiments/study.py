@@ -96,16 +96,16 @@ def records(points: Mapping[str, Sequence[Model]], store: Store) -> dict[str, li
 
 def answered(model: Model, store: Store) -> Record:
     """What a model answered, in its first suites and in those that only report."""
-    found = store.read(model.test)
-    return found if model.further is None else joined(found, store.read(model.further))
+    return joined(store.read(model.test), [store.read(cell) for cell in model.further])
 
 
 def further_note(models: Sequence[Model]) -> list[str]:
     """The note on suites whose rows all report; none where there are none."""
-    cells = [model.further for model in models if model.further is not None]
-    if not cells:
+    cells = [cell for model in models for cell in model.further]
+    names = dict.fromkeys(suite["name"] for cell in cells for suite in cell.settings["data"]["suites"])
+    if not names:
         return []
-    said = ", ".join(suite["name"] for suite in cells[0].settings["data"]["suites"])
+    said = ", ".join(names)
     return [f"No strength was chosen on suites that only report ({said}): all of their rows are test rows."]
 
 
