@@ -241,6 +241,21 @@ def test_time_left_follows_measured_rates(tmp_path):
     assert hours(7500) == "2 h 05 min"
 
 
+def test_time_left_follows_cells_that_asked_the_same_where_there_are_any(tmp_path):
+    store = Store(tmp_path / "results", tmp_path / "work")
+
+    def asks(suite, model, units):
+        merged = Cell("merge", model, {"model": {"name": model}}, {})
+        settings = {"data": {"suites": [{"name": suite}]}}
+        return Cell("test", f"{model}, {suite}", settings, {"adapter": (merged,)}, units=units)
+
+    for suite, units, seconds in (("long", 10.0, 100.0), ("short", 90.0, 100.0)):
+        store.finish(asks(suite, "known", units), {"found": {}, "cost": {"seconds": seconds}})
+    assert time_left([asks("long", "new", 10.0)], store) == pytest.approx(100)
+    assert time_left([asks("long", "new", 20.0), asks("short", "new", 9.0)], store) == pytest.approx(200 + 10)
+    assert time_left([asks("other", "new", 10.0)], store) == pytest.approx(10 * 200 / 100)
+
+
 def fit_cell(rows, **data):
     return Cell("fit", "x", {"model": {"base": {"name": "hub/x"}}, "data": {"train": [{"path": str(rows)} | data]}})
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.experiments.cell import Cell
+from src.experiments.cell import Cell, digest
 from src.files import read_json, write_json, write_text
 
 WHOLE = "cell.json"
@@ -97,15 +97,19 @@ class Store:
         write_json(self._failure(cell), {"key": cell.key, "label": cell.label, "message": message})
 
     def rates(self, base: str | None) -> dict[str, tuple[float, float, int]]:
-        """For each stage, seconds, units and number of the finished cells of a base model (unset: of any)."""
+        """Seconds, units and number of the finished cells of a base model (unset: of any): by stage, and by settings.
+
+        Cells of the same settings, such as evaluations that ask the same suites, stand under these settings' digest.
+        """
         found: dict[str, tuple[float, float, int]] = {}
         for path in sorted(self.results.glob("*.json")) if self.results.is_dir() else []:
             record = read_json(path, "the result of a cell")
             name = record["settings"].get("model", {}).get("base", {}).get("name")
             if base in (None, name) or name is None:
-                seconds, units, count = found.get(record["stage"], (0.0, 0.0, 0))
-                spent = record["cost"]["seconds"]
-                found[record["stage"]] = seconds + spent, units + (record["units"] or 0.0), count + 1
+                for group in (record["stage"], digest(record["settings"])):
+                    seconds, units, count = found.get(group, (0.0, 0.0, 0))
+                    spent = record["cost"]["seconds"]
+                    found[group] = seconds + spent, units + (record["units"] or 0.0), count + 1
         return found
 
     def clear(self, name: str) -> None:

@@ -1,11 +1,11 @@
 """What a study would compute, and how long that takes at the rates of finished cells of the same base model.
 
-seconds = units · Σ seconds of finished cells / Σ their units,   for each stage apart
+seconds = units · Σ seconds of finished cells / Σ their units,   over cells of the same settings, else of the same stage
 """
 
 from collections.abc import Sequence
 
-from src.experiments.cell import Cell
+from src.experiments.cell import Cell, digest
 from src.experiments.store import Store
 
 
@@ -19,7 +19,7 @@ def time_left(todo: Sequence[Cell], store: Store) -> float | None:
     for cell in todo:
         if cell.stage not in rates:
             return None
-        seconds, units, count = rates[cell.stage]
+        seconds, units, count = rates.get(digest(cell.settings), rates[cell.stage])
         total += seconds / units * cell.units if cell.units and units else seconds / count
     return total
 
