@@ -18,6 +18,7 @@ from src.merge.combinations.compress_then_merge import CompressThenMerge
 from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
+from src.merge.sst import Sst
 from src.merge.stage import merge
 
 
@@ -239,3 +240,28 @@ def test_a_dry_run_says_how_much_memory_is_needed(tmp_path, said, shape, form):
     needed = peak(lambda: merge(**given, warn_below=0.0, output=str(tmp_path / "m")))
     assert needed < 1.25 * sum(found) + 8e6
     assert found[-1] < 2.5 * needed
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"damping": 0.5, "radius": 0.3, "trust": 1.0}, {"damping", "radius", "trust"}),
+        ({"filter": "topk", "k": 2, "t": 3.0, "rho": 0.2}, {"t"}),
+        ({"filter": "threshold", "t": 3.0}, set()),
+        ({"coefficients": "relearn", "rho": 0.2, "damping": 0.5, "radius": 0.3, "t": 3.0}, {"rho", "damping"}),
+        ({"coefficients": "relearn", "ridge": "kronecker", "damping": 0.5, "radius": 0.3}, set()),
+        ({}, set()),
+    ],
+)
+def test_options_of_sst_that_nothing_reads_are_named(adapters, tmp_path, said, settings, unread):
+    given = {name: str(adapters[name]) for name in ("utility", "safety")}
+    with pytest.raises(InputError, match="nonexistent"):
+        merge(**given, fisher="/nonexistent", method=Sst(**settings), output=str(tmp_path / "m"))
+    assert set(re.findall(r"method\.(\w+) has no effect", said())) == unread
+
+
+def test_a_swept_option_that_nothing_reads_is_named_once(adapters, tmp_path, said):
+    given = {name: str(adapters[name]) for name in ("utility", "safety")}
+    with pytest.raises(InputError, match="nonexistent"):
+        merge(**given, fisher="/nonexistent", method=Sst(), sweep={"radius": [0.1, 0.3]}, output=str(tmp_path / "m"))
+    assert said().count("method.radius has no effect here: it is read with coefficients relearn") == 1

@@ -13,6 +13,7 @@ from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.fisher.files import load_fisher
+from src.merge.sst import Sst
 from tests.commands import measured_once
 from tests.oracles import dense_kronecker_ridge, dense_relearned
 
@@ -182,3 +183,24 @@ def test_a_difference_is_learned_anew_from_where_it_leads(adapters, measured, tm
     np.testing.assert_allclose(
         made, stepped(there, start.numpy()), rtol=1e-5, atol=1e-6 * torch.linalg.norm(start).item()
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"filter": "topk", "k": 3}, {"coefficients": "relearn"}, {"coefficients": "relearn", "ridge": "kronecker"}],
+)
+def test_an_option_changes_the_patch_unless_it_is_named_as_unread(adapters, measured, tmp_path, settings):
+    fisher = measured("patched")
+    basis = basis_of(fisher)
+
+    def made(name, **options):
+        flags = [text for key, value in options.items() for text in (f"--method.{key}", str(value))]
+        assert merge(adapters, fisher, tmp_path / name, "--method", "Sst", *flags) == 0
+        return patch_of(tmp_path / name, adapters, basis)
+
+    before = made("before", **settings)
+    near = 1e-6 * np.linalg.norm(before)
+    for option, value in {"t": 1.0, "rho": 5.0, "trust": 0.1, "radius": 0.05, "damping": 5.0}.items():
+        changed = {**settings, option: value}
+        same = np.linalg.norm(made(option, **changed) - before) < near
+        assert same == (option in Sst(**changed).unread), option

@@ -95,6 +95,11 @@ class MergeMethod(ABC):
         """Whether it needs mean scores and the benign pass at the patched point too (:class:`PatchedFisher`)."""
         return False
 
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """Options that were given and have no effect beside the others: name to with what they would have one."""
+        return {}
+
     def base_folder(self) -> str | None:
         """Directory of Fisher files measured at the base, where it needs them too (:class:`FisherBesideBase`)."""
         return None

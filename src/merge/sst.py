@@ -5,6 +5,7 @@ eigenvalues (method.md sections 2 to 5), or its coefficients are learned anew (s
 claim needs (section 7) are settings.
 """
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from src.merge.sst_settings import (
     check_numbers,
     check_ridge,
     check_together,
+    unread,
 )
 from src.merge.sst_solved import Solved, solve_once
 
@@ -127,6 +129,13 @@ class Sst(MergeMethod):
     def relearns(self) -> bool:
         """Whether mean scores and the benign pass are needed."""
         return self.coefficients == "relearn"
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Options that were changed and that the others leave without effect."""
+        defaults = inspect.signature(type(self)).parameters
+        found = unread(self.filter, self.coefficients, self.ridge)
+        return {option: where for option, where in found.items() if getattr(self, option) != defaults[option].default}
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Solve the pencil and filter the patch, or learn its coefficients anew.

@@ -10,6 +10,19 @@ Coefficients = Literal["filter", "relearn"]
 Ridge = Literal["identity", "kronecker"]
 
 
+def unread(filter: FilterName, coefficients: Coefficients, ridge: Ridge) -> dict[str, str]:
+    """Options that nothing reads under these settings, and with what they are read."""
+    relearn = coefficients == "relearn"
+    read = {
+        "t": (relearn or filter in ("soft", "threshold"), "filter soft or threshold, or coefficients relearn"),
+        "rho": (not relearn, "coefficients filter"),
+        "trust": (relearn, "coefficients relearn"),
+        "radius": (relearn, "coefficients relearn"),
+        "damping": (ridge == "kronecker", "ridge kronecker"),
+    }
+    return {option: where for option, (is_read, where) in read.items() if not is_read}
+
+
 def check_numbers(rho: float, rho_s: float, t: float, trust: float, radius: float) -> None:
     """Check the ridges and rates.
 

@@ -103,6 +103,7 @@ def merge(
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
     check_licence(license)
     _check_unused(_listed(fisher), fisher_weights, method, combination)
+    _check_unread(points)
     measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
     calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
@@ -192,6 +193,14 @@ def _check_unused(
             raise InputError(f"fisher {folder}: no such directory")
     names = " and ".join(dict.fromkeys(type(one).__name__ for one in (combination, method) if one is not None))
     log.warning("%s needs no Fisher files: --fisher and --fisher_weights are not used", names)
+
+
+def _check_unread(points: Sequence[Variant]) -> None:
+    """Say which options of the method are given and not read."""
+    methods = [point.method for point in points if point.method is not None]
+    unread = {option: where for method in methods for option, where in method.unread.items()}
+    for option, where in unread.items():
+        log.warning("method.%s has no effect here: it is read with %s", option, where)
 
 
 def _title(point: Variant) -> str:
