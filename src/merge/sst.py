@@ -34,7 +34,7 @@ from src.merge.sst_settings import (
     check_numbers,
     check_ridge,
     check_together,
-    unread,
+    unread_options,
 )
 from src.merge.sst_solved import Solved, solve_once
 
@@ -134,7 +134,7 @@ class Sst(MergeMethod):
     def unread(self) -> dict[str, str]:
         """Options that were changed and that the others leave without effect."""
         defaults = inspect.signature(type(self)).parameters
-        found = unread(self.filter, self.coefficients, self.ridge)
+        found = unread_options(self.filter, self.coefficients, self.ridge)
         return {option: where for option, where in found.items() if getattr(self, option) != defaults[option].default}
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:

@@ -10,7 +10,7 @@ Coefficients = Literal["filter", "relearn"]
 Ridge = Literal["identity", "kronecker"]
 
 
-def unread(filter: FilterName, coefficients: Coefficients, ridge: Ridge) -> dict[str, str]:
+def unread_options(filter: FilterName, coefficients: Coefficients, ridge: Ridge) -> dict[str, str]:
     """Options that nothing reads under these settings, and with what they are read."""
     relearn = coefficients == "relearn"
     read = {

@@ -102,8 +102,8 @@ def merge(
     check_output(Path(output), overwrite=overwrite)
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
     check_licence(license)
-    _check_unused(_listed(fisher), fisher_weights, method, combination)
-    _check_unread(points)
+    _warn_of_unused_fishers(_listed(fisher), fisher_weights, method, combination)
+    _warn_of_unread_options(points)
     measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
     calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def _check_stages(method: MergeMethod | None, safety: str | None, alpha: list[fl
         raise InputError(f"method {type(method).__name__} needs the safety adapter: pass --safety")
 
 
-def _check_unused(
+def _warn_of_unused_fishers(
     fisher: Sequence[str], weights: list[float] | None, method: MergeMethod | None, combination: Combination
 ) -> None:
     """Say that Fisher files are given and not read; what is given must exist all the same."""
@@ -195,7 +195,7 @@ def _check_unused(
     log.warning("%s needs no Fisher files: --fisher and --fisher_weights are not used", names)
 
 
-def _check_unread(points: Sequence[Variant]) -> None:
+def _warn_of_unread_options(points: Sequence[Variant]) -> None:
     """Say which options of the method are given and not read."""
     methods = [point.method for point in points if point.method is not None]
     unread = {option: where for method in methods for option, where in method.unread.items()}
