@@ -23,9 +23,11 @@ UTILITY := $(DEMO)/utility/adapter_config.json
 SAFETY := $(DEMO)/safety/adapter_config.json
 FISHERS := $(DEMO)/fisher/utility.safetensors
 FISHERS_BETWEEN := $(DEMO)/fisher_between/utility.safetensors
+FISHERS_SECOND := $(DEMO)/fisher_second/utility.safetensors
 TA := $(DEMO)/task_arithmetic/alpha-1/adapter_config.json
 SST := $(DEMO)/sst/alpha-1/adapter_config.json
 SST_BETWEEN := $(DEMO)/sst_between/t-5/adapter_config.json
+SST_SECOND := $(DEMO)/sst_second/t-6/adapter_config.json
 METRICS := $(DEMO)/test/metrics.json
 TABLE := $(DEMO)/report/table.md
 
@@ -80,8 +82,15 @@ $(SST): configs/merge.yaml $(FISHERS) $(MERGE) | $(READY)
 $(SST_BETWEEN): configs/merge_between.yaml $(FISHERS_BETWEEN) $(MERGE) | $(READY)
 	$(RUN) merge --config merge_between.yaml --overwrite true
 
-$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(FISHERS) $(FISHERS_BETWEEN) $(SST) $(SST_BETWEEN) $(TA) $(TEST) | $(READY)
-	@echo "== 5/6 evaluation of twelve models"
+$(FISHERS_SECOND): configs/fisher_second.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(SST_BETWEEN) $(FISHER) | $(READY)
+	$(RUN) fisher --config fisher_second.yaml --overwrite true
+
+$(SST_SECOND): configs/merge_second.yaml $(FISHERS_SECOND) $(MERGE) | $(READY)
+	$(RUN) merge --config merge_second.yaml --overwrite true
+
+$(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(FISHERS) $(FISHERS_BETWEEN) $(FISHERS_SECOND) $(SST) $(SST_BETWEEN) \
+	$(SST_SECOND) $(TA) $(TEST) | $(READY)
+	@echo "== 5/6 evaluation of sixteen models"
 	$(RUN) test --config test.yaml --output $(DEMO)/test --overwrite true
 
 $(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
@@ -91,8 +100,8 @@ $(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
 demo: $(TABLE)
 	@cat $(TABLE)
 	@echo
-	@echo "adapters   $(DEMO)/utility  $(DEMO)/safety  $(DEMO)/task_arithmetic/alpha-*  $(DEMO)/sst/alpha-*  $(DEMO)/sst_between/t-*"
-	@echo "Fisher     $(DEMO)/fisher/  $(DEMO)/fisher_between/"
+	@echo "adapters   $(DEMO)/utility  $(DEMO)/safety  $(DEMO)/task_arithmetic/alpha-*  $(DEMO)/sst/alpha-*  $(DEMO)/sst_between/t-*  $(DEMO)/sst_second/t-*"
+	@echo "Fisher     $(DEMO)/fisher/  $(DEMO)/fisher_between/  $(DEMO)/fisher_second/"
 	@echo "answers    $(DEMO)/test/answers/MODEL/SUITE.jsonl"
 	@echo "table      $(DEMO)/report/table.md  .csv  .json"
 	@echo "plot       $(DEMO)/report/fronts.png"

@@ -445,6 +445,19 @@ def test_a_sweep_equals_single_merges(adapters, base, tmp_path):
     assert swept.manifest["method"] == "SST soft, t = 3"
 
 
+def test_a_name_is_what_results_are_listed_under(adapters, tmp_path):
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"])}
+    merge(**given, method=Knots(Ties()), sweep={"inner.density": [0.2, 0.5]}, name="mine", output=str(tmp_path / "s"))
+    merge(**given, method=Knots(Ties(density=0.5)), output=str(tmp_path / "m"))
+    named, plain = read_adapter(tmp_path / "s" / "inner.density-0.5"), read_adapter(tmp_path / "m")
+    assert (named.manifest["method"], plain.manifest["method"]) == ("mine, inner.density = 0.5", "Knots")
+    assert named.sha256 == plain.sha256
+    assert "mine, inner.density = 0.5" in (tmp_path / "s" / "inner.density-0.5" / "README.md").read_text()
+    with pytest.raises(InputError, match="name is empty"):
+        merge(**given, method=Knots(), name=" ", output=str(tmp_path / "n"))
+    assert not (tmp_path / "n").exists()
+
+
 def test_options_of_the_combination_can_be_swept(adapters, tmp_path):
     options = {"utility": both(adapters), "rank": 16}
     merge(**options, combine=Ties(), sweep={"combine.density": [0.3, 0.6]}, output=str(tmp_path / "s"))

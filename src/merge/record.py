@@ -10,14 +10,17 @@ from src.merge.sweep import Variant
 from src.provenance import versions
 
 
-def manifest(point: Variant, inputs: Inputs, total: Combined, patch: Patch, alpha: float | None) -> dict[str, Any]:
+def manifest(
+    point: Variant, inputs: Inputs, total: Combined, patch: Patch, alpha: float | None, name: str | None = None
+) -> dict[str, Any]:
     """Provenance of one merged adapter; ``method`` and ``alpha`` are what results are listed under."""
     method = point.method or point.combine
+    listed = name or method.name
     first, safety = inputs.experts[0], inputs.safety
     findings = patch.findings if point.method else total.findings
     return {
         "kind": "merge",
-        "method": f"{method.name}, {point.label}" if point.label else method.name,
+        "method": f"{listed}, {point.label}" if point.label else listed,
         "settings": settings(method),
         "combine": {"method": point.combine.name, "settings": settings(point.combine), "findings": total.findings},
         "utility": [

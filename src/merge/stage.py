@@ -55,6 +55,7 @@ def merge(
     shard_size: float = 5.0,
     warn_below: float = 0.95,
     sweep: dict[str, list[float]] | None = None,
+    name: str | None = None,
     license: str | None = None,
     evaluation: str | None = None,
     dry_run: bool = False,
@@ -86,6 +87,7 @@ def merge(
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
         warn_below: Kept energy, 0 to 1, under which ``rank`` warns; ``energy`` warns of less than it asks for.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
+        name: What results are listed under, such as ``SST in two steps``; unset is the method's own name.
         license: The result's licence as the hub names it, such as ``apache-2.0``, for the model card.
         evaluation: ``metrics.json`` of an evaluation of these very adapters, merged before: a table of it goes into
             the model card.
@@ -102,6 +104,8 @@ def merge(
     check_output(Path(output), overwrite=overwrite)
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
     check_licence(license)
+    if name is not None and not name.strip():
+        raise InputError("name is empty; expected a name for the results")
     _warn_of_unused_fishers(_listed(fisher), fisher_weights, method, combination)
     _warn_of_unread_options(points)
     measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
@@ -119,11 +123,12 @@ def merge(
         if dry_run:
             log.info("%s", _description(points, inputs, form, values, place, workers))
             return
-        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured)
+        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured, name)
         folder = stack.enter_context(new_directory(Path(output)))
         for point, total, patch in derived(points, inputs):
             _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
-    log.info("%s: %d merged %s(s) in %s", _title(points[0]), count, "model" if full_model else "adapter", output)
+    what = name or _title(points[0])
+    log.info("%s: %d merged %s(s) in %s", what, count, "model" if full_model else "adapter", output)
 
 
 def _paths(*given: Any) -> list[str]:
@@ -214,7 +219,7 @@ def _write_point(
     for alpha in values:
         merged: Deltas = total.deltas if alpha is None else combined([total.deltas, patch.pairs], [1.0, alpha])
         target.form.check(merged, _title(point))
-        record = manifest(point, inputs, total, patch, alpha)
+        record = manifest(point, inputs, total, patch, alpha, target.name)
         write(folder / point_name("alpha", alpha) if target.by_alpha else folder, merged, inputs, record, target)
     if "kept_by_module" in patch.findings:
         plot_pencil(patch.findings, folder / PLOT)

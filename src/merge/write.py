@@ -30,6 +30,7 @@ class Target:
         by_alpha: Whether each strength has a directory of its own.
         record: What the manifest holds beside what made the update: the flags and the licence.
         evaluation: Measurements for the card.
+        name: What results are listed under, or none.
     """
 
     form: Form
@@ -39,6 +40,7 @@ class Target:
     by_alpha: bool
     record: dict[str, Any]
     evaluation: Evaluation | None
+    name: str | None = None
 
 
 def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
