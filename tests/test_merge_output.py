@@ -1,6 +1,7 @@
 """Output forms, sweeps, the dry run and combinations without a safety method, through the stage."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -445,9 +446,12 @@ def test_a_sweep_equals_single_merges(adapters, base, tmp_path):
     assert swept.manifest["method"] == "SST soft, t = 3"
 
 
-def test_a_name_is_what_results_are_listed_under(adapters, tmp_path):
+def test_a_name_is_what_results_are_listed_under(adapters, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
+    caplog.set_level(logging.INFO, "src")
     given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"])}
     merge(**given, method=Knots(Ties()), sweep={"inner.density": [0.2, 0.5]}, name="mine", output=str(tmp_path / "s"))
+    assert "mine: 2 merged adapter(s)" in caplog.text
     merge(**given, method=Knots(Ties(density=0.5)), output=str(tmp_path / "m"))
     named, plain = read_adapter(tmp_path / "s" / "inner.density-0.5"), read_adapter(tmp_path / "m")
     assert (named.manifest["method"], plain.manifest["method"]) == ("mine, inner.density = 0.5", "Knots")
