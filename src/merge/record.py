@@ -11,9 +11,12 @@ from src.provenance import versions
 
 
 def manifest(
-    point: Variant, inputs: Inputs, total: Combined, patch: Patch, alpha: float | None, name: str | None = None
+    point: Variant, inputs: Inputs, total: Combined, patch: Patch, alpha: float | None, name: str | None
 ) -> dict[str, Any]:
-    """Provenance of one merged adapter; ``method`` and ``alpha`` are what results are listed under."""
+    """Provenance of one merged adapter.
+
+    ``method`` and ``alpha`` are what results are listed under; ``name`` is in place of the method's own.
+    """
     method = point.method or point.combine
     listed = name or method.name
     first, safety = inputs.experts[0], inputs.safety

@@ -40,7 +40,7 @@ class Target:
     by_alpha: bool
     record: dict[str, Any]
     evaluation: Evaluation | None
-    name: str | None = None
+    name: str | None
 
 
 def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dict[str, Any], target: Target) -> None:
