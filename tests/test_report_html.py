@@ -12,6 +12,7 @@ from src.errors import InputError
 from src.report.html import page, tables_csv, write_report
 from src.report.html_axes import log_ticks, ticks
 from src.report.html_pencil import pencil_tables
+from src.report.html_png import series_style
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path", "rect"}
 
@@ -345,3 +346,9 @@ def test_the_page_works_in_a_browser(tmp_path, width, scheme):
         chromium.close()
     assert problems == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_twenty_methods_of_the_picture_have_twenty_colours_and_sixty_look_different():
+    styles = [series_style(number) for number in range(60)]
+    assert len({style["color"] for style in styles[:20]}) == 20
+    assert len({(style["color"], style["marker"]) for style in styles}) == 60

@@ -45,5 +45,14 @@ def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
         ]
         for key in ("x", "y")
     }
-    style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "label": line["name"]}
-    axis.errorbar(values["x"], values["y"], **errors, **style, linewidth=1.2, elinewidth=0.6, markersize=5)
+    style = {"label": line["name"], "linewidth": 1.2, "elinewidth": 0.6, "markersize": 5, **series_style(number)}
+    axis.errorbar(values["x"], values["y"], **errors, **style)
+
+
+def series_style(number: int) -> dict[str, Any]:
+    """Mark and colour of a series: ten strong colours, then ten pale ones; none of 20 has the colour of another."""
+    from matplotlib import colormaps
+
+    pale, hue = divmod(number % 20, 10)
+    # tab20 has each hue twice, strong and pale.
+    return {"marker": MARKERS[number % len(MARKERS)], "color": colormaps["tab20"](2 * hue + pale)}
