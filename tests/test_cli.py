@@ -80,6 +80,12 @@ def test_hardware_files_hold_hardware_only():
         assert set(yaml.safe_load(path.read_text())) <= allowed, path
 
 
+def test_processes_of_the_simulation_are_sharded_as_gpus_are_whatever_their_number():
+    one, two = (yaml.safe_load((ROOT / "trainers" / name).read_text()) for name in ("fsdp.yaml", "fsdp_sim.yaml"))
+    assert one["strategy"] == two["strategy"]
+    assert "init_args" not in one["strategy"]
+
+
 def test_names_are_found_as_given_then_in_their_folder(tmp_path, monkeypatch):
     assert resolve_names(["--config", "expert.yaml", "--trainer=ddp.yaml"]) == [
         "--config",

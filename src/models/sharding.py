@@ -3,7 +3,24 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all processes of the run, however many there are, without tensor parallelism.
+
+    Lightning's own ``data_parallel_size: auto`` is the number of nodes, and leaves no other choice than a number.
+    Checkpoints are single files.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Start the process group and lay the mesh over it."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh | None) -> None:
