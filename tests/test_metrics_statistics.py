@@ -10,11 +10,15 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 
+from src.data.rows import Row
+from src.data.suite import Suite
 from src.metrics.agreement import Pairs, count_pairs, kappa, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference, resampled_means
 from src.metrics.code import pass_at_k
+from src.metrics.counters import FlagRate
 from src.metrics.fronts import summed_up, volumes
 from src.metrics.intervals import tango, wilson
+from src.metrics.perplexity import AnswerPerplexity
 from src.metrics.tradeoff import (
     UNDEFINED,
     Point,
@@ -26,6 +30,7 @@ from src.metrics.tradeoff import (
     safety_tax,
     utility_at_attack_success,
 )
+from src.models.grading import suite_summary
 
 
 @pytest.mark.parametrize(("total", "passed", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (7, 3, 7), (4, 1, 4)])
@@ -292,3 +297,14 @@ def test_a_front_of_equal_rows_is_not_sure_and_one_that_qualifies_by_chance_may_
     chance = summed_up(safety=[[1.0] * 5], utility=[[1.0, 1.0, 1.0, 1.0, 0.0]], keep=0.8, **given)
     assert (chance.safety_at_utility.low, chance.safety_at_utility.high) == (0.0, 1.0)
     assert summed_up(safety=[[1.0] * 5], utility=[[0.0] * 5], keep=0.8, **given).safety_at_utility is None
+
+
+def test_a_suites_counts_lie_where_they_can_be_gathered(monkeypatch):
+    """NCCL gathers from GPUs alone; the meta device stands for one."""
+    monkeypatch.setattr(FlagRate, "summary", lambda self: self.hits.device.type)
+    monkeypatch.setattr(AnswerPerplexity, "summary", lambda self: self.rows[0].device.type)
+    rows = [Row(str(i), f"prompt {i}", "yes", category="x") for i in range(3)]
+    records = [{"refused": True, "collapsed": False, "nll": 1.0, "tokens": 2, "answer": "No."}] * 3
+    suite = Suite(name="s", kind="benign", rows="a.jsonl")
+    found = suite_summary(suite, rows, records, rank=0, world_size=2, device=torch.device("meta"))
+    assert [found[name] for name in ("refusal", "collapse", "perplexity")] == ["meta"] * 3

@@ -99,21 +99,21 @@ def graded_code(suite: Suite, records: Sequence[Record], outcomes: Sequence[Mapp
 
 
 def suite_summary(
-    suite: Suite, rows: Sequence[Row], records: Sequence[Record], *, rank: int, world_size: int
+    suite: Suite, rows: Sequence[Row], records: Sequence[Record], *, rank: int, world_size: int, device: torch.device
 ) -> Record:
-    """The numbers of one suite. Every process holds all records and counts its share."""
+    """The numbers of one suite. Every process holds all records and counts its share, where it can be gathered."""
     named = named_categories([row.category for row in rows])
     mine = range(rank, len(rows), world_size)
     summary: Record = {"kind": suite.kind}
     for flag, name in FLAGS.items():
         if flag in records[0] and not (flag == "correct_norm" and suite.style == "letters"):
-            rate = FlagRate(each_category(named))
+            rate = FlagRate(each_category(named)).to(device)
             rate.update([records[i][flag] for i in mine], [named[i] for i in mine] if named else None)
             summary[name] = rate.summary()
     if "nll" in records[0]:
-        perplexity = AnswerPerplexity(sorted(set(named)))
-        nll = torch.tensor([records[i]["nll"] for i in mine], dtype=torch.float64)
-        tokens = torch.tensor([records[i]["tokens"] for i in mine], dtype=torch.int64)
+        perplexity = AnswerPerplexity(sorted(set(named))).to(device)
+        nll = torch.tensor([records[i]["nll"] for i in mine], dtype=torch.float64, device=device)
+        tokens = torch.tensor([records[i]["tokens"] for i in mine], dtype=torch.int64, device=device)
         perplexity.update(nll, tokens, [named[i] for i in mine] if named else None)
         summary["perplexity"] = perplexity.summary()
     for name in (*MEANS, *(f"pass@{k}" for k in suite.k)):

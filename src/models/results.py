@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import all_gather_object, is_initialized
 
 from src.adapters.peft_files import Adapter
@@ -58,6 +59,8 @@ class Results:
     ) -> None:
         self.data, self.models, self.output = data, list(models), output
         self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        # NCCL gathers what lies on a GPU only.
+        self.device = trainer.strategy.root_device if is_initialized() else torch.device("cpu")
         self.graded: dict[tuple[int, int], list[Record]] = {}
         parts = self._gathered(dict(records))
         self.records = {
@@ -201,7 +204,8 @@ class Results:
     def _summary(self, model: int, number: int) -> Record:
         suite = self.data.suites[number]
         rows, graded = self.data.rows[suite.name], self.graded[model, number]
-        summary = suite_summary(suite, rows, graded, rank=self.rank, world_size=self.world_size)
+        process = {"rank": self.rank, "world_size": self.world_size, "device": self.device}
+        summary = suite_summary(suite, rows, graded, **process)
         tokens = self.data.tokens[suite.name]
         counts = {"cut": tokens.cut, "cut_references": tokens.cut_references}
         return summary | {name: count for name, count in counts.items() if count}
