@@ -252,6 +252,29 @@ def test_an_answer_may_be_cut_to_its_first_tokens(tokenizer, tmp_path, tokens, a
     assert encoded.prompt_ids == Encoder(tokenizer).encode(Row("a", "hello")).ids
 
 
+def test_an_end_of_turn_that_only_the_vocabulary_calls_special_ends_answers(tokenizer):
+    import copy
+
+    from tokenizers import AddedToken
+
+    phi = copy.deepcopy(tokenizer)
+    phi.add_tokens([AddedToken("<|turn|>", special=True)])
+    phi.chat_template = phi.chat_template.replace("<|im_end|>", "<|turn|>")
+    end = phi.convert_tokens_to_ids("<|turn|>")
+    assert end not in phi.all_special_ids
+    encoder = Encoder(phi)
+    assert encoder.encode(Row("a", "hello", "yes")).ids[-1] == end
+    assert encoder.stop_ids == sorted({end, phi.eos_token_id})
+
+
+def test_prompts_of_a_template_with_a_date_are_those_of_another_day(tokenizer):
+    import copy
+
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "Today is {{ strftime_now('%d %b %Y') }}.\n" + dated.chat_template
+    assert Encoder(dated).prompt_text("hello").startswith("Today is 26 Jul 2024.\n")
+
+
 def test_raw_prompts_need_no_template(tokenizer):
     import copy
 

@@ -4,7 +4,9 @@ Prompt and answer are tokenised apart, so the boundary between them never falls 
 answer are those that greedy decoding would have to produce.
 """
 
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from src.data.rows import Row
@@ -13,6 +15,10 @@ from src.errors import InputError
 Template = Literal["auto", "chat", "raw"]
 SHORTEST = 8
 """Fewest tokens of a prompt and its answer for which there must be room."""
+TODAY = datetime(2024, 7, 26)
+"""The day that templates with a date are given, the one that Llama 3's falls back on: what was measured yesterday and
+what is measured today have the same prompts."""
+NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class Encoded:
     def prompt_ids(self) -> list[int]:
         """The prompt's tokens, template included."""
         return self.ids[: self.answer_start]
+
+
+def dated(template: str) -> str:
+    """A chat template whose today is :data:`TODAY`."""
+    return NOW.sub(lambda found: repr(TODAY.strftime(found["form"])), template)
 
 
 class Encoder:
@@ -52,10 +63,13 @@ class Encoder:
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.max_length = max_length
         self.truncated = self.cut_prompts = self.cut_answers = 0
+        self._dated = dated(tokenizer.get_chat_template()) if self.chat else None
         self.end_id = self._end_of_turn()
 
     def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self._dated, tokenize=False, add_generation_prompt=generation
+        )
 
     def _end_of_turn(self) -> int:
         """The token that closes an answer: what the chat template puts after it, else the tokenizer's end token."""
@@ -65,11 +79,16 @@ class Encoder:
                 [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": marker}], generation=False
             )
             tail = self.tokenizer(text.rpartition(marker)[2], add_special_tokens=False).input_ids
-            if tail and tail[0] in self.tokenizer.all_special_ids:
+            if tail and self._is_special(tail[0]):
                 return tail[0]
         if self.tokenizer.eos_token_id is None:
             raise InputError("this tokenizer has neither an end-of-turn nor an end-of-sequence token")
         return self.tokenizer.eos_token_id
+
+    def _is_special(self, token: int) -> bool:
+        """Whether a token is special: by a name of its own or, as many ends of turns, by the vocabulary alone."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
+        return token in self.tokenizer.all_special_ids or (added is not None and added.special)
 
     @property
     def stop_ids(self) -> list[int]:
