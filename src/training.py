@@ -60,9 +60,11 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "steps": trainer.global_step,
         "val_loss": None if measured is None else float(measured),
         "others": [{"path": one.name, "sha256": one.sha256} for one in module.others],
+        "regularizer": list(module.regularizer.sources) if module.regularizer is not None else [],
         "versions": versions(),
     }
-    seen = frozenset(data.seen).union(*(one.seen for one in module.others))
+    held = [] if module.regularizer is None else [module.regularizer.seen]
+    seen = frozenset(data.seen).union(*(one.seen for one in module.others), *held)
     folder = command.output
     (folder / CONFIG).unlink(missing_ok=True)
     write_provenance(folder, manifest=manifest, seen=seen, card=expert_card(manifest))

@@ -130,6 +130,15 @@ def test_an_adapter_can_hold_the_alignment(adapters, updates):
 
 
 @pytest.mark.parametrize("method", [SafeLora, SafeMerge, ClosestSafeUpdate])
+def test_what_the_alignments_adapter_has_seen_the_merged_one_has(adapters, updates, tmp_path, method):
+    read = read_adapter(adapters["safety"])
+    write_adapter(tmp_path / "a", updates[1], base=read.base, manifest={}, seen=frozenset({"a-prompt"}), card="c")
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(tmp_path / "m")}
+    merge(**given, method=method(aligned=str(tmp_path / "a")))
+    assert "a-prompt" in read_adapter(tmp_path / "m").seen
+
+
+@pytest.mark.parametrize("method", [SafeLora, SafeMerge, ClosestSafeUpdate])
 def test_an_adapter_of_another_base_gives_no_direction(adapters, updates, tmp_path, method):
     write_adapter(tmp_path / "a", updates[1], base="other/base", manifest={}, seen=frozenset(), card="c")
     given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(tmp_path / "m")}

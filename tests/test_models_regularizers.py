@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
+from src.files import sha256_file
 from src.fisher.files import FisherFile, load_fisher
 from src.models.regularizers import AlignGuard, trained_layers
 from tests.commands import fit_flags
@@ -77,6 +78,22 @@ def test_an_update_of_zero_costs_nothing(fisher):
     assert all(torch.isfinite(layer.b.grad).all() for layer in trained_layers(model).values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_are_read_on_the_cpu_wherever_and_in_whatever_format_modules_are_built(peft, fisher, dtype):
+    expected = AlignGuard(str(fisher), **BOTH)
+    expected.bind(peft.to(dtype), "")
+    guard = AlignGuard(str(fisher), **BOTH)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # as on a GPU: Lightning builds modules there
+            guard.bind(peft.float(), "")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    peft.to(dtype)  # as the Trainer does afterwards
+    assert guard.penalty().dtype == torch.float32
+    torch.testing.assert_close(guard.penalty(), expected.penalty())
+
+
 def fit(base, rows, output, fisher, align):
     flags = ["--model.regularizer", "AlignGuard", "--model.regularizer.fisher", str(fisher)]
     return main(fit_flags(base, rows, output, *flags, "--model.regularizer.k", "4", "--model.regularizer.align", align))
@@ -96,6 +113,10 @@ def test_fit_keeps_the_update_out_of_the_critical_directions(base, rows, fisher,
     assert held < 0.7 * free
     recorded = json.loads((tmp_path / "held" / "manifest.json").read_text())["settings"]["model"]["regularizer"]
     assert recorded["init_args"]["align"] == 10.0
+    # Its Fisher file was measured on rows, and the expert has seen them through it.
+    assert "safety-prompt" in read_adapter(tmp_path / "held").seen
+    files = json.loads((tmp_path / "held" / "manifest.json").read_text())["regularizer"]
+    assert files == [{"path": f"{fisher}/safety.safetensors", "sha256": sha256_file(fisher / "safety.safetensors")}]
     assert "penalty" in (tmp_path / "held" / "run" / "metrics.csv").read_text().splitlines()[0]
 
 

@@ -365,3 +365,14 @@ class StopAfter(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.global_step >= self.steps:
             trainer.should_stop = True
+
+
+def test_rows_that_a_merged_base_has_seen_are_not_evaluated(base, rows, tmp_path, capsys):
+    from src.data.sources import load_rows
+
+    folder = shutil.copytree(base, tmp_path / "merged_model")
+    seen = [row.prompt_hash for row in load_rows(str(rows["task"]), need_response=True)]
+    (folder / "seen_prompts.txt").write_text("\n".join(seen))
+    flags = test_flags(folder, rows | {"eval_task": rows["task"]}, tmp_path, tmp_path / "out")
+    assert main(flags) == 2
+    assert f"suite task: {len(seen)} prompts" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         base=config.get("base_model_name_or_path") or "",
         sha256=sha256_file(file),
         manifest=_manifest(path / MANIFEST),
-        seen=_seen(path / SEEN),
+        seen=read_seen(path),
         layout=layout,
         full_rank=_full_rank(file, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
@@ -124,8 +124,9 @@ def _fully_trained(config: dict[str, Any], base: BaseWeights | None) -> list[str
     return [*listed, *sorted(parts.embeddings), parts.head]
 
 
-def _seen(path: Path) -> frozenset[str]:
-    """Hashes of the prompts that it was trained or calibrated on; empty without the file."""
+def read_seen(folder: Path) -> frozenset[str]:
+    """Hashes of the prompts that an adapter or a model here was trained or calibrated on; empty without the file."""
+    path = folder / SEEN
     try:
         return frozenset(path.read_text(encoding="utf-8").split()) if path.exists() else frozenset()
     except UnicodeDecodeError as error:

@@ -139,10 +139,12 @@ def read_inputs(
     adapters = read_adapters([*utility, *([safety] if safety is not None else [])], base)
     experts, patcher = adapters[: len(utility)], adapters[-1] if safety is not None else None
     check_compatible(adapters)
-    for adapter in calibrated.method.adapters() if calibrated.method is not None else []:
+    further = calibrated.method.adapters() if calibrated.method is not None else []
+    for adapter in further:
         check_base(adapter, experts[0].base, experts[0].fingerprint, what=f"that of {experts[0].name}")
     found = calibrated.read(experts, patcher, base)
     for entry in found.files:
         if found.pair is not None and entry["utility_weights"] != given:
             log.warning("%s: measured at utility weights %s, not %s", entry["path"], entry["utility_weights"], given)
-    return Inputs(experts, given, patcher, found, found.seen.union(*(adapter.seen for adapter in adapters)))
+    seen = found.seen.union(*(adapter.seen for adapter in (*adapters, *further)))
+    return Inputs(experts, given, patcher, found, seen)

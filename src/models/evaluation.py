@@ -121,7 +121,7 @@ class EvaluationModule(LightningModule):
             check_programs(self._data.suites, allow=self.allow_code_execution)
             share_judges(self._data.suites)
         if not self.allow_seen:
-            check_unseen(self.models, self._data.rows)
+            check_unseen(self.models, self._data.rows, self.base.name)
 
     def configure_model(self) -> None:
         """Load the base, check every adapter against it, shard where the strategy asks for it, lay out the work."""

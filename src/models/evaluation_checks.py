@@ -1,23 +1,31 @@
 """Evaluations that are refused before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from src.adapters.peft_files import Adapter
+from src.adapters.peft_files import Adapter, read_seen
 from src.data.rows import Row
 from src.data.suite import Suite
 from src.errors import InputError
 from src.sandbox.run import check_isolation
 
 
-def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequence[Row]]) -> None:
-    """Check that no adapter was trained or calibrated on a prompt of a suite.
+def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequence[Row]], base: str) -> None:
+    """Check that no adapter was trained or calibrated on a prompt of a suite, nor the base, where it is a merged model.
+
+    Args:
+        models: Adapters by the names of the models; nothing stands for the base alone.
+        rows: Rows of each suite.
+        base: Name of the base; a directory may say on what it was trained.
 
     Raises:
         InputError: one was; the message names the suite, the first row and the adapter.
     """
+    below = read_seen(Path(base))
     for name, adapter in models.items():
+        seen = below if adapter is None else below | adapter.seen
         for suite, asked in rows.items():
-            both = [row for row in asked if adapter is not None and row.prompt_hash in adapter.seen]
+            both = [row for row in asked if row.prompt_hash in seen]
             if both:
                 raise InputError(
                     f"suite {suite}: {len(both)} prompts, the first {both[0].id}, were used to train or calibrate "

@@ -21,6 +21,7 @@ import torch
 
 from src.adapters.basis import CoreBasis
 from src.errors import InputError
+from src.files import sha256_file
 from src.fisher.files import load_fisher
 from src.fisher.lowrank import LowRankFisher
 from src.merge.align_guard import leading_directions
@@ -29,7 +30,15 @@ TINY = 1e-30
 
 
 class Regularizer(ABC):
-    """A term of the loss that depends on the adapter's weights alone."""
+    """A term of the loss that depends on the adapter's weights alone.
+
+    Attributes:
+        sources: Files that it was made of, as ``path`` and ``sha256``; known once it is bound.
+        seen: Hashes of the prompts that these were measured on.
+    """
+
+    sources: tuple[dict[str, str], ...] = ()
+    seen: frozenset[str] = frozenset()
 
     @abstractmethod
     def bind(self, model: Any, fingerprint: str) -> None:
@@ -53,13 +62,20 @@ class Layer:
     b: torch.nn.Parameter
     scale: float
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in float32 at least, differentiable by both."""
+        dtype = torch.promote_types(self.a.dtype, torch.float32)
+        return self.a.to(dtype), self.b.to(dtype)
+
     def squared_norm(self) -> torch.Tensor:
         """‖Δ‖², without forming it."""
-        return self.scale**2 * ((self.b.T @ self.b) * (self.a @ self.a.T)).sum()
+        a, b = self.factors()
+        return self.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
 
     def core(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """(p, q) ``Uᵀ Δ V``."""
-        return self.scale * (u.T @ self.b) @ (self.a @ v)
+        a, b = self.factors()
+        return self.scale * (u.T @ b) @ (a @ v)
 
 
 def trained_layers(model: Any) -> dict[str, Layer]:
@@ -107,6 +123,11 @@ class AlignGuard(Regularizer):
         Raises:
             InputError: the file is missing, of another form or base, or shares no module with the adapter.
         """
+        # Modules are built on the accelerator and in the Trainer's precision; what is read here is of files.
+        with torch.device("cpu"):
+            self._read(model, fingerprint)
+
+    def _read(self, model: Any, fingerprint: str) -> None:
         path = Path(self.fisher) / "safety.safetensors"
         file = load_fisher(path)
         if not isinstance(file.fisher, LowRankFisher):
@@ -119,7 +140,7 @@ class AlignGuard(Regularizer):
         if not any(name in self._layers for name in basis.modules):
             raise InputError(f"{path}: no module in common with the adapter that is trained")
         directions = leading_directions(file.fisher, self.k, "model.regularizer.k")
-        like = next(iter(self._layers.values())).a
+        like = next(iter(self._layers.values())).factors()[0]
         self._eigenvalues = file.fisher.energies(directions.T).to(like)
         self._directions = directions.to(like)
         self._u = {name: u.to(like) for name, u in basis.u.items()}
@@ -127,6 +148,8 @@ class AlignGuard(Regularizer):
         inputs = {name: layer.a.shape[1] for name, layer in self._layers.items()}
         self._v = {name: v[: inputs.get(name)].to(like) for name, v in basis.v.items()}
         self._shapes = basis.shapes
+        self.sources = ({"path": str(path), "sha256": sha256_file(path)},)
+        self.seen = frozenset(file.record["seen"])
 
     def penalty(self) -> torch.Tensor:
         """The weighted sum of the three terms."""
@@ -147,10 +170,10 @@ class AlignGuard(Regularizer):
 
     def _follow(self) -> None:
         """Move what was read to where the weights are now: the Trainer moves the model after it is built."""
-        device = next(iter(self._layers.values())).a.device
-        if self._directions.device != device:
-            self._directions, self._eigenvalues = self._directions.to(device), self._eigenvalues.to(device)
-            self._u, self._v = ({n: m.to(device) for n, m in side.items()} for side in (self._u, self._v))
+        like = next(iter(self._layers.values())).factors()[0]
+        if (self._directions.device, self._directions.dtype) != (like.device, like.dtype):
+            self._directions, self._eigenvalues = self._directions.to(like), self._eigenvalues.to(like)
+            self._u, self._v = ({n: m.to(like) for n, m in side.items()} for side in (self._u, self._v))
 
     def _core(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         if name not in self._layers:
@@ -160,7 +183,8 @@ class AlignGuard(Regularizer):
     def _collision(self, name: str, critical: torch.Tensor) -> torch.Tensor:
         layer = self._layers[name]
         part = self._u[name] @ critical.view(self._shapes[name]) @ self._v[name].T
-        rest = layer.scale * (layer.b @ layer.a) - part
+        a, b = layer.factors()
+        rest = layer.scale * (b @ a) - part
         overlap = (part.abs() * rest.abs()).sum()
         cosine = (part * rest).sum().square() / (part.square().sum() * rest.square().sum()).clamp(min=TINY)
         return self.blend * overlap + (1 - self.blend) * cosine
