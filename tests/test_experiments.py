@@ -1,5 +1,6 @@
 """The engine: what is cached, killed, failed, claimed and planned, on cells that only sleep."""
 
+import errno
 import json
 import os
 import signal
@@ -147,6 +148,25 @@ def test_merged_weights_go_once_nobody_waits_for_them(tmp_path):
     assert to_compute(tests, store) == []
 
 
+def test_merged_weights_that_another_study_removed_meanwhile_are_made_again(tmp_path):
+    engine, _, store = toy_engine(tmp_path)
+    merged = Cell("merge", "merge", {})
+    engine.grid, order = closure([Cell("test", "test", {}, {"adapter": (merged,)})]), []
+
+    def compute(batch):
+        order.append(batch[0].label)
+        if order == ["merge", "test"]:
+            store.drop_weights(merged)
+            raise CellError("no such adapter")
+        return {cell.key: {"cost": {"seconds": 1.0}} for cell in batch}
+
+    engine.compute = compute
+    outcome = engine.run()
+    assert order == ["merge", "test", "merge", "test"]
+    assert not outcome.failed
+    assert not list((store.work / "failures").glob("*"))
+
+
 def test_a_pass_is_merged_and_evaluated_before_the_next_pass_where_that_fills_a_command(tmp_path):
     engine, _, _ = toy_engine(tmp_path)
     passes = [Cell("fisher", f"pass {i}", {"i": i}) for i in range(2)]
@@ -219,6 +239,24 @@ def test_a_held_claim_is_touched(tmp_path, monkeypatch):
     claims = Claims(tmp_path)
     claims.take("k")
     os.utime(tmp_path / "k.claim", (0, 0))
+    wait_for(lambda: (tmp_path / "k.claim").stat().st_mtime > 0)
+    claims.close()
+
+
+def test_claims_are_touched_again_after_the_folder_did_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "HEARTBEAT", 0.02)
+    asked, utime = [], os.utime
+
+    def failing(*args):
+        asked.append(args)
+        if len(asked) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        utime(*args)
+
+    monkeypatch.setattr(claims_module.os, "utime", failing)
+    claims = Claims(tmp_path)
+    claims.take("k")
+    utime(tmp_path / "k.claim", (0, 0))
     wait_for(lambda: (tmp_path / "k.claim").stat().st_mtime > 0)
     claims.close()
 

@@ -11,9 +11,10 @@ from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, mean_kept, slope
-from src.experiments.scores import by_category, gathered, in_split, joined, row_keys, row_scores
+from src.experiments.scores import Scores, by_category, gathered, in_split, joined, row_keys, row_scores
 from src.experiments.statements import claims, claims_table, tally
 from src.metrics.bootstrap import Estimate, paired_difference
+from src.metrics.intervals import tango, wilson
 
 KINDS = {"bad": "harmful", "safe": "borderline", "task": "utility", "free": "utility", "said": "benign"}
 
@@ -270,3 +271,21 @@ def test_the_likelihood_of_task_answers_is_a_measure_beside_that_of_benign_ones(
     (claim,) = claims(scores, "A", ["B"], ["task_nll"])
     assert claim.sentence == "A beats B"
     assert claim.difference.value == -0.25
+
+
+def test_scores_that_are_all_equal_have_the_interval_of_what_was_not_seen():
+    """As everywhere else: resampling rows that all score alike says nothing."""
+    flags = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    found = Scores(("none", "all", "none too"), tuple(("s", str(i), 0) for i in range(3)), flags)
+    low, high = wilson(0, 3)
+    assert (found.estimate("none").low, found.estimate("none").high) == (low, high)
+    assert found.estimate("all").low == pytest.approx(1 - high)
+    assert found.estimate("all").high == 1
+    same, other = found.difference("none", "none too"), found.difference("all", "none")
+    assert (same.low, same.high) == pytest.approx(tango(0, 0, 3))
+    assert (other.value, other.low, other.high) == pytest.approx((1, *tango(3, 0, 3)))
+
+
+def test_means_over_seeds_that_are_all_equal_have_wilsons_interval():
+    thirds = Scores(("m",), tuple(("s", str(i), 0) for i in range(30)), torch.full((30, 1), 1 / 3).double())
+    assert (thirds.estimate("m").low, thirds.estimate("m").high) == pytest.approx(wilson(10, 30), abs=1e-6)

@@ -114,7 +114,7 @@ class Stages:
             manifest = read_json(folder / "manifest.json", "the manifest of a merge")
             found[cell.key] = {key: manifest.get(key) for key in ("method", "settings", "alpha")} | _size(manifest)
             found[cell.key] |= kept_pencil(manifest)
-            shutil.rmtree(self.store.weights(cell), ignore_errors=True)
+            self.store.drop_weights(cell)
             self.store.weights(cell).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(self.store.weights(cell))
         return cost, arguments, found

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ class Claims:
     def _touch(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             for key in list(self._held):
-                if self._path(key).exists():
+                # Given back meanwhile, or a file system that does not answer now: the others are still to be touched.
+                with suppress(OSError):
                     os.utime(self._path(key))
 
 

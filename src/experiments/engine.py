@@ -154,6 +154,10 @@ class Engine:
         try:
             records = self.compute(batch)
         except (CellError, InputError) as error:
+            if not all(map(self._is_ready, batch)):
+                # Another study on this folder was through with merged weights that it shares with this one.
+                log.info("%s: what it is made of is gone, and is made again", batch[0].label)
+                return
             if len(batch) > 1:
                 for cell in batch:
                     self._compute([cell])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from src.experiments.store import Record
-from src.metrics.bootstrap import Estimate, resampled_means
+from src.metrics.bootstrap import EQUAL, Estimate, bootstrap, paired_difference, resampled_means
 
 DRAWS = 4000
 QUANTILES = (0.025, 0.975)
@@ -128,15 +128,23 @@ class Scores:
         return resampled_means(self.values, seed=self.seed, draws=DRAWS)
 
     def estimate(self, model: str) -> Estimate:
-        """A model's mean score with its 95 % interval."""
+        """A model's mean score with its 95 % interval; where all rows score alike, :func:`bootstrap`'s of that case."""
         column = self.models.index(model)
-        return self._estimate(self.values[:, column].mean().item(), self.draws[:, column])
+        values = self.values[:, column]
+        if _alike(values):
+            return bootstrap(values.tolist(), draws=DRAWS)
+        return self._estimate(values.mean().item(), self.draws[:, column])
 
     def difference(self, first: str, second: str) -> Estimate:
-        """Mean of ``first − second`` over the rows with its 95 % interval."""
+        """Mean of ``first − second`` over the rows with its 95 % interval.
+
+        Where all rows differ alike it is :func:`paired_difference`'s for that case.
+        """
         one, two = self.models.index(first), self.models.index(second)
-        value = (self.values[:, one] - self.values[:, two]).mean().item()
-        return self._estimate(value, self.draws[:, one] - self.draws[:, two])
+        differences = self.values[:, one] - self.values[:, two]
+        if _alike(differences):
+            return paired_difference(self.values[:, one].tolist(), self.values[:, two].tolist(), draws=DRAWS)
+        return self._estimate(differences.mean().item(), self.draws[:, one] - self.draws[:, two])
 
     def p_value(self, first: str, second: str) -> float:
         """Two-sided bootstrap p-value of no difference."""
@@ -146,6 +154,11 @@ class Scores:
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
         low, high = torch.quantile(drawn, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         return Estimate(value, low, high, len(self.rows))
+
+
+def _alike(values: torch.Tensor) -> bool:
+    """Whether all values (N,) are equal but for rounding, so that resampling them says nothing."""
+    return bool((values - values[0]).abs().max() < EQUAL)
 
 
 def two_sided_p(drawn: np.ndarray) -> float:
