@@ -95,7 +95,8 @@ def test_progress_without_rows_and_after_rows_that_are_known():
 
 @pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite_end_a_pass_and_name_the_module(tmp_path, kind, bad):
+@pytest.mark.parametrize("side", ["input", "gradient"])
+def test_scores_that_are_not_finite_end_a_pass_and_name_the_module(tmp_path, kind, bad, side):
     shapes = {"a": (1, 2), "b": (1, 2), "c": (1, 2)}
     running = FisherPass(
         name="safety",
@@ -109,7 +110,10 @@ def test_scores_that_are_not_finite_end_a_pass_and_name_the_module(tmp_path, kin
     )
     running.fisher.begin(examples(torch.arange(2), ["x", "y"]))
     for name in shapes:
-        running.fisher.update(name, torch.ones(2, 1, 1), torch.full((2, 1, 2), bad if name == "b" else 1.0))
+        delta, x = torch.ones(2, 1, 1), torch.ones(2, 1, 2)
+        if name == "b":
+            (x if side == "input" else delta)[1] = bad
+        running.fisher.update(name, delta, x)
     running.end_step(0, 2)
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="F_safety: the scores of b are NaN or infinite"):

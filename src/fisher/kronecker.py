@@ -108,7 +108,8 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         """Add one module of a backward pass."""
         for half, weight, (deltas, inputs) in self._parts(delta, x):
             largest = deltas.abs().amax(2)
-            relevant = largest > ROUNDING * largest.amax(1, keepdim=True)
+            # What is not finite must reach the sums: it ends the pass (`unsound`).
+            relevant = (largest > ROUNDING * largest.amax(1, keepdim=True)) | ~largest.isfinite()
             weights = weight[:, None].expand_as(relevant)[relevant]
             for sums, tokens in ((self._left, deltas[relevant]), (self._right, inputs[relevant])):
                 sums[name][half] += ((tokens * weights[:, None].to(tokens.dtype)).T @ tokens).cpu()
