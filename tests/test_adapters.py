@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from fractions import Fraction
@@ -278,6 +279,25 @@ def test_embeddings_are_read_attached_and_written(tmp_path, caplog):
     torch.testing.assert_close(loaded(IDS).logits, peft(IDS).logits, rtol=1e-4, atol=1e-5)
     again = read_adapter(tmp_path / "b").pairs["model.embed_tokens"]
     torch.testing.assert_close(again.dense(), adapter.pairs["model.embed_tokens"].dense())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_added_to_a_scaled_embedding_is_scaled_with_it(tmp_path):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    from src.adapters.attach import attached
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3TextConfig(vocab_size=258, num_key_value_heads=1, head_dim=8, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config).eval()
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.eval().save_pretrained(tmp_path / "a")
+    with attached(model, read_adapter(tmp_path / "a").pairs):
+        torch.testing.assert_close(model(IDS).logits, peft(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

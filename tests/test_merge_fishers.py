@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from src.adapters.basis import CoreBasis
 from src.adapters.peft_files import read_adapter
 from src.cli import main
+from src.errors import InputError
 from src.fisher.base import weighted_mean
 from src.fisher.files import load_fisher
 from src.gevp.overlap import overlap
 from src.merge.base import FisherPair, PatchedFisher
+from src.merge.fisher_passes import Pass
 from src.merge.sst import Sst
 from src.merge.stage import merge
 from tests.commands import measured_once
@@ -261,3 +263,21 @@ def test_random_directions_of_an_empty_selection_are_refused(adapters, measured,
     flags = ["--method.filter", "threshold", "--method.t", "1e9", "--method.control", "random"]
     assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst", *flags) == 2
     assert "method.t is 1000000000.0: the filter keeps no direction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("coefficients", ["filter", "relearn"])
+def test_a_patch_of_zero_has_nothing_to_filter(adapters, measured, coefficients):
+    file = load_fisher(measured("lowrank") / "safety.safetensors")
+    pair = FisherPair(file.fisher, file.fisher, CoreBasis(file.u, file.v))
+    utility, safety = (read_adapter(adapters[name]).pairs for name in ("utility", "safety"))
+    zero = {name: own.scaled(0.0) for name, own in safety.items()}
+    with pytest.raises(InputError, match=r"the patch to filter is zero \(form additive\)"):
+        Sst(coefficients=coefficients).patch(utility, zero, pair)
+
+
+def test_passes_in_weight_coordinates_are_of_one_space_whatever_basis_they_name(measured):
+    flags = ["--model.coordinates", "weight", "--model.representation", "diagonal", "--model.basis"]
+    folders = [measured(f"weight-{basis}", *flags, basis) for basis in ("safety", "union")]
+    one, two = (Pass(folder, load_fisher(folder / "safety.safetensors")) for folder in folders)
+    assert one.file.record["basis_sha256"] != two.file.record["basis_sha256"]
+    two.check_coordinates(one)

@@ -131,3 +131,19 @@ def test_a_half_without_an_example_has_no_mean():
         assert (found.halves is not None) == told
         torch.testing.assert_close(found.mean, torch.arange(2.0 * len(rows)).view(-1, 2).mean(0).double())
     assert {row_half(row) for row in "abcd"} == {0, 1}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fisher_matrix_of_zero_is_one_line(adapters, measured, tmp_path, capsys, name):
+    whole = measured("diagonal", "--model.representation", "diagonal", "--model.relearn", "true")
+    folder = shutil.copytree(whole, tmp_path / "zero")
+    path = folder / f"{name}.safetensors"
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    bases = ("u.", "v.", "mean", "counts")
+    tensors = {key: own if key.startswith(bases) else own * 0 for key, own in load_file(path).items()}
+    save_file(tensors, path, metadata=metadata)
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(folder)]
+    method = ["--method", "Sst", "--method.coefficients", "relearn"]
+    assert main(["merge", *given, "--output", str(tmp_path / "m"), *method]) == 2
+    assert f"method Sst: the {name} Fisher matrix is zero or not finite" in capsys.readouterr().err

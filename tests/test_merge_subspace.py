@@ -10,6 +10,7 @@ from src.merge.combination import Expert
 from src.merge.combinations.compress_then_merge import CompressThenMerge
 from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.della import Della
 from src.merge.combinations.fisher_average import FisherAverage, diagonal_average, kronecker_average
 from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.knots import Knots
@@ -250,3 +251,21 @@ def test_an_inner_that_needs_fisher_files_is_refused(outer, inner):
 def test_an_inner_of_weights_zero_gives_zero():
     given = [Expert(e.key, 0.0, e.deltas) for e in experts()]
     assert not result(CoreSpace(TaskArithmetic()), given).any()
+
+
+@pytest.mark.parametrize("outer", [Knots, CoreSpace, lambda inner: CompressThenMerge(rank=6, inner=inner)])
+@pytest.mark.parametrize("missing", ["module", "update"])
+@pytest.mark.parametrize("inner", [Linear(), Ties(0.6), Dare(0.5), Della(0.6), MagnitudePrune(0.5), TaskArithmetic()])
+def test_an_expert_without_a_module_counts_with_the_update_zero(outer, missing, inner):
+    whole, other = experts(2)
+    zero = LowRankPair(torch.zeros(2, 7, dtype=torch.float64), torch.zeros(9, 2, dtype=torch.float64))
+    lacking = Expert(other.key, other.weight, {} if missing == "module" else {"m": zero})
+    found = result(outer(inner), [whole, lacking])
+    # Coordinates of the expert that has it, beside zeros: what the inner combination makes of both.
+    if isinstance(inner, Linear):
+        torch.testing.assert_close(found, whole.deltas["m"].dense() * 1.0 / 1.5)
+    elif isinstance(inner, TaskArithmetic):
+        torch.testing.assert_close(found, whole.deltas["m"].dense())
+    else:
+        assert found.isfinite().all()
+        assert found.norm() > 0

@@ -67,6 +67,8 @@ def attach(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> list[Rem
         a, b = _adding(pair, next(module.parameters()))
         constant = a[:, -1] if _constant_input(module, pair) else None
         a = a if constant is None else a[:, :-1].contiguous()
+        # Some embeddings multiply what they look up (Gemma), and so what is added to it.
+        scale = float(getattr(module, "embed_scale", 1.0))
 
         def add(
             _: object,
@@ -75,10 +77,11 @@ def attach(model: torch.nn.Module, pairs: Mapping[str, LowRankPair]) -> list[Rem
             a: torch.Tensor = a,
             b: torch.Tensor = b,
             constant: torch.Tensor | None = constant,
+            scale: float = scale,
         ) -> torch.Tensor:
             x = args[0]
             if not x.is_floating_point():
-                return out + linear(b[x], a.T)
+                return out + linear(b[x], a.T) * scale
             shift = None if constant is None else constant.to(x.dtype)
             return out + linear(linear(x, a.to(x.dtype), shift), b.to(x.dtype))
 

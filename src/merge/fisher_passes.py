@@ -117,7 +117,10 @@ class Pass:
         Raises:
             InputError: they are not.
         """
-        same = self.file.record["basis_sha256"] == first.file.record["basis_sha256"]
+        records = self.file.record, first.file.record
+        # Of weight coordinates the basis is no part: they are the weights.
+        weights = all(record.get("coordinates", "core") == "weight" for record in records)
+        same = weights or records[0]["basis_sha256"] == records[1]["basis_sha256"]
         if not same or self.file.shapes != first.file.shapes:
             raise InputError(
                 f"{self.path}: in other coordinates than {first.path}; measure both with the same adapters and the "

@@ -1,8 +1,7 @@
 """SST-Merge: keep the part of the safety patch that safety data care about and benign data do not.
 
 The pencil (F_s + σI) v = λ (F_u + εI) v is solved in the core space of the adapters and the patch is filtered by its
-eigenvalues (method.md sections 2 to 5), or its coefficients are learned anew (section 5a). The controls that every
-claim needs (section 7) are settings.
+eigenvalues, or its coefficients are learned anew. The controls that every claim needs are settings.
 """
 
 import inspect
@@ -169,6 +168,8 @@ class Sst(MergeMethod):
             if not isinstance(method, Sst):
                 raise TypeError(f"{type(method).__name__} among variants of Sst")
             whole = method._whole(utility, safety, fisher)
+            if not whole.any():
+                raise InputError(f"method Sst: the patch to filter is zero (form {method.form})")
             try:
                 made, findings = method._made(fisher, whole, known)
             except ValueError as error:
@@ -252,7 +253,7 @@ class Sst(MergeMethod):
         if solved.folds is None:
             raise InputError(
                 "method.filter 'energy' chooses k on held-out rows; expected Fisher files of at least 4 rows each, "
-                "halves kept apart"
+                "halves kept apart, and on each half of both some energy of the patch"
             )
         where = energy_position(solved.folds, self.share)
         if where == 1:

@@ -1,4 +1,4 @@
-"""Re-learned coefficients of a patch from Fisher files (method.md section 5a): relative settings made absolute.
+"""Re-learned coefficients of a patch from Fisher files: relative settings made absolute.
 
 τ = t · tr(F_s)/tr(F_u⁺),   a = trust · tr(F_s)/tr(F_u),   σ ≥ rho_s · tr(F_s)/D with ‖c − c0‖ ≤ radius · ‖C_s‖
 
@@ -9,15 +9,17 @@ scores of its own, and judged by the other half,
 
     safety energy kept = cᵀ F_s c / C_sᵀ F_s C_s,     utility tax kept = cᵀ F_u c / C_sᵀ F_u C_s,     means of both
 
-Controls (section 7) leave a data set out, its matrices being multiples of the identity of the same trace and its mean
+Controls leave a data set out, its matrices being multiples of the identity of the same trace and its mean
 score zero: ``safety_only`` the benign rows, ``utility_only`` the refusals.
 """
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
 
+from src.fisher.base import Fisher
 from src.gevp.kronecker_ridge import kronecker_ridge
 from src.gevp.relearn import RelearnProblem, relearn
 from src.merge.base import PatchedFisher
@@ -48,8 +50,12 @@ class RelearnSettings:
     damping: float = 0.1
 
     def problem(self, fisher: PatchedFisher) -> RelearnProblem:
-        """The step's problem, in absolute numbers."""
-        trace = fisher.safety.trace()
+        """The step's problem, in absolute numbers.
+
+        Raises:
+            ValueError: a Fisher matrix is zero or not finite.
+        """
+        trace = _trace("safety", fisher.safety)
         each = trace / fisher.safety.dim
         problem = RelearnProblem(
             safety=fisher.safety,
@@ -57,8 +63,8 @@ class RelearnSettings:
             utility=fisher.utility,
             safety_mean=fisher.safety_mean,
             benign_mean=fisher.benign_mean,
-            tau=self.t * trace / fisher.benign.trace(),
-            trust=self.trust * trace / fisher.utility.trace(),
+            tau=self.t * trace / _trace("benign", fisher.benign),
+            trust=self.trust * trace / _trace("utility", fisher.utility),
             sigma=self.rho_s * each,
         )
         nothing = torch.zeros(problem.safety_mean.shape, dtype=torch.float64)
@@ -69,6 +75,13 @@ class RelearnSettings:
             sigma, shrink = problem.sigma + self.t * each, self.trust * each
             return replace(problem, benign=None, utility=None, benign_mean=nothing, sigma=sigma, shrink=shrink)
         return problem
+
+
+def _trace(name: str, fisher: Fisher) -> float:
+    trace = fisher.trace()
+    if not 0 < trace < inf:
+        raise ValueError(f"the {name} Fisher matrix is zero or not finite (trace {trace:.3g})")
+    return trace
 
 
 def relearned(

@@ -20,7 +20,7 @@ from src.merge.combinations.ties import Ties
 
 @dataclass(frozen=True)
 class Part:
-    """One expert's update of one module, as singular triplets ``U diag(σ) Vᵀ``."""
+    """One expert's update of one module, as singular triplets ``U diag(σ) Vᵀ``; none where it changes nothing."""
 
     key: str
     weight: float
@@ -34,7 +34,7 @@ class Part:
 
 
 class Subspace(Combination):
-    """A combination whose result for a module follows from the triplets of the experts that have it."""
+    """A combination whose result for a module follows from the triplets of the experts' updates."""
 
     takes_full_rank = False
 
@@ -44,7 +44,7 @@ class Subspace(Combination):
 
         Args:
             name: The module.
-            parts: Experts that have it, at least one with a non-zero update.
+            parts: The experts, at least one with a non-zero update.
             shape: (O, I).
         """
 
@@ -58,9 +58,10 @@ class Subspace(Combination):
         findings: dict[str, Any] = {}
         for name in module_names(experts):
             shape = common_shape(name, experts)
-            parts = [Part(e.key, e.weight, *spaces(given[name])) for e, given in pairs if name in given]
-            parts = [part for part in parts if len(part.sigma)]
-            if parts:
+            nothing = [torch.zeros(*size, dtype=torch.float64) for size in ((shape[0], 0), (0,), (shape[1], 0))]
+            own = [spaces(given[name]) if name in given else nothing for _, given in pairs]
+            parts = [Part(e.key, e.weight, *triplets) for e, triplets in zip(experts, own, strict=True)]
+            if any(len(part.sigma) for part in parts):
                 deltas[name], found = self.module(name, parts, shape)
                 findings |= {name: found} if found else {}
         return Combined(deltas, {"modules": findings} if findings else {})

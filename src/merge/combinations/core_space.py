@@ -39,5 +39,6 @@ def merge_cores(
     u = orthonormal([part.u * part.sigma.sqrt() for part in parts])[0][:, :rank]
     v = orthonormal([part.v * part.sigma.sqrt() for part in parts])[0][:, :rank]
     cores = [part.times_right(u) @ v for part in parts]
-    kept = [(core.square().sum() / part.sigma.square().sum()).item() for core, part in zip(cores, parts, strict=True)]
+    wholes = [part.sigma.square().sum().item() for part in parts]
+    kept = [core.square().sum().item() / whole if whole else 1.0 for core, whole in zip(cores, wholes, strict=True)]
     return LowRankPair(v.T.contiguous(), u @ merge_coordinates(inner, name, parts, cores)), kept

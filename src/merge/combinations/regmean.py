@@ -57,14 +57,14 @@ class RegMean(Combination):
         deltas: Deltas = {}
         for name in module_names(experts):
             shape = common_shape(name, experts)
-            grams = []
+            own = []
             for fisher, expert in zip(fishers, experts, strict=True):
-                own = module_fisher(fisher, name, shape, expert.key[:12])
-                if not isinstance(own, KroneckerFisher):
-                    raise InputError(f"RegMean needs Fisher files of the representation kronecker, not {own}")
-                grams.append(own.factors(name)[1])
+                found = module_fisher(fisher, name, shape, expert.key[:12])
+                if not isinstance(found, KroneckerFisher):
+                    raise InputError(f"RegMean needs Fisher files of the representation kronecker, not {found}")
+                own.append(found)
             try:
-                deltas[name] = self._merged(name, shape, experts, grams, latest)
+                deltas[name] = self._merged(name, shape, experts, own, latest)
             except ValueError as error:
                 raise InputError(f"RegMean: {name}: {error}") from None
         return Combined(deltas)
@@ -74,7 +74,7 @@ class RegMean(Combination):
         name: str,
         shape: tuple[int, int],
         experts: Sequence[Expert],
-        grams: Sequence[torch.Tensor],
+        fishers: Sequence[KroneckerFisher],
         latest: Latest,
     ) -> LowRankPair | LazyDelta:
         weights = [expert.weight for expert in experts]
@@ -82,14 +82,20 @@ class RegMean(Combination):
         low = [pair for pair in pairs if isinstance(pair, LowRankPair)]
         if len(low) == len(pairs):
             v = _input_space(low) if self.space == "core" else None
-            return regmean_pairs(low, grams, weights, off_diagonal=self.off_diagonal, v=v)
+            return regmean_pairs(low, _grams(fishers, name), weights, off_diagonal=self.off_diagonal, v=v)
         if self.space == "core":
             raise ValueError("the core space is that of low-rank updates, and one is full-rank")
 
         def compute() -> torch.Tensor:
-            return regmean([d.dense() for d in pairs], grams, weights, off_diagonal=self.off_diagonal)
+            # Gram matrices are made here and not kept: they are as large as the weights, or larger.
+            return regmean([d.dense() for d in pairs], _grams(fishers, name), weights, off_diagonal=self.off_diagonal)
 
         return LazyDelta(shape, lambda rows: latest.rows(name, compute, rows))
+
+
+def _grams(fishers: Sequence[KroneckerFisher], name: str) -> list[torch.Tensor]:
+    """XᵀX of each expert's inputs of a module, (I, I), per token."""
+    return [fisher.factors(name)[1] for fisher in fishers]
 
 
 def _input_space(pairs: Sequence[LowRankPair]) -> torch.Tensor:
