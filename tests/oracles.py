@@ -136,6 +136,6 @@ def dense_kronecker_ridge(scores, total, shapes, damping):
 
 
 def dense_relearned(dense_s, dense_benign, dense_u, g_s, g_benign, start, *, tau, trust, sigma, ridge=None):
-    """Minimum of the objective of method.md section 5a, from its normal equations at c itself; ``ridge`` for I."""
+    """Minimum of the objective of re-learned coefficients, from its normal equations at c itself; ``ridge`` for I."""
     proximal = dense_s + tau * dense_benign + sigma * (np.eye(len(start)) if ridge is None else ridge)
     return np.linalg.solve(proximal + trust * dense_u, proximal @ start + g_s + tau * g_benign)

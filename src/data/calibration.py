@@ -88,7 +88,7 @@ class CalibrationData(TokenizedData):
         if "utility" in passes.values() and "utility" not in self._random and len(self.sources["utility"]) == 1:
             log.warning(
                 "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
-                "task rows, the merged model refuses more harmless prompts (method.md section 8)"
+                "task rows, the merged model refuses more harmless prompts (README, Calibration)"
             )
 
     def setup(self, stage: str) -> None:

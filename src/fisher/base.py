@@ -3,7 +3,7 @@
     F = (1/n) Σ_i g_i g_iᵀ,     g_i = ∇_c Σ_{t ∈ answer} log p(y_t | x, y_<t)
 
 A representation is exact (``lowrank``), exact within a module (``block``), or approximate (``kronecker``,
-``diagonal``). None holds a ridge: that is an argument of the solve (method.md section 3). ``magnitude`` shares their
+``diagonal``). None holds a ridge: that is an argument of the solve. ``magnitude`` shares their
 code and is no matrix: it keeps the mean of |g| per weight.
 
 Legend of shapes: D coordinates, P vectors, p and q sides of a module's core, H halves of the examples (1 or 2).

@@ -65,7 +65,7 @@ def random_token_rows(
     answer_tokens: tuple[int, int],
     seed: int,
 ) -> list[TokenRow]:
-    """Rows of uniformly random tokens, for a Fisher matrix without any data (method.md section 6).
+    """Rows of uniformly random tokens, for a Fisher matrix without any data.
 
     Row number i depends on nothing but the seed, i and the settings: any part of the rows can be made by itself. The
     answer is random too, so its scores are those of labels ``data`` at this row.

@@ -4,8 +4,8 @@ For a linear layer with inputs x_t and output gradients δ_t the score of C in `
 
     g = Σ_t (Uᵀ δ_t) (Vᵀ x_t)ᵀ
 
-two thin projections of tensors that the backward pass produces anyway (method.md section 3; the same identity as
-in K-FAC, 1503.05671). In weight coordinates U and V are the identity, and nothing is projected. Legend of shapes:
+two thin projections of tensors that the backward pass produces anyway (the same identity
+as in K-FAC, 1503.05671). In weight coordinates U and V are the identity, and nothing is projected. Legend of shapes:
 N examples, T tokens, M answer tokens of a batch, D coordinates, p and q sides of a core.
 """
 

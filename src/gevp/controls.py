@@ -1,4 +1,4 @@
-"""The random-subspace control: as many directions as a filter keeps, but any directions (method.md section 7).
+"""The random-subspace control: as many directions as a filter keeps, but any directions.
 
     c' = X (Xᵀ B X)⁻¹ Xᵀ B c,    B = F_u + εI,   X (D, k) standard normal
 

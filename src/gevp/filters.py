@@ -1,4 +1,4 @@
-"""Filters φ(λ): which share of each eigen-direction of a patch is kept (method.md section 5).
+"""Filters φ(λ): which share of each eigen-direction of a patch is kept.
 
 * ``soft``: λ / (λ + τ), the solution of ``min_c (c−c0)ᵀ(F_s+σI)(c−c0) + τ cᵀ(F_u+εI)c``
 * ``threshold``: 1 if λ > τ

@@ -1,7 +1,7 @@
 """What a filtered patch keeps, measured on calibration rows that did not fit the filter.
 
-On the rows that were fitted the utility tax looks hundreds to thousands of times smaller than it is (method.md section
-8), so the rows are split in two: each half fits once and judges once, and shares are means of both.
+On the rows that were fitted the utility tax looks hundreds to thousands of times smaller than it is, so the rows are
+split in two: each half fits once and judges once, and shares are means of both.
 
     safety energy kept = c'ᵀ F_s c' / c0ᵀ F_s c0,     utility tax kept = c'ᵀ F_u c' / c0ᵀ F_u c0
 

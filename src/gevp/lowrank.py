@@ -6,7 +6,7 @@ are an orthonormal basis of everything that the data have seen, and
     Zᵀ F_s Z = Λ^½ Q_sᵀ Q_s Λ^½,     Zᵀ F_u Z = Λ^½ Q_uᵀ Q_u Λ^½
 
 so the D-dimensional pencil becomes a dense one of size m ≤ n_s + n_u. Cost O((n_s+n_u)² D + (n_s+n_u)³); no D × D
-matrix is formed (method.md sections 4 and 5). Memory beside the scores: at most five m × m matrices (LAPACK works in
+matrix is formed. Memory beside the scores: at most five m × m matrices (LAPACK works in
 place, its workspace is two of them), and Q and V afterwards.
 
 Rules for awkward inputs: each side enters the Gram matrix at trace 1, so that neither hides the other; directions under

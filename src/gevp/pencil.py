@@ -1,4 +1,4 @@
-"""The pencil of two Fisher matrices with a ridge on each side (method.md section 5), and its controls (section 7).
+"""The pencil of two Fisher matrices with a ridge on each side, and its controls.
 
     (F_s + σI) v = λ (F_u + εI) v,     ε = ρ tr(F_u)/D,   σ = ρ_s tr(F_s)/D
 

@@ -1,4 +1,4 @@
-"""Re-learned coefficients: one Gauss-Newton step inside the safety core (method.md section 5a).
+"""Re-learned coefficients: one Gauss-Newton step inside the safety core.
 
     min_c  ½ (c−c0)ᵀ(F_s + τF_u⁺ + σI)(c−c0) − (c−c0)ᵀ(g_s + τg_u⁺) + ½ a cᵀF_u c
 
