@@ -58,7 +58,7 @@ def fuse(model: torch.nn.Module, *, narrow: bool = False) -> int:
         narrow: Multiply by a bfloat16 copy of each frozen weight (half the weights' memory on top).
 
     Layers with dropout, DoRA, LoRA biases or a quantised base keep PEFT's own forward, and so do all layers under
-    autocast.
+    autocast and on a base in another format than the adapter's.
     """
     from peft.tuners.lora.layer import Linear
 
@@ -94,6 +94,8 @@ def _forward(layer: Any, original: Any, *, narrow: bool) -> Any:
             return original(x, *args, **kwargs)
         name, base = active[0], layer.base_layer
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if x.dtype != a.dtype:
+            return original(x, *args, **kwargs)
         weight, bias = copies or (base.weight, base.bias)
         out = FusedLora.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, layer.scaling[name])
         return out.reshape(*x.shape[:-1], -1)

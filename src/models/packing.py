@@ -165,6 +165,8 @@ def attend(
     query = query * scaling
     if packed.narrow:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    elif query.dtype != value.dtype:  # under autocast, which rounds values and leaves what is rotated wide
+        query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
     start, fuses = packed.start, _fuses(q, v)
