@@ -231,7 +231,7 @@ class ExpertModule(LightningModule):
         except ValueError as error:
             raise InputError(f"model.optimizer: {error}") from None
         # A fused optimiser offers to divide by the loss's scale itself, after clipping; as for any, it is done before.
-        optimizer._step_supports_amp_scaling = False
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = int(self.trainer.estimated_stepping_batches)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=int(self.warmup * steps), num_training_steps=steps)
