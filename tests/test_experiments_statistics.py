@@ -2,17 +2,18 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from src.experiments.comparison import Choice, chosen_point, summary
-from src.experiments.document import best_rows
+from src.experiments.document import best_rows, bound
 from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, mean_kept, slope
-from src.experiments.scores import Scores, by_category, gathered, in_split, joined, row_keys, row_scores
-from src.experiments.statements import claims, claims_table, tally
+from src.experiments.scores import Scores, by_category, gathered, in_split, joined, row_keys, row_scores, two_sided_p
+from src.experiments.statements import Claim, claims, claims_table, tally
 from src.metrics.bootstrap import Estimate, paired_difference
 from src.metrics.intervals import tango, wilson
 
@@ -289,3 +290,16 @@ def test_scores_that_are_all_equal_have_the_interval_of_what_was_not_seen():
 def test_means_over_seeds_that_are_all_equal_have_wilsons_interval():
     thirds = Scores(("m",), tuple(("s", str(i), 0) for i in range(30)), torch.full((30, 1), 1 / 3).double())
     assert (thirds.estimate("m").low, thirds.estimate("m").high) == pytest.approx(wilson(10, 30), abs=1e-6)
+
+
+@pytest.mark.parametrize("end", [0.0, 1e-17, -1e-17])
+def test_an_end_that_is_zero_but_for_rounding_is_zero(end):
+    claim = Claim("A", "B", "utility", Estimate(0.1, end, 0.2, 91), 0.05, 0.05)
+    assert claim.winner is None
+    assert bound(Estimate(-0.1, -0.2, end, 91), -1.0) == 0
+
+
+def test_draws_without_a_difference_are_in_both_tails_however_they_were_rounded():
+    exact = np.array([0.1] * 960 + [0.0] * 40)
+    noise = np.where(exact == 0, 1e-17 * (-1.0) ** np.arange(1000), exact)
+    assert two_sided_p(noise) == two_sided_p(exact) == pytest.approx(2 * 41 / 1001)

@@ -10,7 +10,7 @@ from src.experiments.grid import Model
 from src.experiments.rows import prompts
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.experiments.store import Store
-from src.metrics.bootstrap import Estimate
+from src.metrics.bootstrap import EQUAL, Estimate
 
 Document = dict[str, Any]
 
@@ -54,8 +54,9 @@ def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str]) -> dict[s
 
 
 def bound(estimate: Estimate, sign: float) -> float:
-    """The end of an interval that is nearer to zero for a difference of this sign."""
-    return estimate.low if sign > 0 else estimate.high
+    """The end of an interval that is nearer to zero for a difference of this sign; 0 where it is 0 but for rounding."""
+    end = estimate.low if sign > 0 else estimate.high
+    return end if abs(end) > EQUAL else 0.0
 
 
 def table(title: str, columns: Sequence[Any], rows: Sequence[Any], *, note: str = "", best: Any = None) -> Document:

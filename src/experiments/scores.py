@@ -162,8 +162,11 @@ def _alike(values: torch.Tensor) -> bool:
 
 
 def two_sided_p(drawn: np.ndarray) -> float:
-    """Bootstrap p-value of no difference, of drawn differences (S,): twice the smaller tail, at least 2 / (S + 1)."""
-    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    """Bootstrap p-value of no difference, of drawn differences (S,): twice the smaller tail, at least 2 / (S + 1).
+
+    Draws without a difference are in both tails, whatever way they were rounded.
+    """
+    tail = min(int((drawn <= EQUAL).sum()), int((drawn >= -EQUAL).sum()))
     return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
 
 
