@@ -34,6 +34,18 @@ class Pencil:
     trace_ratio: float
 
 
+def checked_trace(name: str, fisher: Fisher) -> float:
+    """Trace of a Fisher matrix, which relative ridges and weights are multiples of.
+
+    Raises:
+        ValueError: the matrix is zero or not finite; the message names it.
+    """
+    trace = fisher.trace()
+    if not 0 < trace < float("inf"):
+        raise ValueError(f"the {name} Fisher matrix is zero or not finite (trace {trace:.3g})")
+    return trace
+
+
 def make_pencil(
     safety: Fisher, utility: Fisher, *, rho: float, rho_s: float, control: PencilControl = "none"
 ) -> Pencil:
@@ -56,10 +68,7 @@ def make_pencil(
         raise ValueError(f"rho is {rho}; expected a number above 0")
     if not 0 <= rho_s < float("inf"):
         raise ValueError(f"rho_s is {rho_s}; expected a number of at least 0")
-    traces = safety.trace(), utility.trace()
-    for name, trace in zip(("safety", "utility"), traces, strict=True):
-        if not 0 < trace < float("inf"):
-            raise ValueError(f"the {name} Fisher matrix is zero or not finite (trace {trace:.3g})")
+    traces = checked_trace("safety", safety), checked_trace("utility", utility)
     left, right = (utility, safety) if control == "swapped" else (safety, utility)
     (trace_l, trace_r), dim = traces[:: -1 if control == "swapped" else 1], safety.dim
     return Pencil(

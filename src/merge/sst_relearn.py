@@ -14,13 +14,12 @@ score zero: ``safety_only`` the benign rows, ``utility_only`` the refusals.
 """
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 import torch
 
-from src.fisher.base import Fisher
 from src.gevp.kronecker_ridge import kronecker_ridge
+from src.gevp.pencil import checked_trace
 from src.gevp.relearn import RelearnProblem, relearn
 from src.merge.base import PatchedFisher
 from src.merge.sst_settings import Control, Ridge
@@ -55,7 +54,7 @@ class RelearnSettings:
         Raises:
             ValueError: a Fisher matrix is zero or not finite.
         """
-        trace = _trace("safety", fisher.safety)
+        trace = checked_trace("safety", fisher.safety)
         each = trace / fisher.safety.dim
         problem = RelearnProblem(
             safety=fisher.safety,
@@ -63,8 +62,8 @@ class RelearnSettings:
             utility=fisher.utility,
             safety_mean=fisher.safety_mean,
             benign_mean=fisher.benign_mean,
-            tau=self.t * trace / _trace("benign", fisher.benign),
-            trust=self.trust * trace / _trace("utility", fisher.utility),
+            tau=self.t * trace / checked_trace("benign", fisher.benign),
+            trust=self.trust * trace / checked_trace("utility", fisher.utility),
             sigma=self.rho_s * each,
         )
         nothing = torch.zeros(problem.safety_mean.shape, dtype=torch.float64)
@@ -75,13 +74,6 @@ class RelearnSettings:
             sigma, shrink = problem.sigma + self.t * each, self.trust * each
             return replace(problem, benign=None, utility=None, benign_mean=nothing, sigma=sigma, shrink=shrink)
         return problem
-
-
-def _trace(name: str, fisher: Fisher) -> float:
-    trace = fisher.trace()
-    if not 0 < trace < inf:
-        raise ValueError(f"the {name} Fisher matrix is zero or not finite (trace {trace:.3g})")
-    return trace
 
 
 def relearned(
