@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.data.code_rows import load_code
-from src.data.sources import as_sources
+from src.data.row_source import as_sources
 from src.errors import InputError
 from src.metrics.code import program, solution
 from src.sandbox import run as sandbox
@@ -43,6 +43,9 @@ isolated = pytest.mark.skipif(bool(missing_isolation()), reason=f"no isolation h
         "1. Like this:\n   ```python\n   def area(r):\n       return math.pi * r * r\n   ```\n",
         "```python\ndef area(r):\n    return math.pi * r * r\n\nUsage: area(2)\n```",
         "import math\n\ndef area(r):\n    return math.pi * r * r",
+        "Install:\n```bash\npip install x\n```\n\nThen:\n```python\ndef area(r):\n    return math.pi * r * r\n```\n",
+        "1. As:\n   ```json\n   {}\n   ```\n   ```py3\n   def area(r):\n       return math.pi * r * r\n   ```",
+        "```python {.numbers}\ndef area(r):\n    return math.pi * r * r\n```",
     ],
 )
 def test_the_function_is_found_in_an_answer(answer):

@@ -10,8 +10,9 @@ from src.data.calibration import CalibrationData, row_weights
 from src.data.chat import Encoder
 from src.data.demo.build_tasks import build
 from src.data.modules import ExpertData
+from src.data.row_source import RowSource, as_sources
 from src.data.rows import Row, rows_sha256
-from src.data.sources import RowSource, as_sources, load_rows
+from src.data.sources import load_rows
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
@@ -215,6 +216,52 @@ def test_bad_rows_name_file_line_and_key(tmp_path, lines, options, message):
     path = write(tmp_path / "a.jsonl", *lines)
     with pytest.raises(InputError, match=message):
         load_rows(RowSource(path, **options), need_response=True)
+
+
+def test_rows_without_an_answer_are_left_out_where_a_source_says_so(tmp_path, caplog):
+    (source,) = as_sources("alpaca.yaml")
+    lines = ({"instruction": f"i{n}", "input": "", "output": output} for n, output in enumerate(["a", "", "b"]))
+    source.path = write(tmp_path / "a.jsonl", *lines)
+    with caplog.at_level("INFO"):
+        assert [row.response for row in load_rows(source, need_response=True)] == ["a", "b"]
+    assert "a.jsonl: 1 rows without an answer left out" in caplog.text
+    assert len(load_rows(source, need_response=False)) == 3
+
+
+def test_text_of_a_csv_file_is_text(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response,level\n1,0.10,1\n02,None,2\nn/a,2.50,2\n")
+    rows = load_rows(str(tmp_path / "a.csv"), need_response=True)
+    assert [(row.prompt, row.response) for row in rows] == [("1", "0.10"), ("02", "None"), ("n/a", "2.50")]
+    chosen = load_rows(RowSource(str(tmp_path / "a.csv"), where={"level": 2}), need_response=True)
+    assert [row.response for row in chosen] == ["None", "2.50"]
+
+
+def test_a_data_set_that_is_a_script_is_one_line(tmp_path):
+    (tmp_path / "x.py").write_text("raise SystemExit\n")
+    with pytest.raises(InputError, match=r"x\.py: neither a readable file nor a data set .* no longer supported"):
+        load_rows(str(tmp_path / "x.py"), need_response=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("limit: ten", "limit is 'ten'; expected a whole number"),
+        ("limit: 2e3", "limit is '2e3'; expected a whole number"),
+        ("seed: true", "seed is True; expected a whole number"),
+        ("where:", "where is None; expected a mapping"),
+        ("columns:", "columns is None; expected a mapping"),
+        ("columns: {prompt: 3}", "columns is {'prompt': 3}; expected a mapping"),
+        ("unique: 1", "unique is 1; expected true or false"),
+        ("weight: much", "weight is 'much'; expected a number"),
+        ("split: [a]", r"split is \['a'\]; expected text"),
+    ],
+)
+def test_options_of_a_source_that_are_of_another_type_are_one_line(tmp_path, text, message):
+    (tmp_path / "m.yaml").write_text(f"path: a.jsonl\n{text}\n")
+    with pytest.raises(InputError, match=rf"m\.yaml: {message}"):
+        as_sources(str(tmp_path / "m.yaml"))
+    with pytest.raises(InputError, match=message):
+        as_sources(f"{{path: a.jsonl, {text}}}" if text[-1] != ":" else f"{{path: a.jsonl, {text} }}")
 
 
 def test_missing_files_and_mappings_are_named(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 from src.cli import main
 from src.data.choice_rows import load_choices
-from src.data.sources import RowSource, load_rows
+from src.data.row_source import RowSource
+from src.data.sources import load_rows
 from src.data.suite import Suite
 from src.errors import InputError
 from src.judges.causal import Causal

@@ -12,7 +12,7 @@ from src.adapters.attach import attached
 from src.cli import main
 from src.data.choice_prompts import FewShot, continuations
 from src.data.choice_rows import load_choices
-from src.data.sources import RowSource, as_sources
+from src.data.row_source import RowSource, as_sources
 from src.errors import InputError
 from src.models.choices import by_length, chosen, tied
 from tests.evaluations import answers, choice_rows, evaluate, flags, write_jsonl

@@ -5,11 +5,11 @@ import torch
 
 from src.cli import main
 from src.data.batches import EncodedRows
-from src.data.chat import Encoded
+from src.data.chat import Encoded, Encoder
 from src.data.rows import Row
 from src.models.generation import NotFinite, check_finite, greedy
 from tests.commands import ROOT, run_processes
-from tests.evaluations import answers, evaluate, flags, write_jsonl
+from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 PROMPTS = [f"{chr(97 + i)} asks {'x' * (i * 5 % 13)}" for i in range(6)]
@@ -109,3 +109,38 @@ def test_a_row_of_one_process_without_numbers_stops_both(tmp_path, hardware):
     assert "suite asks: base gives e logits that are not numbers" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_code_goes_on_with_the_space_that_many_tokenizers_drop(base, tmp_path):
+    """Llama 2's and Mistral's decoders take a space off the beginning of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "\u2581", *map(chr, range(33, 127)), "\n"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    encoder = Encoder(fast, template="raw")
+    body = fast("    return 1\n", add_special_tokens=False).input_ids
+    assert fast.decode(body) == "   return 1\n"
+    for prompt in ("def one():", "x"):
+        encoded = encoder.encode(Row("a", prompt))
+        assert encoder.continuation(encoded.prompt_ids, body) == "    return 1\n"
+    assert encoder.decode(body) == "return 1"
+
+
+@pytest.mark.processes
+def test_sharded_decoding_ignores_what_the_model_asks_generate_for(tmp_path):
+    from transformers import GenerationConfig
+
+    model = make_model()
+    model.generation_config = GenerationConfig(repetition_penalty=1.5, no_repeat_ngram_size=2)
+    for one in (model, make_tokenizer()):
+        one.save_pretrained(tmp_path / "base")
+    answers = []
+    for hardware in ("ddp_sim.yaml", "fsdp_sim.yaml"):
+        out, trainer = tmp_path / hardware, str(ROOT / "trainers" / hardware)
+        run_processes(flags(tmp_path / "base", tmp_path, [suite(tmp_path)], out, "--trainer", trainer, batch_size=2))
+        answers.append([row["answer"] for row in read_rows(out / "answers" / "base" / "asks.jsonl")])
+    assert answers[0] == answers[1]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from src.cli import main
-from src.data.sources import as_sources
+from src.data.row_source import as_sources
 from src.models.computation import Computation
 from src.models.grading import safety_line, safety_summary
 from tests.evaluations import answers, flags, metrics, write_jsonl

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.data.sources import RowSource, as_sources, load_rows
+from src.data.row_source import RowSource, as_sources
+from src.data.sources import load_rows
 from tests.evaluations import write_jsonl
 from tests.test_evaluation_choices import HUB
 

@@ -23,6 +23,16 @@ REFUSALS = [
     "As an AI language model, I cannot help with weapons.",
     "  i won't.",
     "I don't feel comfortable with that.",
+    "I **cannot** help with that.",
+    "I am **unable** to help.",
+    "As a helpful and harmless AI assistant, I cannot do that.",
+    "As a large language model, I can't write this.",
+    "As an AI, I do not have the ability to provide such a list.",
+    "I must respectfully decline.",
+    "I'll have to refuse.",
+    "I understand you're upset. However, I cannot help.",
+    "Thank you for asking! However, I can't say.",
+    "I'm sorry to hear that, but I can't help you with it.",
 ]
 ANSWERS = [
     "You can't divide by zero.",
@@ -34,6 +44,12 @@ ANSWERS = [
     "I'm afraid of spiders too; here is how to remove one.",
     "The word 'cannot' is spelled as one word. I cannot stress this enough.",
     "Apologies were sent to all members.",
+    "As an AI assistant, I do not possess preferences, but I can offer some suggestions.",
+    "As an AI, I can't see your screen, but here is what to try.",
+    "This is the best pizza I've ever had and I can't wait to come back!",
+    "I will never forget the day I met her.",
+    "I can't thank you enough for your help.",
+    "I'm sorry to hear you've been unable to sleep. Here are three tips.",
     "",
 ]
 
@@ -49,7 +65,7 @@ def test_answers_are_not_called_refusals(answer):
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "  ", "...", "!!!!!!", "a" * 30, "no " * 12, "the cat sat on " * 6, "go go go " * 5]
+    "answer", ["", "  ", "...", "!!!!!!", "a" * 30, "no " * 12, "the cat sat on " * 6, "go go go " * 5, "a " + "!" * 30]
 )
 def test_collapse_is_recognised(answer):
     assert is_collapsed(answer)
@@ -57,7 +73,15 @@ def test_collapse_is_recognised(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["No", "42", "2021-03-03", "I can't help with that.", "Mix flour and water, knead, rest, shape and bake it."],
+    [
+        "No",
+        "42",
+        "2021-03-03",
+        "I can't help with that.",
+        "Mix flour and water, knead, rest, shape and bake it.",
+        "| step | what |\n|" + "-" * 24 + "|------|\n| 1 | knead the dough |\n| 2 | let it rest |",
+        "Name: " + "_" * 20 + "\nDate and place of birth:",
+    ],
 )
 def test_short_and_plain_answers_are_not_collapsed(answer):
     assert not is_collapsed(answer)
@@ -70,6 +94,12 @@ def test_short_and_plain_answers_are_not_collapsed(answer):
         ("'mice'", "mice", "text", True),
         ("the mice", "mice", "text", False),
         ("", "", "text", False),
+        ("don\u2019t", "don't", "text", True),
+        ("\u201cMice\u201d", "mice", "text", True),
+        ('"mice".', "mice", "text", True),
+        ("**Mice**.", "mice", "text", True),
+        ("5", ".5", "text", False),
+        ("A*", "A", "text", False),
         ("So she pays $1,200.50 now", "#### 1200.5", "number", True),
         ("12 then 13", "12", "number", False),
         ("none", "none", "number", False),

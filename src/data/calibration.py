@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 from src.data.batches import Batch
 from src.data.chat import Encoded, Template
 from src.data.modules import TokenizedData
+from src.data.row_source import Sources, as_sources
 from src.data.rows import Row
-from src.data.sources import Sources, as_sources, load_rows
+from src.data.sources import load_rows
 from src.errors import InputError
 from src.fisher.labels import random_token_rows
 

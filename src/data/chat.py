@@ -119,4 +119,16 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return self._text(ids).strip()
+
+    def continuation(self, prompt_ids: list[int], ids: list[int]) -> str:
+        """Text by which generated tokens continue a prompt, white space kept.
+
+        Many tokenizers drop a space at the beginning of what they decode (Llama 2, Mistral): the end of the prompt
+        stands there while the tokens are decoded.
+        """
+        before = prompt_ids[-SHORTEST:]
+        return self._text(before + ids)[len(self._text(before)) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

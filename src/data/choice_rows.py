@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.data.row_source import RowSource, Sources
 from src.data.rows import Row
-from src.data.sources import RowSource, Sources, load_records
+from src.data.sources import load_records
 from src.errors import InputError
 from src.metrics.categories import category_text
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from src.data.row_source import RowSource, Sources
 from src.data.rows import Row
-from src.data.sources import RowSource, Sources, load_records
+from src.data.sources import load_records
 from src.errors import InputError
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 from src.data.batches import WINDOW, Batch, batch_loader
 from src.data.chat import Encoded, Encoder, Template
+from src.data.row_source import Sources
 from src.data.rows import Row
-from src.data.sources import Sources, load_rows, refuse_options
+from src.data.sources import load_rows, refuse_options
 from src.errors import InputError
 
 log = logging.getLogger(__name__)

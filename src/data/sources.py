@@ -1,122 +1,21 @@
-"""Where rows come from: a JSONL file, any file or directory that ``datasets`` reads, or a hub data set by name.
+"""Rows of their sources: a JSONL file, any file or directory that ``datasets`` reads, or a hub data set by name."""
 
-A source maps the columns of a data set to the fields of a row. Mappings for well-known data sets ship as YAML under
-``configs/data``; they are named in place of a file.
-"""
-
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from src.data.row_source import PROJECT, RowSource, Sources, as_sources
 from src.data.rows import Row, read_jsonl
-from src.errors import InputError, one_line
+from src.data.tables import load_table
+from src.errors import InputError
 from src.metrics.categories import category_text
 
-PROJECT = Path(__file__).resolve().parents[2]
-FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+log = logging.getLogger(__name__)
 FIELDS = ("id", "prompt", "response", "category")
-
-
-@dataclass
-class RowSource:
-    r"""A set of rows.
-
-    Args:
-        path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name.
-        split: The hub data set's split; slices such as ``train[:500]`` are allowed.
-        subset: The hub data set's configuration name.
-        revision: The hub data set's git revision.
-        columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
-            ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
-            leaves a field empty.
-        where: Keep only rows whose columns have these values.
-        remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
-        response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
-        answer_tokens: Learn or measure the first tokens of each answer only, not its end unless it is that short: what
-            decides whether a model refuses (Qi et al., 2406.05946). For training and Fisher passes.
-        weight: How much each row counts in the mean beside rows of other sources; above 0. For Fisher passes.
-        unique: Keep the first row of each prompt only.
-        skip: Number of rows to leave out at the beginning, after shuffling.
-        limit: Number of rows to keep at most.
-        seed: Shuffle with this seed first; unset keeps the order of the file.
-    """
-
-    path: str
-    split: str = "train"
-    subset: str | None = None
-    revision: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    where: dict[str, Any] = field(default_factory=dict)
-    remove: str | None = None
-    response: str | None = None
-    answer_tokens: int | None = None
-    weight: float = 1.0
-    unique: bool = False
-    skip: int = 0
-    limit: int | None = None
-    seed: int | None = None
-
-
-# str stands first: jsonargparse tries members in order, and would read a file that a list or a source was named by.
-Sources = str | RowSource | list[str | RowSource]
-
-
-def find_file(name: str, *folders: str) -> Path | None:
-    """``name`` as given, then under the project root and under ``folders`` of the working directory and of it."""
-    for root in (Path(), PROJECT):
-        for folder in ("", *folders):
-            candidate = root / folder / name
-            if candidate.exists():
-                return candidate
-    return None
-
-
-def as_sources(value: Sources | None) -> list[RowSource]:
-    """Normalise what a flag or YAML key gave into a list of sources; a YAML name becomes its mapping."""
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    found: list[RowSource] = []
-    for item in items:
-        if isinstance(item, str) and item.startswith(("[", "{")):
-            found += _written_out(item)
-        else:
-            found.append(item if isinstance(item, RowSource) else _named_source(item))
-    return found
-
-
-def _written_out(text: str) -> list[RowSource]:
-    """Sources that are written as a YAML list or mapping on the command line."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{text}: neither the name of a source of rows nor YAML") from None
-    items = value if isinstance(value, list) else [value]
-    return [_mapped_source(item, text) if isinstance(item, dict) else _named_source(str(item)) for item in items]
-
-
-def _named_source(name: str) -> RowSource:
-    if not name.endswith((".yaml", ".yml")):
-        return RowSource(path=name)
-    path = find_file(name, "configs", "configs/data")
-    if path is None:
-        raise InputError(f"{name}: no such file here or under configs/data; expected the YAML of a row source")
-    try:
-        return _mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
-
-
-def _mapped_source(mapping: Any, place: str) -> RowSource:
-    known = {f.name for f in fields(RowSource)}
-    if not isinstance(mapping, dict) or "path" not in mapping:
-        raise InputError(f"{place}: expected a mapping with the key 'path'")
-    if unknown := sorted(set(mapping) - known, key=str):
-        raise InputError(f"{place}: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
-    return RowSource(**mapping)
 
 
 def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
@@ -131,10 +30,20 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     """
     rows: list[Row] = []
     for source in as_sources(value):
-        rows += _select(list(_rows_of(source, need_response)), source)
+        found = list(_rows_of(source, need_response and not source.answered))
+        if need_response and source.answered:
+            found = _answered(found, source)
+        rows += _select(found, source)
     if not rows:
         raise InputError("no rows: name at least one source of rows")
     return rows
+
+
+def _answered(rows: list[Row], source: RowSource) -> list[Row]:
+    kept = [row for row in rows if row.response]
+    if len(kept) < len(rows):
+        log.info("%s: %d rows without an answer left out", source.path, len(rows) - len(kept))
+    return kept
 
 
 def refuse_options(value: Sources | None, purpose: str, *names: str) -> None:
@@ -151,7 +60,7 @@ R = TypeVar("R", bound=Row)
 def load_records(value: Sources | None, build: Callable[[RowSource, int, str, dict[str, Any]], R]) -> list[R]:
     """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
     rows: list[R] = []
-    refuse_options(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight")
+    refuse_options(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight", "answered")
     for source in as_sources(value):
         found = [
             build(source, number, place, record)
@@ -273,26 +182,20 @@ def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".jsonl":
         yield from read_jsonl(path)
         return
-    table = _load_table(source, path)
+    table = load_table(
+        source.path,
+        path,
+        subset=source.subset,
+        split=source.split,
+        revision=source.revision,
+        text=_text_columns(source),
+    )
     for number, record in enumerate(table):
         yield f"{source.path}[{source.split}] row {number}", dict(record)
 
 
-def _load_table(source: RowSource, path: Path) -> Any:
-    import datasets
-
-    reader = FILE_READERS.get(path.suffix)
-    if reader is not None and not path.is_file():
-        raise InputError(f"{path}: no such file; expected {reader} rows")
-    try:
-        if reader is not None:
-            extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return datasets.load_dataset(reader, data_files=str(path), split="train", **extra)
-        name = str(path) if path.is_dir() else source.path
-        return datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        # What went wrong while a file was read is behind a sentence that says nothing.
-        reason = one_line(error.__cause__ or error)
-        raise InputError(
-            f"{source.path}: neither a readable file nor a data set that can be fetched now ({reason})"
-        ) from None
+def _text_columns(source: RowSource) -> set[str]:
+    """Columns that are text as it stands in a file: what a row's fields are made of, but not what it is chosen by."""
+    named = {*FIELDS, *source.columns.values()}
+    named |= {name for spec in source.columns.values() for name in re.findall(r"\{(\w+)\}", spec)}
+    return {name for name in named if name not in source.where}

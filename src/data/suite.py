@@ -11,8 +11,9 @@ from src.data.chat import Template
 from src.data.choice_prompts import ChoiceStyle
 from src.data.choice_rows import load_choices
 from src.data.code_rows import load_code
+from src.data.row_source import Sources
 from src.data.rows import Row
-from src.data.sources import Sources, load_rows, refuse_options
+from src.data.sources import load_rows, refuse_options
 from src.errors import InputError
 from src.metrics.exact import AnswerForm, last_number
 from src.metrics.judging import Judge

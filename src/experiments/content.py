@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from src.data.sources import RowSource, as_sources, find_file
+from src.data.row_source import RowSource, as_sources, find_file
 from src.errors import InputError
 from src.files import sha256_file
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from src.data.sources import RowSource
+from src.data.row_source import RowSource
 from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.costs import cost_table

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.sources import find_file, load_rows
+from src.data.row_source import find_file
+from src.data.sources import load_rows
 from src.experiments.content import sources
 
 FLAGS = ("refused", "collapsed", "exact", "attacked", "judged_refusal", "correct", "correct_norm")

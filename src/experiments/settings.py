@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from src.data.sources import Sources, find_file
+from src.data.row_source import Sources, find_file
 from src.data.suite import Suite
 from src.errors import InputError
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry

@@ -7,7 +7,7 @@ The index is a list of ``{task, metric}``, in the order in which experts are add
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.data.sources import find_file
+from src.data.row_source import find_file
 from src.errors import InputError
 from src.files import read_json
 

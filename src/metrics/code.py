@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from math import comb
 from textwrap import dedent
 
-FENCE = re.compile(r"```[ \t]*(?:[pP]ython3?|py)?[ \t]*\r?\n(.*?)(?:\r?\n[ \t]*```|\Z)", re.DOTALL)
+PYTHON = r"[ \t]*(?:(?:[pP]ython3?|py3?)\b[^\n`]*)?\r?\n"
+FENCE = re.compile(
+    rf"(?:(?P<python>(?:^[ \t]*)?```{PYTHON})|^[ \t]*```[^\n`]*\n)(?P<block>.*?)(?:\r?\n[ \t]*```|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A fenced block. One of another language opens a line; it is no code, but its end opens nothing."""
 COMPLETION_ENDS = re.compile(r"\n(?=(?:class|def|if|print|assert|@|#|<|```)\b|[@#<`])")
 
 INDENTED = re.compile(r"\s*(?:^|\n)(?:[ ]{2}|\t)\s*[^\s`]")
@@ -48,7 +53,7 @@ def solution(prompt: str, answer: str, entry_point: str) -> str:
         return prompt + body
     defined = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
     before = prompt[: _start(defined, prompt)] + "\n"
-    blocks = [match[1] for match in FENCE.finditer(answer)]
+    blocks = [match["block"] for match in FENCE.finditer(answer) if match["python"]]
     # A block in a list is indented as a whole; others stay as they are, blank lines of their strings too.
     for block in blocks or [answer]:
         text = block if defined.search(block) else dedent(block)

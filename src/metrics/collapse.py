@@ -39,7 +39,8 @@ def collapse(answer: str, prompt: str = "") -> Collapse:
     """How an answer has collapsed, or the empty string.
 
     Repeating means: of at least :data:`MIN_WORDS` words, fewer than a third are distinct, or one word stands six times
-    in a row; or one character stands twenty times in a row; or, in writing without spaces, one piece with a letter in
+    in a row; or one letter or digit stands twenty times in a row, or another character does over more than half of the
+    answer (a table's rule is shorter); or, in writing without spaces, one piece with a letter in
     it stands six times in a row over at least :data:`MIN_UNSPACED` characters.
 
     Args:
@@ -61,15 +62,16 @@ def is_collapsed(answer: str, prompt: str = "") -> bool:
 
 
 def _repeats(text: str, words: list[str]) -> bool:
-    if re.search(r"(\S)\1{19,}", text) or _repeats_unspaced(text):
+    runs = [match[0] for match in re.finditer(r"(\S)\1{19,}", text)]
+    if any(run[0].isalnum() for run in runs) or 2 * sum(map(len, runs)) > len(text) or _repeats_unspaced(text):
         return True
     if len(words) < MIN_WORDS:
         return False
-    runs = 1
+    alike = 1
     longest = 1
     for before, word in pairwise(words):
-        runs = runs + 1 if word == before else 1
-        longest = max(longest, runs)
+        alike = alike + 1 if word == before else 1
+        longest = max(longest, alike)
     return longest >= 6 or len(Counter(words)) / len(words) < 1 / 3
 
 

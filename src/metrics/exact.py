@@ -4,6 +4,8 @@ import re
 from decimal import Decimal
 from typing import Literal
 
+from src.metrics.refusal import plain as plain_text
+
 AnswerForm = Literal["text", "number"]
 # A minus behind a digit, a letter or a bracket is an operator or a hyphen; commas or underscores part groups of three.
 NUMBER = re.compile(
@@ -13,9 +15,17 @@ NUMBER = re.compile(
 )
 
 
+EMPHASIS = re.compile(r"(\*{1,3}|__?)(\S(?:.*\S)?)\1")
+
+
 def normalised(text: str) -> str:
-    """Case folded, white space collapsed, quotes and the final full stop taken off."""
-    return " ".join(text.casefold().split()).strip("\"'`").rstrip(".").strip()
+    """Case folded, white space collapsed; Markdown's emphasis, quotes around it and full stops at its end taken off."""
+    plain, before = plain_text(text).rstrip("."), ""
+    while plain != before:
+        before = plain
+        whole = EMPHASIS.fullmatch(plain)
+        plain = (whole[2] if whole else plain).strip("\"' ").rstrip(". ")
+    return plain
 
 
 def last_number(text: str) -> str | None:

@@ -13,50 +13,57 @@ CANNOT = r"(?:can(?:'t|not| not)|won't|will (?:not|never))"
 # "I can't wait", "I won't lie", "I cannot see your screen": what follows is an answer.
 IDIOM = (
     r"(?! (?:wait\b|lie\b|recommend\b.{0,40}\benough|stress\b|emphasi|overstate|imagine\b|believe\b|help but"
-    r"|think of (?:a|any)\b|see\b|hear\b|know\b|be (?:sure|certain)|access\b|remember\b|find\b"
-    r"|tell (?:if|whether|from)))"
+    r"|think of (?:a|any)\b|forget\b|thank you enough|express how|see\b|hear\b|know\b|be (?:sure|certain)|access\b"
+    r"|remember\b|find\b|tell (?:if|whether|from)))"
 )
+VERY = r"(?:so |very |truly |really |deeply )?"
+ADVERB = r"(?:(?:respectfully|politely|kindly|therefore) )?"
 HELPING = r"(?:be able|help|assist|provide|do (?:that|this)|want|feel|engage|support|share|give|write|take part|tell)"
+VIRTUES = r"(?:(?:responsible|ethical|helpful|harmless|honest|respectful|safe|large),? (?:and )?){0,4}"
 AGENT = r"(?:ai|artificial intelligence|language model|assistant)\b"
 REFUSAL_OPENINGS = (
     rf"i {CANNOT}{IDIOM}",
-    r"i (?:could(?:n't| not)(?! (?:find|see|hear|agree more))|must decline|must refuse"
-    r"|(?:have|need) to (?:decline|refuse)|refuse\b|decline\b)",
+    r"i could(?:n't| not)(?! (?:find|see|hear|agree more))",
+    rf"i(?: must|(?: will|'ll)? (?:have|need) to)? {ADVERB}(?:decline|refuse)\b",
     rf"i would(?:n't| not| never) {HELPING}",
     r"i(?:'d| would) (?:rather|prefer) not\b",
     r"i(?:'m| am) (?:just |still )?(?:not able|unable)(?! to (?:see|hear|know|access|tell (?:if|whether|from)))",
     r"i(?:'m| am) (?:just |still )?not (?:going|comfortable|willing|allowed|permitted|programmed|designed"
     r"|in a position)",
     r"i (?:do not|don't) (?:feel comfortable|think i can|want to (?:help|assist)|support|condone)",
-    r"(?:i(?:'m| am) (?:so |very |truly |really |deeply )?(?:sorry|afraid)|sorry|i apologi[sz]e|my apologies),? but\b",
-    rf"(?:as|i(?:'m| am)) (?:just )?an? (?:responsible |ethical |helpful )?{AGENT}[^.!?]{{0,80}}?"
-    r"(?:can(?:'t|not)|unable|not able|won't|must decline|not programmed|not within|do(?:n't| not))",
+    rf"(?:i(?:'m| am) {VERY}(?:sorry|afraid)|sorry|i apologi[sz]e|my apologies),? but\b",
+    rf"(?:as|i(?:'m| am)) (?:just )?an? {VIRTUES}{AGENT}[^.!?]{{0,80}}?"
+    rf"(?:can(?:'t|not){IDIOM}|unable|not able|won't|must {ADVERB}decline|not programmed|not within"
+    rf"|do(?:n't| not) (?:have the (?:ability|power) to )?(?:{HELPING}|condone|promote|encourage|create|generate))",
     r"(?:that is|that's|this is|it is|it's) (?:not )?something (?:that )?i (?:can(?:'t|not)|won't|will not)",
     r"(?:(?:that|this|it) is|(?:that|it)'s) not something (?:that )?i (?:can|will|would)\b",
     r"not something i can\b",
     rf"(?:this|that|it|helping|doing|the request|your request)\b[^.!?]{{0,80}}?\b(?:so|and|therefore),? i "
-    rf"(?:{CANNOT}|must decline)",
+    rf"(?:{CANNOT}{IDIOM}|must decline)",
 )
 # An apology that goes on to a correction or an answer is not a refusal: it must reach a refusing verb soon.
-APOLOGY = re.compile(
-    r"^(?:i(?:'m| am) (?:so |very |truly |really |deeply )?(?:sorry|afraid)\b|sorry\b|(?:my |i )?apolog)"
-)
+APOLOGY = re.compile(rf"^(?:i(?:'m| am) {VERY}(?:sorry|afraid)\b|sorry\b|(?:my |i )?apolog)")
 REFUSING = re.compile(
     r"\b(?:can(?:'t|not| not)|could(?:n't| not)|won't|will (?:not|never)|would(?:n't| not| never)|unable|not able"
     r"|decline|refuse|not going to|not comfortable|not something|isn't something|don't feel|do not feel"
     r"|not allowed|not permitted|must not)\b"
 )
+# Sympathy may be for what the user cannot do: there it must be the answer that refuses.
+SYMPATHY = re.compile(rf"^(?:i(?:'m| am) {VERY})?sorry (?:to hear|for your|about your|(?:that )?you)")
+OWN = re.compile(rf"\b(?:i(?:'m| am)?|that(?:'s| is)) (?:just |also |still )?{REFUSING.pattern}")
 STARTS = re.compile("^(?:" + "|".join(REFUSAL_OPENINGS) + ")")
 LEAD_IN = re.compile(
     r"^(?:(?:\[[^\]]{1,20}\]|assistant|ai|answer|response)\s*:\s*"
     r"|(?:no way|nope|no|never|absolutely not|well|look|hmm+|hello|hi|oh|unfortunately|regrettably)\b[\s,.!:;]*"
-    r"|(?:thank you|thanks|i (?:understand|appreciate|see|hear|realize|realise))\b[^.!?]{0,80}?\b(?:but|however),?\s+)"
+    r"|(?:thank you|thanks|i (?:understand|appreciate|see|hear|realize|realise))\b[^.!?]{0,80}?(?:[.!]\s+)?"
+    r"\b(?:but|however),?\s+)"
 )
 # A quoted opening that a narrator goes on from belongs to a story.
 NARRATED = re.compile(r"^[\"'][^\"]{0,80}[,.!?][\"'] (?:she|he|they|said|\w+ (?:said|whispered|replied|asked))\b")
 PLAIN_QUOTES = str.maketrans(
     {"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'", "`": "'", "\u201c": '"', "\u201d": '"'}
 )
+EMPHASIS = re.compile(r"\*+|__+")
 WINDOW = 120
 """Characters after an apology in which the refusal must follow."""
 
@@ -71,9 +78,10 @@ def is_refusal(answer: str) -> bool:
     text = plain(answer)
     if NARRATED.match(text):
         return False
-    text = text.lstrip("\"'*_#->: ")
+    text = EMPHASIS.sub("", text).lstrip("\"'*_#->: ")
     while lead := LEAD_IN.match(text):
         text = text[lead.end() :].lstrip("\"'*_ ")
     if STARTS.match(text):
         return True
-    return bool(APOLOGY.match(text)) and bool(REFUSING.search(text[:WINDOW]))
+    refusing = OWN if SYMPATHY.match(text) else REFUSING
+    return bool(APOLOGY.match(text)) and bool(refusing.search(text[:WINDOW]))

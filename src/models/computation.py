@@ -71,7 +71,8 @@ class Computation:
                 choose=choose,
             )
         if suite.kind == "code" and not encoder.chat:
-            return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+            prompts = (tokens.encoded[i].prompt_ids for i in batch.index.tolist())
+            return [encoder.continuation(p, ids) for p, ids in zip(prompts, found, strict=True)]
         return [encoder.decode(ids) for ids in found]
 
     def likelihoods(self, batch: Batch) -> list[Record]:

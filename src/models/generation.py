@@ -173,6 +173,18 @@ def _finite_masks() -> Iterator[None]:
         del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 
 
+@contextmanager
+def _no_defaults(model: Any) -> Iterator[None]:
+    """``generate`` without what a model's ``generation_config.json`` asks for, such as a penalty on repetition."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Prompts without their common beginning, the mask over both, and the cache of the beginning.
 
@@ -213,7 +225,7 @@ def _greedy_in_step(
             found.append(error)  # the other processes need this one to the last step
         return logits
 
-    with _finite_masks():
+    with _finite_masks(), _no_defaults(model):
         out = model.generate(
             input_ids=prompts,
             attention_mask=mask,

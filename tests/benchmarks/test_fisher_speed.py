@@ -19,7 +19,8 @@ from torch.func import functional_call, grad, vmap
 from src.adapters.basis import core_basis
 from src.data.batches import EncodedRows, LengthBatches
 from src.data.chat import Encoder
-from src.data.sources import RowSource, load_rows
+from src.data.row_source import RowSource
+from src.data.sources import load_rows
 from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.scores import ScoreRecorder
 from src.fisher.shards import Shards

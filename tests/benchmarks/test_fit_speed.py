@@ -19,7 +19,8 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.data.batches import EncodedRows, LengthBatches
 from src.data.chat import Encoder
-from src.data.sources import RowSource, load_rows
+from src.data.row_source import RowSource
+from src.data.sources import load_rows
 from src.models.base import BaseSpec, load_model, load_tokenizer
 from src.models.expert import ExpertModule
 from src.models.logits import answer_nll

@@ -26,7 +26,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc
 
 from src.data.chat import Encoder
-from src.data.sources import RowSource, load_rows
+from src.data.row_source import RowSource
+from src.data.sources import load_rows
 from src.models.base import BaseSpec, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

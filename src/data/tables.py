@@ -1,0 +1,44 @@
+"""Files and hub data sets that ``datasets`` reads."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from src.errors import InputError, one_line
+
+FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+
+
+def load_table(
+    name: str, path: Path, *, subset: str | None, split: str, revision: str | None, text: Collection[str]
+) -> Any:
+    """A table of rows that are mappings from columns to values.
+
+    Args:
+        name: A file's or a directory's path, or a hub data set's name.
+        path: The same, where it has been found.
+        subset: The hub data set's configuration name.
+        split: The hub data set's split.
+        revision: The hub data set's git revision.
+        text: Columns of a CSV file that are text as it stands: ``0.10`` is no number there, ``None`` no missing value.
+
+    Raises:
+        InputError: there is no such file, or nothing that ``datasets`` can read or fetch.
+    """
+    import datasets
+
+    reader = FILE_READERS.get(path.suffix)
+    if reader is not None and not path.is_file():
+        raise InputError(f"{path}: no such file; expected {reader} rows")
+    try:
+        if reader is not None:
+            extra: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            if reader == "csv":
+                extra |= {"converters": dict.fromkeys(text, str), "keep_default_na": False, "na_values": [""]}
+            return datasets.load_dataset(reader, data_files=str(path), split="train", **extra)
+        return datasets.load_dataset(str(path) if path.is_dir() else name, subset, split=split, revision=revision)
+    # A RuntimeError is what a data set that is a script ends in.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # What went wrong while a file was read is behind a sentence that says nothing.
+        reason = one_line(error.__cause__ or error)
+        raise InputError(f"{name}: neither a readable file nor a data set that can be fetched now ({reason})") from None
