@@ -100,6 +100,16 @@ def test_pencils_are_those_of_merges_with_fisher_files_and_an_older_cell_has_non
     ]
 
 
+def test_a_second_step_shows_nothing_as_held_out():
+    shown = {"dim": 3, "held_out": {"safety_energy_kept": 1.0}}
+    plain = ToyCell("a", "merge")
+    fitted = ToyCell("b", "merge", {"fisher": (FISHER,)})
+    at = {key: ToyCell("f" + key, "fisher", {"first": (one,)}) for key, one in (("p", plain), ("q", fitted))}
+    points = {key: [toy(key, fisher=fisher)] for key, fisher in at.items()}
+    found = pencils(points, ToyStore({key: {"pencil": shown} for key in at}))
+    assert [one["pencil"]["held_out"] for one in found] == [{"safety_energy_kept": 1.0}, None]
+
+
 def test_methods_that_share_their_fisher_matrices_share_a_row_of_the_overlap():
     other = ToyCell("f2", "fisher")
     methods = {

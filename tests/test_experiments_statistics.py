@@ -8,11 +8,22 @@ import torch
 
 from src.experiments.comparison import Choice, chosen_point, summary
 from src.experiments.document import best_rows, bound
+from src.experiments.grid import Model
 from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
-from src.experiments.kept import Kept, mean_kept, slope
-from src.experiments.scores import Scores, by_category, gathered, in_split, joined, row_keys, row_scores, two_sided_p
+from src.experiments.kept import Kept, kept_of, mean_kept, slope
+from src.experiments.scores import (
+    DRAWS,
+    Scores,
+    by_category,
+    gathered,
+    in_split,
+    joined,
+    row_keys,
+    row_scores,
+    two_sided_p,
+)
 from src.experiments.statements import Claim, claims, claims_table, tally
 from src.metrics.bootstrap import Estimate, paired_difference
 from src.metrics.intervals import tango, wilson
@@ -303,3 +314,48 @@ def test_draws_without_a_difference_are_in_both_tails_however_they_were_rounded(
     exact = np.array([0.1] * 960 + [0.0] * 40)
     noise = np.where(exact == 0, 1e-17 * (-1.0) ** np.arange(1000), exact)
     assert two_sided_p(noise) == two_sided_p(exact) == pytest.approx(2 * 41 / 1001)
+
+
+def evaluated(scores):
+    """A record of right and wrong answers on suites, by suite."""
+    suites = [{"name": name, "kind": "utility"} for name in scores]
+    rows = {name: {"ids": [str(i) for i in range(len(s))], "exact": s} for name, s in scores.items()}
+    return {"settings": {"data": {"suites": suites}}, "found": {"rows": rows}}
+
+
+class OneRecord:
+    def __init__(self, record):
+        self.record = record
+
+    def read(self, _):
+        return self.record
+
+
+def kept_by(scores, alone):
+    model = Model("TA (2)", 1.0, 0, None, None)
+    return kept_of(model, {(name, 0): evaluated({name: s}) for name, s in alone.items()}, OneRecord(evaluated(scores)))
+
+
+def test_a_merge_that_answers_as_its_experts_keeps_all_for_certain():
+    scores = {"a": [1, 0] * 10, "b": [1, 1, 0, 0, 0] * 4}
+    found = mean_kept([kept_by(scores, scores)])
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    # Half of the expert's right answers, from other rows: the expert's own chance is in the interval.
+    other = mean_kept([kept_by({"a": [0, 1] * 5 + [0] * 10}, {"a": [1, 0] * 10})])
+    assert other.value == 0.5
+    assert other.low < 0.25
+    assert other.high > 1.0
+
+
+def test_rows_of_a_task_are_drawn_alike_wherever_the_task_stands():
+    a, b, own = [1, 0, 0, 1] * 5, [1, 1, 1, 0] * 5, {"a": [1, 1, 0, 1] * 5, "b": [1] * 20}
+    one, two = kept_by({"a": a, "b": b}, own), kept_by({"b": b, "a": a}, own)
+    assert all(torch.equal(one.drawn[task], two.drawn[task]) for task in own)
+    assert not torch.equal(one.drawn["a"], one.drawn["b"])
+
+
+def test_draws_in_which_an_expert_scores_nothing_are_drawn_again():
+    found = kept_by({"a": [1] + [0] * 7}, {"a": [0, 1] + [0] * 6, "b": [0] * 3})
+    assert set(found.tasks) == {"a"}
+    assert found.drawn["a"].isfinite().all()
+    assert len(found.drawn["a"]) == DRAWS

@@ -184,3 +184,10 @@ def test_blocks_cover_every_row_once():
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_the_pruned_patch_leaves_the_utility_update_whole():
+    utility, safety = ({"m": DenseDelta(torch.tensor([values]))} for values in ([1.0, 2, 3, 4, 5], [5.0, 4, 3, 2, 1]))
+    of = {flag: MagnitudePrune(0.2, patch_only=flag).patch(utility, safety, None).pairs["m"] for flag in (False, True)}
+    assert matrix(of[True]).tolist() == [[5, 0, 0, 0, 0]]
+    assert matrix(of[False]).tolist() == [[4, -2, -3, -4, 0]]

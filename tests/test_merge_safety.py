@@ -320,3 +320,19 @@ def test_an_infinite_penalty_projects_and_can_be_written(adapters, tmp_path):
     far, infinite = (read_adapter(tmp_path / name).pairs for name in ("far", "infinite"))
     assert all(torch.equal(far[name].dense(), infinite[name].dense()) for name in far)
     assert "``.inf``" in ClosestSafeUpdate.__doc__
+
+
+def test_a_hard_mask_leaves_a_module_without_a_safety_update_as_it_is(updates):
+    utility, safety = updates
+    name = next(iter(utility))
+    rest = {n: pair for n, pair in safety.items() if n != name}
+    found = SstM(form="interpolating", top=0.2).patch(utility, rest, None).pairs
+    assert not found[name].dense().any()
+    other = next(iter(rest))
+    assert found[other].dense().any()
+
+
+def test_align_guard_says_where_its_core_space_misses_the_utility_update(updates, caplog):
+    utility, safety = updates
+    AlignGuardPosthoc(k=2).patch(utility, safety, weight_space_fishers(safety))
+    assert "of the utility update's norm lies outside the core space" in caplog.text

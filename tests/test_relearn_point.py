@@ -77,6 +77,9 @@ def test_a_second_step_goes_on_from_the_first(adapters, measured, first, tmp_pat
     findings = read_adapter(tmp_path / "m").manifest["findings"]
     assert findings["start_norm"] == pytest.approx(np.linalg.norm(start) / np.linalg.norm(whole), rel=1e-5)
     assert findings["objective_after"] < findings["objective_before"]
+    # All rows have made the start: none is held out.
+    assert findings["held_out"] is None
+    assert read_adapter(first).manifest["findings"]["held_out"]["safety_energy_kept"] > 0
     # A short step stays at the first one's end: the radius bounds what is added to it.
     assert merge(adapters, second, tmp_path / "short", *RELEARN, "--method.radius", "1e-7") == 0
     np.testing.assert_allclose(patch_of(tmp_path / "short", adapters, basis), start, atol=1e-6 * np.linalg.norm(whole))

@@ -2,10 +2,11 @@
 
     kept_i = mean score of the merge on task i / mean score of expert i alone on task i
 
-The interval of the mean over tasks resamples the rows of each task (merge and expert together); the experts' means are
-taken as measured in the denominators of the draws, which would otherwise be zero now and then on few rows.
+The interval of the mean over tasks resamples the rows of each task, for merge and expert together: what makes a row
+hard cancels. A draw in which the expert scores nothing has no ratio and is drawn again.
 """
 
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import torch
 
 from src.experiments.grid import Model
 from src.experiments.point_names import name_and_experts
-from src.experiments.scores import DRAWS, QUANTILES, row_scores
+from src.experiments.scores import DRAWS, QUANTILES, Row, row_scores
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate, resampled_means
 
@@ -67,23 +68,34 @@ class Kept:
 
 def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store) -> Kept | None:
     """What a merged model keeps; nothing where no expert of it was measured with a score above 0."""
-    by_task: dict[str, list[float]] = {}
-    for (suite, _, _), value in row_scores(store.read(model.test)).get("utility", {}).items():
-        by_task.setdefault(suite, []).append(value)
+    by_task: dict[str, dict[Row, float]] = {}
+    for row, value in row_scores(store.read(model.test)).get("utility", {}).items():
+        by_task.setdefault(row[0], {})[row] = value
     tasks, drawn, rows = {}, {}, {}
-    for number, (task, values) in enumerate(by_task.items()):
+    for task, values in by_task.items():
         record = alone.get((task, model.seed))
-        own = [] if record is None else list(row_scores(record)["utility"].values())
-        if not own or sum(own) == 0:
+        own = {} if record is None else row_scores(record)["utility"]
+        pairs = torch.tensor([(value, own[row]) for row, value in values.items() if row in own], dtype=torch.float64)
+        if not len(pairs) or not pairs[:, 1].any():
             continue
-        expert = sum(own) / len(own)
-        tasks[task] = sum(values) / len(values) / expert
-        means = resampled_means(torch.tensor(values, dtype=torch.float64), seed=number, draws=DRAWS)
-        drawn[task] = means / expert
-        rows[task] = len(values)
+        merged, expert = pairs.mean(dim=0).tolist()
+        tasks[task], drawn[task], rows[task] = merged / expert, _ratios(task, pairs), len(pairs)
     if not tasks:
         return None
     return Kept(*name_and_experts(model), model.seed, tasks, drawn, rows)
+
+
+def _ratios(task: str, pairs: torch.Tensor) -> torch.Tensor:
+    """(S,) ratios of mean scores, of rows drawn with replacement from pairs (N, 2) of merge and expert.
+
+    The draws are keyed by the task: the same rows of several merges are drawn alike.
+    """
+    seed = zlib.crc32(task.encode())
+    found = torch.empty(0, dtype=torch.float64)
+    while len(found) < DRAWS:
+        merged, expert = resampled_means(pairs, seed=seed, draws=DRAWS).unbind(1)
+        found, seed = torch.cat([found, (merged / expert)[expert > 0]]), seed + 1
+    return found[:DRAWS]
 
 
 def mean_kept(found: Sequence[Kept]) -> Estimate:

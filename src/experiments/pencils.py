@@ -74,8 +74,16 @@ def pencils(points: Mapping[str, Sequence[Model]], store: Store) -> list[Documen
         if made is None or not _solves(made) or not store.has_result(made):
             continue
         pencil = store.read(made)["found"].get("pencil")
+        if pencil is not None and _fitted_before(made):
+            pencil = pencil | {"held_out": None}
         found.append({"model": name, "seed": seeds[0].seed, "seeds": len(seeds), "cell": made.key, "pencil": pencil})
     return found
+
+
+def _fitted_before(cell: Cell) -> bool:
+    """Whether a merge starts from one that was fitted to the same rows, which are held out from nothing then."""
+    firsts = [first for fisher in cell.needs.get("fisher", ()) for first in fisher.needs.get("first", ())]
+    return any("fisher" in first.needs for first in firsts)
 
 
 def _solves(cell: Cell) -> bool:

@@ -3,6 +3,7 @@
 P = the k leading eigenvectors of F_s in the core space,   ΔW_u ← ΔW_u − γ P ΔW_u,   then + ΔW_s
 """
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +13,10 @@ from src.errors import InputError
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
 
+log = logging.getLogger(__name__)
+
+OUTSIDE = 0.1
+"""Share of ΔW_u outside the core space above which a warning says so."""
 NO_FISHER = "method AlignGuardPosthoc needs Fisher files of the representation lowrank: --fisher"
 
 
@@ -24,7 +29,8 @@ class AlignGuardPosthoc(MergeMethod):
     multiplies the removal and the safety update alike.
 
     Args:
-        k: Number of leading eigen-directions of F_s that count as alignment-critical, at least 1.
+        k: Number of leading eigen-directions of F_s that count as alignment-critical, over all modules together; at
+            least 1.
         gamma: Share of the utility update removed along them, 0 to 1.
         add_safety: Add the safety update too; false only removes.
     """
@@ -48,6 +54,12 @@ class AlignGuardPosthoc(MergeMethod):
         if fisher is None or not isinstance(fisher.safety, LowRankFisher):
             raise InputError(NO_FISHER)
         directions = leading_directions(fisher.safety, self.k)
+        if (outside := fisher.basis.residual(utility)) > OUTSIDE:
+            log.warning(
+                "method AlignGuardPosthoc: %.0f %% of the utility update's norm lies outside the core space of the "
+                "Fisher files, where nothing can be removed; measure with --model.basis union",
+                100 * outside,
+            )
         c = fisher.basis.coordinates(utility)
         critical = directions @ (directions.T @ c)
         removed = fisher.basis.patch(critical)

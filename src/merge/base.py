@@ -33,7 +33,7 @@ class PatchedFisher(FisherPair):
         benign: F_u⁺, the utility Fisher matrix at the patched point.
         safety_mean: (D,) mean score of refusals with the data's labels.
         benign_mean: (D,) mean score of benign answers with the data's labels.
-        halves: The same of two disjoint halves of the rows, where files hold them.
+        halves: The same of two disjoint halves of the rows, where files hold them and P was not made with these rows.
         start: (D,) coefficients of P; unset where P is the safety adapter's own update.
     """
 

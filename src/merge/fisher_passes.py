@@ -70,6 +70,14 @@ class Pass:
             )
         return self.file.start
 
+    @property
+    def fitted_before(self) -> bool:
+        """Whether the point that it was measured at was made with its rows; so, too, where the file does not say."""
+        record = self.file.record
+        at = record["reference"]
+        named = not isinstance(at, str) and not set(at) <= {"utility", "safety"}
+        return bool(record.get("fitted_before", named))
+
     def check_base(self, adapter: Adapter) -> None:
         """Check that it was measured on the adapter's base."""
         base = self.file.record["base"]

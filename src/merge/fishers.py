@@ -106,6 +106,8 @@ def read_pair(
     if method.relearns:
         _check_alike([first, *benign], ("reference", "reference_identity", "utility weights"))
         pair = replace(patched(basis, first, utilities, benign), start=first.start())
+        if any(one.fitted_before for one in (first, *utilities, *benign)):
+            pair = replace(pair, halves=None)  # rows that have made the start are held out from nothing
     if at_base:
         pair = _beside_base(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)

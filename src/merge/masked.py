@@ -77,7 +77,8 @@ def _masked(name: str, delta: Delta, ratio: Ratio, masking: Masking) -> Delta:
     def evaluate(rows: slice) -> torch.Tensor:
         values = ratio(name, rows)
         if masking.mask == "hard":
-            weight = at_least(values, threshold()).to(values.dtype)
+            # Where fewer elements have a ratio at all, the threshold is 0: those without one are still left out.
+            weight = (at_least(values, threshold()) & (values > 0)).to(values.dtype)
         else:
             weight = torch.sigmoid((values - masking.tau) / masking.gamma)
         return delta.block(rows) * weight

@@ -9,6 +9,8 @@ scores of its own, and judged by the other half,
 
     safety energy kept = cᵀ F_s c / C_sᵀ F_s C_s,     utility tax kept = cᵀ F_u c / C_sᵀ F_u C_s,     means of both
 
+A second step has no such numbers: its start was fitted to all these rows.
+
 Controls leave a data set out, its matrices being multiples of the identity of the same trace and its mean
 score zero: ``safety_only`` the benign rows, ``utility_only`` the refusals.
 """

@@ -28,6 +28,9 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         return {"path": adapter.name, "sha256": adapter.sha256, "identity": adapter.identity, "weight": weight}
 
     rows, named = module.data.rows[name], named_adapters(module.references[name])
+    hashes = {row.prompt_hash for row in rows}
+    at_point: set[str] = set().union(*(adapter.seen for adapter in named.values()))
+    of_experts = module.safety.seen.union(*(adapter.seen for adapter in module.utility))
     return {
         "pass": name,
         "labels": module.labels[name],
@@ -42,7 +45,9 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "reference_identity": {name: adapter.identity for name, adapter in named.items()},
         "rows": [row.id for row in rows],
         "rows_sha256": rows_sha256(rows),
-        "seen": sorted({row.prompt_hash for row in rows}.union(*(adapter.seen for adapter in named.values()))),
+        "seen": sorted(hashes | at_point),
+        # Whether the point was made with rows of this pass, which then hold nothing out from it.
+        "fitted_before": not hashes.isdisjoint(at_point - of_experts),
         "versions": versions(),
     }
 
