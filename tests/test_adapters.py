@@ -112,6 +112,30 @@ def test_the_core_space_does_not_depend_on_the_factors(model):
         torch.testing.assert_close(one.u[name] @ one.u[name].T, two.u[name] @ two.u[name].T)
 
 
+def test_directions_of_a_shared_core_space_do_not_depend_on_the_factors(model):
+    """The span is not enough: a diagonal Fisher matrix hangs on the directions themselves."""
+    adapters = [random_pairs(model, 3, 1), random_pairs(model, 2, 2)]
+    name = next(iter(adapters[0]))
+    adapters[0][name] = LowRankPair(torch.cat([adapters[0][name].a] * 2), torch.cat([adapters[0][name].b] * 2, dim=1))
+    turned = [
+        {n: LowRankPair(torch.linalg.inv(q) @ p.a.double(), p.b.double() @ q) for n, p, q in turns(a)} for a in adapters
+    ]
+    one, two = core_basis(adapters), core_basis(turned)
+    assert one.shapes == two.shapes
+    assert one.shapes[name] == (5, 5)
+    for sides in zip((one.u, one.v), (two.u, two.v), strict=True):
+        for module in adapters[0]:
+            same = (sides[0][module].T @ sides[1][module]).abs()
+            torch.testing.assert_close(same, torch.eye(len(same), dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_a_shared_core_space_needs_updates_of_one_shape(model):
+    pairs, name = random_pairs(model, 2, 1), "model.layers.0.mlp.up_proj"
+    other = {name: LowRankPair(torch.ones(1, 16), torch.ones(3, 1))}
+    with pytest.raises(ValueError, match=r"up_proj: updates of shapes \(24, 16\) and \(3, 16\) cannot be added"):
+        core_basis([pairs, other])
+
+
 def turns(pairs):
     draw = torch.Generator().manual_seed(9)
     return [(n, p, torch.randn(p.rank, p.rank, generator=draw, dtype=torch.float64)) for n, p in pairs.items()]

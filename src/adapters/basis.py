@@ -4,7 +4,8 @@
 
 The coordinates of all modules are concatenated to one vector c of length D = sum of p·q. Bases come from the singular
 vectors of the update itself, so they do not depend on how it is factored into B and A. The core space of several
-adapters is that of 2509.17786 (bases of the stacked factors).
+adapters is that of 2509.17786 (bases of the stacked factors), of the factors ``U √σ`` and ``√σ Vᵀ`` that every
+factoring shares.
 """
 
 import hashlib
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from src.adapters.deltas import Delta, left_product, squared_norm
+from src.adapters.geometry import orthonormal, spaces
 from src.adapters.pairs import LowRankPair, Pairs, weighted_sum
-
-RANK_TOLERANCE = 1e-6
+from src.adapters.truncate import from_triplets
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,19 @@ class CoreBasis:
 def core_basis(adapters: Sequence[Mapping[str, LowRankPair]]) -> CoreBasis:
     """Bases that span all the given adapters: one adapter gives ``basis: safety``, several ``basis: union``.
 
-    Directions under ``RANK_TOLERANCE`` times a module's largest singular value are dropped, and so is a module
+    Directions of vanishing singular values (:func:`~src.adapters.geometry.spaces`) are dropped, and so is a module
     without any update.
 
     Raises:
         ValueError: no adapter updates anything.
     """
     if len(adapters) == 1:
-        spans = {name: _singular_vectors(pair) for name, pair in adapters[0].items()}
+        spans = {name: (u, v) for name, pair in adapters[0].items() for u, _, v in (spaces(pair),)}
     else:
-        stacked = weighted_sum(adapters, [1.0] * len(adapters))
-        spans = {
-            name: (_column_space(pair.b.double()), _column_space(pair.a.double().T)) for name, pair in stacked.items()
-        }
+        balanced = [{name: from_triplets(*spaces(pair)) for name, pair in pairs.items()} for pairs in adapters]
+        stacked = weighted_sum(balanced, [1.0] * len(adapters))
+        spans = {name: (orthonormal([pair.b])[0], orthonormal([pair.a.T])[0]) for name, pair in stacked.items()}
     spans = {name: span for name, span in spans.items() if span[0].shape[1] and span[1].shape[1]}
     if not spans:
         raise ValueError("the adapters update no module: every delta is zero")
     return CoreBasis({n: u for n, (u, _) in spans.items()}, {n: v for n, (_, v) in spans.items()})
-
-
-def _singular_vectors(pair: LowRankPair) -> tuple[torch.Tensor, torch.Tensor]:
-    """Singular vectors of ``b a`` with non-zero values, by QR of both factors and one small SVD."""
-    qb, rb = torch.linalg.qr(pair.b.double())
-    qa, ra = torch.linalg.qr(pair.a.double().T)
-    left, values, right = torch.linalg.svd(rb @ ra.T)
-    kept = int((values > RANK_TOLERANCE * values[0]).sum()) if values.numel() and values[0] > 0 else 0
-    return qb @ left[:, :kept], qa @ right[:kept].T
-
-
-def _column_space(matrix: torch.Tensor) -> torch.Tensor:
-    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    kept = int((values > RANK_TOLERANCE * values[0]).sum()) if values.numel() and values[0] > 0 else 0
-    return left[:, :kept]
