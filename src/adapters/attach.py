@@ -27,19 +27,25 @@ def check_fits(model: torch.nn.Module, pairs: Mapping[str, LowRankPair], name: s
         module = modules.get(key)
         if module is None:
             raise InputError(f"{name}: updates the module {key}, which the base model does not have")
-        shape = _shape(module)
+        shape = layer_shape(module)
         if shape != pair.shape and not _constant_input(module, pair):
             raise InputError(f"{name}: {key} has an update of shape {pair.shape}; the base model's layer is {shape}")
 
 
-def _shape(module: torch.nn.Module) -> tuple[int | None, int | None]:
-    """The shape that an update of this layer has."""
+def layer_shape(module: torch.nn.Module) -> tuple[int | None, int | None]:
+    """(O, I) that an update of this layer has, whichever way round the layer stores its weight; None for none."""
     if isinstance(module, torch.nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if _is_conv1d(module):
         inputs, outputs = module.weight.shape  # type: ignore[union-attr, misc]
         return outputs, inputs
     return getattr(module, "out_features", None), getattr(module, "in_features", None)
+
+
+def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(O, I) of a linear layer, GPT-2's Conv1D among them; None of any other module."""
+    outputs, inputs = layer_shape(module)
+    return None if isinstance(module, torch.nn.Embedding) or not (outputs and inputs) else (outputs, inputs)
 
 
 def _is_conv1d(module: torch.nn.Module) -> bool:
@@ -49,9 +55,8 @@ def _is_conv1d(module: torch.nn.Module) -> bool:
 
 def _constant_input(module: torch.nn.Module, pair: LowRankPair) -> bool:
     """Whether an update of a linear layer has one more input, which is always 1."""
-    outputs, inputs = _shape(module)
-    linear_layer = inputs is not None and not isinstance(module, torch.nn.Embedding)
-    return linear_layer and pair.shape == (outputs, (inputs or 0) + 1)
+    shape = linear_shape(module)
+    return shape is not None and pair.shape == (shape[0], shape[1] + 1)
 
 
 def _adding(pair: LowRankPair, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Do these adapters belong together? Each answer is one clear error line."""
 
+import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,19 +13,50 @@ from src.adapters.peft_files import Adapter
 from src.errors import InputError
 
 log = logging.getLogger(__name__)
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""A hub id, or a name in the current directory."""
+SNAPSHOT = re.compile(r"(.*/)?models--(?P<id>[^/]+)/snapshots/[^/]+")
+"""Where the hub's cache keeps a revision of a model."""
 
 
 def same_base_name(first: str, second: str) -> bool:
-    """Whether two base names mean one model: equal, the same path, or a hub id and a directory of that name."""
-    if first == second:
-        return True
-    one, two = Path(first), Path(second)
-    if one.exists() and two.exists():
-        return one.resolve() == two.resolve()
-    return (one.exists() or two.exists()) and one.name == two.name
+    """Whether two base names mean one model.
+
+    They are equal or the same path; or a hub id and a directory of that name; or two spellings of one hub id, in other
+    capitals, with a slash at the end, or as a path into the hub's cache.
+    """
+    one, two = _spelled(first), _spelled(second)
+    if one == two or not (one and two):
+        return one == two
+    here = Path(one).exists(), Path(two).exists()
+    if all(here):
+        return Path(one).resolve() == Path(two).resolve()
+    if any(here):
+        return Path(one).name == Path(two).name
+    return all(map(HUB.fullmatch, (one, two))) and one.casefold() == two.casefold()
 
 
-def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: str) -> None:
+def _spelled(name: str) -> str:
+    """A base's name without a slash at its end; the hub id of a path into the hub's cache."""
+    plain = name.rstrip("/")
+    cached = SNAPSHOT.fullmatch(plain)
+    return plain if cached is None else cached["id"].replace("--", "/", 1)
+
+
+def has_name(name: str, names: Sequence[str]) -> bool:
+    """Whether a base's name means the same model as one of these."""
+    return any(same_base_name(name, one) for one in names)
+
+
+def check_base(
+    adapter: Adapter,
+    base: str,
+    fingerprint: str | None,
+    *,
+    what: str,
+    aliases: Sequence[str] = (),
+    option: str | None = None,
+) -> None:
     """Check that an adapter was trained on this base.
 
     Args:
@@ -31,6 +64,8 @@ def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: st
         base: Name of the base.
         fingerprint: Its fingerprint, where known; it decides if the adapter has one too.
         what: Where ``base`` comes from, for the message.
+        aliases: Other names of the base.
+        option: The option that takes them, for the message.
 
     Raises:
         InputError: it was trained on another one.
@@ -38,11 +73,33 @@ def check_base(adapter: Adapter, base: str, fingerprint: str | None, *, what: st
     if fingerprint and adapter.fingerprint:
         if fingerprint != adapter.fingerprint:
             raise InputError(f"{adapter.name}: trained on other weights of {adapter.base!r} than those of {what}")
-    elif not same_base_name(adapter.base, base):
-        raise InputError(f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r}")
+    elif not has_name(adapter.base, [base, *aliases]):
+        given = "" if option is None else f" or give {option} '{json.dumps([adapter.base], ensure_ascii=False)}'"
+        raise InputError(
+            f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r}; if these are one model, change "
+            f"base_model_name_or_path in its adapter_config.json{given}"
+        )
 
 
-def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str) -> str:
+def check_no_embeddings(spanning: Sequence[Adapter]) -> None:
+    """Check that adapters whose space is measured update no embedding.
+
+    Args:
+        spanning: The adapters, the safety adapter last.
+
+    Raises:
+        InputError: one does; the message says how to leave it out.
+    """
+    for adapter in spanning:
+        for name in sorted(adapter.layout.embeddings & set(adapter.pairs)):
+            spared = "" if adapter is spanning[-1] else " or --model.basis safety, which leaves out its directions"
+            raise InputError(
+                f"{adapter.name}: updates the embedding {name}, and embeddings have no Fisher pass, which is of linear "
+                f"layers; expected an adapter that was trained without it{spared}"
+            )
+
+
+def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str, aliases: Sequence[str] = ()) -> str:
     """Warn where the weights of a base are not those on which adapters were trained, as far as that is known.
 
     This project's adapters know a fingerprint, others only the base's name. Some architectures' files name weights
@@ -52,6 +109,7 @@ def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str) -> 
         adapters: The adapters.
         base: The weights.
         name: What the user calls them.
+        aliases: Other names of the base.
 
     Returns:
         Their fingerprint.
@@ -62,24 +120,32 @@ def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str) -> 
     if known and found not in known and base.fingerprint(torch.float16) not in known:
         log.warning("%s: other weights than those that %s was trained on", base.folder, next(iter(known.values())))
     for adapter in adapters if not known else []:
-        if not same_base_name(adapter.base, name):
+        if not has_name(adapter.base, [name, *aliases]):
             log.warning("%s: trained on the base %r; the weights are those of %s", adapter.name, adapter.base, name)
     return found
 
 
-def check_compatible(adapters: Sequence[Adapter]) -> None:
+def check_compatible(
+    adapters: Sequence[Adapter], aliases: Sequence[str] = (), option: str | None = "--aliases"
+) -> None:
     """Check that adapters share a base, and that common modules have one shape.
 
     What updates other modules of one base may be merged: a module that an adapter lacks has the update zero. Where they
     name no base, only common modules tell that they are of one.
 
+    Args:
+        adapters: The adapters.
+        aliases: Names that all mean their base.
+        option: The option that takes them, for the message.
+
     Raises:
         InputError: they do not; the message names both adapters.
     """
-    first = adapters[0]
+    # Whatever is no alias must be one name.
+    first = next((adapter for adapter in adapters if not has_name(adapter.base, aliases)), adapters[0])
     owners: dict[str, Adapter] = {}
     for other in adapters:
-        check_base(other, first.base, first.fingerprint, what=f"that of {first.name}")
+        check_base(other, first.base, first.fingerprint, what=f"that of {first.name}", aliases=aliases, option=option)
         for name, update in other.updates.items():
             owner = owners.setdefault(name, other)
             shapes = owner.updates[name].shape, update.shape

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from src.errors import InputError
+
 Granularity = Literal["sequence", "token"]
 Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Takes a module's name, its projected output gradients (N, T, p) and its projected inputs (N, T, q)."""
@@ -90,12 +92,19 @@ class ScoreRecorder:
         self.u, self.v = dict(u), dict(v)
         self.parts: dict[str, torch.Tensor] = {}
         self.sink: Sink = sink or self._keep
+        self._answers: torch.Tensor | None = None
         self._seen: set[str] = set()
         self._ready: dict[tuple[str, bool], torch.Tensor | None] = {}
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record while the block runs; forward and backward both belong inside."""
+    def recording(self, answers: torch.Tensor | None = None) -> Iterator[None]:
+        """Record while the block runs; forward and backward both belong inside.
+
+        Args:
+            answers: (N, T) bool, the M places of the batch that the output layer sees in place of all, in row-major
+                order (:func:`src.models.logits.answer_logits`). Unset means that every layer sees (N, T, ·).
+        """
+        self._answers = answers
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
         self._seen = set()
         try:
@@ -148,18 +157,44 @@ class ScoreRecorder:
                 return wide @ basis[:-1] + basis[-1]
             return wide @ basis
 
+    def _by_row(self, name: str, seen: torch.Tensor) -> torch.Tensor:
+        """What a layer saw or gave, (N, T, ·): of a batch's tokens one after the other (N·T, ·), or of M (1, M, ·).
+
+        Those M are laid at the beginning of their rows, zeros behind them: scores are sums over a row's tokens.
+
+        Raises:
+            InputError: it is of another shape, from which rows cannot be told.
+        """
+        if self._answers is None:
+            return seen
+        rows, tokens = self._answers.shape
+        if seen.dim() == 3 and len(seen) == rows:
+            return seen
+        if seen.dim() == 2 and len(seen) == rows * tokens:
+            return seen.view(rows, tokens, -1)
+        counts = self._answers.sum(1)
+        if seen.shape[:-1] == (1, int(counts.sum())):
+            places = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+            laid = seen.new_zeros(*places.shape, seen.shape[-1])
+            laid[places] = seen[0]
+            return laid
+        raise InputError(
+            f"{name}: sees {tuple(seen.shape)} in a batch of {rows} rows of {tokens} tokens, and whose they are cannot "
+            "be told (a routed expert sees some of them), so it has no Fisher pass; expected adapters that leave it out"
+        )
+
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def record(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             if not out.requires_grad:
                 return
-            x = self._project(name, args[0], output=False)
+            x = self._by_row(name, self._project(name, args[0], output=False))
 
             def store(grad: torch.Tensor) -> None:
                 if name in self._seen:
                     raise RuntimeError(f"{name} met two gradients in one backward pass; expected one use per layer")
                 self._seen.add(name)
                 with torch.autocast(grad.device.type, enabled=False):
-                    self.sink(name, self._project(name, grad, output=True), x)
+                    self.sink(name, self._by_row(name, self._project(name, grad, output=True)), x)
 
             out.register_hook(store)
 

@@ -4,11 +4,15 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from src.errors import InputError, one_line
 from src.files import sha256_file
 
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Configuration, weights, tokenizer and chat template."""
+UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+"""What transformers raises for a model that it cannot load, packages that are missing among it."""
 
 
 def model_content(name: str, revision: str | None) -> str:
@@ -25,7 +29,7 @@ def model_content(name: str, revision: str | None) -> str:
 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise InputError(f"judge {name}: the model cannot be loaded ({one_line(error)})") from None
     return str(getattr(config, "_commit_hash", None) or "")
 

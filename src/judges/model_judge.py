@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from src.errors import InputError, one_line
-from src.judges.model_files import model_content
+from src.judges.model_files import UNLOADABLE, model_content
 from src.metrics.judging import Judge
 
 
@@ -65,5 +64,5 @@ class ModelJudge(Judge):
     def _loading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        except UNLOADABLE as error:
             raise InputError(f"judge {self.name}: the {what} cannot be loaded ({one_line(error)})") from None

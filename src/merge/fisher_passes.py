@@ -90,8 +90,9 @@ class Pass:
             InputError: it was not.
         """
         record = self.file.record
-        self.check_base(safety)
+        # Of the very adapter that was measured, the name of its base says no more.
         if not _same(record["safety"], safety):
+            self.check_base(safety)
             raise InputError(
                 f"{self.path}: measured for the safety adapter {record['safety']['path']}, not {safety.name}"
             )
@@ -110,10 +111,10 @@ class Pass:
             InputError: it was not.
         """
         record = self.file.record
-        self.check_base(expert)
         measured = record["utility"]
         alone = len(measured) == 1 and _same(measured[0], expert) and measured[0]["weight"] == 1.0
         if not alone or record["reference"] != "utility":
+            self.check_base(expert)
             raise InputError(
                 f"{self.path}: not measured at {expert.name} alone; expected a run of `python -m src fisher` with "
                 f"--model.utility {expert.name} and --model.reference_utility utility"

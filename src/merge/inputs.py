@@ -116,6 +116,7 @@ def read_inputs(
     safety: str | None,
     calibrated: Calibrated,
     base: BaseWeights | None = None,
+    aliases: Sequence[str] = (),
 ) -> Inputs:
     """Read and check everything that a merge needs.
 
@@ -125,6 +126,7 @@ def read_inputs(
         safety: The safety adapter, if any.
         calibrated: The Fisher files.
         base: The base's weights, for adapters whose updates are not low-rank.
+        aliases: Names that all mean the adapters' base.
 
     Raises:
         InputError: something is missing, broken or belongs to another model.
@@ -138,10 +140,11 @@ def read_inputs(
         raise InputError(f"utility_weights are {given}; expected finite numbers")
     adapters = read_adapters([*utility, *([safety] if safety is not None else [])], base)
     experts, patcher = adapters[: len(utility)], adapters[-1] if safety is not None else None
-    check_compatible(adapters)
+    check_compatible(adapters, aliases)
     further = calibrated.method.adapters() if calibrated.method is not None else []
+    names, what = [*aliases, *(adapter.base for adapter in adapters)], f"that of {experts[0].name}"
     for adapter in further:
-        check_base(adapter, experts[0].base, experts[0].fingerprint, what=f"that of {experts[0].name}")
+        check_base(adapter, experts[0].base, experts[0].fingerprint, what=what, aliases=names, option="--aliases")
     found = calibrated.read(experts, patcher, base)
     for entry in found.files:
         if found.pair is not None and entry["utility_weights"] != given:

@@ -31,7 +31,12 @@ ANGLES = {
 
 
 def inspect_stage(
-    *, adapters: list[str], base: str | None = None, output: str | None = None, overwrite: bool = False
+    *,
+    adapters: list[str],
+    base: str | None = None,
+    aliases: list[str] | None = None,
+    output: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Show ranks, norms, effective ranks, cosines and principal angles of adapters.
 
@@ -39,6 +44,7 @@ def inspect_stage(
         adapters: Adapter directories or hub ids, of one base model.
         base: Directory or hub id with the base model's safetensors files, or a GGUF file: needed for adapters with DoRA
             or fully trained modules, whose updates are full-rank.
+        aliases: Names that all mean the adapters' base, where they name it differently.
         output: Directory for ``table.md``, ``inspect.json`` and ``angles.png``; unset prints the table only.
         overwrite: Replace an output that exists.
     """
@@ -47,9 +53,9 @@ def inspect_stage(
         check_apart(Path(output), [*adapters, *([] if base is None else [base])])
     with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
         read = read_adapters(adapters, weights)
-        check_compatible(read)
+        check_compatible(read, aliases or ())
         if weights is not None:
-            check_weights(read, weights, str(base))
+            check_weights(read, weights, str(base), aliases or ())
         summaries, comparison = inspect_adapters(read)
     table = tables(summaries, comparison)
     sys.stdout.write(table)

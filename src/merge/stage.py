@@ -52,6 +52,7 @@ def merge(
     energy: float | None = None,
     full_model: bool = False,
     base: str | None = None,
+    aliases: list[str] | None = None,
     shard_size: float = 5.0,
     warn_below: float = 0.95,
     sweep: dict[str, list[float]] | None = None,
@@ -84,6 +85,8 @@ def merge(
         full_model: Write whole weights, base and update, instead of an adapter.
         base: Directory or hub id with the base model's safetensors files, or a GGUF file, for ``full_model`` and
             ``Led`` (unset means the base that the adapters name) and to convert DoRA and fully trained modules.
+        aliases: Names that all mean the adapters' base, where their ``adapter_config.json`` call it differently
+            (``base_model_name_or_path``).
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
         warn_below: Kept energy, 0 to 1, under which ``rank`` warns; ``energy`` warns of less than it asks for.
         sweep: Option to list of values: one merged adapter for each; ``combine.NAME`` for the combination's options.
@@ -112,13 +115,16 @@ def merge(
     calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
         weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
-        inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights)
+        inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights, aliases or ())
         check_apart(Path(output), [adapter.base for adapter in inputs.adapters])
         count, place = len(points) * len(values), base or inputs.experts[0].base
         extra: dict[str, Any] = {"flags": flags, "license": license}
         if weights is not None or full_model:
             read = weights or stack.enter_context(open_base(weights_folder(place)))
-            extra["base_weights"] = {"path": place, "fingerprint": check_weights(inputs.adapters, read, place)}
+            extra["base_weights"] = {
+                "path": place,
+                "fingerprint": check_weights(inputs.adapters, read, place, aliases or ()),
+            }
         workers = stack.enter_context(one_thread_each())
         if dry_run:
             log.info("%s", _description(points, inputs, form, values, place, workers))

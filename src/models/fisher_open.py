@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.adapters.attach import linear_shape
 from src.fisher.accumulate import Accumulator, Allocate, MeanAccumulator, mapped, zeros
 from src.fisher.base import Shapes
 from src.fisher.shards import Shards
@@ -54,7 +55,7 @@ def _sums(module: "FisherModule", name: str, folder: Path) -> tuple[Accumulator[
     allocate: Allocate = zeros
     if module.coordinates == "weight":
         layers = {key: module.model.get_submodule(key) for key in module.core.modules}
-        shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
+        shapes = {key: shape for key, layer in layers.items() if (shape := linear_shape(layer))}
         folder.mkdir(parents=True, exist_ok=True)
         allocate = mapped(folder)
     mean = module.relearn and name != "utility"

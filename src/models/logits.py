@@ -30,7 +30,7 @@ def answer_logits(model: Any, batch: Batch, *, pack: bool = False, narrow: bool 
     if packs:
         given, chosen = packing.pack(batch, narrow=narrow)
     else:
-        given, chosen = {"input_ids": batch.ids}, torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
+        given, chosen = {"input_ids": batch.ids}, answer_places(batch)
 
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][chosen][None], *args[1:])
@@ -42,6 +42,11 @@ def answer_logits(model: Any, batch: Batch, *, pack: bool = False, narrow: bool 
     finally:
         handle.remove()
     return logits
+
+
+def answer_places(batch: Batch) -> torch.Tensor:
+    """(N, T) bool: true where a token predicts an answer token."""
+    return torch.nn.functional.pad(batch.answer_mask[:, 1:], (0, 1))
 
 
 @contextmanager
