@@ -7,6 +7,7 @@ target as it was.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from src.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def sha256_file(path: Path) -> str:
@@ -162,6 +165,30 @@ def is_begun(path: Path, settings: Any) -> bool:
 def end_output(path: Path) -> None:
     """Take the mark away: what lies there is a result."""
     (path / UNFINISHED).unlink(missing_ok=True)
+
+
+@contextmanager
+def held_output(path: Path) -> Iterator[None]:
+    """Make an output and hold it: as long as this process is in the block and alive, no other one may.
+
+    The directory itself is locked, so no file is left. File systems that lock no directories leave the output open.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"--output {path}: another run writes to it; wait for its end or name another path") from None
+    except OSError:
+        log.warning("%s cannot be locked here: start no second run that writes to it", path)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,13 +1,19 @@
 """What the commands that run a Trainer share: a LightningCLI with fixed classes, an output and uniform defaults."""
 
 import logging
+import os
 import shutil
+from contextlib import ExitStack
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -17,10 +23,10 @@ from src.adapters.peft_files import CONFIG
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.modules import TokenizedData
 from src.errors import InputError
-from src.files import begin_output, check_output, end_output, has_results, is_begun
+from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.models.base import load_tokenizer
-from src.models.checkpoints import AtomicCheckpoints, check_checkpoint
+from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, check_checkpoint
 from src.models.fisher_output import remove_done
 from src.models.speed import keep_freed_memory
 from src.models.stopping import StopAtSigterm
@@ -32,6 +38,13 @@ log = logging.getLogger(__name__)
 CONFIG_RECORD = "config.yaml"
 RUN = "run"
 """Sub-directory of an output that holds the Trainer's own files: config.yaml, metrics.csv, checkpoints."""
+CHECKPOINTS = f"{RUN}/checkpoints"
+RECENT = "recent.ckpt"
+"""Checkpoint of an unfinished training, beside those that the configuration asks for."""
+OF_SLURM = "hpc_ckpt_*.ckpt"
+"""Checkpoints that Lightning writes into the output before it queues a SLURM job again."""
+STARTED = "SST_MERGE_STARTED"
+"""Environment variable: when the run began, for the processes that its first one starts."""
 SAME = ("model", "data", "seed_everything")
 """Settings in which a run that goes on and the run before it agree."""
 
@@ -43,6 +56,7 @@ class TrainerCommand(LightningCLI):
         self, command: str, model: type[LightningModule], data: type[LightningDataModule], arguments: list[str]
     ) -> None:
         self.command = command
+        self._held = ExitStack()
         quiet_libraries()  # again: importing Lightning has reset its loggers
         keep_freed_memory()
         super().__init__(
@@ -100,27 +114,45 @@ class TrainerCommand(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle and check the output before anything is loaded."""
         if self.config.output is None:
-            self.config.output = str(Path("logs") / self.command / _timestamp())
+            self.config.output = str(Path("logs") / self.command / _timestamp(self.config.trainer))
         self.output = Path(self.config.output)
         if self.command == "fit":
             check_training_length(self.config.trainer)
         if self.config.get("dry_run"):
             return
-        if self.output.is_file():
-            raise InputError(f"--output {self.output}: a file; name a directory")
-        if self.command == "fisher" and is_first_process():
-            remove_done(self.output)
-        allowed = self.config.overwrite or (self.command == "fit" and self.config.resume) or not is_first_process()
-        # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
-        kept = self.command == "fit" and any((self.output / RUN / "checkpoints").glob("*"))
-        going_on = not kept and is_begun(self.output, self.shared_settings)
-        check_output(self.output, overwrite=allowed or going_on, beside=frozenset() if kept else frozenset({RUN}))
-        self._own = going_on or not has_results(self.output, frozenset({RUN}))
+        if self.command == "validate" and self.config.ckpt_path is None:
+            raise InputError("validate needs --ckpt_path: a checkpoint that fit wrote (…/run/checkpoints/….ckpt)")
+        self._check_output()
         if self.config.get("ckpt_path"):
             check_checkpoint(self.config.ckpt_path)
         self.config.trainer.default_root_dir = str(self.output)
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
+
+    def _check_output(self) -> None:
+        """Refuse an output with results of another run, unless they may be replaced.
+
+        Raises:
+            InputError: it has such results, checkpoints of a training, or is a file.
+        """
+        if self.output.is_file():
+            raise InputError(f"--output {self.output}: a file; name a directory")
+        trained = any((self.output / CHECKPOINTS).glob("*"))
+        if trained and self.command != "fit":
+            raise InputError(f"--output {self.output}: checkpoints of fit lie in {RUN}/ there; name another directory")
+        allowed = self.config.overwrite or self.resumes or not is_first_process()
+        # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
+        kept = self.command == "fit" and (trained or any(self.output.glob(OF_SLURM)))
+        going_on = not kept and is_begun(self.output, self.shared_settings)
+        check_output(self.output, overwrite=allowed or going_on, beside=frozenset() if kept else frozenset({RUN}))
+        self._own = going_on or not has_results(self.output, frozenset({RUN}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Let other runs have the output."""
+        self._held.close()
 
     @property
     def shared_settings(self) -> dict[str, Any]:
@@ -138,13 +170,17 @@ class TrainerCommand(LightningCLI):
             end_output(self.output)
 
     def end(self) -> None:
-        """Take the mark away, once all results are written."""
+        """Take away the mark and the checkpoints of an unfinished run, once all results are written."""
         if is_first_process():
             end_output(self.output)
+            for spare in (self.output / CHECKPOINTS / RECENT, *self.output.glob(OF_SLURM)):
+                spare.unlink(missing_ok=True)
 
     def _clear_run(self) -> None:
         """Make room for the Trainer's files: a run that goes on keeps its checkpoints and sets its metrics aside."""
         run = self.output / RUN
+        if self.command == "fisher":
+            remove_done(self.output)
         if self.checkpoint is None:
             shutil.rmtree(run, ignore_errors=True)
         elif (run / "metrics.csv").exists():
@@ -152,16 +188,28 @@ class TrainerCommand(LightningCLI):
             (run / "metrics.csv").rename(run / f"metrics.before-{before}.csv")
 
     @property
+    def resumes(self) -> bool:
+        """Whether to go on from what the output holds: as ``--resume`` says, or where SLURM has queued a job again."""
+        if self.command != "fit":
+            return False
+        return self.config.resume or (int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and self._same_run())
+
+    @cached_property
     def checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the one named, or with ``--resume`` the last one of the output."""
+        """The checkpoint to go on from: the one named, or where the run resumes the newest of the output."""
         named: str | None = self.config.get("ckpt_path")
-        last = self.output / RUN / "checkpoints" / "last.ckpt"
-        if named is not None or not self.config.get("resume") or not last.is_file():
+        if named is not None or not self.resumes:
             return named
-        if not self._same_run():
-            log.info("%s is of a run with other settings: starting over", last)
-            return None
-        return str(last)
+        folder = self.output / CHECKPOINTS
+        found = [folder / "last.ckpt", folder / RECENT, *self.output.glob(OF_SLURM)]
+        newest = max(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns, default=None)
+        if newest is None:
+            log.info("no checkpoint in %s to go on from: starting at the first step", self.output)
+        elif not self._same_run():
+            log.info("%s is of a run with other settings: starting over", newest)
+        else:
+            return str(newest)
+        return None
 
     def _same_run(self) -> bool:
         """Whether the run in the output had this model, these data and this seed, and was not finished."""
@@ -181,7 +229,10 @@ class TrainerCommand(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpoints()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.output / RUN / "checkpoints")
+                callback.dirpath = str(self.output / CHECKPOINTS)
+        if self.command == "fit" and config.trainer.enable_checkpointing is not False:
+            recent = RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
+            trainer.callbacks.insert(0, recent)  # type: ignore[attr-defined]
         return trainer
 
     @property
@@ -195,9 +246,17 @@ class TrainerCommand(LightningCLI):
         data: Any = self.datamodule
         if isinstance(data, TokenizedData):
             data.bind(load_tokenizer(self.model.base))  # type: ignore[arg-type]
+        if self.config.get("dry_run"):
+            return data
         # Only now that all input has been read: an earlier run is not lost to a mistyped name.
-        if is_first_process() and not self.config.get("dry_run"):
+        if is_first_process():
+            self._held.enter_context(held_output(self.output))
+            self._check_output()  # a run that held it until now may have written results
             self._clear_run()
+        if self.checkpoint is None:
+            # Each process by itself: Lightning would go on from such a file, and srun starts them in no order.
+            for stale in self.output.glob(OF_SLURM):
+                stale.unlink(missing_ok=True)
         return data
 
 
@@ -211,13 +270,26 @@ def check_training_length(trainer: Namespace) -> None:
         value = trainer.get(key)
         if value is not None and value != -1 and value < 1:
             raise InputError(f"trainer.{key} is {value}; expected at least 1, or -1 for no limit")
+    no_epochs = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
+    if no_epochs and trainer.max_steps in (None, -1):
+        raise InputError("trainer: neither max_epochs nor max_steps limits the run; the schedule needs one of them")
     if trainer.get("accumulate_grad_batches", 1) < 1:
         raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected at least 1")
     if (trainer.get("gradient_clip_val") or 0.0) < 0:
         raise InputError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected 0 (off) or more")
 
 
-def _timestamp() -> str:
-    from datetime import datetime
+def _timestamp(trainer: Namespace) -> str:
+    """When the run began, the same in all its processes.
 
-    return datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    Raises:
+        InputError: they have not been started by the first of them, so each would say another time.
+    """
+    if not is_first_process() and STARTED in os.environ:
+        return os.environ[STARTED]
+    torchrun = TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1
+    slurm = SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1
+    if torchrun or slurm or trainer.num_nodes > 1:
+        raise InputError("--output: name a directory; processes that torchrun, srun or nodes start take one each else")
+    os.environ[STARTED] = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return os.environ[STARTED]

@@ -28,27 +28,37 @@ log = logging.getLogger(__name__)
 
 def fit(arguments: list[str]) -> None:
     """Train an expert and write the adapter of its best checkpoint."""
-    command = TrainerCommand("fit", ExpertModule, ExpertData, arguments)
-    data, trainer, module = command.prepare(), command.trainer, command.model
-    checkpoint = command.checkpoint
-    if checkpoint is not None:
-        log.info("going on from %s", checkpoint)
-    command.begin()
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    save_expert(trainer, module, data, command)  # type: ignore[arg-type]
-    command.end()
+    with TrainerCommand("fit", ExpertModule, ExpertData, arguments) as command:
+        data, trainer, module = command.prepare(), command.trainer, command.model
+        checkpoint = command.checkpoint
+        if checkpoint is not None:
+            log.info("going on from %s", checkpoint)
+        command.begin()
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        save_expert(trainer, module, data, command)  # type: ignore[arg-type]
+        command.end()
 
 
 def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, command: TrainerCommand) -> None:
-    """Write the adapter of the best checkpoint (of the last step without one), with manifest and card."""
+    """Write the adapter of the best checkpoint (of the last step without one), with manifest and card.
+
+    Raises:
+        InputError: its weights or its loss are not finite.
+    """
     weights = _best_weights(trainer)
     if not trainer.is_global_zero:
         return
     loss = trainer.callback_metrics.get("val_loss")
     best = next((c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
     measured = loss if best is None else best
+    tensors = [*weights.values(), *([] if measured is None else [torch.as_tensor(measured)])]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise InputError(
+            "training diverged: the adapter or its validation loss is not finite, and no adapter was written; "
+            "lower model.optimizer.lr or set trainer.gradient_clip_val"
+        )
     settings = command.settings
     manifest = {
         "kind": "expert",
@@ -87,54 +97,55 @@ def _best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def validate(arguments: list[str]) -> None:
     """Loss of a checkpoint on the validation rows."""
-    command = TrainerCommand("validate", ExpertModule, ExpertData, arguments)
-    data = command.prepare()
-    if command.config.ckpt_path is None:
-        raise InputError("validate needs --ckpt_path: a checkpoint that fit wrote (…/run/checkpoints/….ckpt)")
-    command.trainer.validate(command.model, data, ckpt_path=command.config.ckpt_path, weights_only=False)
+    with TrainerCommand("validate", ExpertModule, ExpertData, arguments) as command:
+        data = command.prepare()
+        command.trainer.validate(command.model, data, ckpt_path=command.config.ckpt_path, weights_only=False)
 
 
 def fisher(arguments: list[str]) -> None:
     """Both Fisher passes."""
-    command = TrainerCommand("fisher", FisherModule, CalibrationData, arguments)
-    data: Any = command.prepare()
-    module: Any = command.model
-    data.bind_passes(module.passes, module.random_passes)
-    data.setup("predict")
-    lines = module.estimate(data, command.trainer).lines()
-    if command.config.dry_run:
-        sys.stdout.write("\n".join(lines) + "\n")
-        return
-    for line in lines:
-        log.info("%s", line)
-    module.output, module.settings, module.shared_settings = command.output, command.settings, command.shared_settings
-    command.output.mkdir(parents=True, exist_ok=True)
-    command.begin()
-    command.trainer.predict(module, data, return_predictions=False)
-    log.info("Fisher files written to %s", command.output)
+    with TrainerCommand("fisher", FisherModule, CalibrationData, arguments) as command:
+        data: Any = command.prepare()
+        module: Any = command.model
+        data.bind_passes(module.passes, module.random_passes)
+        data.setup("predict")
+        lines = module.estimate(data, command.trainer).lines()
+        if command.config.dry_run:
+            sys.stdout.write("\n".join(lines) + "\n")
+            return
+        for line in lines:
+            log.info("%s", line)
+        module.output, module.settings = command.output, command.settings
+        module.shared_settings = command.shared_settings
+        command.output.mkdir(parents=True, exist_ok=True)
+        command.begin()
+        command.trainer.predict(module, data, return_predictions=False)
+        log.info("Fisher files written to %s", command.output)
 
 
 def test(arguments: list[str]) -> None:
     """Evaluate models on suites."""
-    command, data = _evaluation("test", arguments)
-    command.begin()
-    command.trainer.test(command.model, data, verbose=False)
-    command.end()
+    with TrainerCommand("test", EvaluationModule, EvaluationData, arguments) as command:
+        data = _prepared(command)
+        command.begin()
+        command.trainer.test(command.model, data, verbose=False)
+        command.end()
     log.info("metrics and answers written to %s", command.output)
 
 
 def predict(arguments: list[str]) -> None:
     """Write answers to prompts."""
-    command, data = _evaluation("predict", arguments)
-    command.begin()
-    command.trainer.predict(command.model, data, return_predictions=False)
-    command.end()
+    with TrainerCommand("predict", EvaluationModule, EvaluationData, arguments) as command:
+        data = _prepared(command)
+        command.begin()
+        command.trainer.predict(command.model, data, return_predictions=False)
+        command.end()
     log.info("answers written to %s", command.output / "answers")
 
 
-def _evaluation(name: str, arguments: list[str]) -> tuple[TrainerCommand, Any]:
-    command = TrainerCommand(name, EvaluationModule, EvaluationData, arguments)
+def _prepared(command: TrainerCommand) -> Any:
+    """The data of an evaluation, and the module told where to write."""
     data: Any = command.prepare()
     module: Any = command.model
     module.output, module.settings = command.output, command.settings
-    return command, data
+    return data

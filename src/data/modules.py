@@ -1,10 +1,12 @@
 """LightningDataModules: rows for training and for the Fisher passes (:mod:`src.data.suites`: for evaluation)."""
 
 import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from src.data.batches import WINDOW, Batch, batch_loader
 from src.data.chat import Encoded, Encoder, Template
@@ -60,6 +62,39 @@ class TokenizedData(LightningDataModule):
         return batch_loader(rows, batch_size=self.batch_size, pad_id=pad, rank=rank, world_size=world, **options)
 
 
+class RemainingBatches(Sampler[Any]):
+    """An epoch's batches without those that were done before a training was interrupted.
+
+    Args:
+        batches: All batches of an epoch; it has this length, too.
+        done: Number of batches done; asked when the first batch is drawn, as Lightning knows it only then.
+    """
+
+    def __init__(self, batches: Any, done: Callable[[], int]) -> None:
+        self.batches, self.done = batches, done
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from islice(self.batches, self.done(), None)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A loader that Lightning takes for one that can go on within an epoch; it needs no state for that.
+
+    Where to go on is Lightning's own count of batches (see :class:`RemainingBatches`), which is right also where a
+    signal has a checkpoint written in the middle of a batch.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
 class ExpertData(TokenizedData):
     """Rows to train a LoRA expert on, and rows to choose its best checkpoint by.
 
@@ -111,7 +146,12 @@ class ExpertData(TokenizedData):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of like length, the same number for every process."""
-        return self.loader(self.encoded["train"], seed=self.seed, window=self.window, even=True, epoch=self._epoch)
+        options = {"seed": self.seed, "window": self.window, "even": True, "epoch": self._epoch}
+        whole = self.loader(self.encoded["train"], **options)
+        return ResumableLoader(whole.dataset, sampler=RemainingBatches(whole.sampler, self._done), batch_size=None)
+
+    def _done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0

@@ -1,11 +1,13 @@
 """Training checkpoints that are whole or absent: a full disk or a kill leaves the one before as it was."""
 
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from src.errors import InputError
@@ -26,6 +28,56 @@ class AtomicCheckpoints(TorchCheckpointIO):
         except RuntimeError as error:
             # torch reports a failed write of its archive as a RuntimeError.
             raise InputError(f"{path}: the checkpoint cannot be written ({str(error).splitlines()[0]})") from None
+
+
+class RecentCheckpoint(Callback):
+    """Keeps one checkpoint of the last minutes of a training, and of the step at which SIGTERM ends it.
+
+    It is no ``ModelCheckpoint``: those of the configuration alone say which checkpoint is the best.
+
+    Args:
+        path: File to write.
+        every: Seconds from one time to the next.
+    """
+
+    TOGETHER = 64
+    """Batches after which several processes ask the first whether it is time: each answer makes them wait for it."""
+
+    def __init__(self, path: Path, every: float = 600.0) -> None:
+        self.path, self.every = path, every
+        self._saved = 0.0
+
+    def on_train_start(self, *_args: Any) -> None:
+        """Start the clock."""
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save where it is time to; a collective operation."""
+        if trainer.world_size > 1 and (args[-1] + 1) % self.TOGETHER:
+            return
+        loop: Any = trainer.fit_loop
+        # A run that goes on from here would leave out the validation that comes next.
+        validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        # Several processes learn of a signal at different batches, and cannot write together then.
+        stopped = trainer.received_sigterm and trainer.world_size == 1
+        due = stopped or time.monotonic() - self._saved >= self.every
+        if trainer.strategy.broadcast(due and not validates):
+            trainer.save_checkpoint(self.path)
+            self._saved = time.monotonic()
+
+
+def rewind_to_step(checkpoint: dict[str, Any], accumulated: int) -> None:
+    """Count the batches after the last optimiser step as not done: their gradients are not in a checkpoint.
+
+    Args:
+        checkpoint: Of a training, as loaded; its progress is changed.
+        accumulated: Batches per optimiser step.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    pending = 0 if progress["is_last_batch"] else progress["current"]["processed"] % accumulated
+    if pending:
+        for counts in (progress["current"], progress["total"]):
+            counts.update(dict.fromkeys(counts, counts["processed"] - pending))
 
 
 def check_checkpoint(path: str) -> None:

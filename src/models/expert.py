@@ -16,13 +16,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import attach, check_fits
-from src.adapters.checks import check_base
 from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import Adapter, is_trained, read_adapter, write_trained
 from src.data.batches import Batch
 from src.errors import InputError, one_line
-from src.models.base import BaseSpec, fingerprint, load_model
+from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
+from src.models.checkpoints import rewind_to_step
 from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
@@ -114,6 +114,7 @@ class ExpertModule(LightningModule):
             if not isfinite(weight):
                 raise InputError(f"model.beside: the weight of {name} is {weight}; expected a finite number")
         self.beside = [(read_adapter(name), weight) for name, weight in (beside or {}).items()]
+        check_trained_on(self.others, base)
         if self.core is not None and regularizer is not None:
             raise InputError("model.core and model.regularizer: one at a time; the regulariser takes a new adapter")
         self._can_pack: bool | None = None
@@ -144,8 +145,7 @@ class ExpertModule(LightningModule):
             device=self.trainer.strategy.root_device.type,
         )
         self.base_fingerprint = fingerprint(model)
-        for adapter in self.others:
-            check_base(adapter, self.base.name, self.base_fingerprint, what="the model to train")
+        check_trained_on(self.others, self.base, self.base_fingerprint)
         self.model = self._with_lora(model) if self.core is None else self.core.add_to(model)
         # PEFT records where the weights lie on this machine; the name is what finds them on another.
         self.model.peft_config["default"].base_model_name_or_path = self.base.name
@@ -242,6 +242,11 @@ class ExpertModule(LightningModule):
         config = self.model.peft_config["default"]
         config.inference_mode = True
         write_trained(folder, config, weights if self.core is None else self.core.factors(weights))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the last optimiser step."""
+        if self.trainer.training and "loops" in checkpoint:
+            rewind_to_step(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's weights only: the base is not ours to store."""
