@@ -122,6 +122,9 @@ class TrainerCommand(LightningCLI):
             return
         if self.command == "validate" and self.config.ckpt_path is None:
             raise InputError("validate needs --ckpt_path: a checkpoint that fit wrote (…/run/checkpoints/….ckpt)")
+        if self.command == "fisher" and is_first_process() and self.output.is_dir():
+            with held_output(self.output):
+                remove_done(self.output)
         self._check_output()
         if self.config.get("ckpt_path"):
             check_checkpoint(self.config.ckpt_path)
@@ -179,8 +182,6 @@ class TrainerCommand(LightningCLI):
     def _clear_run(self) -> None:
         """Make room for the Trainer's files: a run that goes on keeps its checkpoints and sets its metrics aside."""
         run = self.output / RUN
-        if self.command == "fisher":
-            remove_done(self.output)
         if self.checkpoint is None:
             shutil.rmtree(run, ignore_errors=True)
         elif (run / "metrics.csv").exists():

@@ -36,7 +36,7 @@ KILLS = {
     "between the last renames": ("src.models.fisher_output:ready_file", 1),
     "after the last rename": ("src.models.fisher_output:end_output", 0),
     # The calls before it find nothing: what earlier runs have left.
-    DELETED: ("src.models.fisher_output:shutil.rmtree", 3),
+    DELETED: ("src.models.fisher_output:shutil.rmtree", 2),
 }
 
 

@@ -207,3 +207,11 @@ def test_an_option_changes_the_patch_unless_it_is_named_as_unread(adapters, meas
         changed = {**settings, option: value}
         same = np.linalg.norm(made(option, **changed) - before) < near
         assert same == (option in Sst(**changed).unread), option
+
+
+def test_a_step_needs_scores_of_rows(adapters, measured, tmp_path, capsys):
+    fisher = measured("tokens", "--model.granularity", "token")
+    assert merge(adapters, fisher, tmp_path / "m", *FREE) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "granularity is token, and mean scores are of rows; re-learned coefficients need" in said
+    assert not (tmp_path / "m").exists()

@@ -70,6 +70,19 @@ class Pass:
             )
         return self.file.start
 
+    def check_by_row(self) -> None:
+        """Check that its scores are of rows, as mean scores are: a step weighs one against the other.
+
+        Raises:
+            InputError: they are of tokens.
+        """
+        unit = self.file.record.get("granularity", "sequence")
+        if unit != "sequence":
+            raise InputError(
+                f"{self.path}: granularity is {unit}, and mean scores are of rows; re-learned coefficients need a run "
+                "with --model.granularity sequence"
+            )
+
     @property
     def fitted_before(self) -> bool:
         """Whether the point that it was measured at was made with its rows; so, too, where the file does not say."""

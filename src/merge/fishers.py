@@ -105,6 +105,8 @@ def read_pair(
     pair = FisherPair(first.file.fisher, f_u, basis)
     if method.relearns:
         _check_alike([first, *benign], ("reference", "reference_identity", "utility weights"))
+        for one in passes:
+            one.check_by_row()
         pair = replace(patched(basis, first, utilities, benign), start=first.start())
         if any(one.fitted_before for one in (first, *utilities, *benign)):
             pair = replace(pair, halves=None)  # rows that have made the start are held out from nothing

@@ -116,7 +116,7 @@ class FisherModule(LightningModule):
         check_representation(representation, coordinates)
         check_matmul_error(max_matmul_error)
         if relearn:
-            check_relearn(self.labels.values(), coordinates, granularity)
+            check_relearn(self.labels.values(), coordinates)
         names = [utility] if isinstance(utility, str) else utility
         self.weights = check_utility(names, utility_weights)
         if shard_rows < 1:

@@ -5,7 +5,6 @@ from collections.abc import Collection, Sequence
 
 from src.errors import InputError
 from src.fisher.base import Representation
-from src.fisher.scores import Granularity
 from src.models.fisher_pass import Coordinates
 
 IN_WEIGHTS = ("kronecker", "diagonal", "magnitude")
@@ -37,8 +36,8 @@ def check_utility(utility: Sequence[str], weights: Sequence[float] | None) -> li
     return given
 
 
-def check_relearn(labels: Collection[str], coordinates: Coordinates, granularity: Granularity) -> None:
-    """Check that re-learned coefficients can work with a measurement: in core coordinates, by rows with answers.
+def check_relearn(labels: Collection[str], coordinates: Coordinates) -> None:
+    """Check that re-learned coefficients can work with a measurement: in core coordinates, on rows with answers.
 
     Raises:
         InputError: they cannot.
@@ -47,10 +46,6 @@ def check_relearn(labels: Collection[str], coordinates: Coordinates, granularity
         raise InputError("model.relearn: re-learned coefficients are of cores; expected model.coordinates core")
     if "random_tokens" in labels:
         raise InputError("model.relearn: rows of random tokens have no answers to learn; expected labels model or data")
-    if granularity != "sequence":
-        raise InputError(
-            f"model.granularity is {granularity} with model.relearn true: mean scores are of rows; expected sequence"
-        )
 
 
 def check_matmul_error(largest: float) -> None:
