@@ -157,43 +157,23 @@ def test_mean_scores_of_an_output_head_are_autograds(headed, rows, tmp_path):
     close(found.mean, row_scores(headed[0], calibration(rows["harmful"]), found.u, found.v).mean(0))
 
 
-def tiny_qwen_moe():
+def tiny(model, config, **sizes):
+    """A tiny random model with two layers of two heads."""
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    plain = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "initializer_range": 0.3, "pad_token_id": 256}
     torch.manual_seed(0)
-    config = transformers.Qwen2MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        experts_implementation="eager",
-        initializer_range=0.3,
-        pad_token_id=256,
-    )
-    return transformers.Qwen2MoeForCausalLM(config).double().eval().requires_grad_(False)
+    return model(config(**plain | heads | sizes)).double().eval().requires_grad_(False)
+
+
+def tiny_qwen_moe():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    sizes = {"intermediate_size": 16, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    return tiny(transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig, **experts, **sizes)
 
 
 def tiny_llama4():
-    torch.manual_seed(0)
-    config = transformers.Llama4TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=8,
-        intermediate_size_mlp=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=6,
-        num_local_experts=2,
-        initializer_range=0.3,
-        pad_token_id=256,
-        attn_implementation="eager",
-    )
-    return transformers.Llama4ForCausalLM(config).double().eval().requires_grad_(False)
+    sizes = {"intermediate_size": 8, "intermediate_size_mlp": 8, "head_dim": 6, "num_local_experts": 2}
+    return tiny(transformers.Llama4ForCausalLM, transformers.Llama4TextConfig, **sizes, attn_implementation="eager")
 
 
 SHARED = {"mlp.shared_expert.gate_proj": tiny_qwen_moe, "feed_forward.shared_expert.down_proj": tiny_llama4}
