@@ -205,7 +205,8 @@ class TrainerCommand(LightningCLI):
         found = [folder / "last.ckpt", folder / RECENT, *self.output.glob(OF_SLURM)]
         newest = max(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
-            log.info("no checkpoint in %s to go on from: starting at the first step", self.output)
+            if (self.output / RUN).is_dir():
+                log.info("no checkpoint in %s to go on from: starting at the first step", self.output)
         elif not self._same_run():
             log.info("%s is of a run with other settings: starting over", newest)
         else:

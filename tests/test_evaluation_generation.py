@@ -9,7 +9,7 @@ from src.data.chat import Encoded, Encoder
 from src.data.rows import Row
 from src.models.generation import NotFinite, check_finite, greedy
 from tests.commands import ROOT, run_processes
-from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
+from tests.evaluations import answers, evaluate, flags, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 PROMPTS = [f"{chr(97 + i)} asks {'x' * (i * 5 % 13)}" for i in range(6)]
@@ -138,9 +138,9 @@ def test_sharded_decoding_ignores_what_the_model_asks_generate_for(tmp_path):
     model.generation_config = GenerationConfig(repetition_penalty=1.5, no_repeat_ngram_size=2)
     for one in (model, make_tokenizer()):
         one.save_pretrained(tmp_path / "base")
-    answers = []
-    for hardware in ("ddp_sim.yaml", "fsdp_sim.yaml"):
-        out, trainer = tmp_path / hardware, str(ROOT / "trainers" / hardware)
-        run_processes(flags(tmp_path / "base", tmp_path, [suite(tmp_path)], out, "--trainer", trainer, batch_size=2))
-        answers.append([row["answer"] for row in read_rows(out / "answers" / "base" / "asks.jsonl")])
-    assert answers[0] == answers[1]
+    evaluate(tmp_path / "base", tmp_path, [suite(tmp_path)], output="whole", batch_size=2)
+    sharded, out = ["--trainer", str(ROOT / "trainers" / "fsdp_sim.yaml")], tmp_path / "sharded"
+    run_processes(flags(tmp_path / "base", tmp_path, [suite(tmp_path)], out, *sharded, batch_size=2))
+    assert [row["answer"] for row in answers(out, "asks")] == [
+        row["answer"] for row in answers(tmp_path / "whole", "asks")
+    ]
