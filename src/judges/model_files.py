@@ -4,15 +4,11 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from src.errors import InputError, one_line
+from src.errors import UNLOADABLE, InputError, one_line
 from src.files import sha256_file
 
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Configuration, weights, tokenizer and chat template."""
-UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
-"""What transformers raises for a model that it cannot load, packages that are missing among it."""
 
 
 def model_content(name: str, revision: str | None) -> str:

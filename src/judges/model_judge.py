@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from src.errors import InputError, one_line
-from src.judges.model_files import UNLOADABLE, model_content
+from src.errors import UNLOADABLE, InputError, one_line
+from src.judges.model_files import model_content
 from src.metrics.judging import Judge
 
 

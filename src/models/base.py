@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 
 from src.adapters.base_weights import fingerprint_of
 from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter
-from src.errors import InputError, one_line
+from src.errors import UNLOADABLE, InputError, one_line
 from src.files import new_directory, sha256_file
 
 log = logging.getLogger(__name__)
@@ -37,8 +36,6 @@ DTYPES = {
 PACKAGE_SCHEME = "pkg://"
 ELSEWHERE = ("transformers_version", "dtype", "torch_dtype")
 """Entries of a configuration that are told apart elsewhere: among the versions, and with each tensor."""
-UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
-"""What transformers raises for a model that it cannot load, packages that are missing among it."""
 
 
 @dataclass
