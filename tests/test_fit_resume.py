@@ -10,7 +10,7 @@ from lightning import Callback
 
 from src.cli import main
 from src.models.checkpoints import RecentCheckpoint
-from tests.commands import fit_flags, run_processes
+from tests.commands import fit_flags
 
 BATCHES = 5
 """Of an epoch of 13 rows, three in a batch."""
@@ -139,17 +139,6 @@ def test_resume_says_that_there_is_no_checkpoint(base, rows, tmp_path, capsys):
     assert main(flags(base, rows, tmp_path / "parts", stop=3)) == 2
     assert main(flags(base, rows, tmp_path / "parts", "--resume", "true")) == 0
     assert f"no checkpoint in {tmp_path / 'parts' / 'expert'}" in capsys.readouterr().err
-
-
-@pytest.mark.processes
-def test_two_processes_go_on_within_their_epoch(base, rows, tmp_path):
-    """Three batches in each; the last of the second process is a repeated one."""
-    more = ["--trainer.accumulate_grad_batches", "2"]
-    hardware = {"hardware": "ddp_sim.yaml"}
-    run_processes(flags(base, rows, tmp_path / "whole", *more, **hardware))
-    run_processes(flags(base, rows, tmp_path / "parts", *more, stop=4, every=0.0, **hardware), code=2)
-    run_processes(flags(base, rows, tmp_path / "parts", *more, "--resume", "true", **hardware))
-    check_equal(tmp_path / "whole", tmp_path / "parts", 3, ranks=(0, 1))
 
 
 @pytest.fixture
