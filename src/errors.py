@@ -1,9 +1,7 @@
-"""The one exception that a wrong input raises: the command line prints it as one line and exits with code 2."""
+"""The one exception that a wrong input raises: the command line prints it as one line and exits with code 2.
 
-from safetensors import SafetensorError
-
-UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
-"""What transformers raises for a model that it cannot load, packages that are missing among it."""
+Only the standard library is imported here: programs are run in a sandbox by Pythons without any other package.
+"""
 
 
 class InputError(ValueError):

@@ -23,6 +23,9 @@ from src.errors import InputError
 
 log = logging.getLogger(__name__)
 
+UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+"""What transformers raises for a model that it cannot load, packages that are missing among it."""
+
 
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""

@@ -1,8 +1,13 @@
-"""Command lines on the tiny model, and their run in processes of their own."""
+"""Command lines on the tiny model, and their run in processes of their own or in forks of a warm one."""
 
+import atexit
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from src.cli import main
@@ -42,21 +47,47 @@ def measured_once(root, base, adapters, rows):
     return measure
 
 
-def run_processes(arguments, code=0):
+def clean_environment():
+    """This process's environment without what makes it a rank of another run, with a thread for each process."""
+    others = ("PL_", "LOCAL_", "NODE_", "WORLD_", "MASTER_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(others)} | {"OMP_NUM_THREADS": "1"}
+
+
+def launch(arguments, code=0):
     """Run a command in its own interpreter: Lightning's launcher starts the other process from ``sys.argv``.
 
     Returns what it wrote to standard error.
     """
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_", "MASTER_"))}
     command = [sys.executable, "-m", "src", *arguments]
-    found = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-        env=clean | {"OMP_NUM_THREADS": "1"},
-    )
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": clean_environment()}
+    found = subprocess.run(command, timeout=300, check=False, **options)
     assert found.returncode == code, found.stderr[-3000:]
     return found.stderr
+
+
+@cache
+def server():
+    """The warm process of :mod:`tests.forked`: to import everything takes longer than most runs."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.forked"]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), **pipes)
+    atexit.register(process.communicate)
+    return process
+
+
+def run_processes(arguments, code=0, ranks=2, kill=None):
+    """Run a command as the ranks of one run, which a launcher has started, and compare the exit code of each.
+
+    With None for ranks it is a process on its own. ``kill`` is a call in place of which it kills itself
+    (:func:`tests.forked.kill_at`). Returns what they wrote.
+    """
+    process = server()
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {"arguments": list(map(str, arguments)), "ranks": ranks, "folder": folder, "kill": kill}
+        print(json.dumps(asked), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        assert answer, "the server of tests.forked has ended"
+        written = [(Path(folder) / f"rank{rank}").read_text() for rank in range(ranks or 1)]
+    code = -signal.SIGKILL if kill else code
+    assert json.loads(answer) == [code] * (ranks or 1), "\n".join(text[-3000:] for text in written)
+    return "".join(written)

@@ -1,13 +1,10 @@
-"""Runs commands in forks of one warm process, killed (SIGKILL) or as ranks: ``python -m tests.forked JOBS ANSWER``.
+"""Runs commands in forks of one warm process, as ranks or killed (SIGKILL): ``python -m tests.forked``.
 
-A process of its own, so that it can fork: what takes long, imports, is done once, by a run that is left alone. A job is
-a command's ``arguments``, in which OUT stands for the directory of a run:
-
-* ``whole``: the run that is left alone;
-* for each of its ``kills``, by number: a run that kills itself at a call (``module:object.function`` and how many calls
-  are let through), and the same command again. The answer is the signal that ended the first, the exit code of the
-  second, and what that wrote to standard error;
-* ``ranks``: with ``sharded`` arguments besides, two processes of one run.
+A process of its own, so that it can fork: what takes long, imports, is done once. It serves
+:func:`tests.commands.run_processes`. A line of JSON on standard input asks for a command: its ``arguments``, how many
+``ranks`` it has (None for a process that is none), the ``folder`` for what they write, and perhaps a call in place of
+which they ``kill`` themselves (``module:object.function`` and how many calls are let through). A line on standard
+output answers with their exit codes, a signal as its negative.
 """
 
 import importlib
@@ -16,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from functools import reduce
 from pathlib import Path
@@ -39,7 +37,7 @@ def kill_at(point, calls):
     setattr(owner, name, counted)
 
 
-def forked(arguments, errors, kill=None, environment=None):
+def forked(arguments, errors, environment, kill):
     """The number of a process that runs a command; what it writes goes to a file."""
     child = os.fork()
     if child:
@@ -48,56 +46,54 @@ def forked(arguments, errors, kill=None, environment=None):
         os.dup2(handle.fileno(), 2)
         os.dup2(handle.fileno(), 1)
     try:
-        os.environ |= environment or {}
+        os.environ |= environment
         if kill is not None:
             kill_at(*kill)
-        os._exit(run_command(arguments))
+        from src.cli import main
+
+        os._exit(main(arguments))
     finally:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(99)
 
 
-def run_command(arguments):
-    from src.cli import main
-
-    return main(arguments)
-
-
-def ended(*children):
-    """Exit codes of processes, a signal as its negative."""
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def run(job, folder):
-    def arguments(place):
-        return [text.replace("OUT", str(folder / place)) for text in job["arguments"]]
-
-    if run_command(arguments("whole")) != 0:
-        raise SystemExit("the run that is left alone failed")
-    found = []
-    for number, kill in enumerate(job.get("kills", [])):
-        again = folder / f"{number}.errors"
-        (first,) = ended(forked(arguments(str(number)), folder / f"{number}.killed", kill))
-        (second,) = ended(forked(arguments(str(number)), again))
-        found.append([-first, second, " ".join(again.read_text().split())])
-    if "sharded" in job:
+def run(arguments, folder, ranks, kill):
+    """Exit codes of the processes of one run, each of which writes to ``folder/rankR``."""
+    places = [{}]
+    if ranks is not None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        given, ranks = [*arguments("ranks"), *job["sharded"]], (0, 1)
-        parts = [forked(given, folder / f"rank{r}", environment=address | {"LOCAL_RANK": str(r)}) for r in ranks]
-        found.append([*ended(*parts), *((folder / f"rank{r}").read_text()[-2000:] for r in ranks)])
-    return found
+        places = [address | {"LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    children = [forked(arguments, folder / f"rank{rank}", place, kill) for rank, place in enumerate(places)]
+    running, codes, patience = set(children), {}, None
+    while running:
+        time.sleep(0.02)
+        for child in list(running):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                running.remove(child)
+                codes[child] = os.waitstatus_to_exitcode(status)
+                patience = patience or time.monotonic() + 60 if codes[child] else patience
+        if patience and time.monotonic() > patience:  # one has failed, and the others wait for it
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
+def serve():
+    answers, requests = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for line in iter(requests.readline, ""):
+        asked = json.loads(line)
+        codes = run(asked["arguments"], Path(asked["folder"]), asked["ranks"], asked["kill"])
+        print(json.dumps(codes), file=answers, flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    from src import training  # noqa: F401 - imported before any fork
+    from src import functions, training  # noqa: F401 - imported before any fork
 
-    answers = []
-    for position, each in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        place = Path(sys.argv[1]).parent / str(position)
-        place.mkdir()
-        answers.append(run(each, place))
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+    serve()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from src.cli import main
 from src.models.evaluation import EvaluationModule
+from tests.commands import run_processes
 from tests.evaluations import answers, evaluate, flags, metrics, suites_of_every_kind
-from tests.test_pipeline import run_processes
 from tests.tiny import write_rows
 
 
@@ -196,7 +196,7 @@ def test_every_kind_of_suite_is_the_same_in_several_processes(base, adapters, tm
     adapter = ["--model.adapters", str(adapters["utility"])]
     evaluate(base, tmp_path, suites, *adapter, output="one")
     several = flags(base, tmp_path, suites, tmp_path / "several", *adapter, hardware="ddp_sim.yaml")
-    run_processes([*several, "--trainer.devices", str(devices)])
+    run_processes([*several, "--trainer.devices", str(devices)], ranks=devices)
     assert metrics(tmp_path / "several") == metrics(tmp_path / "one")
     assert everything(tmp_path / "several") == everything(tmp_path / "one")
     record = json.loads((tmp_path / "several" / "metrics.json").read_text())

@@ -21,7 +21,7 @@ from src.data.chat import Encoder
 from src.data.sources import load_rows
 from src.fisher.files import load_fisher
 from src.models.fisher import FisherModule
-from tests.commands import ROOT, fisher_flags, run_processes
+from tests.commands import ROOT, clean_environment, fisher_flags, launch, run_processes
 from tests.oracles import autograd_scores
 from tests.tiny import make_model
 
@@ -184,8 +184,7 @@ def test_a_killed_pass_goes_on_from_its_last_shard(base, adapters, rows, tmp_pat
     assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *flags)) == 0
     command = fisher_flags(base, adapters, rows, tmp_path / "cut", *flags)
     kill = ["--trainer.callbacks+=tests.test_fisher_command.KillAt"]
-    found = subprocess.run([sys.executable, "-m", "src", *command, *kill], cwd=ROOT, check=False, capture_output=True)
-    assert found.returncode == -signal.SIGKILL
+    run_processes([*command, *kill], code=-signal.SIGKILL, ranks=None)
     shards = sorted((tmp_path / "cut" / ".parts").rglob("*.safetensors"))
     assert len(shards) == 2 + 2
     assert not list((tmp_path / "cut").glob("*.safetensors"))
@@ -213,13 +212,12 @@ def test_a_terminated_pass_stops_after_its_batch_and_goes_on_later(base, adapter
     flags = ["--model.shard_rows", "4", "--data.batch_size", "1"]
     command = fisher_flags(base, adapters, rows, tmp_path / "cut", *flags, hardware=hardware)
     stop = ["--trainer.callbacks+=tests.test_fisher_command.TerminateAt"]
-    arguments = [sys.executable, "-m", "src", *command, *stop]
-    found = subprocess.run(arguments, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 2
-    assert "error: interrupted; what was finished is kept" in found.stderr
+    one = hardware == "cpu.yaml"
+    said = run_processes([*command, *stop], 2, ranks=None) if one else launch([*command, *stop], 2)
+    assert "error: interrupted; what was finished is kept" in said
     assert not list((tmp_path / "cut").glob("*.safetensors"))
     assert list((tmp_path / "cut" / ".parts").rglob("*.safetensors"))
-    if hardware == "cpu.yaml":
+    if one:
         assert main(command) == 0
         assert "parts of an interrupted pass are kept" in " ".join(capsys.readouterr().err.split())
         assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *flags)) == 0
@@ -231,7 +229,7 @@ def test_a_terminated_pass_stops_after_its_batch_and_goes_on_later(base, adapter
 def test_parts_of_a_pass_with_other_settings_are_not_read(base, adapters, rows, tmp_path):
     command = fisher_flags(base, adapters, rows, tmp_path / "cut", "--model.shard_rows", "4")
     kill = ["--trainer.callbacks+=tests.test_fisher_command.KillAt"]
-    subprocess.run([sys.executable, "-m", "src", *command, *kill], cwd=ROOT, check=False, capture_output=True)
+    run_processes([*command, *kill], code=-signal.SIGKILL, ranks=None)
     other = ["--model.shard_rows", "4", "--model.seed", "5"]
     assert main(fisher_flags(base, adapters, rows, tmp_path / "cut", *other)) == 0
     assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *other)) == 0
@@ -246,7 +244,8 @@ def test_three_processes_of_which_one_has_no_row(base, adapters, rows, tmp_path,
     flags = ["--model.representation", representation, "--data.batch_size", "4", "--model.relearn", "true"]
     assert main(fisher_flags(base, adapters, rows, tmp_path / "one", *flags)) == 0
     three = ["--trainer.devices", "3"]
-    run_processes(fisher_flags(base, adapters, rows, tmp_path / "three", *flags, *three, hardware="ddp_sim.yaml"))
+    command = fisher_flags(base, adapters, rows, tmp_path / "three", *flags, *three, hardware="ddp_sim.yaml")
+    run_processes(command, ranks=3)
     for name in (*PASSES, "benign"):
         one, other = (load_file(tmp_path / count / f"{name}.safetensors") for count in ("one", "three"))
         for key, value in one.items():
@@ -265,12 +264,11 @@ def test_two_nodes_joined_by_torchrun(base, adapters, rows, tmp_path):
     command = fisher_flags(base, adapters, rows, tmp_path / "two", *nodes)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_"))}
     processes = [
         subprocess.Popen(
             [*launch, "--node_rank", str(rank), *rendezvous, "-m", "src", *command],
             cwd=ROOT,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=clean_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,7 +10,7 @@ from lightning import Callback
 
 from src.cli import main
 from src.models.checkpoints import RecentCheckpoint
-from tests.commands import fit_flags
+from tests.commands import fit_flags, run_processes
 
 BATCHES = 5
 """Of an epoch of 13 rows, three in a batch."""
@@ -181,3 +181,14 @@ def test_a_stale_checkpoint_of_slurm_is_no_part_of_another_run(base, rows, whole
     assert main(flags(base, rows, tmp_path / "parts", "--overwrite", "true")) == 0
     assert seen(tmp_path / "parts")[1] == seen(whole())[0]
     assert result(tmp_path / "parts") == result(whole())
+
+
+@pytest.mark.processes
+def test_two_processes_go_on_within_their_epoch(base, rows, tmp_path):
+    """Three batches in each; the last of the second process is a repeated one."""
+    more = ["--trainer.accumulate_grad_batches", "2"]
+    hardware = {"hardware": "ddp_sim.yaml"}
+    run_processes(flags(base, rows, tmp_path / "whole", *more, **hardware))
+    run_processes(flags(base, rows, tmp_path / "parts", *more, stop=4, every=0.0, **hardware), code=2)
+    run_processes(flags(base, rows, tmp_path / "parts", *more, "--resume", "true", **hardware))
+    check_equal(tmp_path / "whole", tmp_path / "parts", 3, ranks=(0, 1))

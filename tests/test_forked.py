@@ -1,13 +1,10 @@
 """Commands killed (SIGKILL) at every stage, which the same command finishes, and token scores of sharded weights.
 
-All in forks of one process (:mod:`tests.forked`): a process of its own for each would take minutes.
+In forks of one process (:mod:`tests.forked`): a process of its own for each would take minutes.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,14 +15,13 @@ from src.errors import InputError
 from src.files import begin_output, check_output, is_begun, new_directory
 from src.fisher.files import load_fisher
 from tests import evaluations
-from tests.commands import ROOT, fisher_flags
+from tests.commands import fisher_flags, run_processes
 from tests.forked import kill_at
 from tests.tiny import write_rows
 
 PASSES = ("safety", "utility")
 SHARD = "src.fisher.shards:Shards.write"
 """7 harmful rows in parts of 4 are 2 calls, 22 benign ones 6 more."""
-SHARDED = str(ROOT / "trainers" / "fsdp_sim.yaml")
 DELETED = "before the parts are deleted"
 KILLS = {
     "before the first part": (SHARD, 0),
@@ -40,63 +36,52 @@ KILLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(base, adapters, rows, tmp_path_factory):
-    """The folder of each job, and what :mod:`tests.forked` found."""
-    folder = tmp_path_factory.mktemp("forked")
-    suite = {"name": "one", "kind": "utility", "rows": str(write_rows(folder / "one.jsonl", 1, what="one"))}
-    measure, token = fisher_flags(base, adapters, rows, "OUT"), ["--model.granularity", "token"]
-    jobs = {
-        "fisher": {"arguments": [*measure, "--model.shard_rows", "4"], "kills": list(KILLS.values())},
-        "token": {"arguments": [*measure, *token, "--model.relearn", "true"], "sharded": ["--trainer", SHARDED]},
-        "test": {
-            "arguments": evaluations.flags(base, folder, [suite | {"max_new_tokens": 2}], "OUT"),
-            "kills": [("src.models.results:write_json", 0)],
-        },
-    }
-    path, answer = folder / "jobs.json", folder / "answer.json"
-    path.write_text(json.dumps(list(jobs.values())))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.forked", str(path), str(answer)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return {name: (folder / str(i), json.loads(answer.read_text())[i]) for i, name in enumerate(jobs)}
-
-
 @pytest.mark.processes
-def test_a_pass_killed_anywhere_is_finished_by_the_same_command(found):
-    folder, ends = found["fisher"]
-    whole = {name: load_file(folder / "whole" / f"{name}.safetensors") for name in PASSES}
-    for number, (when, (ended, code, errors)) in enumerate(zip(KILLS, ends, strict=True)):
-        out = folder / str(number)
-        assert ended == signal.SIGKILL, when
+def test_a_pass_killed_anywhere_is_finished_by_the_same_command(base, adapters, rows, tmp_path, capsys):
+    def measure(name):
+        return fisher_flags(base, adapters, rows, tmp_path / name, "--model.shard_rows", "4")
+
+    assert main(measure("whole")) == 0
+    whole, said = tensors(tmp_path / "whole"), {}
+    for when, kill in KILLS.items():
         # The mark goes before the parts: a run that is killed in between is at its end.
-        assert code == (2 if when == DELETED else 0), (when, errors)
-        assert ("exists already" in errors) == (when == DELETED), when
-        for name in PASSES:
-            cut = load_file(out / f"{name}.safetensors")
+        run_processes(measure(when), kill=kill, ranks=None)
+        capsys.readouterr()
+        assert main(measure(when)) == (2 if when == DELETED else 0), when
+        said[when] = " ".join(capsys.readouterr().err.split())
+        assert ("exists already" in said[when]) == (when == DELETED), when
+        for name, cut in tensors(tmp_path / when).items():
             assert list(cut) == list(whole[name])
             assert all(torch.equal(cut[key], value) for key, value in whole[name].items()), when
-        assert not list(out.glob(".parts*"))
-        assert not (out / ".unfinished.json").exists()
+        assert not list((tmp_path / when).glob(".parts*"))
+        assert not (tmp_path / when / ".unfinished.json").exists()
     kept = {"between two parts": 3, "between the last renames": 6}
     for when, parts in kept.items():
-        assert f"F_utility: {parts} parts of an interrupted pass are kept" in ends[list(KILLS).index(when)][2]
+        assert f"F_utility: {parts} parts of an interrupted pass are kept" in said[when]
+
+
+def tensors(folder):
+    return {name: load_file(folder / f"{name}.safetensors") for name in PASSES}
 
 
 @pytest.mark.processes
-def test_an_evaluation_killed_between_answers_and_metrics_is_finished_by_the_same_command(found):
-    folder, [(ended, code, errors)] = found["test"]
-    assert (ended, code) == (signal.SIGKILL, 0), errors
-    assert evaluations.metrics(folder / "0") == evaluations.metrics(folder / "whole")
+def test_an_evaluation_killed_between_answers_and_metrics_is_finished_by_the_same_command(base, tmp_path):
+    rows = write_rows(tmp_path / "one.jsonl", 1, what="one")
+    suite = {"name": "one", "kind": "utility", "rows": str(rows), "max_new_tokens": 2}
+    whole, cut = (evaluations.flags(base, tmp_path, [suite], tmp_path / name) for name in ("whole", "cut"))
+    assert main(whole) == 0
+    run_processes(cut, kill=("src.models.results:write_json", 0), ranks=None)
+    assert main(cut) == 0
+    assert evaluations.metrics(tmp_path / "cut") == evaluations.metrics(tmp_path / "whole")
 
 
 @pytest.mark.processes
-def test_token_scores_of_sharded_weights_are_those_of_one_process(found):
-    folder, [(*codes, first, second)] = found["token"]
-    assert codes == [0, 0], first + second
+def test_token_scores_of_sharded_weights_are_those_of_one_process(base, adapters, rows, tmp_path):
+    token = ["--model.granularity", "token", "--model.relearn", "true"]
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "whole", *token)) == 0
+    run_processes(fisher_flags(base, adapters, rows, tmp_path / "ranks", *token, hardware="fsdp_sim.yaml"))
     for name in (*PASSES, "benign"):
-        one, two = (load_fisher(folder / run / f"{name}.safetensors") for run in ("whole", "ranks"))
+        one, two = (load_fisher(tmp_path / run / f"{name}.safetensors") for run in ("whole", "ranks"))
         assert one.fisher.count == two.fisher.count > len(one.record["rows"])
         assert torch.equal(one.fisher.groups, two.fisher.groups)
         assert (one.fisher.scores - two.fisher.scores).norm() / one.fisher.scores.norm() < 1e-10

@@ -18,6 +18,7 @@ from src.judges.endpoint import Endpoint
 from src.judges.refusal import Refusal
 from src.judges.templates import Question
 from src.judges.verdicts import Verdicts, judged
+from tests.commands import run_processes
 from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
 from tests.tiny import make_tokenizer, write_rows
 
@@ -572,9 +573,6 @@ def test_every_list_is_a_judge_of_refusal():
 @pytest.mark.processes
 def test_a_judge_that_fails_in_one_process_stops_all(base, tmp_path):
     """One question of three fails: the process that does not ask it must end as well."""
-    import subprocess
-    import sys
-
     rows = write_jsonl(tmp_path / "a.jsonl", [{"prompt": p, "category": ""} for p in ("fine", "broken", "good")])
     with Server("500", failures=0) as server:
         init = {
@@ -591,11 +589,8 @@ def test_a_judge_that_fails_in_one_process_stops_all(base, tmp_path):
         }  # fmt: skip
         server.server.RequestHandlerClass.do_POST = failing_on("broken", server.server.RequestHandlerClass.do_POST)
         given = flags(base, tmp_path, [suite], tmp_path / "out", hardware="ddp_sim.yaml", batch_size=1)
-        found = subprocess.run(
-            [sys.executable, "-m", "src", *given], capture_output=True, text=True, timeout=200, check=False
-        )
-    assert found.returncode == 2
-    assert found.stderr.count("error: judge") == 1
+        said = run_processes(given, code=2)
+    assert said.count("error: judge") == 1
 
 
 def failing_on(word, original, reply=""):

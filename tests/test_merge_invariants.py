@@ -1,19 +1,17 @@
 """What every registered method must satisfy, whatever it computes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from src.adapters.deltas import combined
 from src.adapters.pairs import LowRankPair
-from src.adapters.peft_files import read_adapter
+from src.adapters.peft_files import read_adapter, write_adapter
 from src.merge import registry  # noqa: F401 - fills the registry
 from src.merge.align_guard import AlignGuardPosthoc
 from src.merge.base import MergeMethod
@@ -24,19 +22,20 @@ from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.core_space import CoreSpace
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.fisher_average import FisherAverage
+from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.knots import Knots
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM
+from src.merge.parallel import one_thread_each
+from src.merge.sst import Sst
 from src.merge.stage import merge
+from tests.conftest import random_adapter
 from tests.every_method import concrete
 from tests.merging import anchored, matching_fishers, regauged, weight_fisher, write_fishers
 from tests.tiny import make_model, random_pairs
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 METHODS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(MergeMethod)]
 COMBINATIONS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(Combination)]
@@ -161,128 +160,110 @@ def test_what_is_written_is_what_peft_loads(method, adapters, base, tmp_path):
     torch.testing.assert_close(loaded.merge_and_unload()(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-MERGES = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-from src.merge.stage import merge
-from src.merge.combinations.ties import Ties
-from src.merge.combinations.dare import Dare
-from src.merge.combinations.knots import Knots
-from src.merge.combinations.tsv_m import TsvM
-from src.merge.combinations.iso_c import IsoC
-from src.merge.combinations.core_space import CoreSpace
-for combine in (Ties(), Dare(), Knots(), TsvM(), IsoC(), CoreSpace()):
-    merge(utility=sys.argv[3:], combine=combine, rank=8, output=f"{sys.argv[2]}/{combine.name}", warn_below=0.0)
-assert torch.get_num_threads() == int(sys.argv[1])
-"""
+@contextmanager
+def threads(count):
+    """As a process that was started with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count, user_api="blas"):
+            assert set(blas_threads()) == {count}
+            yield
+            assert torch.get_num_threads() == count
+            assert set(blas_threads()) == {count}
+    finally:
+        torch.set_num_threads(before)
 
 
-@pytest.mark.processes
-def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path):
-    from src.adapters.peft_files import write_adapter
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
+
+def written_by_one_and_two(tmp_path, write):
+    """Check that a function writes adapters of the same names and bytes into a folder with one and with two threads."""
+    for count in (1, 2):
+        with threads(count):
+            write(tmp_path / str(count))
+    one, two = (
+        {str(file.parent.relative_to(tmp_path / count)): read_adapter(file.parent).sha256 for file in files}
+        for count in ("1", "2")
+        for files in [(tmp_path / count).rglob("adapter_config.json")]
+    )
+    assert one == two
+    return set(one)
+
+
+def large_adapters(folder, modules, rows, columns, names=("utility", "safety"), rank=8):
+    """Large enough that a threaded product would be split."""
     draw = torch.Generator().manual_seed(0)
-    for name in ("a", "b"):
+    for name in names:
         pairs = {
-            f"model.layers.{i}.x": LowRankPair(torch.randn(8, 600, generator=draw), torch.randn(900, 8, generator=draw))
-            for i in range(3)
+            f"model.layers.{i}.x": LowRankPair(
+                torch.randn(rank, columns, generator=draw), torch.randn(rows, rank, generator=draw)
+            )
+            for i in range(modules)
         }
-        write_adapter(tmp_path / name, pairs, base="t", manifest={}, seen=frozenset(), card="c")
-    for threads in ("1", "2"):
-        given = [threads, str(tmp_path / threads), str(tmp_path / "a"), str(tmp_path / "b")]
-        subprocess.run([sys.executable, "-c", MERGES, *given], check=True, cwd=ROOT)
-    for name in ("Ties", "Dare", "Knots", "TsvM", "IsoC", "CoreSpace"):
-        assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
+        write_adapter(folder / name, pairs, base="t", manifest={}, seen=frozenset(), card="c")
+    return {name: folder / name for name in names}
 
 
-@pytest.mark.processes
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path):
+    experts = [str(folder) for folder in large_adapters(tmp_path, 3, 900, 600, "ab").values()]
+
+    def write(output):
+        for combine in (Ties(), Dare(), Knots(), TsvM(), IsoC(), CoreSpace()):
+            merge(utility=experts, combine=combine, rank=8, output=str(output / combine.name), warn_below=0.0)
+
+    names = {"Ties", "Dare", "Knots", "TsvM", "IsoC", "CoreSpace"}
+    assert written_by_one_and_two(tmp_path / "out", write) == names
+
+
 def test_the_bytes_of_no_method_depend_on_the_number_of_threads(tmp_path):
-    from tests.conftest import random_adapter
-
     # Large enough that a threaded product would be split.
     model = make_model(hidden_size=160, intermediate_size=320, num_attention_heads=4, head_dim=40, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "base")
     for name, seed in (("utility", 1), ("safety", 2)):
         random_adapter(tmp_path / name, tmp_path / "base", 4, seed, model)
     adapters = {name: tmp_path / name for name in ("utility", "safety")}
-    for cls in concrete(MergeMethod):
+    methods = concrete(MergeMethod)
+    for cls in methods:
         write_fishers(tmp_path / "fisher" / cls.__name__, adapters, tmp_path / "base", method=cls(), model=model)
-    clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    for threads in ("1", "2"):
-        command = [sys.executable, "-m", "tests.every_method", threads, str(tmp_path), str(tmp_path / threads)]
-        subprocess.run(command, check=True, cwd=ROOT, env=clean)
-    for cls in concrete(MergeMethod):
-        one, two = (read_adapter(tmp_path / threads / cls.__name__).sha256 for threads in ("1", "2"))
-        assert one == two, cls.__name__
+    given = {name: str(folder) for name, folder in adapters.items()} | {"base": str(tmp_path / "base")}
+
+    def write(output):
+        for cls in methods:
+            fisher, folder = tmp_path / "fisher" / cls.__name__, str(output / cls.__name__)
+            method = anchored(cls(), fisher)
+            merge(**given, method=method, fisher=str(fisher), rank=5, warn_below=0.0, output=folder)
+
+    assert written_by_one_and_two(tmp_path / "out", write) == {cls.__name__ for cls in methods}
 
 
-SST = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-from src.merge.stage import merge
-from src.merge.sst import Sst
-given = {"utility": sys.argv[3], "safety": sys.argv[4], "fisher": sys.argv[5]}
-merge(**given, method=Sst(), alpha=[0.5, 1.0], output=f"{sys.argv[2]}/soft")
-energy = Sst(filter="energy", share=0.5, rho_s=0.0)
-merge(**given, method=energy, rank=3, warn_below=0.0, output=f"{sys.argv[2]}/energy")
-"""
-
-
-@pytest.mark.processes
 def test_the_bytes_of_sst_do_not_depend_on_the_number_of_threads(tmp_path):
-    from src.adapters.peft_files import write_adapter
-
-    draw = torch.Generator().manual_seed(0)
-    for name in ("utility", "safety"):
-        # Large enough that a threaded product would be split.
-        pairs = {
-            f"model.layers.{i}.x": LowRankPair(torch.randn(8, 600, generator=draw), torch.randn(900, 8, generator=draw))
-            for i in range(8)
-        }
-        write_adapter(tmp_path / name, pairs, base="t", manifest={}, seen=frozenset(), card="c")
-    adapters = {name: tmp_path / name for name in ("utility", "safety")}
+    adapters = large_adapters(tmp_path, 2, 200, 160, rank=20)
     fisher = write_fishers(tmp_path / "fisher", adapters, "t", n_s=60, n_u=80)
-    for threads in ("1", "2"):
-        given = [threads, str(tmp_path / threads), *(str(adapters[n]) for n in ("utility", "safety")), str(fisher)]
-        clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-        subprocess.run([sys.executable, "-c", SST, *given], check=True, cwd=ROOT, env=clean)
-    for name in ("soft/alpha-0.5", "soft/alpha-1", "energy"):
-        assert read_adapter(tmp_path / "1" / name).sha256 == read_adapter(tmp_path / "2" / name).sha256, name
+    given = {name: str(folder) for name, folder in adapters.items()} | {"fisher": str(fisher)}
+
+    def write(output):
+        merge(**given, method=Sst(), alpha=[0.5, 1.0], output=str(output / "soft"))
+        energy = Sst(filter="energy", share=0.5, rho_s=0.0)
+        merge(**given, method=energy, rank=3, warn_below=0.0, output=str(output / "energy"))
+
+    assert written_by_one_and_two(tmp_path / "out", write) == {"soft/alpha-0.5", "soft/alpha-1", "energy"}
 
 
-KRONECKER = """
-import sys
-from src.merge.combinations.fisher_average import FisherAverage
-from src.merge.parallel import one_thread_each
-from src.merge.stage import merge
-from threadpoolctl import threadpool_info
-def blas():
-    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-before = blas()
-with one_thread_each():
-    assert set(blas()) == {1}
-given = {"utility": sys.argv[2], "safety": sys.argv[3], "fisher": sys.argv[4]}
-merge(**given, method=FisherAverage(), rank=4, warn_below=0.0, output=sys.argv[1])
-assert blas() == before
-"""
-
-
-@pytest.mark.processes
 def test_the_bytes_of_scipys_decompositions_do_not_depend_on_the_number_of_blas_threads(tmp_path):
-    from src.adapters.peft_files import write_adapter
-
-    adapters = {name: tmp_path / name for name in ("utility", "safety")}
-    for seed, folder in enumerate(adapters.values()):
-        # Large enough that OpenBLAS splits an eigendecomposition.
-        draw = torch.Generator().manual_seed(seed)
-        pair = LowRankPair(torch.randn(8, 901, generator=draw), torch.randn(901, 8, generator=draw))
-        write_adapter(folder, {"model.x": pair}, base="t", manifest={}, seen=frozenset(), card="c")
+    # Large enough that OpenBLAS splits an eigendecomposition.
+    adapters = large_adapters(tmp_path, 1, 901, 901)
     fisher = write_fishers(tmp_path / "fisher", adapters, "t", method=FisherAverage())
-    for threads in ("1", "2"):
-        given = [str(tmp_path / threads), *map(str, adapters.values()), str(fisher)]
-        few = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": threads}
-        subprocess.run([sys.executable, "-c", KRONECKER, *given], check=True, cwd=ROOT, env=few, timeout=200)
-    assert read_adapter(tmp_path / "1").sha256 == read_adapter(tmp_path / "2").sha256
+    given = {name: str(folder) for name, folder in adapters.items()} | {"fisher": str(fisher)}
+
+    def write(output):
+        with one_thread_each():
+            assert set(blas_threads()) == {1}
+        merge(**given, method=FisherAverage(), rank=4, warn_below=0.0, output=str(output / "average"))
+
+    assert written_by_one_and_two(tmp_path / "out", write) == {"average"}
 
 
 @settings(max_examples=25, deadline=None)

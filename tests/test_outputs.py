@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
 from src.files import held_output
-from tests.commands import ROOT, fisher_flags, fit_flags
+from tests.commands import ROOT, clean_environment, fisher_flags, fit_flags
 from tests.test_pipeline import test_flags
 
 
@@ -98,8 +97,7 @@ def test_processes_without_an_output_share_one(base, adapters, rows, tmp_path):
 
 def in_process(flags, folder):
     """A command in an interpreter and a working directory of its own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_", "MASTER_"))}
-    environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", "src", *flags], cwd=folder, env=environment, **pipes)
 

@@ -14,7 +14,7 @@ from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.models.checkpoints import AtomicCheckpoints
-from tests.commands import base_flags, fisher_flags, fit_flags, run_processes
+from tests.commands import base_flags, fisher_flags, fit_flags, launch, run_processes
 from tests.oracles import autograd_scores
 from tests.tiny import make_base, make_model
 
@@ -338,7 +338,8 @@ def test_evaluation_is_invariant_to_world_size_and_sharding(base, rows, merged, 
 @pytest.mark.processes
 @pytest.mark.parametrize("hardware", ["ddp_sim.yaml", "fsdp_sim.yaml"])
 def test_fit_runs_in_two_processes(base, rows, tmp_path, hardware):
-    run_processes(fit_flags(base, rows, tmp_path / "expert", hardware=hardware))
+    run = launch if hardware == "ddp_sim.yaml" else run_processes
+    run(fit_flags(base, rows, tmp_path / "expert", hardware=hardware))
     found = losses(tmp_path / "expert")
     assert found[-1] < found[0] - 0.02
     adapter = read_adapter(tmp_path / "expert")

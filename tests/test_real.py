@@ -12,7 +12,7 @@ from src.data.chat import Encoder
 from src.data.rows import Row
 from src.fisher.files import load_fisher
 from src.models.base import BaseSpec, fingerprint, load_model, load_tokenizer
-from tests.test_pipeline import run_processes
+from tests.commands import run_processes
 from tests.tiny import random_pairs
 
 pytestmark = [

@@ -4,8 +4,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from src.errors import UNLOADABLE, InputError, one_line
-from src.files import sha256_file
+from src.errors import InputError, one_line
+from src.files import UNLOADABLE, sha256_file
 
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Configuration, weights, tokenizer and chat template."""

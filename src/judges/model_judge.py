@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from src.errors import UNLOADABLE, InputError, one_line
+from src.errors import InputError, one_line
+from src.files import UNLOADABLE
 from src.judges.model_files import model_content
 from src.metrics.judging import Judge
 

@@ -22,8 +22,8 @@ from filelock import FileLock
 from src.adapters.base_weights import fingerprint_of
 from src.adapters.checks import check_base
 from src.adapters.peft_files import Adapter
-from src.errors import UNLOADABLE, InputError, one_line
-from src.files import new_directory, sha256_file
+from src.errors import InputError, one_line
+from src.files import UNLOADABLE, new_directory, sha256_file
 
 log = logging.getLogger(__name__)
 
