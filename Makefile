@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m src
+# Hardware of the demo: one processor, so that its numbers do not depend on how many GPUs a machine has.
+HARDWARE ?= cpu.yaml
+TRAIN := --trainer $(HARDWARE)
 READY := $(VENV)/.ready
 DEMO := logs/demo
 ROWS := src/data/demo
 
 # What an artifact is made from: a change in any of these makes it stale.
-FIT := $(addprefix src/,models/expert.py models/base.py models/logits.py models/packing.py models/fused_lora.py models/speed.py \
+FIT := $(addprefix src/,models/expert.py models/base.py models/kept_buffers.py models/logits.py models/packing.py models/fused_lora.py models/speed.py \
 	data/batches.py data/chat.py data/modules.py data/rows.py data/sources.py adapters/peft_files.py)
 FISHER := $(wildcard src/fisher/*.py src/models/fisher*.py) $(addprefix src/,models/reference.py data/calibration.py \
 	adapters/basis.py adapters/attach.py adapters/checks.py adapters/pairs.py)
@@ -40,6 +43,7 @@ SITE := -c 'import site; print(site.getsitepackages()[0])'
 
 help:
 	@echo "make demo    set up, run the pipeline on SmolLM2-135M-Instruct, print the table, draw the plot"
+	@echo "             (HARDWARE=gpu.yaml runs it on a GPU, with other numbers)"
 	@echo "make test    set up, then lint, type check and all tests"
 	@echo "make bench   measurements of speed, side by side with peers (long)"
 	@echo "make setup   only the environment (.venv)"
@@ -59,18 +63,18 @@ $(READY): pyproject.toml constraints.txt
 
 $(UTILITY): configs/expert.yaml $(ROWS)/task.train.jsonl $(ROWS)/general.train.jsonl $(ROWS)/task.calib.jsonl $(FIT) | $(READY)
 	@echo "== 1/6 utility expert"
-	$(RUN) fit --config expert.yaml --resume true --overwrite true
+	$(RUN) fit --config expert.yaml $(TRAIN) --resume true --overwrite true
 
 $(SAFETY): configs/safety.yaml $(ROWS)/harmful.train.jsonl $(ROWS)/borderline.train.jsonl $(ROWS)/harmful.calib.jsonl $(FIT) | $(READY)
 	@echo "== 2/6 safety expert"
-	$(RUN) fit --config safety.yaml --resume true --overwrite true
+	$(RUN) fit --config safety.yaml $(TRAIN) --resume true --overwrite true
 
 $(FISHERS): configs/fisher.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(SAFETY) $(FISHER) | $(READY)
 	@echo "== 3/6 Fisher information"
-	$(RUN) fisher --config fisher.yaml --overwrite true
+	$(RUN) fisher --config fisher.yaml $(TRAIN) --overwrite true
 
 $(FISHERS_BETWEEN): configs/fisher_between.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(UTILITY) $(SAFETY) $(FISHER) | $(READY)
-	$(RUN) fisher --config fisher_between.yaml --overwrite true
+	$(RUN) fisher --config fisher_between.yaml $(TRAIN) --overwrite true
 
 $(TA): configs/task_arithmetic.yaml $(UTILITY) $(SAFETY) $(MERGE) | $(READY)
 	$(RUN) merge --config task_arithmetic.yaml --overwrite true
@@ -83,7 +87,7 @@ $(SST_BETWEEN): configs/merge_between.yaml $(FISHERS_BETWEEN) $(MERGE) | $(READY
 	$(RUN) merge --config merge_between.yaml --overwrite true
 
 $(FISHERS_SECOND): configs/fisher_second.yaml $(wildcard $(ROWS)/*.calib.jsonl) $(SST_BETWEEN) $(FISHER) | $(READY)
-	$(RUN) fisher --config fisher_second.yaml --overwrite true
+	$(RUN) fisher --config fisher_second.yaml $(TRAIN) --overwrite true
 
 $(SST_SECOND): configs/merge_second.yaml $(FISHERS_SECOND) $(MERGE) | $(READY)
 	$(RUN) merge --config merge_second.yaml --overwrite true
@@ -91,7 +95,7 @@ $(SST_SECOND): configs/merge_second.yaml $(FISHERS_SECOND) $(MERGE) | $(READY)
 $(METRICS): configs/test.yaml $(wildcard $(ROWS)/*.eval.jsonl) $(FISHERS) $(FISHERS_BETWEEN) $(FISHERS_SECOND) $(SST) $(SST_BETWEEN) \
 	$(SST_SECOND) $(TA) $(TEST) | $(READY)
 	@echo "== 5/6 evaluation of sixteen models"
-	$(RUN) test --config test.yaml --output $(DEMO)/test --overwrite true
+	$(RUN) test --config test.yaml $(TRAIN) --output $(DEMO)/test --overwrite true
 
 $(TABLE): configs/report.yaml $(METRICS) $(REPORT) | $(READY)
 	@echo "== 6/6 report"

@@ -28,7 +28,7 @@ from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the
 from src.models.base import load_tokenizer
 from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, check_checkpoint
 from src.models.fisher_output import remove_done
-from src.models.speed import keep_freed_memory
+from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
 from src.parsing import TrainerParser
 from src.whole_values import ConfigFile
@@ -67,6 +67,7 @@ class TrainerCommand(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,  # an injected optimiser would replace the schedule per step
             trainer_defaults={
+                "accelerator": default_accelerator(),
                 "use_distributed_sampler": False,
                 "logger": True,
                 "enable_model_summary": False,

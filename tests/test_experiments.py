@@ -81,6 +81,44 @@ def test_a_failing_cell_hides_no_other_and_is_named(tmp_path, error):
     assert not failure.exists()
 
 
+@pytest.mark.parametrize("error", [OSError, KeyError, ValueError])
+def test_a_cell_that_breaks_otherwise_hides_no_other_and_its_error_is_named(tmp_path, error):
+    """A file that a command left broken or not at all."""
+    engine, work, _ = toy_engine(tmp_path, bad=("leaf 1",))
+    work.error = error
+    assert list(engine.run().failed.values()) == [f"{error.__name__}: {error('leaf 1 is bad')}"]
+    assert sorted(work.noted("end")) == sorted(set(LABELS) - {"leaf 1"})
+
+
+def test_what_failed_since_the_start_is_tried_by_no_other_process_and_what_failed_before_is(tmp_path):
+    (one, work, store), (two, _, _) = (toy_engine(tmp_path, bad=("leaf 1",)) for _ in range(2))
+    one.run()
+    (failure,) = (store.work / "failures").glob("*.json")
+    os.utime(failure, (two.started + 1, two.started + 1))  # files of one moment may have one time
+    assert list(two.run().failed.values()) == ["leaf 1 is bad"]
+    assert two.outcome.blocked == []
+    assert work.noted("start").count("leaf 1") == 1
+    later, _, _ = toy_engine(tmp_path)
+    os.utime(failure, (later.started - 1, later.started - 1))
+    assert later.run().computed == 1
+
+
+def test_a_cell_that_fails_elsewhere_between_a_look_and_a_claim_is_not_tried_again(tmp_path):
+    engine, work, store = toy_engine(tmp_path)
+    engine.started, take = 0.0, engine.claims.take
+    cells = {cell.key: cell for cell in engine.grid}
+
+    def fails_first(key):
+        if cells[key].label == "leaf 1":
+            store.fail(cells[key], "no memory")
+        return take(key)
+
+    engine.claims.take = fails_first
+    assert list(engine.run().failed.values()) == ["no memory"]
+    assert sorted(work.noted("start")) == sorted(set(LABELS) - {"leaf 1"})
+    assert not list(store.claims.glob("*.claim"))
+
+
 def test_cells_that_need_a_failed_one_are_counted_as_blocked(tmp_path):
     engine, _, _ = toy_engine(tmp_path, bad=("root 1",))
     outcome = engine.run()
@@ -359,6 +397,15 @@ def test_commands_do_not_see_the_launcher_of_their_engine():
     assert alone(launcher | kept) == kept
     torchrun = launcher | {"TORCHELASTIC_RUN_ID": "x", "CUDA_VISIBLE_DEVICES": "4,6"}
     assert alone(torchrun) == {"CUDA_VISIBLE_DEVICES": "6"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "own"),
+    [("0,1", "2", "0"), ("0,1", "3", "1"), ("5", "1", "5"), ("", "1", ""), ("-1", "1", "-1"), (None, "1", "1")],
+)
+def test_engines_share_the_gpus_that_there_are_and_turn_none_on(visible, rank, own):
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert alone(given | {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": rank}) == {"CUDA_VISIBLE_DEVICES": own}
 
 
 @pytest.mark.processes

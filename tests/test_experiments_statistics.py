@@ -13,6 +13,7 @@ from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, kept_of, mean_kept, slope
+from src.experiments.safety_tax import category_table
 from src.experiments.scores import (
     DRAWS,
     Scores,
@@ -181,6 +182,21 @@ def test_categories_are_counted_over_harmful_suites_only():
     one = record(0.5)
     flags = one["found"]["rows"]["bad"]["refused"]
     assert by_category(one) == {"y": (sum(flags[::3]), 40), "x": (sum(flags) - sum(flags[::3]), 80)}
+
+
+def test_categories_of_a_split_and_of_rows_that_have_several():
+    one = record(0.5)
+    columns = one["found"]["rows"]["bad"]
+    columns["categories"] = ["x + z" if text == "x" else text for text in columns["categories"]]
+    whole = by_category(one)
+    assert set(whole) == {"x", "y", "z"}
+    assert whole["x"] == whole["z"]
+    options = {"share": 0.4, "split_seed": 0}
+    validation, test = (by_category(one, split, **options) for split in ("validation", "test"))
+    assert all(whole[c] == tuple(a + b for a, b in zip(validation[c], test[c], strict=True)) for c in whole)
+    rows = gathered({"A": [one]}, "test", share=0.4)["refusal"].rows
+    assert test["y"][1] + test["x"][1] == len([row for row in rows if row[0] == "bad"])
+    assert category_table({"A": [one]}, "test", **options)["title"].endswith("(test rows)")
 
 
 def kept(count, values, noise=0.0, seed=0, method="TA"):

@@ -286,6 +286,18 @@ def test_weights_that_are_made_again_and_differ_are_told_of(folder, base, rows, 
     assert told()[1].endswith(" in TA, alpha = 2, seed 0, TA, alpha = 3, seed 0.")
 
 
+def test_a_work_folder_may_lie_beside_this_one(folder, base, rows, monkeypatch):
+    """Answers of a model that is called ``../work/weights/KEY``."""
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    for path in (folder / "cells").glob("*.json"):
+        if json.loads(path.read_text())["stage"] == "test":
+            path.unlink()
+    assert run_study(Path(".."), recipe(base, rows), "SafetyTax", {"methods": METHODS[:1]}, name="tax") == 0
+    assert ran == ["merge", "test"]
+    assert len(document(folder, "tax")["tables"][0]["rows"]) == 5
+
+
 def test_prompts_are_shown_and_not_kept(folder, base, rows):
     asked = [json.loads(line)["prompt"].strip() for line in rows["eval_harmful"].read_text().splitlines()]
     kept = "".join(path.read_text() for path in (folder / "cells").glob("*.json"))
@@ -358,6 +370,35 @@ def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
     counts = {one["label"]: one["found"]["rows"]["train"] for one in trained if one["stage"] == "fit"}
     assert counts["mixed, safety_rows = 2, seed 0"] == 13 + 2
     assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
+
+
+def test_a_page_says_where_mixed_training_has_fewer_rows_than_asked_for(base, rows, tmp_path):
+    given = recipe(base, rows)
+    given["safety"]["train"] = [str(rows["harmful"]), {"path": str(rows["benign"]), "limit": 2}]
+    mixed = {"name": "mixed", "train": "mixed", "strength": {"option": "safety_rows", "values": [2, 4, 10]}}
+    ours = METHODS[0] | {"strength": {"values": [0.5, 0.7, 1.0]}}
+    arguments = {"methods": [ours, mixed], "ours": "TA"}
+    assert run_study(tmp_path, given, "Comparison", arguments, "--compute", "false", name="short") == 0
+    (note,) = [note for note in document(tmp_path, "short")["notes"] if note.startswith("mixed")]
+    assert note == "mixed @ 10 has 7 safety rows: each source gives an equal share, as far as it has so many."
+
+
+def test_models_that_a_study_names_are_known_by_their_whole_content(tmp_path):
+    from src.experiments.content import base_content, identified
+
+    for name, byte in (("one", b"a"), ("two", b"b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(2**24) + byte)
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    assert base_content(one) != base_content(two)
+    for stage_, settings in (
+        ("merge", lambda model: {"method": {"class_path": "SafeLora", "init_args": {"aligned": model}}}),
+        ("test", lambda model: {"data": {"suites": [{"judge": {"class_path": "C", "init_args": {"name": model}}}]}}),
+        ("fit", lambda model: {"model": {"base": {"name": model}}}),
+    ):
+        assert identified(stage_, settings(one)) != identified(stage_, settings(two))
+        assert one not in str(identified(stage_, settings(one)))
+        assert "some/model" in str(identified(stage_, settings("some/model")))
 
 
 def test_mixed_training_sees_the_rows_that_a_calibration_has(folder, base, rows):

@@ -377,3 +377,25 @@ def test_rows_that_a_merged_base_has_seen_are_not_evaluated(base, rows, tmp_path
     flags = test_flags(folder, rows | {"eval_task": rows["task"]}, tmp_path, tmp_path / "out")
     assert main(flags) == 2
     assert f"suite task: {len(seen)} prompts" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_processes_that_share_a_batch_train_as_one_does(base, rows, tmp_path, capsys):
+    flags = ["--data.batch_size", "4", "--data.shared_batch", "true"]
+    assert main(fit_flags(base, rows, tmp_path / "one", *flags)) == 0
+    run_processes(fit_flags(base, rows, tmp_path / "two", *flags, hardware="ddp_sim.yaml"))
+    one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two"))
+    assert one["steps"] == two["steps"]
+    assert losses(tmp_path / "two")[-1] == pytest.approx(losses(tmp_path / "one")[-1], rel=0.05)
+    odd = fit_flags(base, rows, tmp_path / "odd", "--data.shared_batch", "true", hardware="ddp_sim.yaml")
+    said = run_processes(odd, code=2)
+    assert "data.batch_size is 3; expected a multiple of the 2 processes that share it" in " ".join(said.split())
+
+
+def test_a_mac_computes_on_its_processor_unless_it_is_told_otherwise(monkeypatch):
+    from src.models.speed import default_accelerator
+
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert default_accelerator() == "auto"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert default_accelerator() == "cpu"

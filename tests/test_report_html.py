@@ -11,8 +11,10 @@ import pytest
 from src.errors import InputError
 from src.report.html import page, tables_csv, write_report
 from src.report.html_axes import log_ticks, ticks
+from src.report.html_fronts import COLOURS, mark
 from src.report.html_pencil import pencil_tables
 from src.report.html_png import series_style
+from src.report.html_tables import shown
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path", "rect"}
 
@@ -135,6 +137,29 @@ def test_text_from_models_and_names_is_never_markup(parsed):
     assert len(parsed.all("script")) == 2
     assert "b" not in {tag for tag, _ in parsed.tags}
     assert any("<script>alert(1)</script>" in text for tag, text in parsed.texts if tag == "p")
+
+
+def test_an_answer_cannot_hide_the_end_of_the_embedded_numbers():
+    """After ``<!-- <script>`` a browser looks for two ends of a script."""
+    given = document()
+    given["examples"][0]["answers"][0]["answer"] = "<!-- <script> & </script>"
+    (embedded,) = [text for tag, text in Page(page(given)).texts if tag == "script" and text.startswith("{")]
+    assert "<" not in embedded
+    assert json.loads(embedded) == given
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(16000.0, "16000"), (1234567.8, "1234568"), (-20480.4, "-20480"), (999.96, "1000"), (0.12345, "0.1235"), (7, "7")],
+)
+def test_large_numbers_are_written_out_and_sorted_as_numbers(value, text):
+    assert shown(value) == (text, repr(float(value)))
+
+
+def test_forty_eight_methods_look_different_and_their_points_are_not_hidden_from_readers(parsed):
+    assert len({(i % COLOURS, mark(i, 0, 0)) for i in range(48)}) == 48
+    (front,) = [one for one in parsed.all("svg") if one.get("class") == "front"]
+    assert front["role"] == "group"  # the parts of an img are not read out
 
 
 def test_the_page_holds_the_numbers_of_the_json(parsed):

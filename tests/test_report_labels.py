@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.merge.sweep import swept_once, variants
-from src.report.plot import plot_fronts
+from src.report.plot import STYLES, plot_fronts
 from src.report.results import ModelResult, Share, load_results
 
 
@@ -56,6 +56,13 @@ def test_labels_stand_beside_their_points_and_not_on_each_other(figures, tmp_pat
             x, y = axis.transData.transform(label.xy)
             assert min(abs(x - box.x0), abs(x - box.x1)) < 10 * point
             assert abs(y - (box.y0 + box.y1) / 2) < 20 * point
+
+
+def test_paths_that_are_more_than_the_styles_begin_them_again(figures, tmp_path):
+    many = [result(f"m{i}", f"m{i}", 1.0, 0.5, 0.1, i / 40) for i in range(4 * len(STYLES) + 2)]
+    assert plot_fronts(many, tmp_path / "fronts.png")
+    colours = [lines[0].get_color() for lines in figures[0].axes[0].containers]
+    assert colours == [STYLES[i % len(STYLES)][0] for i in range(len(many))]
 
 
 def loaded(tmp_path, *models):

@@ -55,11 +55,17 @@ class TokenizedData(LightningDataModule):
             )
         return encoded
 
+    def rows_per_batch(self, world: int) -> int:
+        """Rows per batch of each of so many processes."""
+        return self.batch_size
+
     def loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Batch]:
         """Batches of this process (see :func:`src.data.batches.batch_loader`)."""
         rank, world = process_share(self.trainer)
         pad = self.encoder.tokenizer.pad_token_id
-        return batch_loader(rows, batch_size=self.batch_size, pad_id=pad, rank=rank, world_size=world, **options)
+        return batch_loader(
+            rows, batch_size=self.rows_per_batch(world), pad_id=pad, rank=rank, world_size=world, **options
+        )
 
 
 class RemainingBatches(Sampler[Any]):
@@ -106,6 +112,8 @@ class ExpertData(TokenizedData):
         max_length: Tokens per row; longer rows are cut.
         seed: Seed of the order of batches.
         window: Number of batches over whose rows the sorting by length goes; 1 draws every batch at random.
+        shared_batch: Whether ``batch_size`` is that of all processes together, each of which takes its part: as many
+            rows per step, and as many steps, as one process has.
     """
 
     def __init__(
@@ -117,8 +125,10 @@ class ExpertData(TokenizedData):
         max_length: int = 512,
         seed: int = 0,
         window: int = WINDOW,
+        shared_batch: bool = False,
     ) -> None:
         super().__init__(batch_size, template, max_length)
+        self.shared_batch = shared_batch
         if window < 1:
             raise InputError(f"data.window is {window}; expected at least 1 batch")
         self.train, self.val, self.seed, self.window = train, val, seed, window
@@ -138,6 +148,20 @@ class ExpertData(TokenizedData):
     def seen(self) -> frozenset[str]:
         """Hashes of every prompt that training or checkpoint choice looks at."""
         return frozenset(row.prompt_hash for rows in self.rows.values() for row in rows)
+
+    def rows_per_batch(self, world: int) -> int:
+        """Rows per batch of each of so many processes.
+
+        Raises:
+            InputError: ``batch_size`` is that of all processes and cannot be shared out evenly.
+        """
+        if not self.shared_batch:
+            return self.batch_size
+        if self.batch_size % world:
+            raise InputError(
+                f"data.batch_size is {self.batch_size}; expected a multiple of the {world} processes that share it"
+            )
+        return self.batch_size // world
 
     def setup(self, stage: str) -> None:
         """Tokenise."""

@@ -117,9 +117,16 @@ class EvaluationData(TokenizedData):
         digest.update(json.dumps([{key: getattr(suite, key) for key in keys}, stops]).encode())
         return digest.hexdigest()
 
-    def plan(self, models: int, done: Mapping[tuple[int, int], set[int]]) -> None:
-        """Lay out the steps of so many models, without batches whose rows are all done."""
-        blocks = [self._batches(suite) for suite in self.suites]
+    def plan(self, models: int, done: Mapping[tuple[int, int], set[int]], *, shares_beginnings: bool = True) -> None:
+        """Lay out the steps of so many models, without batches whose rows are all done.
+
+        Args:
+            models: Number of models.
+            done: Rows that are done of each model and suite.
+            shares_beginnings: Whether the models compute what the rows of a batch begin with once also where nothing is
+                generated; otherwise it counts for each row.
+        """
+        blocks = [self._batches(suite, shares_beginnings or suite.generates) for suite in self.suites]
         self._steps = [
             [
                 Step(model, number, tuple(rows))
@@ -145,7 +152,7 @@ class EvaluationData(TokenizedData):
         """Whether more than answers is computed: likelihoods of references, or of the answers themselves."""
         return suite.kind != "choice" and (self.scored(suite) or (suite.generates and suite.collapse_nll is not None))
 
-    def _batches(self, suite: Suite) -> list[list[int]]:
+    def _batches(self, suite: Suite, shared: bool) -> list[list[int]]:
         tokens = self.tokens[suite.name]
         extra = suite.max_new_tokens if suite.generates else 0
         lengths = [(e.answer_start if suite.generates else len(e.ids)) + extra for e in tokens.encoded]
@@ -156,7 +163,8 @@ class EvaluationData(TokenizedData):
             groups.setdefault(row.category if grouped else "", []).append(unit)
         found: list[list[int]] = []
         for units in groups.values():
-            beginning = shared_beginning([tokens.encoded[i].prompt_ids for unit in units for i in unit])
+            prompts = [tokens.encoded[i].prompt_ids for unit in units for i in unit]
+            beginning = shared_beginning(prompts) if shared else 0
             found += even_batches(
                 units, lengths, beginning=beginning, max_rows=self.batch_size, max_tokens=self.max_tokens
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.errors import InputError
-from src.experiments.comparison import CLAIMED, UTILITY, Choice, chosen_point, summary
+from src.experiments.comparison import CLAIMED, Choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
 from src.experiments.equal_refusal import equal_refusal_table, gaps, meets, sentences
@@ -16,7 +16,17 @@ from src.experiments.scores import gathered
 from src.experiments.settings import MethodSpec, at_path, layered
 from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
-from src.experiments.study import REFERENCES, Plan, Study, check_names, finished, of_methods, paths, records
+from src.experiments.study import (
+    REFERENCES,
+    Plan,
+    Study,
+    check_names,
+    curves,
+    finished,
+    of_methods,
+    paths,
+    records,
+)
 from src.merge.settings import with_option
 
 PARTS = ("method", "fisher", "safety")
@@ -112,8 +122,8 @@ class Ablations(Study):
         ours = chosen.get(self.reference.name)
         others = [name for method, name in chosen.items() if method not in (*REFERENCES, self.reference.name)]
         made = claims(scores, ours, others, CLAIMED) if ours else []
-        curves = {name: [*series.get(UTILITY, ()), *path] for name, path in series.items() if name not in REFERENCES}
-        equal = {spec.name: gaps(scores, curves, spec.name) for spec in (self.reference, *self.methods)}
+        lines = curves(series, [*(spec for spec, _ in self.variants), *self.methods])
+        equal = {spec.name: gaps(scores, lines, spec.name) for spec in (self.reference, *self.methods)}
         rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
         columns = [column("model", "model"), *measure_columns(scores)]
         note = "Strengths are chosen on the rows that are shown: for choosing defaults, not for claims."

@@ -19,6 +19,7 @@ from src.experiments.settings import BASE_FISHER, layered
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
 from src.merge.sweep import point_name
+from src.models.answer_files import answer_file
 from src.provenance import versions
 
 Execute = Callable[[Sequence[str], Path], Cost]
@@ -63,7 +64,8 @@ class Stages:
     def _fit(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch
         folder = self.store.weights(cell)
-        flags = [*self.hardware, "--output", str(folder), "--resume", "true"]
+        # As many steps as in one process: hardware is no part of a cell's key.
+        flags = [*self.hardware, "--data.shared_batch", "true", "--output", str(folder), "--resume", "true"]
         cost, arguments = self._run("fit", name, self._fit_settings(cell), flags)
         shutil.rmtree(folder / "run", ignore_errors=True)  # checkpoints with the optimiser's state
         manifest = read_json(folder / "manifest.json", "the manifest of an expert")
@@ -134,7 +136,7 @@ class Stages:
         found = {}
         for key, model_name in names.items():
             one = models[model_name]
-            folder = output / "answers" / "/".join(p for p in model_name.split("/") if p not in ("", ".", ".."))
+            folder = answer_file(output, model_name, suites[0]).parent
             kept = {"adapter": one["adapter"] and one["adapter"]["sha256"], "suites": one["suites"]}
             found[key] = kept | {"base": metrics["base"]} | by_suite(folder, suites)
         return cost, arguments, found

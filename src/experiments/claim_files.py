@@ -68,7 +68,7 @@ class Claims:
     def is_stale(self, key: str) -> bool:
         """Whether a claim exists and its owner is gone."""
         try:
-            age = self._now() - self._path(key).stat().st_mtime
+            age = self.now() - self._path(key).stat().st_mtime
         except FileNotFoundError:
             return False
         owner = self._read(key)
@@ -77,6 +77,12 @@ class Claims:
         if owner.get("host") == self.host:
             return process_start(owner["pid"]) != owner["started"]
         return age > self.stale_after
+
+    def now(self) -> float:
+        """Time by the clock that stamps the folder's files: clocks of machines differ."""
+        probe = self.folder / f".clock-{self.host}-{self.pid}"
+        probe.write_text("")
+        return probe.stat().st_mtime
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.claim"
@@ -100,12 +106,6 @@ class Claims:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return found
-
-    def _now(self) -> float:
-        """Time by the clock that stamps the folder's files: clocks of machines differ."""
-        probe = self.folder / f".clock-{self.host}-{self.pid}"
-        probe.write_text("")
-        return probe.stat().st_mtime
 
     def _keep_touching(self) -> None:
         if self._thread is None:

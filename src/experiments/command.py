@@ -91,8 +91,14 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
     if "TORCHELASTIC_RUN_ID" in environment:
         # torchrun shows every GPU to every process; each engine keeps to its own.
         rank, visible = environment["LOCAL_RANK"], environment.get("CUDA_VISIBLE_DEVICES")
-        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+        kept["CUDA_VISIBLE_DEVICES"] = rank if visible is None else _own_device(visible, int(rank))
     return kept
+
+
+def _own_device(visible: str, rank: int) -> str:
+    """The GPU of one rank; ranks beyond the last GPU begin again at the first. Without GPUs none is turned on."""
+    devices = [device for device in visible.split(",") if device.strip()]
+    return devices[rank % len(devices)] if devices else visible
 
 
 def _importable(environment: dict[str, str]) -> dict[str, str]:

@@ -31,6 +31,7 @@ from src.experiments.study import (
     Study,
     answered,
     check_names,
+    curves,
     every_path,
     finished,
     further_note,
@@ -40,7 +41,6 @@ from src.experiments.study import (
     records,
 )
 
-UTILITY = "utility"
 CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "task_nll", "answer_nll")
 
 
@@ -105,31 +105,25 @@ class Comparison(Study):
         names = list(chosen.values())
         made = self._claims(test, chosen)
         taxes = tax_rows(test, names)
-        equal = gaps(test, self._curves(paths(points)), self.ours)
+        equal = gaps(test, curves(paths(points), self.methods), self.ours)
         tables = [
             self._chosen_table(validation, test, chosen),
             claims_table(made, f"{chosen.get(self.ours, self.ours)} against the others (test rows)"),
             equal_refusal_table(equal, self.ours),
             tax_table(taxes),
             spread_table(points, names, split, store),
-            category_table({name: known[name] for name in names}),
+            category_table({name: known[name] for name in names}, "test", **split),
             overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
         return {
             "summary": [*sentences(equal, self.ours), *summary(made, chosen.get(self.ours))],
-            "notes": [*notes, self._rule(), *further_note(plan.models)],
+            "notes": [*notes, *plan.notes, self._rule(), *further_note(plan.models)],
             "fronts": fronts(test, paths(points), "test rows"),
             "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
             "tables": tables,
             "examples": examples({name: points[name][0] for name in names}, store),
         }
-
-    def _curves(self, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Every method's path from the utility expert on, as far as it begins there."""
-        begins = {method.name: method.train != "beside_safety" for method in self.methods}
-        start = [UTILITY] if UTILITY in found else []
-        return {name: [*(start if begins[name] else []), *points] for name, points in found.items() if name in begins}
 
     def _claims(self, test: Mapping[Measure, Scores], chosen: Mapping[str, str]) -> list[Claim]:
         """Ours against every other method and against base and experts; controls included."""

@@ -14,6 +14,8 @@ from src.files import sha256_file
 ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "merge": (), "inspect": ()}
 """Keys of ``data`` that name rows."""
 SUITE_ROWS = ("rows", "few_shot")
+MODELS = ("aligned", "base", "name")
+"""Options of a method or a judge that name a model."""
 
 
 def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,12 +36,22 @@ def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     base = found.get("model", {}).get("base")
     if base is not None:
         found["model"] = found["model"] | {"base": base | {"name": base_content(str(base["name"]))}}
+    if isinstance(found.get("method"), Mapping):
+        found["method"] = _models_content(found["method"])
     return found
 
 
 def _suite_content(suite: Mapping[str, Any]) -> dict[str, Any]:
     rows = {key: [source_content(s) for s in sources(suite[key])] for key in SUITE_ROWS if suite.get(key) is not None}
-    return dict(suite) | rows
+    judge = suite.get("judge")
+    return dict(suite) | rows | ({"judge": _models_content(judge)} if isinstance(judge, Mapping) else {})
+
+
+def _models_content(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A method or a judge with the local models that it names replaced by their files' content."""
+    given = chosen.get("init_args") or {}
+    models = {key: base_content(given[key]) for key in MODELS if isinstance(given.get(key), str)}
+    return dict(chosen) | ({"init_args": dict(given) | models} if models else {})
 
 
 def sources(value: Any) -> list[RowSource]:
@@ -77,21 +89,21 @@ def source_content(source: RowSource) -> dict[str, Any]:
 def base_content(name: str) -> str:
     """A local model by its files; a hub id or a packaged model by its name."""
     path = Path(name)
-    return _hash(path.resolve(), weigh=True) if path.exists() else name
+    return _hash(path.resolve()) if path.exists() else name
 
 
-def _hash(path: Path, *, weigh: bool = False) -> str:
+def _hash(path: Path) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     state = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
-    return _hash_files(str(path), state, weigh)
+    return _hash_files(str(path), state)
 
 
 @lru_cache(maxsize=4096)
-def _hash_files(root: str, state: tuple[tuple[str, int, int], ...], weigh: bool) -> str:
-    """Hash of files; with ``weigh`` large ones count by name and size (their load is checked by its fingerprint)."""
+def _hash_files(root: str, state: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash of files, each read once as long as size and time of change stay."""
     digest = hashlib.sha256()
-    for name, _, size in state:
-        content = f"{size} bytes" if weigh and size > 2**24 else sha256_file(Path(name))
+    for name, _, _ in state:
+        content = sha256_file(Path(name))
         digest.update(f"{Path(name).relative_to(root) if name != root else ''} {content}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 

@@ -31,6 +31,10 @@ class CellError(Exception):
     """A cell could not be computed; the message says why."""
 
 
+BROKEN = (CellError, OSError, KeyError, ValueError)
+"""What a cell may fail by: its command, a file that it left broken or not at all, a key or value that is not there."""
+
+
 @dataclass
 class Outcome:
     """How a grid ended: cells computed by this process, why cells failed, and cells that need a failed one."""
@@ -74,6 +78,7 @@ class Engine:
     ) -> None:
         self.grid, self.store, self.compute, self.batch_size = closure(grid), store, compute, batch_size
         self.claims = Claims(store.claims, stale_after)
+        self.started = self.claims.now()
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -92,15 +97,24 @@ class Engine:
         return self.outcome
 
     def _possible(self, todo: Sequence[Cell]) -> list[Cell]:
-        """What is left without cells that failed here, and without those that need them."""
-        out = set(self.outcome.failed)
+        """What is left without cells that failed, and without those that need them."""
+        out: set[str] = set()
         found: list[Cell] = []
         for cell in todo:
-            if cell.key in out or any(parent.key in out for parent in cell.parents):
+            if self._has_failed(cell) or any(parent.key in out for parent in cell.parents):
                 out.add(cell.key)
             else:
                 found.append(cell)
         return found
+
+    def _has_failed(self, cell: Cell) -> bool:
+        """Whether a cell failed here, or in another process since this one started; earlier ones are tried again."""
+        if cell.key not in self.outcome.failed:
+            message = self.store.failure(cell, since=self.started)
+            if message is not None:
+                log.warning("failed in another process: %s: %s", cell.label, message)
+                self.outcome.failed[cell.key] = message
+        return cell.key in self.outcome.failed
 
     def _is_ready(self, cell: Cell) -> bool:
         return all(self.store.has_result(parent) and self.store.has_weights(parent) for parent in cell.parents)
@@ -133,8 +147,8 @@ class Engine:
             fits = not batch or (cell.batch and cell.batch == batch[0].batch and cell.stage == batch[0].stage)
             if fits and len(batch) < self.batch_size and self.claims.take(cell.key):
                 batch.append(cell)
-        # Another process may have finished a cell between our look at the disk and our claim.
-        still = {cell.key for cell in to_compute(self.grid, self.store)}
+        # Another process may have finished a cell, or failed, between our look at the disk and our claim.
+        still = {cell.key for cell in self._possible(to_compute(self.grid, self.store))}
         for cell in batch:
             if cell.key not in still:
                 self.claims.release(cell.key)
@@ -153,7 +167,7 @@ class Engine:
         """Compute a batch; where it fails, each of its cells alone, so that a bad one does not hide the others."""
         try:
             records = self.compute(batch)
-        except (CellError, InputError) as error:
+        except BROKEN as error:
             if not all(map(self._is_ready, batch)):
                 # Another study on this folder was through with merged weights that it shares with this one.
                 log.info("%s: what it is made of is gone, and is made again", batch[0].label)
@@ -162,9 +176,10 @@ class Engine:
                 for cell in batch:
                     self._compute([cell])
                 return
-            log.warning("failed: %s: %s", batch[0].label, error)
-            self.outcome.failed[batch[0].key] = str(error)
-            self.store.fail(batch[0], str(error))
+            message = str(error) if isinstance(error, CellError | InputError) else f"{type(error).__name__}: {error}"
+            log.warning("failed: %s: %s", batch[0].label, message)
+            self.outcome.failed[batch[0].key] = message
+            self.store.fail(batch[0], message)
             return
         for cell in batch:
             self.store.finish(cell, records[cell.key])

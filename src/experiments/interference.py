@@ -28,7 +28,7 @@ from src.experiments.kept import kept_of
 from src.experiments.point_names import with_count
 from src.experiments.settings import ExpertSpec, MethodSpec, plain
 from src.experiments.store import Store
-from src.experiments.study import Plan, Study, check_names, left_out
+from src.experiments.study import Plan, Study, check_names, finished, left_out, name_of
 from src.experiments.tasks import Task, read_tasks
 
 
@@ -128,8 +128,11 @@ class Interference(Study):
     def report(self, plan: Plan, store: Store) -> Document:
         """Normalised performance by method and number, its slope and variance, sizes, angles, refusal, costs."""
         known = [model for model in plan.models if store.has_result(model.test)]
-        notes = left_out([m.test.label for m in plan.models if m not in known], len(plan.models))
-        merged = [model for model in known if " (" in model.method]
+        # Means over other seeds, which merge other tasks, do not compare: a merge is shown with all of its seeds.
+        whole, notes = finished([model for model in plan.models if _is_merge(model)], store)
+        merged = [model for model in plan.models if _is_merge(model) and name_of(model) in whole]
+        single = [model for model in plan.models if not _is_merge(model)]
+        notes += left_out([model.test.label for model in single if model not in known], len(single))
         alone = {
             (model.method.removeprefix("expert "), model.seed): store.read(model.test)
             for model in known
@@ -156,3 +159,8 @@ class Interference(Study):
             ],
             "examples": examples(shown, store),
         }
+
+
+def _is_merge(model: Model) -> bool:
+    """Whether a model is a merge, named by :func:`with_count`, and no single expert."""
+    return " (" in model.method

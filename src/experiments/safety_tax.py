@@ -17,7 +17,7 @@ from src.experiments.document import (
 )
 from src.experiments.grid import Grid
 from src.experiments.pencils import overlap_table, pencils
-from src.experiments.scores import Measure, Scores, by_category, gathered
+from src.experiments.scores import MEASURES, Measure, Scores, Split, by_category, gathered
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
 from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
@@ -60,7 +60,7 @@ class SafetyTax(Study):
         ]
         shown = {name: seeds[0] for name, seeds in points.items()}
         return {
-            "summary": [_summary(taxes)],
+            "summary": [_summary(taxes) if taxes else _not_measured(scores, names)],
             "notes": notes,
             "fronts": fronts(scores, paths(points), "all rows"),
             "pencils": pencils({path[0]: points[path[0]] for path in paths(points).values()}, store),
@@ -102,9 +102,15 @@ def tax_table(rows: Sequence[Mapping[str, Any]]) -> Document:
     return table("Safety tax", [*columns, column("tax", "tax", False)], rows, note=note)
 
 
-def category_table(known: Mapping[str, Sequence[Record]]) -> Document:
-    """Refusal of harmful prompts by category, pooled over seeds, with Wilson intervals."""
-    counts = {name: [by_category(record) for record in seeds] for name, seeds in known.items()}
+def category_table(known: Mapping[str, Sequence[Record]], split: Split = "all", **options: Any) -> Document:
+    """Refusal of a split's harmful prompts by category, pooled over seeds, with Wilson intervals.
+
+    Args:
+        known: Records of each model, one per seed.
+        split: Which rows.
+        options: How rows are divided (see :func:`src.experiments.scores.by_category`).
+    """
+    counts = {name: [by_category(record, split, **options) for record in seeds] for name, seeds in known.items()}
     categories = sorted({category for seeds in counts.values() for one in seeds for category in one})
     rows = []
     for name, seeds in counts.items():
@@ -118,11 +124,24 @@ def category_table(known: Mapping[str, Sequence[Record]]) -> Document:
         rows.append(row)
     columns = [column("model", "model"), *(column(category, category, True) for category in categories)]
     return table(
-        "Refusal by category of harm",
+        "Refusal by category of harm" + (f" ({split} rows)" if split != "all" else ""),
         columns,
         rows,
         note="Means over seeds; Wilson intervals for the number of prompts.",
     )
+
+
+def _not_measured(scores: Mapping[Measure, Scores], names: Sequence[str]) -> str:
+    """Why there is no tax at all."""
+    needed: tuple[Measure, ...] = ("refusal", "utility")
+    missing = [MEASURES[measure][0] for measure in needed if measure not in scores]
+    if "utility" not in names:
+        why = "the utility expert is not finished"
+    elif missing:
+        why = f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not measured"
+    else:
+        why = "no point of a method is finished"
+    return f"Nothing is said about the safety tax: {why}."
 
 
 def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:

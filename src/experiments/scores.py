@@ -16,6 +16,7 @@ import torch
 
 from src.experiments.store import Record
 from src.metrics.bootstrap import EQUAL, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.categories import categories_of
 
 DRAWS = 4000
 QUANTILES = (0.025, 0.975)
@@ -203,15 +204,20 @@ def gathered(
     return found
 
 
-def by_category(record: Record, kinds: Sequence[str] = HARMFUL, column: str = "refused") -> dict[str, tuple[int, int]]:
-    """Category to (hits, rows) of a flag over suites of some kinds; rows without a category are left out."""
+def by_category(
+    record: Record, split: Split = "all", *, share: float = 0.5, split_seed: int = 0, column: str = "refused"
+) -> dict[str, tuple[int, int]]:
+    """Category to (hits, rows) of a flag over a split's harmful rows; those without a category are left out."""
+    reports = record.get("reports", set())
     found: dict[str, tuple[int, int]] = {}
     for suite in record["settings"]["data"]["suites"]:
         columns = record["found"]["rows"][suite["name"]]
-        if suite["kind"] not in kinds or column not in columns:
+        if suite["kind"] not in HARMFUL or column not in columns:
             continue
-        for category, flag in zip(columns["categories"], columns[column], strict=True):
-            if category:
-                hits, count = found.get(category, (0, 0))
-                found[category] = hits + flag, count + 1
+        keys = row_keys(suite["name"], columns["ids"])
+        for row, text, flag in zip(keys, columns["categories"], columns[column], strict=True):
+            if text and in_split(row, split, share=share, seed=split_seed, reports=reports):
+                for category in categories_of(text):
+                    hits, count = found.get(category, (0, 0))
+                    found[category] = hits + flag, count + 1
     return found

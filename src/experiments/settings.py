@@ -232,9 +232,12 @@ def _plain_object(value: Any) -> dict[str, Any]:
     kind = type(value)
     found = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
-        if named and getattr(value, name) != parameter.default:
-            found[name] = plain(getattr(value, name))
+        if name == "self" or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            continue
+        # Judges keep apart, with an underscore, what only says how they are run.
+        given = getattr(value, name, getattr(value, f"_{name}", parameter.default))
+        if given != parameter.default:
+            found[name] = plain(given)
     spec = {"class_path": f"{kind.__module__}.{kind.__name__}"}
     return spec | ({"init_args": found} if found else {})
 

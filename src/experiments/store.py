@@ -96,6 +96,17 @@ class Store:
         """Keep why a cell failed."""
         write_json(self._failure(cell), {"key": cell.key, "label": cell.label, "message": message})
 
+    def failure(self, cell: Cell, *, since: float) -> str | None:
+        """Why a cell failed after a point of time, by the folder's clock; nothing where it did not."""
+        path = self._failure(cell)
+        try:
+            if path.stat().st_mtime <= since:
+                return None
+            message: str = json.loads(path.read_text(encoding="utf-8"))["message"]
+        except FileNotFoundError:
+            return None
+        return message
+
     def rates(self, base: str | None) -> dict[str, tuple[float, float, int]]:
         """Seconds, units and number of the finished cells of a base model (unset: of any): by stage, and by settings.
 

@@ -12,16 +12,18 @@ from src.experiments.point_names import at_strength, method_and_strength
 from src.experiments.scores import joined
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
+from src.experiments.trainings import fewer_rows
 
 REFERENCES = ("base", "utility", "safety")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The models of a study, and cells beside them (comparisons of adapters, experts alone)."""
+    """The models of a study, cells beside them (comparisons of adapters, experts alone), and what a page must say."""
 
     models: Sequence[Model]
     others: Sequence[Cell] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     @property
     def cells(self) -> list[Cell]:
@@ -54,7 +56,8 @@ def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) 
         found += grid.references(seed)
         for method in methods:
             found += grid.models(method, seed)
-    return Plan([grid.reporting(model) for model in found])
+    notes = [note for method in methods for note in fewer_rows(grid.recipe, method)]
+    return Plan([grid.reporting(model) for model in found], notes=notes)
 
 
 def name_of(model: Model) -> str:
@@ -115,6 +118,13 @@ def paths(points: Mapping[str, Sequence[Model]]) -> dict[str, list[str]]:
     for name, seeds in points.items():
         found.setdefault(seeds[0].method, []).append(name)
     return found
+
+
+def curves(found: Mapping[str, Sequence[str]], methods: Sequence[MethodSpec]) -> dict[str, list[str]]:
+    """Every method's path (:func:`paths`) from the utility expert on, as far as it begins there."""
+    begins = {method.name: method.train != "beside_safety" for method in methods}
+    start = found.get("utility", ())
+    return {name: [*(start if begins[name] else ()), *points] for name, points in found.items() if name in begins}
 
 
 def of_methods(points: Mapping[str, Sequence[Model]]) -> dict[str, list[Model]]:

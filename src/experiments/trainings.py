@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell
-from src.experiments.content import plain_source, plain_sources, sources
-from src.experiments.settings import MethodSpec, at_path, layered, plain
+from src.experiments.content import count_rows, plain_source, plain_sources, sources
+from src.experiments.settings import MethodSpec, Recipe, at_path, layered, plain
 from src.merge.combinations.concatenate import Concatenate
 
 if TYPE_CHECKING:
@@ -70,8 +70,21 @@ def tuned_core(grid: "Grid", spec: MethodSpec, utility: Cell, safety: Cell, seed
     return grid.fit(both, train, seed, f"{spec.name}, core", spec.settings, needs)
 
 
+def fewer_rows(recipe: Recipe, spec: MethodSpec) -> list[str]:
+    """Notes on strengths of mixed training that sources without enough rows do not reach."""
+    if spec.train != "mixed" or spec.strength.option != SAFETY_ROWS:
+        return []
+    counts = {value: count_rows(_drawn(recipe.safety.train, int(value), 0)) for value in spec.strength.values}
+    short = [f"@ {spec.shown(v):g} has {n}" for v, n in counts.items() if n is not None and n < v]
+    where = "each source gives an equal share, as far as it has so many"
+    return [f"{spec.name} {', '.join(short)} safety rows: {where}."] if short else []
+
+
 def _drawn(rows: Any, limit: int | None, seed: int) -> list[dict[str, Any]]:
-    """So many rows of sources, shared out between them; whole files are shuffled by the seed, parts of files stay."""
+    """So many rows of sources, an equal share of each as far as it has so many.
+
+    Whole files are shuffled by the seed, parts of files stay.
+    """
     found = sources(rows)
     if limit is None:
         return [plain_source(source) for source in found]

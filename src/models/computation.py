@@ -134,6 +134,13 @@ class Computation:
         found = self.likelihoods(_batch(rows, encoder.tokenizer.pad_token_id, batch))
         return [record["nll"] / record["tokens"] for record in found]
 
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether tokens that rows of a batch begin with are computed once, as far as a trial of a few tokens tells."""
+        row = torch.arange(16)
+        pair = Batch(torch.arange(2), torch.stack([row, row]), torch.tensor([16, 16]), torch.tensor([15, 15]))
+        return not self.sharded and can_pack(self.model, pair.to(next(self.model.parameters()).device))
+
     def _packs(self, batch: Batch) -> bool:
         """Whether to pack; tried out once per run."""
         if self.sharded:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import check_fits
@@ -27,6 +26,7 @@ from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
 from src.models.generation import NotFinite
 from src.models.judging import awaited_judges, check_judges, share_judges
+from src.models.kept_buffers import KeptBuffers
 from src.models.partial import FOLDER, Parts, Record, answers_key, result_key
 from src.models.progress import Progress
 from src.models.results import Results
@@ -43,7 +43,7 @@ NUMERICAL = ("torch", "transformers")
 """Packages whose version may change a computed number."""
 
 
-class EvaluationModule(LightningModule):
+class EvaluationModule(KeptBuffers):
     """Evaluates the base model and adapters on all suites.
 
     Args:
@@ -161,7 +161,7 @@ class EvaluationModule(LightningModule):
             judges = awaited_judges(data, self._records, len(self.models), self.output / FOLDER)
             check_judges(judges, self.trainer.strategy, first=self.global_rank == 0)
         done = {place: set(records) for place, records in self._records.items()}
-        data.plan(len(self.models), done)
+        data.plan(len(self.models), done, shares_beginnings=self._computation.shares_beginnings)
         if found := sum(map(len, done.values())):
             log.info("%d results of an earlier run are taken up again", found)
         self._progress = Progress(sum(len(step.rows) for step in data.steps if step.weight))

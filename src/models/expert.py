@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -25,6 +24,7 @@ from src.models.checkpointing import checkpoint_layers
 from src.models.checkpoints import rewind_to_step
 from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
+from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
 from src.models.regularizers import Regularizer
 from src.models.sharding import shard
@@ -59,7 +59,7 @@ class LoraSpec:
             )
 
 
-class ExpertModule(LightningModule):
+class ExpertModule(KeptBuffers):
     """Fine-tunes LoRA on a frozen base model.
 
     Args:

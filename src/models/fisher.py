@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import attached, check_fits
@@ -40,6 +40,7 @@ from src.models.fisher_settings import (
     check_representation,
     check_utility,
 )
+from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_places, leaf_embeddings
 from src.models.patch_at import patch_at
 from src.models.progress import Progress
@@ -52,7 +53,7 @@ from src.models.whole_data import check_whole
 log = logging.getLogger(__name__)
 
 
-class FisherModule(LightningModule):
+class FisherModule(KeptBuffers):
     """Fisher information on safety and on benign calibration rows, from exact scores of every example.
 
     Args:

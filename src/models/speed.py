@@ -27,6 +27,11 @@ HOPELESS = 2.0
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
+def default_accelerator() -> str:
+    """Where a run computes that names no hardware: Lightning's choice, but not Apple's GPU, which has no float64."""
+    return "cpu" if torch.backends.mps.is_available() else "auto"
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks: by default it returns big ones to the kernel after every step.
 

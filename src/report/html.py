@@ -40,7 +40,8 @@ def write_report(folder: Path) -> None:
 def page(document: Mapping[str, Any]) -> str:
     """The whole page."""
     title = escape(document["title"])
-    data = json.dumps(document, ensure_ascii=False).replace("</", "<\\/")
+    # In a script, "</script" ends it, and "<!--" before "<script" hides its end.
+    data = json.dumps(document, ensure_ascii=False).replace("<", "\\u003c")
     parts = [
         f"<h1>{title}</h1>",
         *(f'<p class="summary">{escape(sentence)}</p>' for sentence in document["summary"]),

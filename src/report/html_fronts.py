@@ -1,9 +1,10 @@
 """Fronts as inline SVG: points with 95 % intervals along each method's path, values on hover and on focus.
 
-Colours repeat after eight methods and marks after six, so that no two of 24 look alike, in print and to the
-colour-blind.
+Colours repeat after eight methods and marks after six; after 24, when both do, marks go on by one more. So no two of
+48 look alike, in print and to the colour-blind.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -12,6 +13,8 @@ from src.report.html_axes import Axis, Frame
 
 COLOURS = 8
 MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")
+TOGETHER = math.lcm(COLOURS, len(MARKS))
+"""Methods after which colour and mark repeat together."""
 
 
 def front_figure(front: Mapping[str, Any], anchor: str) -> str:
@@ -29,7 +32,7 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     label = f"{front['title']}: {front['y']['label']} over {front['x']['label']}"
     return (
         f'<section id="{anchor}"><h2>{escape(front["title"])}</h2><figure>'
-        f'<svg class="front" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(label)}">'
+        f'<svg class="front" viewBox="0 0 {frame.width} {frame.height}" role="group" aria-label="{escape(label)}">'
         f"{frame.axes((_named(front['x']), _named(front['y'])))}{lines}</svg>"
         f"<ul class='legend'>{legend}</ul></figure></section>"
     )
@@ -70,7 +73,7 @@ def _said(axis: Mapping[str, Any], number: Mapping[str, Any]) -> str:
 
 def mark(number: int, x: float, y: float, r: float = 5) -> str:
     """The mark of a series, of radius ``r``."""
-    shape = MARKS[number % len(MARKS)]
+    shape = MARKS[(number + number // TOGETHER) % len(MARKS)]
     if shape in ("circle", "ring"):
         return f'<circle class="mark {shape}" cx="{x}" cy="{y}" r="{r}"/>'
     if shape == "cross":

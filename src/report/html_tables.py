@@ -50,6 +50,7 @@ def shown(value: Any) -> tuple[str, str]:
     if isinstance(value, bool) or value is None:
         return escape("" if value is None else str(value)), ""
     if isinstance(value, int | float):
-        text = str(value) if isinstance(value, int) else f"{value:.4g}"
+        # Four digits, but no powers of ten for hours and megabytes.
+        text = str(value) if isinstance(value, int) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
         return escape(text), repr(float(value))
     return escape(str(value)), ""

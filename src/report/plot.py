@@ -1,6 +1,6 @@
 """The plot: what safety costs. Refusal against over-refusal, and refusal against utility, with 95 % intervals."""
 
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
 
 def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> list[Label]:
     """Draw points, paths and intervals; the labels are placed when the layout stands."""
-    styles, labels = iter(STYLES * 4), []
+    styles, labels = cycle(STYLES), []
     for method, group in groupby(results, key=lambda r: r.path):
         points = [r for r in group if column in r.shares and safety in r.shares]
         if not points:
