@@ -144,3 +144,24 @@ def test_sharded_decoding_ignores_what_the_model_asks_generate_for(tmp_path):
     assert [row["answer"] for row in answers(out, "asks")] == [
         row["answer"] for row in answers(tmp_path / "whole", "asks")
     ]
+
+
+def test_a_model_with_states_in_place_of_keys_and_values_answers_in_batches_as_alone():
+    """LFM2 mixes attention with short convolutions, whose states have no places that could be shared."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = ["conv", "full_attention", "conv"]
+    torch.manual_seed(0)
+    config = Lfm2Config(vocab_size=258, num_hidden_layers=3, layer_types=layers, initializer_range=0.4, **sizes)
+    model = Lfm2ForCausalLM(config).double().eval().requires_grad_(False)
+    encoder = Encoder(make_tokenizer())
+    encoded = [encoder.encode(Row(str(i), prompt)) for i, prompt in enumerate(PROMPTS)]
+    options = {"max_new_tokens": 12, "stop_ids": list(range(0, 258, 9)), "pad_id": 256}
+
+    def answered(rows):
+        return greedy(model, EncodedRows(rows, 256)[(list(range(len(rows))), 1.0)], **options)
+
+    together = answered(encoded)
+    assert together == [answered([one])[0] for one in encoded]
+    assert len({len(one) for one in together}) > 1  # rows end apart, and the batch shrinks

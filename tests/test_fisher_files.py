@@ -1,5 +1,6 @@
 """Every representation through the file, weighted means over data sets, and the algebra that all share."""
 
+import itertools
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from src.errors import InputError
-from src.fisher.accumulate import examples
+from src.fisher.accumulate import MeanAccumulator, examples, row_half
 from src.fisher.base import weighted_mean
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
@@ -289,6 +290,54 @@ def weighted(kind, weights, ids):
             torch.randn(*shape, 3, generator=draw, dtype=torch.float64),
         )
     return accumulator.finish()
+
+
+def dense_twin(kind, w, d, x):
+    """What a kind makes of passes (n) of weights w, output gradients d (n, T, p) and inputs x (n, T, q)."""
+    if kind is KroneckerAccumulator:
+        relevant = d.any(2).double()
+        left = torch.einsum("n,ntp,ntq->pq", w, d, d) / w.sum()
+        return torch.kron(left, torch.einsum("n,nt,ntp,ntq->pq", w, relevant, x, x) / (w @ relevant.sum(1)))
+    scores = torch.einsum("ntp,ntq->npq", d, x).flatten(1)
+    if kind is MeanAccumulator:
+        return w @ scores / w.sum()
+    exact = torch.einsum("n,np,nq->pq", w, scores, scores) / w.sum()
+    return exact.diag().diag() if kind is DiagonalAccumulator else exact
+
+
+@pytest.mark.parametrize("kind", [*ACCUMULATORS, MeanAccumulator])
+@pytest.mark.parametrize("granularity", ["sequence", "token"])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_weighted_rows_and_several_draws_are_the_mean_over_all_passes(kind, granularity, draws):
+    """Every row, or each of its answer tokens, counts with w/draws in each draw; padding has no gradient."""
+    draw, ids, accumulator = torch.Generator().manual_seed(0), [f"r{i}" for i in range(7)], kind({"m": (2, 3)})
+    weights = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.25, 1.5, 4.0], dtype=torch.float64)
+    lengths = torch.tensor([4, 1, 2, 3, 4, 2, 1])
+    weights /= (weights @ lengths.double() / lengths.sum()) if granularity == "token" else weights.mean()
+    passes = []
+    for _, token in itertools.product(range(draws), range(4 if granularity == "token" else 1)):
+        present = lengths > token if granularity == "token" else None
+        d, x = (torch.randn(7, 4, side, generator=draw, dtype=torch.float64) for side in (2, 3))
+        d[torch.arange(4) >= lengths[:, None]] = 0.0
+        accumulator.begin(
+            examples(torch.arange(7), ids, draws=draws, present=present, token=token, row_weights=weights)
+        )
+        accumulator.update("m", d, x)
+        passes.append((weights / draws * (1.0 if present is None else present), d, x))
+    w, d, x = (torch.cat(each) for each in zip(*passes, strict=True))
+    in_half = torch.tensor([row_half(row) for row in ids]).repeat(len(passes))
+    expected = [dense_twin(kind, w * chosen, d, x) for chosen in (1.0, in_half == 0, in_half == 1)]
+    if kind is MeanAccumulator:
+        scores = accumulator.scores()
+        found = [accumulator.finish(), *scores.halves]
+        torch.testing.assert_close(scores.mean, expected[0])
+    else:
+        fisher = accumulator.finish()
+        halves = fisher.named(ids).row_halves() if kind is LowRankAccumulator else fisher.row_halves()
+        found = [one.dense() for one in (fisher, *halves)]
+        assert fisher.count == (lengths.sum() if granularity == "token" else 7)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_halves_of_weighted_rows_are_those_of_a_block(tmp_path):

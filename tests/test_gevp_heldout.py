@@ -10,6 +10,7 @@ from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.lowrank_accumulator import LowRankAccumulator
+from src.gevp.controls import random_projection
 from src.gevp.diagnostics import effective_rank, kept_by_module, summary
 from src.gevp.filters import cut_at, cuts_at, number_of_cuts, position, soft, topk
 from src.gevp.heldout import curve, energy_position, mean_kept, split_rows
@@ -19,7 +20,7 @@ from src.gevp.solve import solve
 from src.merge.base import FisherPair
 from src.merge.pencil_plot import module_grid, plot_pencil
 from src.merge.sst import PatchedFisher, Sst
-from tests.oracles import dense_filtered, dense_pencil, dense_relearned
+from tests.oracles import dense_eigh, dense_filtered, dense_pencil, dense_relearned
 from tests.test_fisher_files import ACCUMULATORS, SHAPES, random_fisher
 from tests.tiny import make_model, random_pairs
 
@@ -61,13 +62,13 @@ def test_shares_are_measured_on_the_other_half(kind):
     assert mean_kept(folds, patches) == pytest.approx(kept, rel=1e-9)
 
 
-def dense_shares(halves, patch, position):
-    """Mean share of held-out safety energy at a position, of dense pencils in numpy: all D cuts are valid."""
+def dense_shares(halves, patch, position, of=0):
+    """Mean share of held-out safety energy (of utility tax: 1) at a position, by dense pencils: all cuts are valid."""
     found = []
     for fit in (0, 1):
         left, right = dense_pencil(*(half[fit].dense().numpy() for half in halves), rho=0.1, rho_s=0.5)
         k = 1 + round(position * (len(patch) - 1))
-        judge = halves[0][1 - fit].dense().numpy()
+        judge = halves[of][1 - fit].dense().numpy()
         made = dense_filtered(left, right, patch, lambda _, k=k: np.arange(len(patch)) < k)
         found.append((made @ judge @ made) / (patch @ judge @ patch))
     return np.mean(found)
@@ -75,14 +76,30 @@ def dense_shares(halves, patch, position):
 
 @pytest.mark.parametrize("kind", [BlockAccumulator, DiagonalAccumulator])
 @pytest.mark.parametrize("rows", [12, 40])
-def test_the_energy_rule_takes_the_smallest_cut_from_which_on_the_mean_share_is_kept(kind, rows):
+@pytest.mark.parametrize(("most", "chunk"), [(256, 32), (5, 3)])
+def test_the_energy_rule_takes_the_smallest_cut_from_which_on_the_mean_share_is_kept(
+    kind, rows, most, chunk, monkeypatch
+):
+    monkeypatch.setattr("src.gevp.heldout.ENERGY_CUTS", most)
+    monkeypatch.setattr("src.gevp.heldout.CHUNK", chunk)
     safety, utility, folds = folds_of(kind, rows)
     halves, patch = (safety.halves(0), utility.halves(0)), random_patch().numpy()
-    positions = [i / (DIM - 1) for i in range(DIM)]
+    number = min(most, DIM)
+    positions = [i / (number - 1) for i in range(number)]
     kept = [dense_shares(halves, patch, where) for where in positions[:-1]] + [np.inf]
     for share in (0.05, 0.3, 0.5, 0.8, 0.95, 1.0):
-        expected = min(i for i in range(DIM) if min(kept[i:]) >= share)
+        expected = min(i for i in range(number) if min(kept[i:]) >= share)
         assert energy_position(folds, share) == pytest.approx(positions[expected])
+
+
+@pytest.mark.parametrize("kind", [BlockAccumulator, DiagonalAccumulator])
+def test_every_point_of_the_curve_equals_dense_shares(kind, monkeypatch):
+    monkeypatch.setattr("src.gevp.heldout.CHUNK", 3)
+    safety, utility, folds = folds_of(kind)
+    halves, patch, found = (safety.halves(0), utility.halves(0)), random_patch().numpy(), curve(folds, DIM)
+    for of, name in enumerate(("safety_energy_kept", "utility_tax_kept")):
+        expected = [dense_shares(halves, patch, i / (DIM - 1), of) for i in range(DIM)]
+        assert found[name] == pytest.approx(expected, rel=1e-6)
 
 
 def uneven_folds(kind, n_s, n_u, spread, control="none"):
@@ -297,6 +314,56 @@ def test_every_control_is_a_setting_and_another_merge(case, control):
         assert torch.equal(again, two)
         seeded = Sst(**options, control=control, seed=1).patch({}, safety, fisher)
         assert not torch.equal(core.coordinates(seeded.pairs), two)
+
+
+@pytest.mark.parametrize("control", ["none", "safety_only", "utility_only", "swapped"])
+@pytest.mark.parametrize("filter", ["soft", "threshold"])
+def test_controls_of_both_filters_equal_dense_filters(case, control, filter):
+    """The exchange rate is relative to the two sides as they stand: swapped ones have the inverse ratio of traces."""
+    safety, core, make = case
+    one, two = make(LowRankAccumulator, seed=1), make(LowRankAccumulator, 8, seed=2)
+    fisher = FisherPair(one, LowRankFisher(2 * two.scores, 8), core)
+    s, u = (side.dense().numpy() for side in (fisher.safety, fisher.utility))
+    flat_s, flat_u = (np.trace(side) / core.dim * np.eye(core.dim) for side in (s, u))
+    pair = {"none": (s, u), "safety_only": (s, flat_u), "utility_only": (flat_s, u), "swapped": (u, s)}[control]
+    tau = 0.7 * np.trace(pair[0]) / np.trace(pair[1])
+    phi = {"soft": lambda values: values / (values + tau), "threshold": lambda values: values > tau}[filter]
+    left, right = dense_pencil(*pair, rho=0.1, rho_s=0.05)
+    expected = dense_filtered(left, right, core.coordinates(safety).numpy(), phi)
+    patch = Sst(filter=filter, t=0.7, rho_s=0.05, control=control).patch({}, safety, fisher)
+    np.testing.assert_allclose(core.coordinates(patch.pairs).numpy(), expected, rtol=1e-6, atol=1e-9)
+    if filter == "threshold":
+        kept = int(phi(dense_eigh(left, right)[0]).sum())
+        assert patch.findings["directions_kept"] == kept
+        assert 0 < kept < core.dim
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({"filter": "threshold", "t": 0.7, "rho_s": 0.05}, lambda values, tau: int((values > tau).sum())),
+        # The fifth of eleven cuts (ten safety rows, and the whole patch) stands where the third of a half's six does.
+        ({"filter": "topk", "k": 5, "rho_s": 0.0}, lambda *_: 3),
+    ],
+)
+def test_the_random_control_projects_on_as_many_directions_as_the_filter_keeps(case, options, number):
+    safety, core, make = case
+    fisher = FisherPair(make(LowRankAccumulator, seed=1), make(LowRankAccumulator, 8, seed=2), core)
+    patch = Sst(**options, control="random", seed=3).patch({}, safety, fisher)
+    whole, k = core.coordinates(safety), patch.findings["directions_kept"]
+    assert k == Sst(**options).patch({}, safety, fisher).findings["directions_kept"] < core.dim
+    expected = random_projection(whole, fisher.utility, 0.1 * fisher.utility.trace() / core.dim, k=k, seed=3)
+    torch.testing.assert_close(core.coordinates(patch.pairs), expected, rtol=1e-6, atol=1e-9)
+    halves = [[half.dense().numpy() for half in side.halves(0)] for side in (fisher.safety, fisher.utility)]
+    kept, c0 = [], whole.numpy()
+    for fit in (0, 1):
+        left, right = dense_pencil(halves[0][fit], halves[1][fit], rho=0.1, rho_s=options["rho_s"])
+        k = number(dense_eigh(left, right)[0], 0.7 * np.trace(halves[0][fit]) / np.trace(halves[1][fit]))
+        x = torch.randn(k, core.dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
+        made = x.T @ np.linalg.solve(x @ right @ x.T, x @ right @ c0)
+        kept.append([(made @ side[1 - fit] @ made) / (c0 @ side[1 - fit] @ c0) for side in halves])
+    shares = dict(zip(("safety_energy_kept", "utility_tax_kept"), np.mean(kept, axis=0), strict=True))
+    assert patch.findings["held_out"] == pytest.approx(shares, rel=1e-6)
 
 
 def test_sst_relearns_where_mean_scores_are_given(case):

@@ -71,6 +71,19 @@ def test_random_spaces_share_what_chance_says():
     assert np.mean([one["shared"] for one in found]) == pytest.approx(found[0]["chance"], rel=0.2)
 
 
+def test_the_smaller_of_two_spaces_is_compared_with_the_whole_of_the_larger():
+    draw = torch.Generator().manual_seed(0)
+    few, many = (torch.randn(rows, 400, generator=draw, dtype=torch.float64) for rows in (3, 8))
+    many[0] += 3 * few[0]
+    angles = np.degrees(subspace_angles(few.numpy().T, many.numpy().T))[::-1]
+    for pair in ((few, many), (many, few)):
+        found = overlap(*(LowRankFisher(scores, len(scores)) for scores in pair))
+        assert found["directions"] == 3
+        assert found["chance"] == pytest.approx(8 / 400)
+        np.testing.assert_allclose(found["angles"], angles, atol=1e-6)
+        assert found["shared"] == pytest.approx(np.mean(np.cos(np.radians(angles)) ** 2))
+
+
 def test_spearman_takes_mean_ranks_and_is_undefined_for_a_constant():
     one, two = torch.tensor([1.0, 2.0, 2.0, 5.0, 0.0]), torch.tensor([3.0, 1.0, 4.0, 4.0, 4.0])
     assert spearman(one, two) == pytest.approx(spearmanr(one.numpy(), two.numpy()).statistic)

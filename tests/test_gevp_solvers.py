@@ -95,6 +95,9 @@ def test_controls_put_a_multiple_of_the_identity_in_one_place_or_swap(kind, cont
         left = (safety.trace() / DIM + sigma) * np.eye(DIM)
     else:
         left, right = sides(utility, safety, rho=0.1, rho_s=3.0)
+    of_left, of_right = (utility, safety) if control == "swapped" else (safety, utility)
+    assert abs(safety.trace() / utility.trace() - 1) > 1e-3
+    assert system.trace_ratio == pytest.approx(of_left.trace() / of_right.trace(), rel=1e-12)
     tau = 2.0 * system.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     np.testing.assert_allclose(system.apply(patch, soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
@@ -183,6 +186,10 @@ def test_the_random_subspace_is_a_projection_in_the_metric(k):
     torch.testing.assert_close(random_projection(once, utility, 0.5, k=k, seed=3), once)
     metric = utility.dense() + 0.5 * torch.eye(DIM, dtype=torch.float64)
     assert abs((patch - once) @ metric @ once) < 1e-8 * (patch @ metric @ patch)
+    rows = torch.eye(DIM, dtype=torch.float64)
+    whole = torch.stack([random_projection(row, utility, 0.5, k=k, seed=3) for row in rows])
+    assert torch.linalg.matrix_rank(whole, rtol=1e-8) == min(k, DIM)
+    assert whole.trace().item() == pytest.approx(min(k, DIM))
     if k < DIM:
         other = random_projection(patch, utility, 0.5, k=k, seed=4)
         assert (other - once).norm() > 1e-3 * patch.norm()
@@ -219,6 +226,22 @@ def test_a_dense_pencil_of_condition_1e12_equals_scipy():
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-3, atol=1e-4 * expected[0])
     found = vectors.numpy()
     np.testing.assert_allclose(found.T @ right @ found, np.eye(12), atol=1e-3)
+
+
+def test_a_planted_spectrum_is_found_at_condition_1e12():
+    """No other solver to compare with: left = L W Λ Wᵀ Lᵀ and right = L Lᵀ have the eigenvalues Λ."""
+    draw = np.random.default_rng(0)
+    turn, w = (np.linalg.qr(draw.standard_normal((12, 12)))[0] for _ in range(2))
+    lower = turn * np.logspace(-6, 0, 12)
+    planted = np.array([5.0, 4.0, 3.0, 2.0, 1.0] + [0.0] * 7)
+    left, right = lower @ (w * planted) @ w.T @ lower.T, lower @ lower.T
+    assert 1e11 < np.linalg.cond(right) < 1e13
+    values, vectors = whitened_eigh(torch.from_numpy(left), torch.from_numpy(right))
+    # Condition × 1e-16 relative to the largest eigenvalue, as src.gevp.dense says.
+    np.testing.assert_allclose(values.numpy(), planted, atol=1e-4 * planted[0])
+    # Vᵀ right V = I by the factor that made it: (LᵀV)ᵀ (LᵀV).
+    half = lower.T @ vectors.numpy()
+    np.testing.assert_allclose(half.T @ half, np.eye(12), atol=1e-4)
 
 
 def test_a_side_that_rounding_made_indefinite_is_no_trouble():

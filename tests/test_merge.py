@@ -1,6 +1,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,7 +15,7 @@ from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.merge.stage import merge
 from tests.merging import regauged, weight_space_fishers, write_fishers
-from tests.oracles import dense_pencil
+from tests.oracles import dense_filtered, dense_pencil
 from tests.tiny import make_model, random_pairs
 
 
@@ -51,6 +52,32 @@ def test_energies_are_reported_on_held_out_rows():
     fitted = fisher.utility.energy(system.apply(whole, method._phi(system))) / fisher.utility.energy(whole)
     assert set(findings["held_out"]) == {"safety_energy_kept", "utility_tax_kept"}
     assert findings["held_out"]["utility_tax_kept"] != pytest.approx(fitted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "phi"),
+    [
+        ({"filter": "soft", "t": 2.0, "rho_s": 0.5}, lambda values, tau: values / (values + 2.0 * tau)),
+        ({"filter": "threshold", "t": 0.5, "rho_s": 0.1}, lambda values, tau: values > 0.5 * tau),
+        # Directions that safety rows have seen: of all rows 8, of each half 4. Beside their cuts stands the whole
+        # patch, so 5 is in the middle of all rows' nine cuts as 3 is of a half's five.
+        ({"filter": "topk", "k": 5, "rho_s": 0.0}, lambda values, _: np.arange(len(values)) < 3),
+    ],
+)
+def test_held_out_shares_equal_dense_filters_of_one_half_judged_by_the_other(options, phi):
+    safety = random_pairs(make_model(), 2, 2)
+    fisher = weight_space_fishers(safety, n_s=8, n_u=9)
+    c0 = fisher.basis.coordinates(safety).numpy()
+    halves = [[half.dense().numpy() for half in side.halves(0)] for side in (fisher.safety, fisher.utility)]
+    kept = []
+    for fit in (0, 1):
+        left, right = dense_pencil(halves[0][fit], halves[1][fit], rho=0.1, rho_s=options["rho_s"])
+        ratio = np.trace(halves[0][fit]) / np.trace(halves[1][fit])
+        made = dense_filtered(left, right, c0, lambda values, ratio=ratio: phi(values, ratio))
+        kept.append([(made @ side[1 - fit] @ made) / (c0 @ side[1 - fit] @ c0) for side in halves])
+    found = Sst(**options).patch({}, safety, fisher).findings["held_out"]
+    expected = dict(zip(("safety_energy_kept", "utility_tax_kept"), np.mean(kept, axis=0), strict=True))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from peft.utils import merge_utils
@@ -11,7 +13,7 @@ from src.merge.combinations.della import Della
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.ties import Ties
-from src.merge.randomness import bernoulli, keyed_words
+from src.merge.randomness import bernoulli, keyed_words, uniform
 from src.merge.selection import kth_magnitude
 from src.merge.sparsify import rank_probabilities
 
@@ -60,6 +62,99 @@ def test_dare_is_pefts_formula_under_our_masks():
     scaled = torch.stack(kept) * torch.tensor(weights)[:, None, None]
     ties = merge_utils.disjoint_merge(scaled, agree)
     torch.testing.assert_close(merged(Dare(0.4, election="peft", normalise=True, seed=3), given, weights), ties)
+
+
+def largest(given, density, gamma=0.0):
+    """Zeros for the share gamma of largest magnitudes, and for what comes after the next share density."""
+    order = given.abs().flatten().argsort(descending=True)
+    first = int(gamma * given.numel())
+    kept = torch.zeros(given.numel()).index_fill_(0, order[first : first + int(density * given.numel())], 1.0)
+    return given * kept.view(given.shape)
+
+
+def thinned(given, key, density, spread=0.0):
+    """Elements kept with a probability linear in their rank in the row, and divided by it."""
+    ranks = given.abs().argsort(1).argsort(1).double()
+    probability = density - spread + 2 * spread * ranks / (given.shape[1] - 1)
+    drawn = uniform(0, key, "m", slice(0, given.shape[0]), given.shape[1])
+    return torch.where(drawn < probability, given / probability, 0.0).float()
+
+
+def sparse(method, key, given):
+    """What an expert keeps at the settings of ``ELECTIONS``."""
+    if isinstance(method, Della):
+        return thinned(given, key, 0.5, 0.15)
+    if isinstance(method, Dare):
+        return thinned(given, key, 0.4)
+    return largest(given, 0.5) if isinstance(method, Ties) else largest(given, 0.6, 0.1)
+
+
+def elected(updates, weights, convention="peft", majority="total", normalise=True, scale=1.0):
+    """One element after the other: who votes, which sign wins, who has it, and what they are divided by."""
+    found = torch.zeros_like(updates[0])
+    for row, column in itertools.product(*map(range, found.shape)):
+        values = [each[row, column].item() for each in updates]
+        votes = [v * (w if convention == "mergekit" else 1.0) for v, w in zip(values, weights, strict=True)]
+        cast = votes if majority == "total" else [(vote > 0) - (vote < 0) for vote in votes]
+        winner = 1 if sum(cast) >= 0 else -1
+        agreeing = [(v, w) for v, w, vote in zip(values, weights, votes, strict=True) if vote * winner > 0]
+        divisor = sum(w for _, w in agreeing) if convention == "mergekit" else len(agreeing)
+        total = sum(v * w for v, w in agreeing)
+        found[row, column] = scale * (total / divisor if normalise and agreeing else total)
+    return found
+
+
+ELECTIONS = {
+    "ties": (Ties(0.5), {}),
+    "ties sum": (Ties(0.5, normalise=False), {"normalise": False}),
+    "ties count": (Ties(0.5, majority="frequency"), {"majority": "frequency"}),
+    "ties mergekit": (Ties(0.5, convention="mergekit"), {"convention": "mergekit"}),
+    "ties mergekit count": (
+        Ties(0.5, convention="mergekit", majority="frequency"),
+        {"convention": "mergekit", "majority": "frequency"},
+    ),
+    "ties mergekit sum": (
+        Ties(0.5, convention="mergekit", normalise=False),
+        {"convention": "mergekit", "normalise": False},
+    ),
+    "ties scaled": (Ties(0.5, scale=1.7), {"scale": 1.7}),
+    "della": (Della(), {"convention": "mergekit"}),
+    "della scaled": (Della(scale=1.3), {"convention": "mergekit", "scale": 1.3}),
+    "della peft": (Della(election="peft"), {}),
+    "della sum": (Della(normalise=False), {"convention": "mergekit", "normalise": False}),
+    "dare mergekit": (Dare(0.4, election="mergekit"), {"convention": "mergekit", "normalise": False}),
+    "dare peft": (Dare(0.4, election="peft", normalise=True), {}),
+    "breadcrumbs peft": (Breadcrumbs(0.6, 0.1, election="peft", normalise=True), {}),
+    "breadcrumbs mergekit": (
+        Breadcrumbs(0.6, 0.1, election="mergekit"),
+        {"convention": "mergekit", "normalise": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "rule"), ELECTIONS.values(), ids=ELECTIONS)
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0], [0.5, 3.0, 1.5, 0.7], [0.5, -2.0, 1.2, 0.4]])
+def test_elections_are_those_of_a_loop_over_elements(method, rule, weights):
+    given = tensors(4)
+    expected = elected([sparse(method, f"e{i}", one) for i, one in enumerate(given)], weights, **rule)
+    torch.testing.assert_close(merged(method, given, weights), expected)
+
+
+@pytest.mark.parametrize("method", [Dare(1.0, normalise=True), Breadcrumbs(1.0, 0.0, normalise=True)])
+def test_a_mean_without_election_counts_the_weight_of_an_expert_that_lacks_the_module(method):
+    one, two = tensors(2)
+    lacking = [Expert("a", 2.0, {"m": DenseDelta(one)}), Expert("b", 3.0, {})]
+    torch.testing.assert_close(matrix(method.combine(lacking).deltas["m"]), 2 * one / 5)
+    torch.testing.assert_close(merged(method, [one, two], [2.0, 3.0]), (2 * one + 3 * two) / 5)
+    torch.testing.assert_close(merged(method, [one, two], [2.0, 3.0]), merged(Linear(), [one, two], [2.0, 3.0]))
+
+
+@pytest.mark.parametrize("election", ["peft", "mergekit"])
+def test_an_election_divides_by_those_that_have_the_module(election):
+    experts = [Expert("a", 2.0, {"m": DenseDelta(GOLDEN[0])}), Expert("b", 3.0, {})]
+    factor = 2.0 if election == "peft" else 1.0
+    for method in (Dare(1.0, election=election, normalise=True), Breadcrumbs(1.0, 0.0, election, normalise=True)):
+        torch.testing.assert_close(matrix(method.combine(experts).deltas["m"]), factor * GOLDEN[0])
 
 
 def test_conventions_agree_where_all_weights_are_one_and_differ_by_the_weight_where_they_are_equal():

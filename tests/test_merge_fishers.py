@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,8 +21,10 @@ from src.merge.sst import Sst
 from src.merge.stage import merge
 from tests.commands import measured_once
 from tests.merging import write_fishers
+from tests.oracles import dense_pencil
 
 REPRESENTATIONS = ["lowrank", "block", "kronecker", "diagonal"]
+SIDES = ["safety", "utility"]
 CONTROLS = ["random", "safety_only", "utility_only", "swapped"]
 
 
@@ -111,6 +114,17 @@ def test_the_interpolating_form_filters_the_difference(adapters, measured, tmp_p
     assert_equal(tmp_path / "m", {name: pair.dense() for name, pair in safety.items()})
     assert run(adapters, measured("lowrank"), tmp_path / "n", *form) == 2
     assert "--model.basis union" in capsys.readouterr().err
+    # t = 2, from the same files: the dense solve of the difference in the union's coordinates.
+    utility, files = read_adapter(adapters["utility"]).pairs, [load_fisher(fisher / f"{p}.safetensors") for p in SIDES]
+    u, v = files[0].u, files[0].v
+    whole = torch.cat([(u[n].T @ (safety[n].dense() - utility[n].dense()) @ v[n]).flatten() for n in u]).numpy()
+    left, right = dense_pencil(*(file.fisher.dense().numpy() for file in files), rho=0.1, rho_s=10.0)
+    tau = 2.0 * files[0].fisher.trace() / files[1].fisher.trace()
+    kept = torch.from_numpy(np.linalg.solve(left + tau * right, left @ whole))
+    cores = zip(u, kept.split([u[n].shape[1] * v[n].shape[1] for n in u]), strict=True)
+    parts = {n: u[n] @ core.view(u[n].shape[1], -1) @ v[n].T for n, core in cores}
+    for name, found in expected(Sst(form="interpolating", t=2.0), adapters, fisher).items():
+        torch.testing.assert_close(found, utility[name].dense() + parts[name], rtol=1e-6, atol=1e-8)
 
 
 def test_several_utility_fishers_are_their_weighted_mean(adapters, measured, rows, tmp_path, capsys):

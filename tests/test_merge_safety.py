@@ -208,6 +208,23 @@ def test_align_guard_removes_the_leading_directions_of_the_safety_fisher(updates
         AlignGuardPosthoc(k=7).patch(utility, safety, fisher)
 
 
+@pytest.mark.parametrize("add_safety", [True, False])
+def test_align_guard_removes_a_share_and_reports_the_critical_energy(updates, add_safety):
+    utility, safety = updates
+    fisher = weight_space_fishers(safety)
+    patch = AlignGuardPosthoc(k=2, gamma=0.3, add_safety=add_safety).patch(utility, safety, fisher)
+    leading = torch.linalg.eigh(fisher.safety.dense())[1][:, -2:]
+    critical = leading @ leading.T @ fisher.basis.coordinates(utility)
+    found = merged(utility, patch)
+    for name, removed in fisher.basis.patch(critical).items():
+        expected = utility[name].dense() + add_safety * safety[name].dense() - 0.3 * removed.dense()
+        torch.testing.assert_close(found[name].double(), expected.double(), rtol=1e-5, atol=1e-7)
+    whole = sum(pair.dense().double().square().sum().item() for pair in utility.values())
+    energy = critical.square().sum().item() / whole
+    assert patch.findings["utility_energy_critical"] == pytest.approx(energy, rel=1e-6)
+    assert 0 < energy < 1
+
+
 @pytest.mark.parametrize("form", ["additive", "interpolating"])
 @pytest.mark.parametrize("method", [SstV, SstM])
 def test_data_free_masks_are_their_formula(method, form, updates):

@@ -21,6 +21,7 @@ from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM, polar
 from src.merge.led import cut, disjoint, important, led
+from tests.merging import weight_fisher
 
 
 def drawn(*shape, seed=0):
@@ -59,14 +60,16 @@ def test_knots_is_the_full_svd_of_updates_side_by_side(inner):
     torch.testing.assert_close(result(Knots(inner), given), u[:, :kept] @ elementwise(inner, parts, given))
 
 
+def balanced(updates, rank=2):
+    """Factors of each update with the same singular values on both sides."""
+    triplets = (torch.linalg.svd(update, full_matrices=False) for update in updates)
+    return [(u[:, :rank] * s[:rank].sqrt(), v[:rank].T * s[:rank].sqrt()) for u, s, v in triplets]
+
+
 def test_core_space_merges_in_the_bases_of_the_stacked_factors():
     given = experts()
     dense = [e.deltas["m"].dense() for e in given]
-    lefts, rights = [], []
-    for delta in dense:
-        u, sigma, v = torch.linalg.svd(delta, full_matrices=False)
-        lefts.append(u[:, :2] * sigma[:2].sqrt())
-        rights.append(v[:2].T * sigma[:2].sqrt())
+    lefts, rights = zip(*balanced(dense), strict=True)
     u = torch.linalg.svd(torch.cat(lefts, dim=1), full_matrices=False).U
     v = torch.linalg.svd(torch.cat(rights, dim=1), full_matrices=False).U
     cores = [u.T @ delta @ v for delta in dense]
@@ -86,19 +89,34 @@ def test_compression_reports_the_energy_that_it_keeps():
     assert all(0 < share < 1 for share in kept)
 
 
-def test_tsv_merge_uses_the_nearest_orthonormal_bases():
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("inner", [Ties(0.4), TaskArithmetic()])
+def test_compression_merges_in_the_leading_directions_of_the_stacked_factors(rank, inner):
     given = experts()
+    dense = [e.deltas["m"].dense() for e in given]
+    u, v = (torch.linalg.svd(torch.cat(s, dim=1)).U[:, :rank] for s in zip(*balanced(dense), strict=True))
+    cores = [u.T @ delta @ v for delta in dense]
+    combined = CompressThenMerge(rank, inner).combine(given)
+    torch.testing.assert_close(combined.deltas["m"].dense(), u @ elementwise(inner, cores, given) @ v.T)
+    kept = [(core.norm() / delta.norm()).item() ** 2 for core, delta in zip(cores, dense, strict=True)]
+    assert combined.findings["modules"]["m"]["kept_energy"] == pytest.approx(kept)
+
+
+# Three experts of rank 3 have 9 triplets where 7 are orthonormal at most: 7 // 3 of each are kept.
+@pytest.mark.parametrize(("rank", "keep", "each"), [(2, None, 2), (2, 1, 1), (3, None, 2), (3, 1, 1), (2, 2, 2)])
+def test_tsv_merge_uses_the_nearest_orthonormal_bases(rank, keep, each):
+    given = experts(rank=rank)
     triplets = [torch.linalg.svd(e.deltas["m"].dense(), full_matrices=False) for e in given]
-    stacked_u = torch.cat([t.U[:, :2] for t in triplets], dim=1)
-    stacked_v = torch.cat([t.Vh[:2].T for t in triplets], dim=1)
-    sigma = torch.cat([e.weight * t.S[:2] for e, t in zip(given, triplets, strict=True)])
+    stacked_u = torch.cat([t.U[:, :each] for t in triplets], dim=1)
+    stacked_v = torch.cat([t.Vh[:each].T for t in triplets], dim=1)
+    sigma = torch.cat([e.weight * t.S[:each] for e, t in zip(given, triplets, strict=True)])
 
     def nearest(m):
         p, _, q = torch.linalg.svd(m, full_matrices=False)
         return p @ q
 
     expected = nearest(stacked_u) @ torch.diag(sigma) @ nearest(stacked_v).T
-    torch.testing.assert_close(result(TsvM(), given), expected)
+    torch.testing.assert_close(result(TsvM(keep), given), expected)
 
 
 def test_the_polar_factor_of_dependent_columns_is_a_partial_isometry():
@@ -114,6 +132,7 @@ def test_iso_c_has_a_flat_spectrum_of_the_same_mean_in_the_same_bases():
     u, sigma, v = torch.linalg.svd(total)
     expected = sigma[:6].mean() * u[:, :6] @ v[:6]
     torch.testing.assert_close(result(IsoC(), given), expected)
+    torch.testing.assert_close(result(IsoC(scale=1.7), given), 1.7 * expected)
 
 
 def test_regmean_solves_its_least_squares_problem():
@@ -124,6 +143,33 @@ def test_regmean_solves_its_least_squares_problem():
     targets = torch.cat([x @ d.T for x, d in zip(inputs, updates, strict=True)])
     torch.testing.assert_close(found, torch.linalg.lstsq(stacked, targets).solution.T)
     torch.testing.assert_close(regmean(updates[:1], [inputs[0].T @ inputs[0]]), updates[0])
+
+
+def dense_regmean(updates, grams, weights, off_diagonal):
+    """The definition: ΔWᵀ = (Σ w_i G_i)⁻¹ Σ w_i G_i ΔW_iᵀ, off-diagonal elements of G_i scaled."""
+    scale = torch.full_like(grams[0], off_diagonal).fill_diagonal_(1.0)
+    scaled = [w * gram * scale for w, gram in zip(weights, grams, strict=True)]
+    return torch.linalg.solve(sum(scaled), sum(g @ d.T for g, d in zip(scaled, updates, strict=True))).T
+
+
+@pytest.mark.parametrize("off_diagonal", [0.9, 0.4, 0.0])
+def test_regmean_scales_what_is_off_the_diagonal_and_weighs_experts(off_diagonal):
+    given = experts()
+    shapes = {"m": (9, 7)}
+    held = [Expert(e.key, e.weight, e.deltas, weight_fisher(shapes, "kronecker", i)) for i, e in enumerate(given)]
+    updates, weights = [e.deltas["m"].dense() for e in held], [e.weight for e in held]
+    grams = [e.fisher.factors("m")[1] for e in held]
+    expected = dense_regmean(updates, grams, weights, off_diagonal)
+    torch.testing.assert_close(regmean(updates, grams, weights, off_diagonal=off_diagonal), expected)
+    torch.testing.assert_close(result(RegMean(off_diagonal), held), expected)
+    full = [Expert(e.key, e.weight, {"m": DenseDelta(u)}, e.fisher) for e, u in zip(held, updates, strict=True)]
+    torch.testing.assert_close(result(RegMean(off_diagonal), full), expected)
+    if off_diagonal == 0.9:
+        torch.testing.assert_close(result(RegMean(), held), expected)
+    # The basis of the core space, up to signs, which change nothing: singular vectors of the stacked right sides.
+    v = torch.linalg.svd(torch.cat([side for _, side in balanced(updates)], dim=1), full_matrices=False).U
+    inside = dense_regmean([u @ v for u in updates], [v.T @ gram @ v for gram in grams], weights, off_diagonal)
+    torch.testing.assert_close(result(RegMean(off_diagonal, space="core"), held), inside @ v.T)
 
 
 def test_regmean_in_the_core_space_is_regmean_where_inputs_lie_in_it():
@@ -151,14 +197,16 @@ def test_fisher_averages_agree_where_factors_are_diagonal():
     torch.testing.assert_close(whole, diagonal_average(updates, fishers, normalise=False, floor=0.0))
 
 
-def test_the_kronecker_average_solves_the_dense_system():
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+def test_the_kronecker_average_solves_the_dense_system(weights):
     updates = [drawn(4, 3, seed=i) for i in range(3)]
     left = [m @ m.T for m in (drawn(4, 9, seed=20 + i) for i in range(3))]
     right = [m @ m.T for m in (drawn(3, 9, seed=30 + i) for i in range(3))]
-    fishers = [torch.kron(a, b) for a, b in zip(left, right, strict=True)]
+    given = zip(left, right, weights or [1.0] * 3, strict=True)
+    fishers = [w * torch.kron(a, b) for a, b, w in given]
     target = sum(f @ d.reshape(-1) for f, d in zip(fishers, updates, strict=True))
     expected = torch.linalg.solve(sum(fishers), target).reshape(4, 3)
-    torch.testing.assert_close(kronecker_average(updates, left, right, ridge=0.0), expected)
+    torch.testing.assert_close(kronecker_average(updates, left, right, weights, ridge=0.0), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -75,10 +75,12 @@ def test_settings_and_missing_modules_of_the_diagonal_method_are_named(adapters)
         SstDiagonal().patch({}, {}, None)
 
 
-def test_the_diagonal_average_follows_each_experts_own_information(adapters, statistics, tmp_path):
-    assert combine(adapters, statistics["diagonal"], tmp_path / "m", "--combine", "FisherAverage", "--rank", "16") == 0
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_diagonal_average_follows_each_experts_own_information(adapters, statistics, tmp_path, normalise):
+    flags = ["--combine", "FisherAverage", "--combine.normalise", str(normalise).lower(), "--rank", "16"]
+    assert combine(adapters, statistics["diagonal"], tmp_path / "m", *flags) == 0
     fishers = files(statistics["diagonal"])
-    norms = [fisher.diagonal().norm() for fisher in fishers]
+    norms = [fisher.diagonal().norm() if normalise else 1.0 for fisher in fishers]
     for name, pair in read_adapter(tmp_path / "m").pairs.items():
         weights = [
             w * (f.module_diagonal(name) / n).clamp(min=1e-6).view(pair.shape)
@@ -92,11 +94,18 @@ def test_the_kronecker_average_is_that_of_the_files_factors(adapters, statistics
     flags = ["--combine", "FisherAverage", "--combine.floor", "0.001", "--rank", "16"]
     assert combine(adapters, statistics["kronecker"], tmp_path / "m", *flags) == 0
     fishers = files(statistics["kronecker"])
+    smallest = min(fishers[0].shapes, key=lambda name: sum(fishers[0].shapes[name]))
     for name, pair in read_adapter(tmp_path / "m").pairs.items():
         left, right = zip(*(fisher.factors(name) for fisher in fishers), strict=True)
         dense = [own[name].dense() for own in updates(adapters)]
         expected = kronecker_average(dense, left, right, [1.0, 0.5], ridge=1e-3)
         torch.testing.assert_close(pair.dense(), expected, rtol=1e-3, atol=1e-5)
+        if name == smallest:
+            ridged = [[m + 1e-3 * m.diagonal().mean() * torch.eye(len(m)) for m in side] for side in (left, right)]
+            whole = [w * torch.kron(a, b) for w, a, b in zip([1.0, 0.5], *ridged, strict=True)]
+            target = sum(f @ d.flatten() for f, d in zip(whole, dense, strict=True))
+            expected = torch.linalg.solve(sum(whole), target).view(pair.shape)
+            torch.testing.assert_close(pair.dense(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_regmean_of_files_stays_low_rank_and_solves_the_whole_problem(adapters, statistics, tmp_path):
@@ -107,6 +116,11 @@ def test_regmean_of_files_stays_low_rank_and_solves_the_whole_problem(adapters, 
         grams = [fisher.factors(name)[1] for fisher in fishers]
         expected = regmean([own[name].dense() for own in updates(adapters)], grams, [1.0, 0.5])
         torch.testing.assert_close(pair.dense(), expected, rtol=1e-4, atol=1e-6)
+        scale = 0.9 + 0.1 * torch.eye(pair.shape[1])
+        scaled = [w * gram * scale for w, gram in zip([1.0, 0.5], grams, strict=True)]
+        right = sum(g @ own[name].dense().T for g, own in zip(scaled, updates(adapters), strict=True))
+        whole = torch.linalg.solve(sum(scaled), right).T
+        torch.testing.assert_close(pair.dense(), whole, rtol=1e-4, atol=1e-6)
 
 
 def experts_of(adapters, folders, turn=lambda pairs: pairs):

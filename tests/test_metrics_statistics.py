@@ -122,6 +122,17 @@ def test_a_difference_is_never_surer_than_its_rows_allow():
         assert (none.low, none.high) == pytest.approx((-square / (n + square), square / (n + square)))
         half = paired_difference([0.75] * n, [0.25] * n)
         assert half.low < 0.5 < half.high <= 1
+        # A share of rows not seen, Wilson's upper end of 0 in n at most, may differ by −1 or by 1 instead.
+        unseen = square / (n + square)
+        for first, second in ((0.75, 0.25), (0.2, 0.9), (0.3, 0.3)):
+            value = first - second
+            equal = paired_difference([first] * n, [second] * n)
+            ends = (1 - unseen) * value - unseen, (1 - unseen) * value + unseen
+            assert (equal.low, equal.value, equal.high) == pytest.approx((ends[0], value, ends[1]), abs=1e-12)
+        assert (up.low, up.high) == pytest.approx(tango(n, 0, n), abs=1e-12)
+        down = paired_difference([0.0] * n, [1.0] * n)
+        assert (down.low, down.high) == pytest.approx(tango(0, n, n), abs=1e-12)
+        assert (none.low, none.high) == pytest.approx(tango(0, 0, n), abs=1e-12)
     assert paired_difference([1.0] * 3 + [0.0], [0.0] * 4).includes_zero  # McNemar's p is 0.25
     many, few = shares(60, 100), shares(45, 100)
     drawn = resampled_means(torch.tensor(many) - torch.tensor(few))

@@ -361,3 +361,24 @@ def test_where_the_processor_multiplies_bfloat16_no_clock_decides_whether_to_rou
     monkeypatch.setattr("src.models.speed._multiplies_bfloat16", lambda: False)
     assert choose_matmul("auto", narrow, max_error=5e-3, copies=True) == "medium"
     torch.set_float32_matmul_precision("highest")
+
+
+def test_an_adapter_of_all_linear_layers_keeps_to_the_decoder():
+    from src.models.base import BaseSpec
+    from src.models.expert import ExpertModule, LoraSpec
+
+    model = make_model()
+    model.vision_tower = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 16))
+    adapted = ExpertModule(BaseSpec("tiny"), LoraSpec())._with_lora(model)
+    names = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert len(names) == 14
+    assert not any("vision_tower" in name for name in names)
+
+
+def test_quantised_weights_are_not_sharded():
+    from src.models.sharding import shard
+
+    model = make_model()
+    model.is_quantized = True
+    with pytest.raises(InputError, match="cannot be sharded"):
+        shard(model, object())

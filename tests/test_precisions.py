@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from src.adapters.peft_files import read_adapter
 from src.cli import main
+from src.data.batches import Batch
 from src.fisher.files import load_fisher
+from src.models.logits import can_pack
 from tests.commands import ROOT, fisher_flags, fit_flags, run_processes
 from tests.test_pipeline import losses, test_flags
 from tests.tiny import make_model
@@ -51,7 +53,7 @@ def test_rotary_frequencies_are_those_of_float32_in_any_format(base, rows, tmp_p
     assert all(issubclass(one, KeptBuffers) for one in (EvaluationModule, ExpertModule, FisherModule))
     module = KeptBuffers()
     module.model = make_model(dtype=torch.float32)
-    module.model.register_buffer("table", torch.randn(3), persistent=True)
+    module.model.register_buffer("table", torch.randn(3), persistent=False)
     before = module.model.model.rotary_emb.inv_freq.clone()
     module.to(dtype=torch.bfloat16)
     assert module.model.lm_head.weight.dtype == module.model.table.dtype == torch.bfloat16
@@ -80,3 +82,20 @@ def test_sharded_training_of_a_narrow_base_keeps_its_adapter_in_float32(base, ro
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two)
     assert two[-1] == pytest.approx(one[-1], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_core_alone_is_trained_in_a_narrow_format(base, adapters, rows, tmp_path, precision):
+    formats = ["--model.base.dtype", "float32", "--trainer.precision", precision]
+    flags = fit_flags(base, rows, tmp_path / "core", "--model.core", str(adapters["safety"]), *formats)
+    assert main(flags) == 0
+    found = losses(tmp_path / "core")
+    assert found[-1] < found[0]
+
+
+def test_a_trial_of_packing_knows_that_products_are_narrow(base):
+    model = make_model(dtype=torch.float32)
+    row = torch.arange(16)
+    batch = Batch(torch.arange(2), torch.stack([row, row + (row > 12)]), torch.tensor([16, 16]), torch.tensor([14, 14]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_pack(model, batch)

@@ -3,8 +3,13 @@
 import random
 
 import pytest
+import torch
 
-from src.data.schedule import budget_batches, even_batches
+from src.data.batches import EncodedRows
+from src.data.schedule import Step, budget_batches, deal, even_batches
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
+from src.models.computation import Computation
 from tests.evaluations import choice_rows, write_jsonl
 from tests.tiny import make_tokenizer
 
@@ -41,30 +46,62 @@ def test_a_unit_that_exceeds_the_budget_stands_alone(lengths):
     assert even_batches([], lengths, beginning=0, max_rows=2, max_tokens=8) == []
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_beginning_counts_once_only_where_it_is_computed_once(tmp_path, window):
-    """A sliding window keeps a model from it: then worked examples count for every row of a batch."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    from src.data.suite import Suite
-    from src.data.suites import EvaluationData
-    from src.models.computation import Computation
-
-    few, questions = (
-        write_jsonl(tmp_path / f"{start}.jsonl", choice_rows(count, start=start))
-        for start, count in ((0, 12), (50, 24))
-    )
+@pytest.fixture
+def worked_examples(tmp_path):
+    """24 questions of two subjects behind five worked examples each, laid out for 1500 tokens."""
+    few = write_jsonl(tmp_path / "few.jsonl", choice_rows(12))
+    questions = write_jsonl(tmp_path / "questions.jsonl", choice_rows(24, start=50))
     suite = Suite(name="mmlu", kind="choice", rows=str(questions), few_shot=str(few), shots=5)
     data = EvaluationData([suite], batch_size=100, max_tokens=1500, max_length=2000)
     data.bind(make_tokenizer())
     data.encode_suites(None)
+    return data
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_beginning_counts_once_only_where_it_is_computed_once(worked_examples, sharded):
+    worked_examples.plan(1, {}, sharded=sharded)
+    steps = worked_examples.steps
+    lengths = [len(encoded.ids) for encoded in worked_examples.encoded["mmlu"]]
+    assert sorted(row for step in steps for row in step.rows) == list(range(24))
+    most = max(sum(lengths[i] for i in step.rows) for step in steps)
+    assert (most <= 1500) if sharded else (most > 1500)
+
+
+def test_a_model_that_cannot_share_a_beginning_stays_within_the_budget(worked_examples):
+    """A sliding window keeps a model from packing, even one that is wider than any row."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    worked_examples.plan(1, {})
+    rows = worked_examples.steps[0].rows
+    batch = EncodedRows(worked_examples.encoded["mmlu"], 256)[(list(rows), 1.0)]
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=258, num_key_value_heads=2, sliding_window=window, **sizes)
-    shares = Computation(MistralForCausalLM(config), {}, sharded=False).shares_beginnings
-    assert shares == (window is None)
-    data.plan(1, {}, shares_beginnings=shares)
-    rows = [len(step.rows) for step in data.steps]
-    lengths = [len(encoded.ids) for encoded in data.encoded["mmlu"]]
-    assert sum(rows) == 24
-    most = max(sum(lengths[i] for i in step.rows) for step in data.steps)
-    assert (most > 1500) if shares else (most <= 1500)
+    scores, passes = [], []
+    for window in (None, 4096):
+        torch.manual_seed(0)
+        config = MistralConfig(vocab_size=258, num_key_value_heads=2, sliding_window=window, **sizes)
+        model = MistralForCausalLM(config).double().eval().requires_grad_(False)
+        seen = []
+        model.get_input_embeddings().register_forward_hook(
+            lambda _, given, __, seen=seen: seen.append(given[0].numel())
+        )
+        modes = {"choose": "highest", "settle": "highest"}
+        computation = Computation(model, modes, sharded=False, max_tokens=1500)
+        scores.append(computation._choice_scores(worked_examples.tokens["mmlu"], batch, "highest"))
+        passes.append(seen)
+    assert len(passes[1]) > len(passes[0])
+    assert max(passes[1]) <= 1500 < batch.ids.numel()
+    assert torch.tensor(scores[0]).allclose(torch.tensor(scores[1]), rtol=1e-9)
+
+
+def test_blocks_that_are_dealt_as_one_keep_no_process_waiting():
+    blocks = [[Step(0, number, (row,)) for row in range(count)] for number, count in enumerate((1, 3, 1, 2, 1))]
+    apart = [deal(blocks, rank, 4) for rank in range(4)]
+    as_one = [deal(blocks, rank, 4, in_step=False) for rank in range(4)]
+    for shares in (apart, as_one):
+        assert len({len(share) for share in shares}) == 1
+        done = [step for share in shares for step in share if step.weight]
+        assert sorted((s.suite, s.rows) for s in done) == sorted((s.suite, s.rows) for block in blocks for s in block)
+    assert [sum(step.weight for step in share) for share in apart] == [5, 2, 1, 0]
+    assert [sum(step.weight for step in share) for share in as_one] == [2, 2, 2, 2]
+    assert all([step.suite for step in share] == sorted(step.suite for step in share) for share in as_one)

@@ -1,6 +1,6 @@
 """The work of an evaluation as one list of batches: for each model each suite, the same whatever the processes.
 
-Batches are filled up to a budget of tokens, padding counted and a shared beginning counted once. They are formed over
+Batches are filled up to a budget of tokens, padding counted; a beginning that is computed once counts once. They are formed over
 all rows before anything is dealt out or left out, so a row meets the same neighbours in one process or three, in one
 go or after an interruption, and its numbers are the same.
 """
@@ -98,13 +98,21 @@ def even_batches(
     return found
 
 
-def deal(batches: Sequence[Sequence[Step]], rank: int, world_size: int) -> list[Step]:
-    """This process's share of blocks of batches; each block is filled up so that all processes make as many steps.
+def deal(batches: Sequence[Sequence[Step]], rank: int, world_size: int, *, in_step: bool = True) -> list[Step]:
+    """This process's share of blocks of batches, filled up so that all processes make as many steps.
 
     At least one step is left, of weight 0, where nothing is to do: a loop over nothing would not end its epoch.
+
+    Args:
+        batches: The batches of each block.
+        rank: Number of the process.
+        world_size: Number of processes.
+        in_step: Whether all processes work on the same block at a time, as sharded weights need it. Otherwise blocks
+            are dealt as one, so that short ones keep no process waiting.
     """
     mine: list[Step] = []
-    for block in batches:
+    blocks = batches if in_step else [[step for block in batches for step in block]]
+    for block in blocks:
         share = list(block[rank::world_size])
         if block and len(share) < -(-len(block) // world_size):
             last = block[-1]

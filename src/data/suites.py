@@ -58,6 +58,7 @@ class EvaluationData(TokenizedData):
         self.rows: dict[str, Sequence[Row]] = {suite.name: suite.load() for suite in suites}
         self.tokens: dict[str, SuiteTokens] = {}
         self._steps: list[list[Step]] = []
+        self._in_step = False
 
     @property
     def encoded(self) -> dict[str, list[Encoded]]:
@@ -117,16 +118,18 @@ class EvaluationData(TokenizedData):
         digest.update(json.dumps([{key: getattr(suite, key) for key in keys}, stops]).encode())
         return digest.hexdigest()
 
-    def plan(self, models: int, done: Mapping[tuple[int, int], set[int]], *, shares_beginnings: bool = True) -> None:
+    def plan(self, models: int, done: Mapping[tuple[int, int], set[int]], *, sharded: bool = False) -> None:
         """Lay out the steps of so many models, without batches whose rows are all done.
 
         Args:
             models: Number of models.
             done: Rows that are done of each model and suite.
-            shares_beginnings: Whether the models compute what the rows of a batch begin with once also where nothing is
-                generated; otherwise it counts for each row.
+            sharded: Whether processes hold parts of the weights: then all work on the same suite at a time, and what
+                rows begin with is computed for each of them.
         """
-        blocks = [self._batches(suite, shares_beginnings or suite.generates) for suite in self.suites]
+        self._in_step = sharded
+        # While answers are generated, keys and values of a beginning lie in memory once for each row.
+        blocks = [self._batches(suite, shared=not (sharded or suite.generates)) for suite in self.suites]
         self._steps = [
             [
                 Step(model, number, tuple(rows))
@@ -142,7 +145,7 @@ class EvaluationData(TokenizedData):
     @property
     def steps(self) -> list[Step]:
         """This process's share of the steps."""
-        return deal(self._steps, *process_share(self.trainer))
+        return deal(self._steps, *process_share(self.trainer), in_step=self._in_step)
 
     def scored(self, suite: Suite) -> bool:
         """Whether the suite's reference answers are scored: every row must have one, in words."""
@@ -152,7 +155,7 @@ class EvaluationData(TokenizedData):
         """Whether more than answers is computed: likelihoods of references, or of the answers themselves."""
         return suite.kind != "choice" and (self.scored(suite) or (suite.generates and suite.collapse_nll is not None))
 
-    def _batches(self, suite: Suite, shared: bool) -> list[list[int]]:
+    def _batches(self, suite: Suite, *, shared: bool) -> list[list[int]]:
         tokens = self.tokens[suite.name]
         extra = suite.max_new_tokens if suite.generates else 0
         lengths = [(e.answer_start if suite.generates else len(e.ids)) + extra for e in tokens.encoded]

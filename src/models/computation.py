@@ -1,6 +1,6 @@
 """What an evaluation computes on one batch: answers, likelihoods of references, scores of choices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -45,11 +45,13 @@ class Computation:
         model: A transformers causal language model.
         modes: How float32 matrices are multiplied for each use, see :func:`choose_modes`.
         sharded: Whether other processes hold parts of the weights: then every process makes the same passes.
+        max_tokens: Most tokens of one pass over choices, where rows share no beginning.
     """
 
     model: Any
     modes: dict[str, str]
     sharded: bool
+    max_tokens: int | None = None
     _can_pack: bool | None = None
     _copies: NarrowCopies | None = None
 
@@ -120,7 +122,9 @@ class Computation:
                 together = len(batch.index) if self.sharded else SCORED_TOGETHER
                 nll, _ = answer_nll(self.model, batch, pack=packs, narrow=narrow, together=together)
                 return [[-one] for one in nll.tolist()]
-            scores = letter_scores(self.model, batch, tokens.letters, pack=packs, narrow=narrow).tolist()
+            parts = [batch] if packs or self.sharded else self._within_budget(batch)
+            found = [letter_scores(self.model, part, tokens.letters, pack=packs, narrow=narrow) for part in parts]
+            scores = torch.cat(found).tolist()
         rows: list[Any] = [tokens.encoded[i].row for i in batch.index.tolist()]
         return [one[: len(row.choices)] for one, row in zip(scores, rows, strict=True)]
 
@@ -134,12 +138,10 @@ class Computation:
         found = self.likelihoods(_batch(rows, encoder.tokenizer.pad_token_id, batch))
         return [record["nll"] / record["tokens"] for record in found]
 
-    @property
-    def shares_beginnings(self) -> bool:
-        """Whether tokens that rows of a batch begin with are computed once, as far as a trial of a few tokens tells."""
-        row = torch.arange(16)
-        pair = Batch(torch.arange(2), torch.stack([row, row]), torch.tensor([16, 16]), torch.tensor([15, 15]))
-        return not self.sharded and can_pack(self.model, pair.to(next(self.model.parameters()).device))
+    def _within_budget(self, batch: Batch) -> Iterator[Batch]:
+        """Parts of a batch that was laid out for a beginning that is computed once, where each row computes it."""
+        rows = len(batch.index) if self.max_tokens is None else max(1, self.max_tokens // batch.ids.shape[1])
+        return batch.split(rows)
 
     def _packs(self, batch: Batch) -> bool:
         """Whether to pack; tried out once per run."""

@@ -121,7 +121,8 @@ def _activation_bytes(model: Any, tokens: int, rows: int, answers: int, width: i
     kept += 2 * layers * config.num_attention_heads * tokens * (tokens // max(rows, 1)) * width if formed else 0
     if recomputed:
         kept = kept // layers + layers * config.hidden_size * tokens * width
-    return kept + 3 * 4 * answers * config.vocab_size
+    # Logits, their logarithms, and two tables in float64 while labels are drawn.
+    return kept + 24 * answers * config.vocab_size
 
 
 def estimate(

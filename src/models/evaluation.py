@@ -145,7 +145,7 @@ class EvaluationModule(KeptBuffers):
             check_fits(self.model, adapter.pairs, adapter.name)
         if self._sharded:
             shard(self.model, self.device_mesh)
-        self._computation = Computation(self.model, modes, self._sharded)
+        self._computation = Computation(self.model, modes, self._sharded, self._data.max_tokens)
         self._swap = Swap(self.model, list(self.models.values()))
         self._plan()
 
@@ -161,7 +161,7 @@ class EvaluationModule(KeptBuffers):
             judges = awaited_judges(data, self._records, len(self.models), self.output / FOLDER)
             check_judges(judges, self.trainer.strategy, first=self.global_rank == 0)
         done = {place: set(records) for place, records in self._records.items()}
-        data.plan(len(self.models), done, shares_beginnings=self._computation.shares_beginnings)
+        data.plan(len(self.models), done, sharded=self._sharded)
         if found := sum(map(len, done.values())):
             log.info("%d results of an earlier run are taken up again", found)
         self._progress = Progress(sum(len(step.rows) for step in data.steps if step.weight))

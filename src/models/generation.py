@@ -107,7 +107,7 @@ def greedy(
     if sharded:
         return _greedy_in_step(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id)
     # transformers is too heavy to import before there is something to decode.
-    from src.models.kv_cache import reserve
+    from src.models.kv_cache import reserve, select_rows
 
     ids, mask, cache = _prefill_inputs(model, batch, pad_id, max_new_tokens)
     stops = torch.tensor(list(stop_ids), device=ids.device)
@@ -138,7 +138,7 @@ def greedy(
         position, mask = position[:, -1:] + 1, torch.nn.functional.pad(mask, (0, 1), value=1)
         if live.sum() < COMPACT_BELOW * len(live):
             kept = live.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
+            select_rows(cache, kept)
             rows, token, position, mask, live = (x[kept] for x in (rows, token, position, mask, live))
         ids = token[:, None]
     return answers
@@ -189,15 +189,17 @@ def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[t
     """Prompts without their common beginning, the mask over both, and the cache of the beginning.
 
     A layer with a sliding window counts padding as tokens, so where texts may outgrow a window none stands between the
-    beginning and the rest: prompts stay whole.
+    beginning and the rest: prompts stay whole. So they do where layers have states in place of keys and values.
     """
     ids, mask = left_padded_prompts(batch, pad_id)
     start = batch.common_prefix
     if not start or not hasattr(model, "get_decoder"):
         return ids, mask, None
+    from src.models.kv_cache import has_states
+
     cache = _cache_of(model.get_decoder()(input_ids=batch.ids[:1, :start], use_cache=True), model)
     windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
-    if windows and ids.shape[1] + more > min(windows):
+    if has_states(cache) or (windows and ids.shape[1] + more > min(windows)):
         return ids, mask, None
     cache.batch_repeat_interleave(len(ids))
     # The rest of each prompt, padded on the left again: the beginning now stands before the padding.

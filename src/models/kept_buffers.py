@@ -1,4 +1,4 @@
-"""Buffers that a model computes for itself, which no change of its number format may round."""
+"""Rotary frequencies, which no change of a model's number format may round."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,11 @@ from lightning import LightningModule
 
 
 class KeptBuffers(LightningModule):
-    """A module whose ``to`` leaves buffers that are no part of a checkpoint at their precision.
+    """A module whose ``to`` leaves rotary frequencies at their precision.
 
-    Rotary frequencies are such buffers: transformers keeps them in float32 beside weights of any format. Lightning's
-    ``bf16-true`` and ``16-true`` convert whole modules, buffers included, and a frequency that is rounded to bfloat16
-    turns position 500 by up to a radian: another model than the one that the base's name promises.
+    transformers keeps them in float32 beside weights of any format. Lightning's ``bf16-true`` and ``16-true`` convert
+    whole modules, buffers included, and a frequency that is rounded to bfloat16 turns position 500 by up to a radian:
+    another model than the one that the base's name promises.
     """
 
     def _apply(
@@ -21,7 +21,7 @@ class KeptBuffers(LightningModule):
             (module, name, buffer)
             for module in self.modules()
             for name, buffer in module.named_buffers(recurse=False)
-            if name in module._non_persistent_buffers_set and buffer.is_floating_point()
+            if name.endswith("inv_freq")
         ]
         super()._apply(fn, recurse)
         for module, name, before in kept:

@@ -61,3 +61,17 @@ def reserve(cache: Any, more: int) -> None:
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[number] = ReservedLayer(layer, more)
+
+
+def has_states(cache: Any) -> bool:
+    """Whether layers keep states of all tokens so far, which have no places that could be shared or repeated."""
+    return any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+
+
+def select_rows(cache: Any, rows: torch.Tensor) -> None:
+    """Keep some rows (M,) of every layer."""
+    for layer in cache.layers:
+        if hasattr(layer, "recurrent_states"):
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_select_indices(rows)

@@ -86,6 +86,7 @@ def can_pack(model: Any, batch: Batch, *, narrow: bool = False) -> bool:
     finally:
         torch.set_float32_matmul_precision(mode)
     narrow = narrow or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    narrow = narrow or torch.is_autocast_enabled(batch.ids.device.type)
     return bool(difference <= (0.1 if narrow else 1e-3) * plain.std())
 
 

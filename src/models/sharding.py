@@ -1,10 +1,23 @@
 """Sharding of a language model over a device mesh (FSDP2), one unit per decoder layer."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
+
+from src.errors import InputError
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one another: a judge of the first one may take longer than Lightning's 30 minutes."""
+
+
+class DataParallelStrategy(DDPStrategy):
+    """DDP whose processes wait for one another as long as it takes."""
+
+    def __init__(self) -> None:
+        super().__init__(timeout=PATIENCE)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -15,7 +28,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=PATIENCE)
 
     def setup_environment(self) -> None:
         """Start the process group and lay the mesh over it."""
@@ -24,11 +37,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh | None) -> None:
-    """Shard the parameters of every decoder layer, then the rest, over the mesh's data-parallel dimension."""
+    """Shard the parameters of every decoder layer, then the rest, over the mesh's data-parallel dimension.
+
+    Raises:
+        InputError: the model is quantised.
+    """
     from torch.distributed.fsdp import fully_shard
 
     if mesh is None:
         raise RuntimeError("sharding needs a device mesh: the strategy has not set one up")
+    if getattr(model, "is_quantized", False):
+        raise InputError("base.quantization: weights of 8 or 4 bits cannot be sharded; use gpu.yaml or ddp.yaml")
 
     data = mesh["data_parallel"]
     for layer in decoder_layers(model):
