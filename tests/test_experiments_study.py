@@ -372,6 +372,14 @@ def test_mixed_training_is_a_method_of_the_grid(folder, base, rows):
     assert counts["mixed, safety_rows = 4, seed 0"] == 13 + 4
 
 
+def test_strengths_that_nothing_can_choose_are_refused_before_anything_runs(base, rows, tmp_path, capsys):
+    given = recipe(base, rows)
+    given["evaluation"]["further"] = [given["evaluation"]["suites"].pop(0)]
+    assert run_study(tmp_path, given, "Comparison", {"methods": METHODS, "ours": "SST"}, name="none") == 2
+    assert "recipe.evaluation.suites: no suite of kind harmful or jailbreak" in capsys.readouterr().err
+    assert ran == []
+
+
 def test_a_page_says_where_mixed_training_has_fewer_rows_than_asked_for(base, rows, tmp_path):
     given = recipe(base, rows)
     given["safety"]["train"] = [str(rows["harmful"]), {"path": str(rows["benign"]), "limit": 2}]

@@ -1,8 +1,8 @@
 """The work of an evaluation as one list of batches: for each model each suite, the same whatever the processes.
 
-Batches are filled up to a budget of tokens, padding counted; a beginning that is computed once counts once. They are formed over
-all rows before anything is dealt out or left out, so a row meets the same neighbours in one process or three, in one
-go or after an interruption, and its numbers are the same.
+Batches are filled up to a budget of tokens, padding counted; a beginning that is computed once counts once. They are
+formed over all rows before anything is dealt out or left out, so a row meets the same neighbours in one process or
+three, in one go or after an interruption, and its numbers are the same.
 """
 
 from collections.abc import Iterator, Sequence

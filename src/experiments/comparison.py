@@ -21,7 +21,7 @@ from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
-from src.experiments.scores import MEASURES, Measure, Scores, gathered
+from src.experiments.scores import HARMFUL, MEASURES, Measure, Scores, gathered
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import Claim, claims, claims_table, tally
 from src.experiments.store import Store
@@ -91,7 +91,12 @@ class Comparison(Study):
         self.methods, self.ours = methods, ours
 
     def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
-        """References and paths for every seed."""
+        """References and paths for every seed.
+
+        Raises:
+            InputError: strengths are to be chosen, and no suite says by what.
+        """
+        check_choice(grid, self.methods)
         return every_path(grid, self.methods, seeds)
 
     def report(self, plan: Plan, store: Store) -> Document:
@@ -153,6 +158,19 @@ class Comparison(Study):
         enough = f" (refusal of at least {rule.refusal:g})" if rule.rule == "refusal_at_least" else ""
         return (
             f"Strengths were chosen by the rule {rule.rule}{enough} on {rule.share:.0%} of the rows, the rest report."
+        )
+
+
+def check_choice(grid: Grid, methods: Sequence[MethodSpec]) -> None:
+    """Stop before anything is computed where no validation row will ask for a refusal.
+
+    Raises:
+        InputError: a method has several strengths, and none of ``evaluation.suites`` has harmful prompts.
+    """
+    kinds = {suite.kind for suite in grid.recipe.evaluation.suites}
+    if kinds.isdisjoint(HARMFUL) and any(len(method.strength.values) > 1 for method in methods):
+        raise InputError(
+            "recipe.evaluation.suites: no suite of kind harmful or jailbreak; strengths are chosen by refusal"
         )
 
 
