@@ -11,7 +11,7 @@ from src.merge import registry  # noqa: F401 - fills the registry
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
 from src.metrics.judging import Judge
-from tests.every_method import concrete
+from tests.registries import concrete
 from tests.test_cli import fails
 
 PAPER = re.compile(r"\d{4}\.\d{5}|no (?:arXiv id|paper)", re.IGNORECASE)

@@ -33,8 +33,8 @@ from src.merge.parallel import one_thread_each
 from src.merge.sst import Sst
 from src.merge.stage import merge
 from tests.conftest import random_adapter
-from tests.every_method import concrete
 from tests.merging import anchored, matching_fishers, regauged, weight_fisher, write_fishers
+from tests.registries import concrete
 from tests.tiny import make_model, random_pairs
 
 METHODS = [pytest.param(cls(), id=cls.__name__) for cls in concrete(MergeMethod)]
