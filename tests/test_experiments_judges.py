@@ -5,11 +5,12 @@ import inspect
 import pytest
 
 from src.data.suite import Suite
-from src.experiments.cell import RUNNING, Cell
+from src.experiments.cell import Cell
+from src.experiments.content import RUNNING
 from src.experiments.settings import plain
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.metrics.judging import Judge
-from tests.every_method import concrete
+from tests.registries import concrete
 from tests.tiny import write_rows
 
 NEEDED = {"name": "org/judge", "url": "http://localhost:8000/v1", "model": "judge"}

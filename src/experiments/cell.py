@@ -22,8 +22,6 @@ FORMAT: dict[str, int] = {"fit": 2, "fisher": 1, "merge": 1, "test": 1, "inspect
 """Raise a stage's number where a change of the source changes its numbers: cells that are known are made again then."""
 NUMERICAL = {"fit": ("torch", "transformers", "peft"), "fisher": ("torch", "transformers"), "merge": ("torch",)}
 NUMERICAL |= {"test": ("torch", "transformers"), "inspect": ("torch",)}
-RUNNING = frozenset(("batch_size", "retries", "wait", "timeout", "parallel", "key_variable"))
-"""Options of judges that say how one is run: no verdict follows from them, so they are no part of a key."""
 KEY_LENGTH = 24
 
 
@@ -54,7 +52,7 @@ class Cell:
             "stage": self.stage,
             "format": FORMAT[self.stage],
             "versions": {name: _series(version(name)) for name in NUMERICAL[self.stage]},
-            "settings": _without_running(identified(self.stage, self.settings)),
+            "settings": identified(self.stage, self.settings),
             "needs": {role: [cell.key for cell in cells] for role, cells in sorted(self.needs.items())},
         }
         return digest(content)
@@ -63,22 +61,6 @@ class Cell:
     def parents(self) -> list["Cell"]:
         """The cells that it needs."""
         return [cell for cells in self.needs.values() for cell in cells]
-
-
-def _without_running(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without how the judges of suites are run."""
-    data = settings.get("data", {})
-    if not any("judge" in suite for suite in data.get("suites", ())):
-        return settings
-    suites = [suite | {"judge": _verdicts(suite["judge"])} if "judge" in suite else suite for suite in data["suites"]]
-    return settings | {"data": data | {"suites": suites}}
-
-
-def _verdicts(judge: Mapping[str, Any]) -> dict[str, Any]:
-    """A judge's class and the options that its verdicts follow from."""
-    given = {key: value for key, value in judge.get("init_args", {}).items() if key not in RUNNING}
-    found = {key: value for key, value in judge.items() if key != "init_args"}
-    return found | ({"init_args": given} if given else {})
 
 
 def digest(content: Any) -> str:

@@ -16,6 +16,8 @@ ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "m
 SUITE_ROWS = ("rows", "few_shot")
 MODELS = ("aligned", "base", "name")
 """Options of a method or a judge that name a model."""
+RUNNING = frozenset(("batch_size", "retries", "wait", "timeout", "parallel", "key_variable"))
+"""Options of judges that say how one is run: no verdict follows from them, so they mean nothing here."""
 
 
 def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,21 +39,22 @@ def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if base is not None:
         found["model"] = found["model"] | {"base": base | {"name": base_content(str(base["name"]))}}
     if isinstance(found.get("method"), Mapping):
-        found["method"] = _models_content(found["method"])
+        found["method"] = _object_content(found["method"])
     return found
 
 
 def _suite_content(suite: Mapping[str, Any]) -> dict[str, Any]:
     rows = {key: [source_content(s) for s in sources(suite[key])] for key in SUITE_ROWS if suite.get(key) is not None}
     judge = suite.get("judge")
-    return dict(suite) | rows | ({"judge": _models_content(judge)} if isinstance(judge, Mapping) else {})
+    return dict(suite) | rows | ({"judge": _object_content(judge)} if isinstance(judge, Mapping) else {})
 
 
-def _models_content(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """A method or a judge with the local models that it names replaced by their files' content."""
-    given = chosen.get("init_args") or {}
-    models = {key: base_content(given[key]) for key in MODELS if isinstance(given.get(key), str)}
-    return dict(chosen) | ({"init_args": dict(given) | models} if models else {})
+def _object_content(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A method or a judge without how it is run, its local models replaced by their files' content."""
+    given = {key: value for key, value in (chosen.get("init_args") or {}).items() if key not in RUNNING}
+    given |= {key: base_content(given[key]) for key in MODELS if isinstance(given.get(key), str)}
+    found = {key: value for key, value in chosen.items() if key != "init_args"}
+    return found | ({"init_args": given} if given else {})
 
 
 def sources(value: Any) -> list[RowSource]:
