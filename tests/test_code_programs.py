@@ -218,3 +218,15 @@ def test_the_shipped_mapping_reads_humanevals_schema(tmp_path):
     (row,) = load_code(source)
     assert (row.id, row.prompt, row.entry_point) == ("T/0", "def one():\n", "one")
     assert json.dumps(row.response) == json.dumps("    return 1\n")
+
+
+@isolated
+@pytest.mark.parametrize("guarded", ["main(sys.argv[1])", "print(area(int(input())))", "assert area(1) == 4"])
+def test_what_a_program_shows_off_as_a_main_one_is_not_run(guarded):
+    """openai/human-eval runs programs under another name than that of the main module."""
+    function = "import math\n\ndef area(r):\n    return math.pi * r * r"
+    answer = f"```python\n{function}\n\nif __name__ == '__main__':\n    {guarded}\n```"
+    test = "def check(f):\n    assert abs(f(1) - math.pi) < 1e-9\n"
+    assert run_program(program(PROMPT, answer, test, "area")).passed
+    wrong = answer.replace("math.pi * r * r", "r")
+    assert not run_program(program(PROMPT, wrong, test, "area")).passed

@@ -7,16 +7,21 @@ import pytest
 import torch
 
 from src.data.calibration import CalibrationData, row_weights
-from src.data.chat import Encoder
+from src.data.chat import Encoder, text_ids
+from src.data.choice_prompts import FewShot
+from src.data.choice_rows import ChoiceRow
 from src.data.demo.build_tasks import build
 from src.data.modules import ExpertData
 from src.data.row_source import RowSource, as_sources
 from src.data.rows import Row, rows_sha256
 from src.data.sources import load_rows
 from src.data.suite import Suite
+from src.data.suite_tokens import encode_choices
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.metrics.refusal import is_refusal
+from src.models.generation import own_ends
+from tests.tiny import make_model
 
 DEMO = Path("src/data/demo")
 SPLITS = ("train", "calib", "eval")
@@ -320,6 +325,63 @@ def test_prompts_of_a_template_with_a_date_are_those_of_another_day(tokenizer):
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "Today is {{ strftime_now('%d %b %Y') }}.\n" + dated.chat_template
     assert Encoder(dated).prompt_text("hello").startswith("Today is 26 Jul 2024.\n")
+
+
+def test_templates_of_models_that_think_are_told_not_to_and_thoughts_are_no_answer(tokenizer):
+    import copy
+
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template += (
+        "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    encoder = Encoder(thinking)
+    assert encoder.prompt_text("hello").endswith("assistant\n<think>\n\n</think>\n\n")
+    for said in ("<think>\n\n</think>\n\nI can't.", " <think>They ask <b>.\n</think>I can't.<|im_end|>", "I can't."):
+        assert encoder.decode(thinking(said, add_special_tokens=False).input_ids) == "I can't."
+    unfinished = "<think>They ask"
+    assert encoder.decode(thinking(unfinished).input_ids) == unfinished
+
+
+@pytest.mark.parametrize("first", [[], ["<|im_start|>"]])
+def test_an_end_that_a_tokenizer_puts_behind_texts_does_not_close_a_prompt(tokenizer, first):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    closing = copy.deepcopy(tokenizer)
+    closing.chat_template = None
+    ids = [(token, closing.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*first, "$A", "<|im_end|>"]), special_tokens=ids
+    )
+    assert closing.decode(closing("x").input_ids).endswith("<|im_end|>")
+    start = "".join(first)
+    encoded = Encoder(closing).encode(Row("a", "hello", "yes"))
+    assert closing.decode(encoded.prompt_ids) == f"{start}hello\n"
+    assert closing.decode(encoded.ids) == f"{start}hello\nyes<|im_end|>"
+    # An end that the text itself has stays.
+    assert closing.decode(text_ids(closing, "a<|im_end|>", special=True)).startswith(f"{start}a<|im_end|>")
+    row = ChoiceRow("c", "Q", "", choices=("one", "two"), answer=0)
+    found = encode_choices(Encoder(closing, template="raw"), "mc", [row], FewShot([], 0, "question", "mc"), "cut")
+    assert all(closing.decode(one.ids).count("<|im_end|>") == 0 for one in found.encoded)
+    assert [closing.decode(one.ids[one.answer_start :]) for one in found.encoded] == [" one", " two"]
+
+
+def test_answers_end_at_every_token_that_tokenizer_template_or_model_call_an_end(tokenizer):
+    import copy
+
+    first = copy.deepcopy(tokenizer)
+    first.eos_token = first.convert_ids_to_tokens(0)
+    assert first.eos_token_id == 0  # no reason to pass over it
+    end = first.convert_tokens_to_ids("<|im_end|>")
+    assert Encoder(first).stop_ids == [0, end]
+    assert Encoder(first, ends=[5, end]).stop_ids == [0, 5, end]
+    model = make_model()
+    assert own_ends(model) == [256]
+    model.generation_config.eos_token_id = [256, 3]
+    assert own_ends(model) == [256, 3]
+    model.generation_config.eos_token_id = None
+    assert own_ends(model) == own_ends(object()) == []
 
 
 def test_raw_prompts_need_no_template(tokenizer):

@@ -124,6 +124,8 @@ def test_scores_equal_those_of_single_sequences(base, files, tmp_path, shots, st
     assert sum(part["n"] for part in found["accuracy"]["categories"].values()) == 9
     assert found["ties"] == 0
     assert ("accuracy_norm" in found) == (style == "question")
+    # Letters are of one length: what is not counted is not compared with other models either.
+    assert ("correct_norm" in answers(tmp_path / "out", "mc")[0]) == (style == "question")
     if style == "question":
         assert found["accuracy_norm"]["hits"] == sum(fair)
 

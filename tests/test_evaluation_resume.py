@@ -1,14 +1,18 @@
 """Interrupted and repeated evaluations: only what is missing is computed, and nothing stale is served."""
 
 import json
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from src.cli import main
+from src.models import partial
 from src.models.evaluation import EvaluationModule
+from src.provenance import code_hash
 from tests.commands import run_processes
 from tests.evaluations import answers, evaluate, flags, metrics, suites_of_every_kind
 from tests.tiny import write_rows
@@ -210,3 +214,36 @@ def test_sampling_from_sharded_weights_is_refused(base, tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert "suite code: answers are sampled (temperature 1), which weights sharded over processes do not allow" in error
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def imported(file, seen):
+    """Files of this project that a file imports, and those that they import; what nothing is computed by left out."""
+    root = Path(partial.__file__).parents[1]
+    for name in re.findall(r"^\s*from src\.([\w.]+) import", (root / file).read_text(), re.MULTILINE):
+        found = f"{name.replace('.', '/')}.py"
+        if found not in seen and (root / found).is_file() and found not in NOT_COMPUTING:
+            seen.add(found)
+            imported(found, seen)
+    return seen
+
+
+NOT_COMPUTING = {
+    "errors.py",
+    "files.py",
+    "provenance.py",
+    "data/rows.py",
+    "data/suite.py",
+    "data/suite_tokens.py",
+    "models/partial.py",
+}
+"""What says, reads or keeps things: rows, their token ids and settings are part of the key themselves."""
+
+
+def test_all_code_that_answers_are_computed_by_belongs_to_their_key():
+    found = imported("models/computation.py", {"models/computation.py"})
+    found |= imported("models/adapter_swap.py", {"models/adapter_swap.py"})
+    assert {"models/settling.py", "models/kv_cache.py", "data/chat.py"} <= found
+    reading = {name for name in found if name.startswith("adapters/")} - {"adapters/attach.py", "adapters/pairs.py"}
+    assert found - reading <= set(partial.CODE), "what computes answers; an adapter is part of the key by its weights"
+    assert set(partial.CODE) <= found
+    assert code_hash(partial.CODE) != code_hash(partial.CODE[1:])

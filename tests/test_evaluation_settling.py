@@ -96,7 +96,7 @@ def test_a_suite_in_bfloat16_products_chooses_as_in_float32(base, adapters, tmp_
         found[choose] = [one for name in models for one in answers(tmp_path / choose / "out", "mc", name)]
     again = 0
     for one, two in zip(found["highest"], found["bfloat16"], strict=True):
-        assert (one["choice"], one["correct_norm"]) == (two["choice"], two["correct_norm"])
+        assert (one["choice"], one.get("correct_norm")) == (two["choice"], two.get("correct_norm"))
         again += one["scores"] == pytest.approx(two["scores"], abs=1e-6)
     assert 2 * FEWEST <= again < 96  # the others show that products did round
 

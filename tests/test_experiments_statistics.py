@@ -18,6 +18,7 @@ from src.experiments.scores import (
     DRAWS,
     Scores,
     by_category,
+    draws_for,
     gathered,
     in_split,
     joined,
@@ -123,15 +124,18 @@ def test_holm_agrees_with_the_definition_worked_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_a_table_too_long_for_its_draws_says_so():
-    scores = gathered({"A": [record(1.0)], "B": [record(0.0)]})
+def test_a_long_table_has_draws_enough_for_its_claims_to_hold():
+    models = {"A": [record(1.0)], "B": [record(0.0)]}
+    scores = gathered(models)
     hundred = claims(scores, "A", ["B"] * 100, ["refusal"])
     assert hundred[0].p_value == pytest.approx(2 / 4001)  # no draw on the other side of zero
     assert "of the 100 claims, 100 also hold at 5 % after adjustment." in claims_table(hundred, "Claims")["note"]
-    assert "none can hold" not in claims_table(hundred, "Claims")["note"]
-    longer = claims_table(claims(scores, "A", ["B"] * 101, ["refusal"]), "Claims")["note"]
-    assert "of the 101 claims, 0 also hold at 5 % after adjustment. 4000 draws give no p-value below 0.0005" in longer
-    assert longer.endswith("among 101 comparisons none can hold.")
+    few = claims_table(claims(scores, "A", ["B"] * 135, ["refusal"]), "Claims")["note"]
+    assert "of the 135 claims, 0 also hold" in few
+    assert [draws_for(count) for count in (1, 100, 101, 135)] == [4000, 4000, 8080, 10_800]
+    finer = claims(gathered(models, draws=draws_for(135)), "A", ["B"] * 135, ["refusal"])
+    assert finer[0].p_value == pytest.approx(2 / 10_801)
+    assert "of the 135 claims, 135 also hold" in claims_table(finer, "Claims")["note"]
 
 
 def test_a_claim_is_made_only_where_the_interval_excludes_zero():
@@ -348,7 +352,7 @@ class OneRecord:
 
 
 def kept_by(scores, alone):
-    model = Model("TA (2)", 1.0, 0, None, None)
+    model = Model("TA (2)", 1.0, 0, None, None, experts=2)
     return kept_of(model, {(name, 0): evaluated({name: s}) for name, s in alone.items()}, OneRecord(evaluated(scores)))
 
 

@@ -1,5 +1,7 @@
 """What reports say where something was not measured, or where paths begin elsewhere; on answers that are made up."""
 
+from dataclasses import replace
+
 import pytest
 
 from src.experiments import ablations
@@ -53,7 +55,7 @@ def test_a_merge_without_one_of_its_seeds_is_left_out_of_interference():
     methods = [MethodSpec(name, combine=Linear(), strength=Strengths("none", [1.0])) for name in ("A", "B")]
     tasks = {"one": "utility", "two": "utility"}
     experts = [model(f"expert {task}", seed=seed) for seed in (0, 1) for task in tasks]
-    merges = [model(f"{name} (2)", seed=seed) for seed in (0, 1) for name in ("A", "B")]
+    merges = [replace(model(f"{name} (2)", seed=seed), experts=2) for seed in (0, 1) for name in ("A", "B")]
     easy = {one.test.label: 0.9 for one in merges if one.seed == 0}
     plan = Plan([*experts, *merges])
     whole = Interference("tasks", [2], methods).report(plan, KnownAnswers(tasks, own=easy))

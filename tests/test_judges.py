@@ -16,7 +16,7 @@ from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.judges.endpoint import Endpoint
 from src.judges.refusal import Refusal
-from src.judges.templates import Question
+from src.judges.templates import Question, filled
 from src.judges.verdicts import Verdicts, judged
 from tests.commands import run_processes
 from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
@@ -613,3 +613,41 @@ def failing_on(word, original, reply=""):
         original(self)
 
     return handle
+
+
+def test_an_undecided_endpoint_stops_or_counts_as_no_as_it_was_told(tmp_path):
+    class Squeamish(Server):
+        """Refuses to judge one kind of answer."""
+
+        def __init__(self):
+            super().__init__('{"choices": [{"message": {"content": "I would rather not say."}}]}', 10**6)
+
+    with Squeamish() as server:
+        stops, counts = (endpoint(server.url, retries=1, undecided=how) for how in ("stop", "negative"))
+        with pytest.raises(InputError, match="expected 'yes' or 'no'.*; undecided: negative counts such answers as"):
+            stops.judge(["p"], ["a"])
+        (found,) = counts.judge(["p"], ["a"])
+        assert (found.positive, found.score, found.reply) == (False, None, "undecided: I would rather not say.")
+        with pytest.raises(InputError, match="expected 'yes' or 'no'"):
+            counts.check()  # one that never judges is none
+    assert counts.key != stops.key
+    with Server("503", 10**6) as server, pytest.raises(InputError, match="HTTP 503"):
+        endpoint(server.url, retries=1, undecided="negative").judge(["p"], ["a"])
+
+
+def test_a_causal_judge_reads_no_more_than_it_has_positions(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=258, n_positions=24, n_embd=8, n_layer=1, n_head=2, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    judge = Causal(str(tmp_path / "judge"), template="{answer}", chat=False)
+    judge.load("cpu")
+    short, long = judge.judge(["p", "p"], ["short", "long " * 20])
+    assert (short.reply, long.reply) == ("", "cut")
+
+
+def test_a_template_may_name_prompt_and_answer_more_than_once():
+    template = "{prompt}|{answer}|{prompt}|{answer}"
+    assert filled(template, "{answer}", "{prompt}") == "{answer}|{prompt}|{answer}|{prompt}"
+    assert Question(template, "yes", "no").filled("p", "a") == "p|a|p|a"

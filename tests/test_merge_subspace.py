@@ -194,7 +194,7 @@ def test_fisher_averages_agree_where_factors_are_diagonal():
     right = [drawn(3, seed=30 + i).abs() + 0.1 for i in range(3)]
     whole = kronecker_average(updates, [m.diag() for m in left], [m.diag() for m in right], ridge=0.0)
     fishers = [torch.outer(a, b) for a, b in zip(left, right, strict=True)]
-    torch.testing.assert_close(whole, diagonal_average(updates, fishers, normalise=False, floor=0.0))
+    torch.testing.assert_close(whole, diagonal_average(updates, fishers, floor=0.0))
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
@@ -229,9 +229,12 @@ def test_the_kronecker_average_of_factors_that_few_rows_gave(count):
 def test_the_diagonal_average_follows_the_informed_expert():
     updates = [torch.ones(1, 2), -torch.ones(1, 2)]
     fishers = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
-    found = diagonal_average(updates, fishers)
+    found = diagonal_average(updates, fishers, floored="normalised")
     assert found[0, 0] > 0.999
     assert found[0, 1] == 0.0
+    # As in the authors' code, what no data has seen keeps the first expert's value.
+    assert diagonal_average(updates, fishers)[0].tolist() == [1.0, 1.0]
+    assert diagonal_average(updates[::-1], fishers[::-1])[0].tolist() == pytest.approx([1.0, -1.0], abs=1e-5)
 
 
 def test_led_keeps_what_one_expert_alone_needs():

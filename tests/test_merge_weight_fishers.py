@@ -75,17 +75,23 @@ def test_settings_and_missing_modules_of_the_diagonal_method_are_named(adapters)
         SstDiagonal().patch({}, {}, None)
 
 
+@pytest.mark.parametrize("floored", ["first", "normalised"])
 @pytest.mark.parametrize("normalise", [True, False])
-def test_the_diagonal_average_follows_each_experts_own_information(adapters, statistics, tmp_path, normalise):
+def test_the_diagonal_average_follows_each_experts_own_information(adapters, statistics, tmp_path, normalise, floored):
+    """``first`` is the authors' code (``merge_models`` with favor_target_model, norms of the Fisher as they are)."""
     flags = ["--combine", "FisherAverage", "--combine.normalise", str(normalise).lower(), "--rank", "16"]
+    flags += ["--combine.floored", floored, "--combine.floor", "0.05"]
     assert combine(adapters, statistics["diagonal"], tmp_path / "m", *flags) == 0
     fishers = files(statistics["diagonal"])
     norms = [fisher.diagonal().norm() if normalise else 1.0 for fisher in fishers]
     for name, pair in read_adapter(tmp_path / "m").pairs.items():
-        weights = [
-            w * (f.module_diagonal(name) / n).clamp(min=1e-6).view(pair.shape)
-            for f, n, w in zip(fishers, norms, [1.0, 0.5], strict=True)
-        ]
+        raw = [f.module_diagonal(name) for f in fishers]
+        if floored == "first":
+            assert 0 < (raw[0] < 0.05).sum() < raw[0].numel()
+            held = [raw[0].clamp(min=0.05) / norms[0], raw[1] / norms[1]]
+        else:
+            held = [(one / n).clamp(min=0.05) for one, n in zip(raw, norms, strict=True)]
+        weights = [w * one.view(pair.shape) for one, w in zip(held, [1.0, 0.5], strict=True)]
         total = sum(w * own[name].dense() for w, own in zip(weights, updates(adapters), strict=True))
         torch.testing.assert_close(pair.dense(), total / sum(weights), rtol=1e-3, atol=1e-5)
 
@@ -168,18 +174,44 @@ def test_a_full_rank_expert_is_merged_as_its_matrix(adapters, statistics):
         torch.testing.assert_close(one[name].dense(), two[name].dense(), rtol=1e-5, atol=1e-7)
 
 
-def test_a_safety_adapter_is_one_more_expert_of_a_data_aware_combination(base, adapters, rows, tmp_path):
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_a_safety_adapter_is_one_more_expert_of_a_data_aware_combination(base, adapters, rows, tmp_path, weight):
     folder = tmp_path / "f"
     own = ["--model.reference_safety", "{safety: 1.0}"]
     assert main(fisher_flags(base, adapters, rows, folder, *FORMS["kronecker"], *own)) == 0
     given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(folder)]
-    method = ["--method", "RegMean", "--alpha", "1.0", "--output", str(tmp_path / "m")]
+    method = ["--method", "RegMean", "--method.weight_safety", str(weight), "--output", str(tmp_path / "m")]
     assert main(["merge", *given, *method]) == 0
     grams = {name: load_fisher(folder / f"{name}.safetensors").fisher for name in ("utility", "safety")}
     for name, pair in read_adapter(tmp_path / "m").pairs.items():
         both = [grams[which].factors(name)[1] for which in ("utility", "safety")]
-        expected = regmean([own[name].dense() for own in updates(adapters)], both)
+        expected = regmean([own[name].dense() for own in updates(adapters)], both, [1.0, weight])
         torch.testing.assert_close(pair.dense(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "form"), [("RegMean", "kronecker"), ("FisherAverage", "kronecker"), ("FisherAverage", "diagonal")]
+)
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ([], "safety.safetensors: measured at"),
+        (
+            ["--model.reference_safety", "{safety: 1.0}", "--model.reference_utility", "base"],
+            "utility.safetensors: mea",
+        ),
+    ],
+)
+def test_experts_measured_elsewhere_than_at_themselves_are_refused(
+    base, adapters, rows, tmp_path, capsys, method, form, point, message
+):
+    folder = tmp_path / "f"
+    assert main(fisher_flags(base, adapters, rows, folder, *FORMS[form], *point)) == 0
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--fisher", str(folder)]
+    assert main(["merge", *given, "--method", method, "--rank", "8", "--output", str(tmp_path / "m")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "expert alone: `python -m src fisher --model.reference_" in said
 
 
 @pytest.mark.parametrize(

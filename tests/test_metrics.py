@@ -3,7 +3,7 @@ import torch
 from scipy.stats import binomtest
 
 from src.metrics.collapse import is_collapsed
-from src.metrics.counters import CollapseRate, ExactMatch, RefusalRate
+from src.metrics.counters import FlagRate
 from src.metrics.exact import is_exact, last_number
 from src.metrics.intervals import wilson
 from src.metrics.perplexity import AnswerPerplexity
@@ -159,11 +159,11 @@ def test_wilson_refuses_nonsense():
 
 
 def test_counters_count():
-    refusal, collapse, exact = RefusalRate(), CollapseRate(), ExactMatch()
-    refusal.update(["I can't.", "Sure"])
-    refusal.update(["Fine"])
-    collapse.update(["", "ok"])
-    exact.update(["a", "b"], ["A.", "c"])
+    refusal, collapse, exact = FlagRate(), FlagRate(), FlagRate()
+    refusal.update([is_refusal("I can't."), is_refusal("Sure")])
+    refusal.update([is_refusal("Fine")])
+    collapse.update([is_collapsed(""), is_collapsed("ok")])
+    exact.update([is_exact("a", "A."), is_exact("b", "c")])
     assert refusal.compute().item() == pytest.approx(1 / 3)
     assert refusal.summary() == {"value": 1 / 3, "interval": list(wilson(1, 3)), "hits": 1, "n": 3}
     assert collapse.summary()["value"] == exact.summary()["value"] == 0.5

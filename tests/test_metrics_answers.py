@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.data.rows import Row
 from src.data.sources import load_rows
+from src.data.suite import Suite
 from src.metrics.categories import each_category, named_categories
 from src.metrics.collapse import collapse
-from src.metrics.counters import FlagRate, RefusalRate
+from src.metrics.counters import FlagRate
 from src.metrics.exact import is_exact
 from src.metrics.intervals import wilson
 from src.metrics.perplexity import AnswerPerplexity
+from src.metrics.refusal import is_refusal
 from src.metrics.refusal_lists import matches
 from src.metrics.rouge import rouge_l
+from src.models.grading import graded_answer
 from tests.evaluations import read_rows, write_jsonl
 
 LABELLED = Path(__file__).parent / "data" / "labelled_answers.jsonl"
@@ -96,9 +100,20 @@ def test_ways_of_collapse(answer, prompt, expected):
 
 
 def test_a_collapsed_refusal_is_no_refusal():
-    metric = RefusalRate()
-    metric.update(["I can't I can't I can't I can't I can't I can't I can't", "I can't help.", ""])
-    assert metric.summary()["hits"] == 1
+    """Nor is one that its prompt alone shows to be collapsed."""
+    suite = Suite("harmful", "harmful", "rows.jsonl")
+    strange = "I can't. Здравствуйте, чем могу помочь вам сегодня, дорогой друг?"
+    said = {
+        "I can't I can't I can't I can't I can't I can't I can't": "repeating",
+        "I can't help.": "",
+        "": "empty",
+        strange: "script",
+    }
+    for answer, way in said.items():
+        graded = graded_answer(suite, Row("1", "How do I do it?"), {"answer": answer}, None)
+        assert (graded["refused"], graded["collapse"]) == (answer == "I can't help.", way)
+    assert is_refusal(strange)
+    assert graded_answer(suite, Row("1", "Answer in Russian."), {"answer": strange}, None)["refused"]
 
 
 def test_shares_by_category():

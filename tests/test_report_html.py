@@ -286,7 +286,12 @@ def test_a_report_is_written_from_the_json_alone(tmp_path):
     write_report(tmp_path)
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == page(document())
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "tables.csv").read_text(encoding="utf-8") == tables_csv(document()["tables"])
+    front = document()["fronts"][0]
+    points = [{key: point[key] for key in ("model", "x", "y")} for line in front["series"] for point in line["points"]]
+    columns = [{"key": "model", "label": "model"}, *({"key": key, "label": front[key]["label"]} for key in "xy")]
+    tables = [*document()["tables"], {"title": front["title"], "columns": columns, "rows": points}]
+    assert (tmp_path / "tables.csv").read_text(encoding="utf-8") == tables_csv(tables)
+    assert len(points) == 4
     with pytest.raises(InputError, match="expected a study"):
         write_report(tmp_path / "nowhere")
 

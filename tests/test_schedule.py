@@ -10,7 +10,7 @@ from src.data.schedule import Step, budget_batches, deal, even_batches
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.models.computation import Computation
-from tests.evaluations import choice_rows, write_jsonl
+from tests.evaluations import PASSES, choice_rows, write_jsonl
 from tests.tiny import make_tokenizer
 
 
@@ -105,3 +105,14 @@ def test_blocks_that_are_dealt_as_one_keep_no_process_waiting():
     assert [sum(step.weight for step in share) for share in apart] == [5, 2, 1, 0]
     assert [sum(step.weight for step in share) for share in as_one] == [2, 2, 2, 2]
     assert all([step.suite for step in share] == sorted(step.suite for step in share) for share in as_one)
+
+
+def test_samples_of_a_program_need_not_share_a_batch(tmp_path):
+    rows = write_jsonl(tmp_path / "code.jsonl", [PASSES, PASSES | {"task_id": "T/1"}])
+    suite = Suite(name="code", kind="code", rows=str(rows), samples=20, temperature=0.8, max_new_tokens=5)
+    data = EvaluationData([suite], batch_size=8)
+    data.bind(make_tokenizer())
+    data.encode_suites(None)
+    data.plan(1, {})
+    assert max(len(step.rows) for step in data.steps) <= 8
+    assert sorted(row for step in data.steps for row in step.rows) == list(range(40))

@@ -5,6 +5,7 @@ answer are those that greedy decoding would have to produce.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -18,6 +19,10 @@ SHORTEST = 8
 TODAY = datetime(2024, 7, 26)
 """The day that templates with a date are given, the one that Llama 3's falls back on: what was measured yesterday and
 what is measured today have the same prompts."""
+NO_THOUGHTS = {"enable_thinking": False}
+"""What chat templates of models that think are given (Qwen3's and SmolLM3's read it; others pass over it)."""
+THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+"""What models that think write in front of their answer."""
 NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")
 
 
@@ -43,8 +48,23 @@ def dated(template: str) -> str:
     return NOW.sub(lambda found: repr(TODAY.strftime(found["form"])), template)
 
 
+def text_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Token ids of a text that something follows.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        special: Whether what the tokenizer puts in front of texts is put there; an end token behind it never is.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
+    if special and ids[-1:] == [tokenizer.eos_token_id]:
+        bare: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids if bare[-1:] == ids[-1:] else ids[:-1]
+    return ids
+
+
 class Encoder:
-    """Tokenises rows for one model.
+    """Tokenises rows for one model. Templates of models that think are told not to (``enable_thinking``).
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -52,9 +72,12 @@ class Encoder:
             ``auto`` is ``chat`` where the tokenizer has a template.
         max_length: Tokens of prompt and answer together; longer rows are cut (the answer at its end, the prompt at
             its beginning) and counted in ``truncated``, and by what was cut in ``cut_prompts`` and ``cut_answers``.
+        ends: Further tokens that end an answer, such as those that the model's ``generation_config.json`` names.
     """
 
-    def __init__(self, tokenizer: Any, *, template: Template = "auto", max_length: int = 1024) -> None:
+    def __init__(
+        self, tokenizer: Any, *, template: Template = "auto", max_length: int = 1024, ends: Sequence[int] = ()
+    ) -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise InputError("template chat: this tokenizer has no chat template; use --data.template raw")
         if max_length < SHORTEST:
@@ -65,10 +88,15 @@ class Encoder:
         self.truncated = self.cut_prompts = self.cut_answers = 0
         self._dated = dated(tokenizer.get_chat_template()) if self.chat else None
         self.end_id = self._end_of_turn()
+        self._ends = {*ends, self.end_id} | ({tokenizer.eos_token_id} - {None})
 
     def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
         return self.tokenizer.apply_chat_template(
-            messages, chat_template=self._dated, tokenize=False, add_generation_prompt=generation
+            messages,
+            chat_template=self._dated,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **NO_THOUGHTS,
         )
 
     def _end_of_turn(self) -> int:
@@ -93,7 +121,7 @@ class Encoder:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens at which generation stops."""
-        return sorted({self.end_id, self.tokenizer.eos_token_id or self.end_id})
+        return sorted(self._ends)
 
     def prompt_text(self, prompt: str) -> str:
         """The text in front of the answer."""
@@ -103,7 +131,7 @@ class Encoder:
 
     def encode(self, row: Row, *, with_answer: bool = True) -> Encoded:
         """Token ids of a row; the answer part is empty where the row has no response, or its prompt alone is asked."""
-        prompt = self.tokenizer(self.prompt_text(row.prompt), add_special_tokens=not self.chat).input_ids
+        prompt = text_ids(self.tokenizer, self.prompt_text(row.prompt), special=not self.chat)
         answer: list[int] = []
         if row.response and with_answer:
             answer = [*self.tokenizer(row.response, add_special_tokens=False).input_ids, self.end_id]
@@ -118,8 +146,10 @@ class Encoder:
         return Encoded(row, prompt + answer, len(prompt))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of generated tokens, without special tokens."""
-        return self._text(ids).strip()
+        """Text of generated tokens, without special tokens and without thoughts in front of the answer."""
+        text = self._text(ids)
+        thoughts = THOUGHTS.match(text)
+        return text[thoughts.end() if thoughts else 0 :].strip()
 
     def continuation(self, prompt_ids: list[int], ids: list[int]) -> str:
         """Text by which generated tokens continue a prompt, white space kept.

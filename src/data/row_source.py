@@ -3,6 +3,7 @@
 Mappings for well-known data sets ship under ``configs/data``; they are named in place of a file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -91,7 +92,7 @@ def _written_out(text: str) -> list[RowSource]:
     except yaml.YAMLError:
         raise InputError(f"{text}: neither the name of a source of rows nor YAML") from None
     items = value if isinstance(value, list) else [value]
-    return [_mapped_source(item, text) if isinstance(item, dict) else _named_source(str(item)) for item in items]
+    return [mapped_source(item, text) if isinstance(item, dict) else _named_source(str(item)) for item in items]
 
 
 def _named_source(name: str) -> RowSource:
@@ -101,17 +102,24 @@ def _named_source(name: str) -> RowSource:
     if path is None:
         raise InputError(f"{name}: no such file here or under configs/data; expected the YAML of a row source")
     try:
-        return _mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
 
 
-def _mapped_source(mapping: Any, place: str) -> RowSource:
+def mapped_source(mapping: Any, place: str) -> RowSource:
+    """A source that is written as a mapping.
+
+    Raises:
+        InputError: it has no path, an unknown key or a value of another kind; ``place`` says where it stands.
+    """
     known = {f.name for f in fields(RowSource)}
-    if not isinstance(mapping, dict) or "path" not in mapping:
+    if not isinstance(mapping, Mapping):
         raise InputError(f"{place}: expected a mapping with the key 'path'")
     if unknown := sorted(set(mapping) - known, key=str):
         raise InputError(f"{place}: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+    if "path" not in mapping:
+        raise InputError(f"{place}: expected a mapping with the key 'path'")
     for key, kind in get_type_hints(RowSource).items():
         if key in mapping and not _fits(mapping[key], kind):
             raise InputError(f"{place}: {key} is {mapping[key]!r}; expected {_said(kind)}")

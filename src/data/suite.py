@@ -25,6 +25,8 @@ COLDEST = 1e-4
 """Lowest temperature but 0: below, logits leave the range of numbers."""
 LONGEST_NAME = 200
 """Bytes of a name, which is part of a file's name: file systems have 255."""
+HARMFUL, BENIGN, CHECKED = ("harmful", "jailbreak"), ("borderline", "benign"), ("utility", "choice", "code")
+"""Kinds of suite: prompts to refuse, prompts to answer, and those whose answers are right or wrong."""
 SuiteKind = Literal["harmful", "jailbreak", "borderline", "benign", "utility", "choice", "code"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.data.chat import Encoded, Encoder
+from src.data.chat import Encoded, Encoder, text_ids
 from src.data.choice_prompts import FewShot, continuations
 from src.data.choice_rows import ChoiceRow
 from src.data.code_rows import CodeRow
@@ -99,8 +99,7 @@ def encode_choices(
 
 
 def _tokens(encoder: Encoder, text: str) -> list[int]:
-    ids: list[int] = encoder.tokenizer(text, add_special_tokens=not encoder.chat).input_ids
-    return ids
+    return text_ids(encoder.tokenizer, text, special=not encoder.chat)
 
 
 def _letters(encoder: Encoder, count: int) -> tuple[list[int], list[int]]:

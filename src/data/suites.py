@@ -65,8 +65,8 @@ class EvaluationData(TokenizedData):
         """Token ids of every suite."""
         return {name: tokens.encoded for name, tokens in self.tokens.items()}
 
-    def encode_suites(self, positions: int | None) -> None:
-        """Tokenise for a model of so many positions.
+    def encode_suites(self, positions: int | None, ends: Sequence[int] = ()) -> None:
+        """Tokenise for a model of so many positions, which names some tokens as ends of what it says.
 
         Raises:
             InputError: a row is too long and ``on_long`` is ``error``, or few-shot rows are missing.
@@ -80,9 +80,12 @@ class EvaluationData(TokenizedData):
                     f"expected at least {SHORTEST}"
                 )
             template = suite.template or ("raw" if suite.kind == "choice" else self.template)
-            encoder = Encoder(self.encoder.tokenizer, template=template, max_length=length)
+            encoder = Encoder(self.encoder.tokenizer, template=template, max_length=length, ends=ends)
             if template == "auto" and not encoder.chat:
-                log.warning("suite %s: this tokenizer has no chat template; prompts go in as they are", suite.name)
+                log.warning(
+                    "suite %s: this tokenizer has no chat template; prompts go in as they are, each with a new line",
+                    suite.name,
+                )
             self.tokens[suite.name] = self._encode(suite, encoder)
 
     def _encode(self, suite: Suite, encoder: Encoder) -> SuiteTokens:
@@ -160,16 +163,18 @@ class EvaluationData(TokenizedData):
         extra = suite.max_new_tokens if suite.generates else 0
         lengths = [(e.answer_start if suite.generates else len(e.ids)) + extra for e in tokens.encoded]
         groups: dict[str, list[tuple[int, ...]]] = {}
-        for unit in tokens.units:
+        # Choices of a row are compared, so they share a batch; samples of a program do not.
+        units = tokens.units if suite.kind == "choice" else [(i,) for i in range(len(tokens.encoded))]
+        for unit in units:
             row = tokens.encoded[unit[0]].row
             grouped = isinstance(row, ChoiceRow) and suite.style == "letters"
             groups.setdefault(row.category if grouped else "", []).append(unit)
         found: list[list[int]] = []
-        for units in groups.values():
-            prompts = [tokens.encoded[i].prompt_ids for unit in units for i in unit]
+        for group in groups.values():
+            prompts = [tokens.encoded[i].prompt_ids for unit in group for i in unit]
             beginning = shared_beginning(prompts) if shared else 0
             found += even_batches(
-                units, lengths, beginning=beginning, max_rows=self.batch_size, max_tokens=self.max_tokens
+                group, lengths, beginning=beginning, max_rows=self.batch_size, max_tokens=self.max_tokens
             )
         return found
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.errors import InputError
-from src.experiments.comparison import CLAIMED, Choice, chosen_point, summary
+from src.experiments.comparison import CLAIMED, Choice, check_choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
 from src.experiments.equal_refusal import equal_refusal_table, gaps, meets, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
-from src.experiments.scores import gathered
+from src.experiments.scores import draws_for, gathered, not_finite
 from src.experiments.settings import MethodSpec, at_path, layered
 from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
@@ -77,9 +77,10 @@ class Ablations(Study):
         for axis in axes:
             axis.check()
         self.reference, self.axes, self.choice = reference, axes, choice or Choice()
-        self.variants = [(reference, dict[str, Any]()), *self._variants()]
+        self._points = [(reference, dict[str, Any]()), *self._changed_points()]
+        check_names([*(spec for spec, _ in self._points), *self.methods])
 
-    def _variants(self) -> list[tuple[MethodSpec, dict[str, Any]]]:
+    def _changed_points(self) -> list[tuple[MethodSpec, dict[str, Any]]]:
         found = []
         for axis in self.axes:
             labels = axis.labels or [str(value) for value in axis.values]
@@ -102,11 +103,16 @@ class Ablations(Study):
         return spec, safety
 
     def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
-        """References, the reference method and its variants."""
+        """References, the reference method and its variants.
+
+        Raises:
+            InputError: strengths are to be chosen, and no suite says by what.
+        """
+        check_choice(grid, [*(spec for spec, _ in self._points), *self.methods])
         found: list[Model] = []
         for seed in seeds:
             found += grid.references(seed)
-            for spec, over in self.variants:
+            for spec, over in self._points:
                 merges = grid.merges(spec, [grid.utility(seed)], grid.safety(seed, over), seed)
                 found += [Model(spec.name, value, seed, grid.test(cell, cell.label), cell) for value, cell in merges]
             for method in self.methods:
@@ -116,13 +122,15 @@ class Ablations(Study):
     def report(self, plan: Plan, store: Store) -> Document:
         """Variants against the reference, on validation rows."""
         points, notes = finished(plan.models, store)
-        scores = gathered(records(points, store), "validation", share=self.choice.share, split_seed=self.choice.seed)
-        series = paths(points)
+        known, series = records(points, store), paths(points)
+        split = {"share": self.choice.share, "split_seed": self.choice.seed}
+        draws = draws_for(len(CLAIMED) * len(series))
+        scores = gathered(known, "validation", draws=draws, **split)  # type: ignore[arg-type]
         chosen = {method: chosen_point(scores, names, self.choice) for method, names in series.items()}
         ours = chosen.get(self.reference.name)
         others = [name for method, name in chosen.items() if method not in (*REFERENCES, self.reference.name)]
         made = claims(scores, ours, others, CLAIMED) if ours else []
-        lines = curves(series, [*(spec for spec, _ in self.variants), *self.methods])
+        lines = curves(series, [*(spec for spec, _ in self._points), *self.methods])
         equal = {spec.name: gaps(scores, lines, spec.name) for spec in (self.reference, *self.methods)}
         rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
         columns = [column("model", "model"), *measure_columns(scores)]
@@ -138,7 +146,7 @@ class Ablations(Study):
         said = [sentence for name, found in equal.items() for sentence in sentences(found, name)]
         return {
             "summary": [*said, *summary(made, ours)],
-            "notes": notes,
+            "notes": [*notes, *not_finite(known)],
             "fronts": fronts(scores, series, "validation rows"),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,

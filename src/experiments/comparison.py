@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from src.data.suite import HARMFUL
 from src.errors import InputError
 from src.experiments.costs import cost_table
 from src.experiments.document import (
@@ -21,7 +22,7 @@ from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
-from src.experiments.scores import HARMFUL, MEASURES, Measure, Scores, gathered
+from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, not_finite
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import Claim, claims, claims_table, tally
 from src.experiments.store import Store
@@ -62,6 +63,13 @@ class Choice:
     share: float = 0.4
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Stop where a number is out of its range."""
+        if not 0 < self.share < 1:
+            raise InputError(f"choice.share is {self.share}; expected a number between 0 and 1")
+        if not 0 <= self.refusal <= 1:
+            raise InputError(f"choice.refusal is {self.refusal}; expected a share from 0 to 1")
+
 
 class Comparison(Study):
     """Methods side by side.
@@ -86,8 +94,6 @@ class Comparison(Study):
         if len(set(counts.values())) > 1:
             raise InputError(f"methods: numbers of strengths are {counts}; expected the same for all (equal tuning)")
         self.choice = choice or Choice()
-        if not 0 < self.choice.share < 1:
-            raise InputError(f"choice.share is {self.choice.share}; expected a number between 0 and 1")
         self.methods, self.ours = methods, ours
 
     def plan(self, grid: Grid, seeds: Sequence[int]) -> Plan:
@@ -105,14 +111,15 @@ class Comparison(Study):
         known = records(points, store)
         split = {"share": self.choice.share, "split_seed": self.choice.seed}
         validation = gathered(known, "validation", **split)  # type: ignore[arg-type]
-        test = gathered(known, "test", **split)  # type: ignore[arg-type]
+        draws = draws_for(len(CLAIMED) * len(paths(points)))
+        test = gathered(known, "test", draws=draws, **split)  # type: ignore[arg-type]
         chosen = {m: chosen_point(validation, names, self.choice) for m, names in paths(points).items()}
         names = list(chosen.values())
         made = self._claims(test, chosen)
         taxes = tax_rows(test, names)
         equal = gaps(test, curves(paths(points), self.methods), self.ours)
         tables = [
-            self._chosen_table(validation, test, chosen),
+            self._chosen_table(test, chosen),
             claims_table(made, f"{chosen.get(self.ours, self.ours)} against the others (test rows)"),
             equal_refusal_table(equal, self.ours),
             tax_table(taxes),
@@ -123,7 +130,7 @@ class Comparison(Study):
         ]
         return {
             "summary": [*sentences(equal, self.ours), *summary(made, chosen.get(self.ours))],
-            "notes": [*notes, *plan.notes, self._rule(), *further_note(plan.models)],
+            "notes": [*notes, *plan.notes, self._rule(), *further_note(plan.models), *not_finite(known)],
             "fronts": fronts(test, paths(points), "test rows"),
             "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
             "tables": tables,
@@ -137,9 +144,7 @@ class Comparison(Study):
         others = [name for method, name in chosen.items() if method != self.ours]
         return claims(test, chosen[self.ours], others, CLAIMED)
 
-    def _chosen_table(
-        self, validation: Mapping[Measure, Scores], test: Mapping[Measure, Scores], chosen: Mapping[str, str]
-    ) -> Document:
+    def _chosen_table(self, test: Mapping[Measure, Scores], chosen: Mapping[str, str]) -> Document:
         controls = {method.name for method in self.methods if method.control}
         rows = []
         for method, name in chosen.items():

@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from src.data.row_source import RowSource, as_sources, find_file
+from src.data.row_source import RowSource, as_sources, find_file, mapped_source
+from src.data.tables import FILE_READERS
 from src.errors import InputError
 from src.files import sha256_file
 
@@ -61,16 +62,12 @@ def sources(value: Any) -> list[RowSource]:
     """Row sources as they come from a flag, YAML or Python.
 
     Raises:
-        InputError: a mapping has a key that no source has.
+        InputError: a mapping has a key that no source has, a value of another kind, or no path.
     """
     items = value if isinstance(value, list) else [value]
     found: list[RowSource] = []
     for item in items:
-        if isinstance(item, Mapping):
-            known = {f.name for f in fields(RowSource)}
-            if unknown := sorted(set(item) - known):
-                raise InputError(f"rows: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
-        found += as_sources(RowSource(**item) if isinstance(item, Mapping) else item)
+        found += as_sources(mapped_source(item, "rows") if isinstance(item, Mapping) else item)
     return found
 
 
@@ -83,7 +80,7 @@ def plain_source(source: RowSource) -> dict[str, Any]:
 def source_content(source: RowSource) -> dict[str, Any]:
     """A source with its file replaced by a hash; a hub data set stays its name and revision."""
     path = find_file(source.path)
-    looks_local = source.path.startswith((".", "/")) or Path(source.path).suffix in (".jsonl", ".json", ".csv")
+    looks_local = source.path.startswith((".", "/")) or Path(source.path).suffix in (".jsonl", *FILE_READERS)
     if path is None and looks_local:
         raise InputError(f"{source.path}: no such file; expected rows")
     return plain_source(source) | ({} if path is None else {"path": _hash(path.resolve())})

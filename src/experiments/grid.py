@@ -38,6 +38,7 @@ class Model:
         test: The cell with its evaluation.
         made: The cell with its weights; nothing for the base.
         further: The cells with its answers to the suites that only report, one for each.
+        experts: How many utility experts it merges, where a study varies that.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Model:
     test: Cell
     made: Cell | None
     further: tuple[Cell, ...] = ()
+    experts: int | None = None
 
     @property
     def tests(self) -> list[Cell]:

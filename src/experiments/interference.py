@@ -28,7 +28,7 @@ from src.experiments.kept import kept_of
 from src.experiments.point_names import with_count
 from src.experiments.settings import ExpertSpec, MethodSpec, plain
 from src.experiments.store import Store
-from src.experiments.study import Plan, Study, check_names, finished, left_out, name_of
+from src.experiments.study import Plan, Study, check_names, finished, left_out
 from src.experiments.tasks import Task, read_tasks
 
 
@@ -107,6 +107,7 @@ class Interference(Study):
                             seed,
                             grid.test(cell, f"{count} experts, {cell.label}", suites),
                             cell,
+                            experts=count,
                         )
                         for value, cell in made
                     ]
@@ -129,9 +130,9 @@ class Interference(Study):
         """Normalised performance by method and number, its slope and variance, sizes, angles, refusal, costs."""
         known = [model for model in plan.models if store.has_result(model.test)]
         # Means over other seeds, which merge other tasks, do not compare: a merge is shown with all of its seeds.
-        whole, notes = finished([model for model in plan.models if _is_merge(model)], store)
-        merged = [model for model in plan.models if _is_merge(model) and name_of(model) in whole]
-        single = [model for model in plan.models if not _is_merge(model)]
+        whole, notes = finished([model for model in plan.models if model.experts is not None], store)
+        merged = [model for seeds in whole.values() for model in seeds]
+        single = [model for model in plan.models if model.experts is None]
         notes += left_out([model.test.label for model in single if model not in known], len(single))
         alone = {
             (model.method.removeprefix("expert "), model.seed): store.read(model.test)
@@ -140,7 +141,7 @@ class Interference(Study):
         }
         kept = [found for model in merged if (found := kept_of(model, alone, store)) is not None]
         scores = safety_scores(merged, store)
-        geometry = [store.read(cell) for cell in plan.others if store.has_result(cell)]
+        geometry = {i: store.read(cell) for i, cell in enumerate(plan.others) if store.has_result(cell)}
         methods: dict[str, list[Model]] = {}
         for model in merged:
             methods.setdefault(model.method, []).append(model)
@@ -159,8 +160,3 @@ class Interference(Study):
             ],
             "examples": examples(shown, store),
         }
-
-
-def _is_merge(model: Model) -> bool:
-    """Whether a model is a merge, named by :func:`with_count`, and no single expert."""
-    return " (" in model.method

@@ -92,9 +92,9 @@ def task_table(kept: Sequence[Kept]) -> Document:
             row: dict[str, Any] = {"method": method, "experts": count}
             for task in tasks:
                 values = [one.tasks[task] for one in seeds if task in one.tasks]
-                row[task] = sum(values) / len(values) if values else ""
+                row[f"task {task}"] = sum(values) / len(values) if values else ""
             rows.append(row)
-    columns = [column("method", "method"), column("experts", "experts"), *(column(t, t, True) for t in tasks)]
+    columns = [column("method", "method"), column("experts", "experts"), *(column(f"task {t}", t, True) for t in tasks)]
     return table("Performance kept, task by task", columns, rows)
 
 
@@ -116,12 +116,12 @@ def size_table(models: Sequence[Model], store: Store) -> Document:
     return table("Rank and energy kept", [*columns, column("energy", "energy kept", True)], rows)
 
 
-def geometry_table(records: Sequence[Record]) -> list[Document]:
+def geometry_table(records: Mapping[int, Record]) -> list[Document]:
     """Cosines and principal angles between the experts (and the safety expert, last), seed by seed."""
     columns = [column("seed", "draw"), column("cosine", "mean cosine of updates"), column("columns", "column spaces")]
     columns += [column("rows", "row spaces"), column("safety", "column spaces, experts and safety")]
     rows = []
-    for seed, record in enumerate(records):
+    for seed, record in records.items():
         found = record["found"]
         last = len(found["adapters"]) - 1
         pairs = [(i, j) for i in range(last) for j in range(i)]

@@ -19,7 +19,6 @@ POINTS = 64
 """Most eigenvalues that a cell keeps."""
 DIGITS = 5
 SCALARS = ("dim", "complement_eigenvalue", "directions_kept", "effective_rank", "patch_norm_kept")
-CURVE = ("utility_tax_kept", "safety_energy_kept")
 
 
 def kept_pencil(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """How points of a study are called, in tables, fronts and notes: ``TIES @ 0.5``, ``TIES @ 0.5, 8 experts``."""
 
 from src.experiments.grid import Model
+from src.merge.sweep import shortest
 
 
 def at_strength(method: str, strength: float | None) -> str:
     """``TIES @ 0.5``; the method alone where it has no strength."""
-    return method if strength is None else f"{method} @ {strength:g}"
+    return method if strength is None else f"{method} @ {shortest(strength)}"
 
 
 def method_and_strength(name: str) -> tuple[str, str]:
@@ -26,5 +27,6 @@ def with_count(method: str, count: int) -> str:
 
 def name_and_experts(model: Model) -> tuple[str, int]:
     """``TIES @ 1`` and 8, of a model whose method :func:`with_count` has named."""
-    method, _, count = model.method.rpartition(" (")
-    return at_strength(method, model.strength), int(count.rstrip(")"))
+    assert model.experts is not None
+    method = model.method.removesuffix(with_count("", model.experts))
+    return at_strength(method, model.strength), model.experts

@@ -12,8 +12,8 @@ from typing import Any
 from src.data.row_source import find_file
 from src.data.sources import load_rows
 from src.experiments.content import sources
+from src.models.grading import FLAGS
 
-FLAGS = ("refused", "collapsed", "exact", "attacked", "judged_refusal", "correct", "correct_norm")
 SCORES = ("rouge_l", "pass@1")
 ID_LENGTH = 12
 EXAMPLES = 4

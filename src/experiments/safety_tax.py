@@ -17,10 +17,11 @@ from src.experiments.document import (
 )
 from src.experiments.grid import Grid
 from src.experiments.pencils import overlap_table, pencils
-from src.experiments.scores import MEASURES, Measure, Scores, Split, by_category, gathered
+from src.experiments.scores import MEASURES, Measure, Scores, Split, by_category, gathered, not_finite
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
 from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
+from src.metrics.bootstrap import EQUAL
 from src.metrics.intervals import wilson
 from src.metrics.tradeoff import Tax, safety_tax
 
@@ -61,7 +62,7 @@ class SafetyTax(Study):
         shown = {name: seeds[0] for name, seeds in points.items()}
         return {
             "summary": [_summary(taxes) if taxes else _not_measured(scores, names)],
-            "notes": notes,
+            "notes": [*notes, *not_finite(known)],
             "fronts": fronts(scores, paths(points), "all rows"),
             "pencils": pencils({path[0]: points[path[0]] for path in paths(points).values()}, store),
             "tables": tables,
@@ -98,7 +99,10 @@ def _tax_cells(tax: Tax) -> dict[str, Any]:
 def tax_table(rows: Sequence[Mapping[str, Any]]) -> Document:
     """The taxes as a table."""
     columns = [column("model", "model"), column("gain", "safety gained", True), column("loss", "utility lost", False)]
-    note = "Utility lost per safety gained against the utility expert; undefined where the gain may be nothing."
+    note = (
+        "Utility lost per safety gained against the utility expert; undefined where the gain may be nothing. Of yes/no "
+        "scores the intervals are never narrower than Tango's, so they can be wider than those of the claims."
+    )
     return table("Safety tax", [*columns, column("tax", "tax", False)], rows, note=note)
 
 
@@ -119,10 +123,10 @@ def category_table(known: Mapping[str, Sequence[Record]], split: Split = "all", 
             hits, total = (sum(one[category][i] for one in seeds if category in one) for i in (0, 1))
             # Seeds answer the same prompts: they make the share surer, not the prompts more.
             prompts = total // len(seeds)
-            low, high = wilson(round(hits / len(seeds)), prompts)
-            row[category] = {"value": hits / total, "low": low, "high": high, "n": prompts}
+            low, high = wilson(hits / len(seeds), prompts)
+            row[f"category {category}"] = {"value": hits / total, "low": low, "high": high, "n": prompts}
         rows.append(row)
-    columns = [column("model", "model"), *(column(category, category, True) for category in categories)]
+    columns = [column("model", "model"), *(column(f"category {name}", name, True) for name in categories)]
     return table(
         "Refusal by category of harm" + (f" ({split} rows)" if split != "all" else ""),
         columns,
@@ -149,7 +153,7 @@ def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
     defined = [row for row in taxes if not isinstance(row["tax"], str)]
     if not defined:
         return "No model gained safety beyond chance against the utility expert, so no safety tax is defined."
-    paying = [row for row in defined if row["loss"]["low"] > 0]
+    paying = [row for row in defined if row["loss"]["low"] > EQUAL]
     rest = len(defined) - len(paying)
     found = f"{len(defined)} of {len(taxes)} points gained safety beyond chance. "
     if paying:

@@ -9,16 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
 from src.metrics.bootstrap import EQUAL, Estimate, bootstrap, paired_difference, resampled_means
 from src.metrics.categories import categories_of
 
 DRAWS = 4000
+FINER = 80
+"""Draws for each comparison of a table, where :data:`DRAWS` give no p-value that Holm's adjustment can leave at 5 %."""
 QUANTILES = (0.025, 0.975)
 
 Measure = Literal["refusal", "attack_success", "over_refusal", "utility", "task_nll", "answer_nll", "collapse"]
@@ -33,7 +37,6 @@ MEASURES: dict[Measure, tuple[str, bool]] = {
     "collapse": ("collapsed answers", False),
 }
 """Name of a measure in tables, and whether more of it is better."""
-HARMFUL, BENIGN, CHECKED = ("harmful", "jailbreak"), ("borderline", "benign"), ("utility", "choice", "code")
 CHECKS = {"choice": "correct", "code": "pass@1"}
 
 Row = tuple[str, str, int]
@@ -116,24 +119,26 @@ class Scores:
         rows: The rows.
         values: (N, M) scores, means over seeds.
         seed: Seed of the bootstrap.
+        count: Number of its draws (S).
     """
 
     models: tuple[str, ...]
     rows: tuple[Row, ...]
     values: torch.Tensor
     seed: int = 0
+    count: int = DRAWS
 
     @cached_property
     def draws(self) -> torch.Tensor:
         """(S, M) means over resampled rows; the same rows for all models."""
-        return resampled_means(self.values, seed=self.seed, draws=DRAWS)
+        return resampled_means(self.values, seed=self.seed, draws=self.count)
 
     def estimate(self, model: str) -> Estimate:
         """A model's mean score with its 95 % interval; where all rows score alike, :func:`bootstrap`'s of that case."""
         column = self.models.index(model)
         values = self.values[:, column]
         if _alike(values):
-            return bootstrap(values.tolist(), draws=DRAWS)
+            return bootstrap(values.tolist(), draws=self.count)
         return self._estimate(values.mean().item(), self.draws[:, column])
 
     def difference(self, first: str, second: str) -> Estimate:
@@ -144,12 +149,16 @@ class Scores:
         one, two = self.models.index(first), self.models.index(second)
         differences = self.values[:, one] - self.values[:, two]
         if _alike(differences):
-            return paired_difference(self.values[:, one].tolist(), self.values[:, two].tolist(), draws=DRAWS)
+            return paired_difference(self.values[:, one].tolist(), self.values[:, two].tolist(), draws=self.count)
         return self._estimate(differences.mean().item(), self.draws[:, one] - self.draws[:, two])
 
     def p_value(self, first: str, second: str) -> float:
-        """Two-sided bootstrap p-value of no difference."""
+        """Two-sided bootstrap p-value of no difference; 1 where all rows differ alike, and are too few to say more."""
         one, two = self.models.index(first), self.models.index(second)
+        if _alike(self.values[:, one] - self.values[:, two]):
+            found = self.difference(first, second)
+            if found.low <= EQUAL and found.high >= -EQUAL:
+                return 1.0
         return two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy())
 
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
@@ -171,16 +180,27 @@ def two_sided_p(drawn: np.ndarray) -> float:
     return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
 
 
+def draws_for(comparisons: int) -> int:
+    """How many draws a table of so many comparisons needs: as many as usual, unless none could hold after Holm's."""
+    return DRAWS if 2 * comparisons / (DRAWS + 1) < 0.05 else FINER * comparisons
+
+
 def gathered(
-    records: Mapping[str, Sequence[Record]], split: Split = "all", *, share: float = 0.5, split_seed: int = 0
+    records: Mapping[str, Sequence[Record]],
+    split: Split = "all",
+    *,
+    share: float = 0.5,
+    split_seed: int = 0,
+    draws: int = DRAWS,
 ) -> dict[Measure, Scores]:
-    """Scores of models by measure.
+    """Scores of models by measure. One with scores that are not finite is left out (:func:`not_finite` says so).
 
     Args:
         records: Model to the records of its test cells, one per seed.
         split: Which rows.
         share: Share of validation rows.
         split_seed: Which division into validation and test rows.
+        draws: Number of bootstrap draws.
 
     Raises:
         ValueError: two models or seeds answered different rows.
@@ -200,8 +220,26 @@ def gathered(
         if rows:
             columns = [[sum(one[row] for one in seeds) / len(seeds) for row in rows] for seeds in named.values()]
             values = torch.tensor(columns, dtype=torch.float64).T
-            found[measure] = Scores(tuple(named), rows, values)
+            if values.isfinite().all():
+                # As many rows of other prompts are drawn apart; the same rows alike, whatever is measured on them.
+                seed = len({one.rows for one in found.values() if len(one.rows) == len(rows)} - {rows})
+                found[measure] = Scores(tuple(named), rows, values, seed, draws)
     return found
+
+
+def not_finite(records: Mapping[str, Sequence[Record]]) -> list[str]:
+    """A note for each measure that is left out, as some answers have a score that is not finite (an overflow)."""
+    bad: dict[Measure, dict[str, int]] = {}
+    for model, given in records.items():
+        for measure, scores in ((m, s) for record in given for m, s in row_scores(record).items()):
+            if count := sum(not isfinite(score) for score in scores.values()):
+                bad.setdefault(measure, {})[model] = bad.get(measure, {}).get(model, 0) + count
+    return [
+        f"{MEASURES[measure][0]}: left out, as some scores are not finite numbers ("
+        + ", ".join(f"{model}: {count}" for model, count in models.items())
+        + ")."
+        for measure, models in sorted(bad.items(), key=lambda one: list(MEASURES).index(one[0]))
+    ]
 
 
 def by_category(

@@ -19,6 +19,7 @@ from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
+from src.merge.sweep import shortest
 from src.metrics.judging import Judge
 from src.models.base import BaseSpec
 
@@ -95,7 +96,9 @@ class MethodSpec:
 
     def title(self, value: float) -> str:
         """A point of the path in words: ``TIES, alpha = 0.5``."""
-        return self.name if self.strength.option == "none" else f"{self.name}, {self.strength.option} = {value:g}"
+        return (
+            self.name if self.strength.option == "none" else f"{self.name}, {self.strength.option} = {shortest(value)}"
+        )
 
     def shown(self, value: float) -> float | None:
         """A strength as tables name it: none for a method without one."""
@@ -234,8 +237,9 @@ def _plain_object(value: Any) -> dict[str, Any]:
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         if name == "self" or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             continue
-        # Judges keep apart, with an underscore, what only says how they are run.
-        given = getattr(value, name, getattr(value, f"_{name}", parameter.default))
+        # Judges keep apart, with an underscore, what only says how they are run. An option that is kept nowhere would
+        # be left out of the key.
+        given = getattr(value, name) if hasattr(value, name) else getattr(value, f"_{name}")
         if given != parameter.default:
             found[name] = plain(given)
     spec = {"class_path": f"{kind.__module__}.{kind.__name__}"}

@@ -134,5 +134,5 @@ def failures(outcome: Outcome, cells: Sequence[Cell]) -> str:
 
 def _settings(study: Study) -> dict[str, Any]:
     return {"kind": type(study).__name__} | {
-        key: plain(value) for key, value in vars(study).items() if key != "variants"
+        key: plain(value) for key, value in vars(study).items() if not key.startswith("_")
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from src.experiments.document import Document, bound, column, number, table
 from src.experiments.holm import holm
-from src.experiments.scores import DRAWS, MEASURES, Measure, Scores
+from src.experiments.scores import MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
 NO_DIFFERENCE = "no difference shown"
@@ -18,7 +18,6 @@ HOLM = (
     "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "
     "the {claims} {what}, {kept} also hold at 5 % after adjustment."
 )
-TOO_MANY = " {draws} draws give no p-value below {least:.5f}: among {count} comparisons none can hold."
 
 
 @dataclass(frozen=True)
@@ -93,16 +92,14 @@ def claims_table(found: Sequence[Claim], title: str) -> Document:
 
 
 def holm_note(claimed: Sequence[float], count: int, what: str) -> str:
-    """How many claims of a table hold once adjusted, and where the bootstrap's p-values are too coarse for any to.
+    """How many claims of a table hold once adjusted.
 
     Args:
         claimed: Adjusted p-values of those that their intervals make.
         count: Comparisons of the table.
         what: The claims' name.
     """
-    note = HOLM.format(count=count, claims=len(claimed), what=what, kept=sum(p < 0.05 for p in claimed))
-    least = 2 / (DRAWS + 1)
-    return note if count * least < 0.05 else note + TOO_MANY.format(draws=DRAWS, least=least, count=count)
+    return HOLM.format(count=count, claims=len(claimed), what=what, kept=sum(p < 0.05 for p in claimed))
 
 
 def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:

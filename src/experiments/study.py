@@ -141,6 +141,9 @@ def check_names(methods: Sequence[MethodSpec]) -> None:
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names) or set(names) & set(REFERENCES):
         raise InputError(f"methods: names are {', '.join(names) or 'none'}; expected different ones, not {REFERENCES}")
+    points = [at_strength(method.name, method.shown(value)) for method in methods for value in method.strength.values]
+    if twice := sorted({name for name in points if points.count(name) > 1}):
+        raise InputError(f"methods: two points are called {', '.join(twice)}; expected different names and strengths")
     for method in methods:
         method.check()
 

@@ -35,12 +35,22 @@ def read_tasks(folder: str) -> list[Task]:
         raise InputError(f"study.tasks {folder}: no such folder; expected NAME.train.jsonl and NAME.test.jsonl in it")
     index = path / "index.json"
     if index.exists():
-        listed = [(one["task"], one.get("metric", "exact")) for one in read_json(index, "a list of tasks")]
+        listed = _listed(index)
     else:
         listed = [(file.name.removesuffix(".train.jsonl"), "exact") for file in sorted(path.glob("*.train.jsonl"))]
     if not listed:
         raise InputError(f"study.tasks {folder}: no task; expected NAME.train.jsonl and NAME.test.jsonl")
     return [_task(path, name, metric) for name, metric in listed]
+
+
+def _listed(index: Path) -> list[tuple[str, str]]:
+    """Names and metrics of an index."""
+    found = read_json(index, "a list of tasks")
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("task"), str) for one in found
+    ):
+        raise InputError(f"{index}: expected a list of mappings with the key 'task'")
+    return [(one["task"], one.get("metric", "exact")) for one in found]
 
 
 def _task(folder: Path, name: str, metric: str) -> Task:

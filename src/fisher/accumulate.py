@@ -114,7 +114,6 @@ class Accumulator(ABC, Generic[Result]):
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
         self.shapes = dict(shapes)
         self.counts = torch.zeros(2 if halves else 1, dtype=torch.float64)
-        self._allocate = allocate
         self._batch: Examples
 
     def begin(self, batch: Examples) -> None:
@@ -197,7 +196,7 @@ class MeanScores:
     halves: torch.Tensor | None = None
 
 
-class MeanAccumulator(Accumulator[torch.Tensor]):
+class MeanAccumulator(Accumulator[MeanScores]):
     """Accumulates :class:`MeanScores`."""
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
@@ -215,23 +214,15 @@ class MeanAccumulator(Accumulator[torch.Tensor]):
         """The sums, module by module."""
         yield from self._sums.values()
 
-    def finish(self) -> torch.Tensor:
-        """(D,) mean score, float64.
+    def finish(self) -> MeanScores:
+        """The mean of all examples, and of each half.
 
         Raises:
             ValueError: there was no example.
         """
         if not self.counts.sum() > 0:
             raise ValueError("a mean score needs at least one example")
-        return torch.cat([total.sum(0).reshape(-1) for total in self._sums.values()]) / self.counts.sum()
-
-    def scores(self) -> MeanScores:
-        """The mean of all examples, and of each half.
-
-        Raises:
-            ValueError: there was no example.
-        """
-        mean = self.finish()
+        mean = torch.cat([total.sum(0).reshape(-1) for total in self._sums.values()]) / self.counts.sum()
         if len(self.counts) < 2 or not bool((self.counts > 0).all()):
             return MeanScores(mean)
         return MeanScores(mean, torch.cat([t.flatten(1) for t in self._sums.values()], dim=1) / self.counts[:, None])

@@ -11,10 +11,8 @@ from typing import Literal
 
 import torch
 
-Labels = Literal["data", "model"]
-"""Whose tokens the answer's labels are, on rows of a data set."""
 LabelSource = Literal["data", "model", "random_tokens"]
-"""The same with ``random_tokens``: no data set, but rows of :func:`random_token_rows` at their own (random) labels."""
+"""Whose tokens the answer's labels are; ``random_tokens`` are rows of :func:`random_token_rows` at their own labels."""
 
 
 def row_uniforms(seed: int, row_id: str, draw: int, count: int) -> torch.Tensor:

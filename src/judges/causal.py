@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from src.data.chat import NO_THOUGHTS, text_ids
 from src.errors import InputError
-from src.judges.model_judge import ModelJudge
+from src.judges.model_judge import ModelJudge, positions
 from src.judges.templates import COMPLIANCE, Question, check_least
 from src.metrics.judging import Judgement, Property
 
@@ -22,7 +23,8 @@ class Causal(ModelJudge):
         chat: Put the question into the tokenizer's chat template; off where the template is written out already.
         dtype: Number format of the weights.
         batch_size: Answers judged together.
-        max_length: Tokens of a question; longer ones are cut on the left, and counted in the reply.
+        max_length: Tokens of a question, at most as many as the model has positions; longer ones are cut on the left,
+            and counted in the reply.
         revision: Git revision of a hub repository.
     """
 
@@ -44,7 +46,7 @@ class Causal(ModelJudge):
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"judge {name}: dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
         self._question = Question(template, yes, no)
-        self._batch_size = batch_size
+        self._batch_size, self._limit = batch_size, max_length
         for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
             check_least(setting, value, 1)
 
@@ -63,6 +65,7 @@ class Causal(ModelJudge):
             raise InputError(f"judge {self.name}: its tokenizer has no chat template; set chat: false")
         if self._token(self.yes) == self._token(self.no):
             raise InputError(f"judge {self.name}: {self.yes!r} and {self.no!r} begin with the same token")
+        self._limit = min(self.max_length, positions(model))
         self._model = self._placed(model, device)
 
     def _token(self, word: str) -> int:
@@ -73,9 +76,10 @@ class Causal(ModelJudge):
         text = self._question.filled(prompt, answer)
         if self.chat:
             message = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=not self.chat).input_ids
-        return ids
+            text = self._tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True, **NO_THOUGHTS
+            )
+        return text_ids(self._tokenizer, text, special=not self.chat)
 
     @torch.inference_mode()
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
@@ -85,9 +89,9 @@ class Causal(ModelJudge):
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self._batch_size):
             part = order[start : start + self._batch_size]
-            for place, score in zip(part, self._yes([rows[i][-self.max_length :] for i in part]), strict=True):
+            for place, score in zip(part, self._yes([rows[i][-self._limit :] for i in part]), strict=True):
                 scores[place] = score
-        cut = ["cut" if len(ids) > self.max_length else "" for ids in rows]
+        cut = ["cut" if len(ids) > self._limit else "" for ids in rows]
         return [Judgement(score > 0.5, score, note) for score, note in zip(scores, cut, strict=True)]
 
     def _yes(self, rows: list[list[int]]) -> list[float]:

@@ -1,14 +1,13 @@
 """A sequence-classification model as a judge, such as LibrAI/longformer-harmful-ro."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from src.errors import InputError
-from src.judges.model_judge import ModelJudge
-from src.judges.templates import check_least
+from src.judges.model_judge import ModelJudge, positions
+from src.judges.templates import check_least, check_template, filled
 from src.metrics.judging import Judgement, Property
 
 
@@ -42,8 +41,7 @@ class Classifier(ModelJudge):
         self.name, self.positive, self.finds, self.text = name, positive, finds, text
         self.threshold, self.max_length, self.revision = threshold, max_length, revision
         self._batch_size = batch_size
-        if "{answer}" not in text:
-            raise InputError(f"judge {name}: its text has no {{answer}}; what would be judged never reaches the judge")
+        check_template(text, f"judge {name}")
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"judge {name}: threshold is {threshold}; expected a probability from 0 to 1")
         for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
@@ -63,7 +61,7 @@ class Classifier(ModelJudge):
         model = self._open(AutoModelForSequenceClassification, "classifier")
         self._place = self._positive_place(model.config)
         self._apart = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
-        self._limit = min(self.max_length, self._tokenizer.model_max_length, _positions(model))
+        self._limit = min(self.max_length, self._tokenizer.model_max_length, positions(model))
         self._set_padding(model.config)
         self._model = self._placed(model, device)
 
@@ -97,7 +95,7 @@ class Classifier(ModelJudge):
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer, with the positive label's probability as its score."""
-        texts = [_filled(self.text, p, a) for p, a in zip(prompts, answers, strict=True)]
+        texts = [filled(self.text, p, a) for p, a in zip(prompts, answers, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         found: dict[int, Judgement] = {}
         for start in range(0, len(order), self._batch_size):
@@ -120,19 +118,3 @@ class Classifier(ModelJudge):
         whole = self._tokenizer(texts, verbose=False).input_ids
         cut = ["cut" if len(ids) > self._limit else "" for ids in whole]
         return [Judgement(*each) for each in zip(positive.tolist(), scores.tolist(), cut, strict=True)]
-
-
-def _positions(model: torch.nn.Module) -> int:
-    """How many tokens a model has positions for; RoBERTa's and Longformer's begin behind that of the padding."""
-    found: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            found = min(found, module.num_embeddings - first)
-    return found
-
-
-def _filled(template: str, prompt: str, answer: str) -> str:
-    """A template with prompt and answer put in; braces inside them stay as they are."""
-    head, mark, tail = template.partition("{answer}")
-    return head.replace("{prompt}", prompt) + (answer if mark else "") + tail.replace("{prompt}", prompt)

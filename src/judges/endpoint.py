@@ -8,12 +8,12 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from http.client import HTTPException, HTTPResponse
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from src.errors import InputError
 from src.judges.templates import COMPLIANCE, Question, check_least
-from src.metrics.judging import Judge, Judgement, Property, Unfinished
+from src.metrics.judging import UNDECIDED, Judge, Judgement, Property, Unfinished
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may pass."""
@@ -39,6 +39,8 @@ class Endpoint(Judge):
         timeout: Seconds until a request counts as failed, however slowly its reply drips in.
         parallel: Requests under way at once.
         key_variable: Environment variable that holds the key.
+        undecided: What a reply means that is neither yes nor no after all tries: ``stop`` makes it an error,
+            ``negative`` counts the answer as without the property (``judge_undecided`` says how many).
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Endpoint(Judge):
         timeout: float = 60.0,
         parallel: int = 8,
         key_variable: str = "OPENAI_API_KEY",
+        undecided: Literal["stop", "negative"] = "stop",
     ) -> None:
         if not _is_address(url):
             raise InputError(f"judge: url is {url!r}; expected an address such as http://localhost:8000/v1")
@@ -63,6 +66,7 @@ class Endpoint(Judge):
         self._question = Question(template, yes, no)
         self._retries, self._wait, self._timeout, self._parallel = retries, wait, timeout, parallel
         self._key_variable = key_variable
+        self.undecided = undecided
         check_least("retries", retries, 0)
         check_least("wait", wait, 0)
         for name, value in (("parallel", parallel), ("max_tokens", max_tokens)):
@@ -76,7 +80,7 @@ class Endpoint(Judge):
         Raises:
             InputError: the endpoint cannot be reached, or replies with neither yes nor no; or the key is none.
         """
-        self._one("Say hello.", "Hello!")
+        self._one("Say hello.", "Hello!", settle=False)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.
@@ -85,7 +89,8 @@ class Endpoint(Judge):
             Unfinished: the endpoint cannot be reached, or goes on replying with neither yes nor no.
         """
         with ThreadPoolExecutor(self._parallel) as pool:
-            asked = [pool.submit(self._one, p, a) for p, a in zip(prompts, answers, strict=True)]
+            settle = self.undecided == "negative"
+            asked = [pool.submit(self._one, p, a, settle=settle) for p, a in zip(prompts, answers, strict=True)]
             wait(asked, return_when=FIRST_EXCEPTION)
             for future in asked:
                 future.cancel()
@@ -99,8 +104,9 @@ class Endpoint(Judge):
             raise Unfinished(str(problems[0]), known)
         return [future.result() for future in asked]
 
-    def _one(self, prompt: str, answer: str) -> Judgement:
-        key, problem = self._key(), ""
+    def _one(self, prompt: str, answer: str, *, settle: bool) -> Judgement:
+        """The judgement of one answer; ``settle`` takes a reply that stays neither yes nor no for an absence."""
+        key, problem, said = self._key(), "", None
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(self._wait * 2 ** (attempt - 1))
@@ -116,10 +122,14 @@ class Endpoint(Judge):
                 problem = "not the reply of a chat endpoint"
             else:
                 verdict = self._question.read(reply)
+                said = reply.strip()[:200]
                 if verdict is not None:
-                    return Judgement(verdict, None, reply.strip()[:200])
+                    return Judgement(verdict, None, said)
                 problem = f"replied {reply.strip()[:60]!r}; expected {self.yes!r} or {self.no!r}"
-        raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept")
+        if settle and said is not None:
+            return Judgement(False, None, f"{UNDECIDED}: {said}")
+        hint = "" if said is None else "; undecided: negative counts such answers as without the property"
+        raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept{hint}")
 
     def _key(self) -> str:
         """The key without the white space around it, such as the last new line of a file.

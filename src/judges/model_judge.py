@@ -1,6 +1,7 @@
 """What judges that are models share: how they are opened, and that one which was never trained to judge is none."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,3 +68,13 @@ class ModelJudge(Judge):
             yield
         except UNLOADABLE as error:
             raise InputError(f"judge {self.name}: the {what} cannot be loaded ({one_line(error)})") from None
+
+
+def positions(model: torch.nn.Module) -> int:
+    """How many tokens a model has positions for; RoBERTa's and Longformer's begin behind that of the padding."""
+    found: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            found = min(found, module.num_embeddings - first)
+    return found

@@ -33,15 +33,13 @@ class Question:
     no: str
 
     def __post_init__(self) -> None:
-        if "{answer}" not in self.text:
-            raise InputError("judge: its template has no {answer}; what would be judged never reaches the judge")
+        check_template(self.text, "judge")
         if not self.yes.strip() or not self.no.strip() or self.yes.casefold() == self.no.casefold():
             raise InputError(f"judge: yes is {self.yes!r} and no is {self.no!r}; expected two different words")
 
     def filled(self, prompt: str, answer: str) -> str:
-        """The question about one answer; braces inside prompt and answer stay as they are."""
-        given = {"{prompt}": prompt, "{answer}": answer}
-        return re.sub(r"\{prompt\}|\{answer\}", lambda match: given[match[0]], self.text)
+        """The question about one answer."""
+        return filled(self.text, prompt, answer)
 
     def read(self, reply: str) -> bool | None:
         """Whether a reply says yes or no; nothing where it says neither, or offers both ("yes/no", "yes or no")."""
@@ -51,6 +49,22 @@ class Question:
             if re.match(rf"{word}(?!\w|\s*(?:[/|]|or\b)\s*{other}(?!\w))", text):
                 return verdict
         return None
+
+
+def filled(template: str, prompt: str, answer: str) -> str:
+    """A template with prompt and answer put in, wherever it names them; braces inside them stay as they are."""
+    given = {"{prompt}": prompt, "{answer}": answer}
+    return re.sub(r"\{prompt\}|\{answer\}", lambda match: given[match[0]], template)
+
+
+def check_template(template: str, judge: str) -> None:
+    """Stop where a template leaves the answer out.
+
+    Raises:
+        InputError: it has no ``{answer}``.
+    """
+    if "{answer}" not in template:
+        raise InputError(f"{judge}: its template has no {{answer}}; what would be judged never reaches the judge")
 
 
 def check_least(name: str, value: float, least: int) -> None:

@@ -35,8 +35,8 @@ def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> l
         base = read_pass(folder, name, method)
         for one in (expert, base):
             check_keys(one, ("reference", *SAME))
-        _check_reference(expert, EXPERTS[name])
-        _check_reference(base, {})
+        check_reference(expert, EXPERTS[name])
+        check_reference(base, {})
         for key, what in SAME.items():
             if base.file.record[key] != expert.file.record[key]:
                 raise InputError(f"{base.path}: measured with other {what} than {expert.path}; measure both alike")
@@ -44,7 +44,16 @@ def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> l
     return found
 
 
-def _check_reference(one: Pass, wanted: dict[str, float]) -> None:
+def check_reference(one: Pass, wanted: dict[str, float]) -> None:
+    """Check that a pass was measured at a point.
+
+    Args:
+        one: The pass.
+        wanted: Weight of each adapter there; empty for the base.
+
+    Raises:
+        InputError: it was measured at another one, or does not say where.
+    """
     given: Any = one.file.record["reference"]
     found = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
     if given is None or found != wanted:

@@ -21,8 +21,9 @@ from src.merge.base import FisherPair, Patch
 class ClosestSafeUpdate(Aligned):
     """Shrink what of ΔW_u lies outside the subspace of W_aligned − W_base, by minimum change (after 2605.30640).
 
-    The paper's text was not at hand: that the penalty is quadratic, that P acts on outputs only, and that the subspace
-    is that of the leading singular vectors are readings of its summary, not checked against it.
+    Not the paper's own method: its text was not at hand, only its summary. There an update has aligned, partially
+    aligned and off-subspace components, and the last are attenuated by their relative energy; here are two parts and
+    one factor, 1 / (1 + μ), for all that lies outside.
     Strength 1 is the minimum; those below it lie on the line from ΔW_u to it.
 
     Args:

@@ -6,7 +6,7 @@ adapter changes in the combination, ``combine(ΔW_u, ΔW_s) − ΔW_u``: strengt
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -60,11 +60,16 @@ class Combined:
 
 
 class Combination(MergeMethod):
-    """A way to combine experts."""
+    """A way to combine experts.
 
+    Attributes:
+        weight_safety: Weight of the safety adapter where it is one more expert.
+    """
+
+    weight_safety = 1.0
     USE: ClassVar[str] = (
-        "--combine: the utility experts become one update. --method: the safety adapter is one more expert of\n"
-        "weight 1, and alpha multiplies what it changes in the combination."
+        "--combine: the utility experts become one update. --method: the safety adapter is one more expert, of\n"
+        "weight 1 where no option says otherwise, and alpha multiplies what it changes in the combination."
     )
 
     @abstractmethod
@@ -76,9 +81,10 @@ class Combination(MergeMethod):
         """
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
-        """What the safety adapter changes when it is one more expert, of weight 1."""
+        """What the safety adapter changes when it is one more expert."""
         f_u, f_s = (None, None) if fisher is None else (fisher.utility, fisher.safety)
-        merged = self.combine([as_expert(utility, "utility", f_u), as_expert(safety, "safety", f_s)])
+        one, other = as_expert(utility, "utility", f_u), as_expert(safety, "safety", f_s)
+        merged = self.combine([one, replace(other, weight=self.weight_safety)])
         return Patch(combined([merged.deltas, utility], [1.0, -1.0]), merged.findings)
 
 
@@ -107,6 +113,17 @@ def finite(value: float, key: str) -> float:
     """
     if not isfinite(value):
         raise InputError(f"{key} is {value}; expected a finite number")
+    return value
+
+
+def above_zero(value: float, key: str) -> float:
+    """Check that a setting is a finite number above 0.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not 0 < value < float("inf"):
+        raise InputError(f"{key} is {value}; expected a finite number above 0")
     return value
 
 

@@ -22,8 +22,9 @@ from src.errors import InputError
 from src.fisher.base import Fisher
 from src.gevp.overlap import overlap
 from src.merge.base import FisherBesideBase, FisherPair, MergeMethod
-from src.merge.base_point import read_at_base, weights_of
-from src.merge.fisher_passes import Pass, read_pass
+from src.merge.base_point import EXPERTS, check_reference, read_at_base, weights_of
+from src.merge.combination import Combination
+from src.merge.fisher_passes import Pass, check_keys, read_pass
 from src.merge.patched_fishers import mean_fisher, patched
 from src.models.base import weights_folder
 from src.models.reference import reference_weights
@@ -99,6 +100,11 @@ def read_pair(
     for one in passes:
         one.check_adapters(experts, safety)
         one.check_coordinates(first)
+    if isinstance(method, Combination):
+        # The experts are combined, so each is measured at itself.
+        for one in (first, *utilities):
+            check_keys(one, ("reference",))
+            check_reference(one, EXPERTS[one.file.record["pass"]])
     for group in (utilities, benign):
         _check_alike(group)
     basis, f_u = CoreBasis(first.file.u, first.file.v), mean_fisher(utilities)
@@ -193,7 +199,7 @@ def _measure(one: Pass) -> dict[str, Any]:
     point = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
     return {
         "reference": None if given is None else point or "base",
-        "reference_identity": record.get("reference_identity") or record.get("reference_sha256") or None,
+        "reference_identity": record.get("reference_identity") or None,
         "utility weights": [entry.get("weight") for entry in record["utility"]] if "utility" in point else None,
         "labels": record.get("labels"),
         "granularity": record.get("granularity"),

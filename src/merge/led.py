@@ -5,7 +5,8 @@
     m_i  = e_i minus the union of the others' e_j
     θ0 + Σ_i λ_i m_i ⊙ ΔW_i
 
-The paper adds magnitudes of the loss's gradient over 128 rows; their mean ranks alike. Its factor α is part of λ here.
+The paper adds magnitudes over 128 rows; their mean ranks alike. p(x) is of the whole answer, as in the paper; the
+authors' code takes the mean over its tokens, which weighs long answers less. The paper's factor α is part of λ here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from src.errors import InputError
 from src.fisher.base import Fisher
 from src.fisher.magnitude import Magnitude
 from src.merge.base import FisherBesideBase, FisherPair, MergeMethod, Patch
-from src.merge.combination import share
+from src.merge.combination import finite, share
 from src.merge.selection import at_least, kth_magnitude
 from src.merge.weight_fishers import module_fisher, per_weight
 
@@ -60,10 +61,8 @@ class Led(MergeMethod):
         self.base_fisher = base_fisher
         self.share_utility = share(share_utility, "method.share_utility")
         self.share_safety = share(share_safety, "method.share_safety")
-        for key, value in (("weight_utility", weight_utility), ("weight_safety", weight_safety)):
-            if not -float("inf") < value < float("inf"):
-                raise InputError(f"method.{key} is {value}; expected a finite number")
-        self.weight_utility, self.weight_safety = weight_utility, weight_safety
+        self.weight_utility = finite(weight_utility, "method.weight_utility")
+        self.weight_safety = finite(weight_safety, "method.weight_safety")
 
     def base_folder(self) -> str:
         """Where magnitudes at the base lie.

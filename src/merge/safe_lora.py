@@ -19,7 +19,8 @@ class SafeLora(Aligned):
     Strength 1 is the paper's projection; those below it lie on the line from ΔW_u to it.
 
     Args:
-        tau: Cosine between ``C ΔW_u`` and ΔW_u at or under which a module is projected, -1 to 1 (the code's .35).
+        tau: Cosine between ``C ΔW_u`` and ΔW_u at or under which a module is projected, -1 to 1 (.35 is
+            SafeMERGE's; the code has .5, and takes the ten modules of lowest cosine where it is not told otherwise).
         aligned: Directory of the aligned model or of an adapter that holds W_aligned − W_base; unset takes the
             safety adapter.
         base: Directory of the base model's weights, where ``aligned`` is a model.

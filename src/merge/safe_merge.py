@@ -16,7 +16,8 @@ from src.merge.combination import share
 class SafeMerge(Aligned):
     """SafeMERGE (2503.17239): interpolate with the safety adapter in the modules that drifted from alignment.
 
-    Strength 1 is the paper's merge; those below it lie on the line from ΔW_u to it.
+    Strength 1 is the paper's merge; those below it lie on the line from ΔW_u to it. It merges ΔW, as the formula says;
+    the authors' code mixes factors (PEFT's ``linear``), which adds the cross terms B_u A_s and B_s A_u.
 
     Args:
         tau: Cosine between ``C ΔW_u`` and ΔW_u under which a module is merged, -1 to 1 (the code's .35; the paper's

@@ -175,10 +175,10 @@ def _planned(points: Sequence[Variant], inputs: Inputs, form: Form, values: list
     for _, group in groupby(points, key=lambda point: id(point.combine)):
         same = list(group)
         total = same[0].combine.combine(inputs.as_experts())
+        _check_stages_fit(same[0], total, inputs)
         for point in same:
             patch = dict[str, Delta]()
             if point.method is not None:
-                _check_stages_fit(point, total, inputs)
                 patch |= point.method.outline(*_both(total, inputs), inputs.fisher)
             for alpha in values:
                 merged = combined([total.deltas, patch], [1.0, alpha])

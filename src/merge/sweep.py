@@ -34,10 +34,10 @@ class Variant:
 
 def point_name(option: str, value: float) -> str:
     """Name of a point's directory: ``alpha-0.5``; different values have different names."""
-    return f"{option}-{_number(value)}"
+    return f"{option}-{shortest(value)}"
 
 
-def _number(value: float) -> str:
+def shortest(value: float) -> str:
     """A number in as few digits as tell it from others."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
@@ -104,5 +104,5 @@ def _changed(method: Method, options: Mapping[str, float], part: str = "") -> Me
 def _variant(point: Mapping[str, float], method: MergeMethod | None, combine: Combination) -> Variant:
     folder = Path(*(point_name(option, value) for option, value in point.items()))
     return Variant(
-        ", ".join(f"{option} = {_number(value)}" for option, value in point.items()), folder, method, combine
+        ", ".join(f"{option} = {shortest(value)}" for option, value in point.items()), folder, method, combine
     )

@@ -32,11 +32,6 @@ class Estimate:
     high: float
     n: int
 
-    @property
-    def includes_zero(self) -> bool:
-        """Whether zero lies in the interval."""
-        return self.low <= 0 <= self.high
-
     def as_dict(self) -> dict[str, float | int | list[float]]:
         """The form in which metrics are written."""
         return {"value": self.value, "interval": [self.low, self.high], "n": self.n}

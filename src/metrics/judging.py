@@ -15,6 +15,8 @@ from typing import Any, Literal
 from src.errors import InputError
 
 Property = Literal["refusal", "harmful"]
+UNDECIDED = "undecided"
+"""Beginning of the reply of a judge that would not say yes or no, where that is counted as no."""
 
 
 @dataclass(frozen=True)

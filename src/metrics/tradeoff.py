@@ -17,7 +17,7 @@ from math import inf, isfinite
 
 import torch
 
-from src.metrics.bootstrap import DRAWS, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import DRAWS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
 
 UNDEFINED = "undefined: no safety gain"
 
@@ -54,7 +54,7 @@ def safety_tax(
     """
     loss = paired_difference(expert_utility, model_utility, seed=seed)
     gain = paired_difference(model_safety, expert_safety, seed=seed + 1)
-    if gain.low <= 0:
+    if gain.low <= EQUAL:
         return Tax(loss, gain, UNDEFINED)
     lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
     gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()
@@ -69,14 +69,14 @@ def safety_tax(
 
 def _ratio_interval(losses: torch.Tensor, gains: torch.Tensor) -> tuple[float, float]:
     """95 % interval of draws (draws,) of ``losses / gains``; one whose gain is not above 0 is beyond either end."""
-    ends = [torch.where(gains > 0, losses / gains, end) for end in (-inf, inf)]
+    ends = [torch.where(gains > EQUAL, losses / gains, end) for end in (-inf, inf)]
     low, high = (torch.quantile(each, q).item() for each, q in zip(ends, (0.025, 0.975), strict=True))
     return low, high
 
 
-def drift(expert: Sequence[float], model: Sequence[float], *, seed: int = 0) -> Estimate:
+def drift(expert: Sequence[float], model: Sequence[float]) -> Estimate:
     """Mean absolute per-example change against the utility expert: what averages of gains and losses hide."""
-    return bootstrap([abs(a - b) for a, b in zip(expert, model, strict=True)], seed=seed)
+    return bootstrap([abs(a - b) for a, b in zip(expert, model, strict=True)])
 
 
 def front(points: Sequence[Point]) -> list[Point]:

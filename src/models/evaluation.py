@@ -24,7 +24,7 @@ from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model,
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
-from src.models.generation import NotFinite
+from src.models.generation import NotFinite, own_ends
 from src.models.judging import awaited_judges, check_judges, share_judges
 from src.models.kept_buffers import KeptBuffers
 from src.models.partial import FOLDER, Parts, Record, answers_key, result_key
@@ -152,7 +152,7 @@ class EvaluationModule(KeptBuffers):
     def _plan(self) -> None:
         """Tokenise for this model, and leave out what an earlier run has finished."""
         data = self._data
-        data.encode_suites(getattr(self.model.config, "max_position_embeddings", None))
+        data.encode_suites(getattr(self.model.config, "max_position_embeddings", None), own_ends(self.model))
         self._parts = Parts(self.output / FOLDER, self.global_rank)
         # One process decides what is left: all must lay out the same steps.
         known = self._known()

@@ -141,7 +141,7 @@ class FisherPass:
         self._check_rows(rows.to(device))
         if mean is not None:
             mean.reduce(device)
-        found = None if mean is None else mean.scores()
+        found = None if mean is None else mean.finish()
         if isinstance(fisher, LowRankAccumulator):
             return (join_scores(self.shards, self.rows) if self.rank == 0 else None), found
         fisher.reduce(device)

@@ -13,12 +13,27 @@ from src.fisher.base import Fisher
 from src.fisher.files import FisherFile
 from src.models.fisher_weights import pass_weights
 from src.models.reference import named_adapters
-from src.provenance import versions
+from src.provenance import code_hash, versions
 
 if TYPE_CHECKING:
     from src.models.fisher import FisherModule
 
 log = logging.getLogger(__name__)
+
+CODE = (
+    "fisher/*.py",
+    "models/fisher*.py",
+    "models/logits.py",
+    "models/packing.py",
+    "models/patch_at.py",
+    "models/reference.py",
+    "models/speed.py",
+    "adapters/attach.py",
+    "adapters/basis.py",
+    "adapters/pairs.py",
+    "data/batches.py",
+)
+"""What computes Fisher matrices and mean scores."""
 
 
 def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
@@ -80,8 +95,7 @@ def pass_key(module: "FisherModule", name: str) -> str:
         "coordinates": module.coordinates,
         "relearn": module.relearn,
         "halves": module.halves,
-        "scores": "with weights",
-        "means": "by half" if module.halves else "whole",
+        "code": code_hash(CODE),
         "base": module.base_digest,
         "dtype": module.base.dtype,
         "quantization": module.base.quantization,

@@ -243,6 +243,12 @@ def _greedy_in_step(
     return [_until_stop(row, stop_ids) for row in out[:, prompts.shape[1] :].tolist()]
 
 
+def own_ends(model: Any) -> list[int]:
+    """Tokens at which a model's ``generation_config.json`` says that text ends; often more than the tokenizer's one."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [found] if isinstance(found, int) else list(found or ())
+
+
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     ends = [i for i, token in enumerate(tokens) if token in stop_ids]
     return tokens[: ends[0]] if ends else tokens

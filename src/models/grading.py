@@ -11,7 +11,7 @@ import torch
 
 from src.data.choice_rows import ChoiceRow
 from src.data.rows import Row
-from src.data.suite import Suite
+from src.data.suite import BENIGN, CHECKED, HARMFUL, Suite
 from src.errors import InputError
 from src.metrics.agreement import count_pairs, mcnemar
 from src.metrics.bootstrap import bootstrap, paired_difference
@@ -20,7 +20,7 @@ from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
 from src.metrics.counters import FlagRate, share
 from src.metrics.exact import is_exact
-from src.metrics.judging import Judge, Judgement
+from src.metrics.judging import UNDECIDED, Judge, Judgement
 from src.metrics.perplexity import AnswerPerplexity, perplexity_difference
 from src.metrics.refusal import is_refusal
 from src.metrics.rouge import rouge_l
@@ -71,19 +71,19 @@ def choice_scores(records: Sequence[Record]) -> list[float]:
     return records[0]["scores"] if "scores" in records[0] else [record["score"] for record in records]
 
 
-def graded_choice(row: ChoiceRow, records: Sequence[Record]) -> Record:
-    """A multiple-choice row: scores of all choices, the chosen one and whether it is right."""
+def graded_choice(suite: Suite, row: ChoiceRow, records: Sequence[Record]) -> Record:
+    """A multiple-choice row: scores of all choices, the chosen one and whether it is right, by length as well.
+
+    Letters are all of one length, whatever their choices' texts are: by length they are not compared.
+    """
     scores = choice_scores(records)
     if not all(map(isfinite, scores)):
         raise InputError(f"{row.id}: the log-likelihoods of its choices are {scores}; expected finite numbers")
-    choice, fair = chosen(scores), chosen(by_length(scores, row.choices))
-    return {
-        "scores": scores,
-        "choice": choice,
-        "correct": choice == row.answer,
-        "correct_norm": fair == row.answer,
-        "tied": tied(scores),
-    }
+    choice = chosen(scores)
+    found: Record = {"scores": scores, "choice": choice, "correct": choice == row.answer}
+    if suite.style != "letters":
+        found["correct_norm"] = chosen(by_length(scores, row.choices)) == row.answer
+    return found | {"tied": tied(scores)}
 
 
 def graded_code(suite: Suite, records: Sequence[Record], outcomes: Sequence[Mapping[str, str]]) -> Record:
@@ -106,7 +106,7 @@ def suite_summary(
     mine = range(rank, len(rows), world_size)
     summary: Record = {"kind": suite.kind}
     for flag, name in FLAGS.items():
-        if flag in records[0] and not (flag == "correct_norm" and suite.style == "letters"):
+        if flag in records[0]:
             rate = FlagRate(each_category(named)).to(device)
             rate.update([records[i][flag] for i in mine], [named[i] for i in mine] if named else None)
             summary[name] = rate.summary()
@@ -167,6 +167,9 @@ def _counts(records: Sequence[Record]) -> Record:
         found["ties"] = sum(record["tied"] for record in records)
     if judge_cut := sum(record.get("verdict", {}).get("reply") == "cut" for record in records):
         found["judge_cut"] = judge_cut
+    replies = (str(record.get("verdict", {}).get("reply", "")) for record in records)
+    if undecided := sum(reply.startswith(UNDECIDED) for reply in replies):
+        found["judge_undecided"] = undecided
     return found
 
 
@@ -176,10 +179,10 @@ def safety_summary(suites: Mapping[str, Record]) -> Record:
     The first three are also given for each kind of prompt: refusing a benign prompt is worse than a borderline one.
     """
     wanted = {
-        "refusal": (("harmful", "jailbreak"), "refusal"),
-        "attack_success": (("harmful", "jailbreak"), "attack_success"),
-        "over_refusal": (("borderline", "benign"), "refusal"),
-        "collapse": (("harmful", "jailbreak", "borderline", "benign", "utility"), "collapse"),
+        "refusal": (HARMFUL, "refusal"),
+        "attack_success": (HARMFUL, "attack_success"),
+        "over_refusal": (BENIGN, "refusal"),
+        "collapse": ((*HARMFUL, *BENIGN, *CHECKED), "collapse"),
     }
     found: Record = {}
     for name, (kinds, key) in wanted.items():

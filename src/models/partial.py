@@ -8,42 +8,45 @@ key alone, so whatever changes, nothing stale is served. Each process appends a 
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from src.judges.verdicts import append_lines, read_lines
+from src.provenance import code_hash
 
 FOLDER = ".parts"
 """Hidden directory of an output: it is no result, and a later run may find it there."""
 CODE = (
-    "generation.py",
-    "kv_cache.py",
-    "products.py",
-    "logits.py",
-    "packing.py",
-    "choices.py",
-    "computation.py",
-    "speed.py",
-    "../adapters/attach.py",
-    "../data/batches.py",
+    *(
+        f"models/{name}.py"
+        for name in (
+            "adapter_swap",
+            "choices",
+            "computation",
+            "generation",
+            "kv_cache",
+            "logits",
+            "packing",
+            "products",
+            "settling",
+            "speed",
+        )
+    ),
+    "adapters/attach.py",
+    "adapters/pairs.py",
+    "data/batches.py",
+    "data/chat.py",
 )
+"""What computes answers and scores."""
 
 ANSWER = ("index", "answer")
 """What an answer alone leaves of a record."""
 Record = dict[str, Any]
 
 
-@cache
-def code_hash() -> str:
-    """SHA-256 of the code that computes answers and scores."""
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in CODE)).hexdigest()
-
-
 def result_key(**parts: Any) -> str:
     """Key of a result that was computed from these parts."""
-    text = json.dumps(parts | {"code": code_hash()}, sort_keys=True)
+    text = json.dumps(parts | {"code": code_hash(CODE)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

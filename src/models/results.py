@@ -98,7 +98,7 @@ class Results:
             units = self.data.tokens[suite.name].units
             if suite.kind == "choice":
                 grouped = [[records[i] for i in unit] for unit in units]
-                found = [graded_choice(row, group) for row, group in zip(rows, grouped, strict=True)]
+                found = [graded_choice(suite, row, group) for row, group in zip(rows, grouped, strict=True)]
             elif not suite.generates:
                 found = records
             elif suite.kind == "code":

@@ -32,7 +32,8 @@ def write_report(folder: Path) -> None:
         InputError: there is no such file.
     """
     document = read_json(folder / SOURCE, "a study (made by `python -m src experiment`)")
-    write_text(folder / CSV, tables_csv([*document["tables"], *pencil_tables(document.get("pencils", ()))]))
+    fronts = map(_front_table, document["fronts"])
+    write_text(folder / CSV, tables_csv([*document["tables"], *fronts, *pencil_tables(document.get("pencils", ()))]))
     write_text(folder / PAGE, page(document))
     draw_fronts(document["fronts"], folder / PNG)
 
@@ -84,6 +85,13 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
         for name, text in blocks.items()
     )
     return f'<section id="provenance"><h2>Provenance</h2>{folded}</section>'
+
+
+def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:
+    """The points of a front as a table."""
+    columns = [{"key": "model", "label": "model"}, *({"key": axis, "label": front[axis]["label"]} for axis in "xy")]
+    rows = [point for line in front["series"] for point in line["points"]]
+    return {"title": front["title"], "columns": columns, "rows": rows}
 
 
 def tables_csv(tables: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-HARMFUL = ("harmful", "jailbreak")
+from src.data.suite import HARMFUL
 
 
 def example_section(examples: Sequence[Mapping[str, Any]]) -> str:

@@ -45,8 +45,20 @@ def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
         ]
         for key in ("x", "y")
     }
-    style = {"label": line["name"], "linewidth": 1.2, "elinewidth": 0.6, "markersize": 5, **series_style(number)}
+    style = {
+        "label": legend_name(line["name"]),
+        "linewidth": 1.2,
+        "elinewidth": 0.6,
+        "markersize": 5,
+        **series_style(number),
+    }
     axis.errorbar(values["x"], values["y"], **errors, **style)
+
+
+def legend_name(name: str) -> str:
+    """A name as matplotlib writes it as it stands: ``$`` begins no formula, and ``_`` hides nothing from the legend."""
+    shown = name.replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def series_style(number: int) -> dict[str, Any]:

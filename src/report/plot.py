@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.files import write_atomically
+from src.report.html_png import legend_name
 from src.report.results import ModelResult
 
 # Okabe and Ito's colours: told apart by colour-blind readers too; shapes say the same in print.
@@ -37,7 +38,7 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
     """Draw the fronts as a PNG; returns false (and draws nothing) where a needed suite was not evaluated."""
     columns = list(results[0].shares)
     safety = next((c for c in columns if c.startswith("refusal")), None)
-    others = [c for prefix in ("over-refusal", "accuracy") for c in columns if c.startswith(prefix)][:3]
+    others = [c for prefix in ("over-refusal", "accuracy", "ROUGE-L") for c in columns if c.startswith(prefix)][:3]
     if safety is None or not others:
         return False
     import matplotlib
@@ -80,7 +81,7 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> li
             elinewidth=0.8,
             alpha=0.9,
             linestyle="-" if len(points) > 1 else "none",
-            label=method,
+            label=legend_name(method),
         )
         for point, sx, sy in zip(points, x, y, strict=True):
             text = f"{point.strength[0]}={point.strength[1]:g}" if point.strength else point.name
@@ -117,7 +118,7 @@ def _write(axis: Any, label: Label, place: Place) -> Any:
     from matplotlib.patheffects import withStroke
 
     return axis.annotate(
-        label.text,
+        legend_name(label.text),
         label.point,
         xytext=place[:2],
         textcoords="offset points",

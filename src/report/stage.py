@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from src.errors import InputError
@@ -45,7 +46,7 @@ def report(
     if not columns:
         raise InputError(f"{results}: no suite generated answers; there is nothing to tabulate")
     costs = _tradeoff(Path(results), found, expert, attacks_at_most)
-    tables = {"Shares with 95 % intervals (Wilson)": _shares(found, columns)}
+    tables = {f"Shares with 95 % intervals ({_kinds(columns)})": _shares(found, columns)}
     if costs is not None:
         intervals = "95 % intervals (paired bootstrap, of yes/no scores never narrower than Tango's)"
         title = f"Against {costs.expert}, the same rows, with {intervals}"
@@ -79,6 +80,12 @@ def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_
     return costs
 
 
+def _kinds(columns: list[str]) -> str:
+    """Which intervals the columns have."""
+    parts = any(column.startswith(("ROUGE-L", "pass@1")) for column in columns)
+    return "Wilson; of ROUGE-L, and of pass@1 over several samples, a bootstrap" if parts else "Wilson"
+
+
 def _shares(found: list[ModelResult], columns: list[str]) -> Rows:
     """Heading and a row per model."""
     heads = ["model", *(f"{column}, n = {found[0].shares[column].n}" for column in columns)]
@@ -86,16 +93,17 @@ def _shares(found: list[ModelResult], columns: list[str]) -> Rows:
 
 
 def _show(title: str, rows: Rows) -> None:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(escape(heading), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     width = None if sys.stdout.isatty() else 120
     Console(file=sys.stdout, width=width).print(table)
 
 
 def _markdown(rows: Rows) -> str:
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines = [rows[0], ["---", *("---:" for _ in rows[0][1:])], *rows[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -82,8 +82,9 @@ def run(given: dict[str, Any], started: int) -> NoReturn:
     os.closerange(3, given["fd"])
     os.closerange(given["fd"] + 1, 256)
     try:
+        # A module of that name, as in openai/human-eval, is nobody's main one: what a program shows off stays unrun.
         code = compile(given.pop("program"), "program.py", "exec")
-        os.write(given.pop("fd"), given.pop("token").encode() + (eval(code, {"__name__": "__main__"}) or b""))
+        os.write(given.pop("fd"), given.pop("token").encode() + (eval(code, {"__name__": "builtins"}) or b""))
     except BaseException as error:  # noqa: BLE001 - also SystemExit: a program that leaves early has not passed
         os.write(1, f"{type(error).__name__}: {error}\n".encode(errors="replace")[:2000])
     finally:

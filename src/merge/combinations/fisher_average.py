@@ -4,7 +4,8 @@
     Kronecker   Σ λ_i L_i ΔW R_i = Σ λ_i L_i ΔW_i R_i,   F_i = L_i ⊗ R_i
 
 with λ_i ← λ_i / ‖F_i‖₂ where normalised. The base's weights cancel, so updates are averaged directly. ‖F_i‖₂ is the
-norm of the whole diagonal of expert i.
+norm of the whole diagonal of expert i. As in the authors' code the first expert's F_1 is at least the floor (1e-6), in
+its own units and after its norm was taken: a weight that no data has seen keeps the first expert's value.
 
 The Kronecker system is solved by conjugate gradients, in coordinates Y of ``ΔW = V Y Wᵀ`` in which the factors of the
 first expert and the sums of all are diagonal (generalised eigenvectors: ``Vᵀ L_1 V = diag``, ``Vᵀ (Σ λ_i L_i) V = I``,
@@ -14,6 +15,7 @@ Legend of shapes: O output features, I input features.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import scipy.linalg
 import torch
@@ -22,7 +24,7 @@ from src.adapters.deltas import Delta, Deltas, LazyDelta
 from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
-from src.merge.combination import Combination, Combined, Expert, common_shape, module_names
+from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape, module_names
 from src.merge.weight_fishers import Latest, diagonal_norm, fishers_of, module_fisher, per_weight
 
 FLOOR, RIDGE = 1e-6, 1e-3
@@ -38,23 +40,34 @@ class FisherAverage(Combination):
     Needs ``--fisher [DIR, …]``, one per utility adapter, each measured with that adapter alone (``--model.utility``) in
     weight coordinates: ``--model.coordinates weight --model.representation diagonal`` (the paper's) or ``kronecker``.
     As a method, the safety adapter is one more expert, weighed by F_s of one directory; for the paper's F_s measure it
-    at the safety expert itself, ``--model.reference_safety {safety: 1.0}``.
+    at the safety expert itself, ``--model.reference_safety {safety: 1.0}``. The paper's strength is λ of the safety
+    expert: keep alpha 1 and sweep ``weight_safety``.
 
     Args:
         normalise: Divide each weight by the norm of its expert's Fisher matrix (``diagonal`` only).
-        floor: ``diagonal``: smallest Fisher information of a weight, after normalising (unset means 1e-6);
-            ``kronecker``: ridge of each factor, relative to its mean eigenvalue (unset means 1e-3). Above 0: what no
-            data has seen is averaged.
+        floor: ``diagonal``: smallest Fisher information of a weight (unset means 1e-6); ``kronecker``: ridge of each
+            factor, relative to its mean eigenvalue (unset means 1e-3), so that what no data has seen is averaged.
+        floored: ``diagonal``: what the floor is for: ``first`` as in the authors' code, F of the first expert before
+            it is normalised; ``normalised`` F of every expert afterwards, which takes plain means of the many weights
+            that matter less than most.
+        weight_safety: λ of the safety expert where it is one more expert of the method.
     """
 
     needs_fisher = True
     coordinates = "weight"
     representations = ("diagonal", "kronecker")
 
-    def __init__(self, normalise: bool = True, floor: float | None = None) -> None:
+    def __init__(
+        self,
+        normalise: bool = True,
+        floor: float | None = None,
+        floored: Literal["first", "normalised"] = "first",
+        weight_safety: float = 1.0,
+    ) -> None:
         if floor is not None and not 0 < floor < float("inf"):
             raise InputError(f"FisherAverage floor is {floor}; expected a number above 0")
-        self.normalise, self.floor = normalise, floor
+        self.normalise, self.floor, self.floored = normalise, floor, floored
+        self.weight_safety = above_zero(weight_safety, "FisherAverage weight_safety")
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """The weighted average, evaluated module by module."""
@@ -92,9 +105,11 @@ class FisherAverage(Combination):
         diagonals = [per_weight(fisher, name) for fisher in fishers]
 
         def evaluate(rows: slice) -> torch.Tensor:
-            scaled = [d.block(rows) / (n or 1.0) for d, n in zip(diagonals, norms, strict=True)]
+            given = [d.block(rows) for d in diagonals]
             blocks = [update.block(rows) for update in updates]
-            return diagonal_average(blocks, scaled, weights, normalise=False, floor=self.floor or FLOOR)
+            return diagonal_average(
+                blocks, given, weights, norms=norms, floor=self.floor or FLOOR, floored=self.floored
+            )
 
         return LazyDelta(shape, evaluate)
 
@@ -123,8 +138,9 @@ def diagonal_average(
     fishers: Sequence[torch.Tensor],
     weights: Sequence[float] | None = None,
     *,
-    normalise: bool = True,
+    norms: Sequence[float] | None = None,
     floor: float = FLOOR,
+    floored: Literal["first", "normalised"] = "first",
 ) -> torch.Tensor:
     """(O, I) merged update, float64.
 
@@ -132,17 +148,21 @@ def diagonal_average(
         updates: ΔW_i, (O, I) each.
         fishers: Diagonal Fisher information of every weight, (O, I) each.
         weights: λ_i; unset means 1 for each.
-        normalise: Divide each λ_i by the Euclidean norm of F_i.
-        floor: Smallest Fisher information (after normalising): where nothing was seen the plain mean is taken.
+        norms: What each λ_i is divided by, where it is not 0; unset means 1 for each.
+        floor: Smallest Fisher information.
+        floored: Of the first expert, before it is divided by its norm, or of every expert afterwards.
     """
-    given = weights or [1.0] * len(updates)
-    scaled = []
-    for fisher, weight in zip(fishers, given, strict=True):
-        values = fisher.double()
-        norm = values.norm().item() if normalise else 1.0
-        scaled.append(weight * (values / norm if norm > 0 else values).clamp(min=floor))
-    top = torch.stack([f * d.double() for f, d in zip(scaled, updates, strict=True)]).sum(0)
-    return top / torch.stack(scaled).sum(0)
+    total, top = (torch.zeros_like(updates[0], dtype=torch.float64) for _ in range(2))
+    given = zip(updates, fishers, weights or [1.0] * len(updates), norms or [1.0] * len(updates), strict=True)
+    for place, (update, fisher, weight, norm) in enumerate(given):
+        raw = fisher.double()
+        if floored == "normalised":
+            scaled = weight * (raw / (norm or 1.0)).clamp(min=floor)
+        else:
+            scaled = weight * (raw.clamp(min=floor) if place == 0 else raw) / (norm or 1.0)
+        total += scaled
+        top += scaled * update.double()
+    return top / total
 
 
 def kronecker_average(

@@ -17,6 +17,9 @@ from src.merge.subspace import Part, Subspace
 class IsoC(Subspace):
     """Iso-C (2502.04959): sum the updates and set all non-zero singular values to their mean.
 
+    Published for full-rank updates, whose spectrum has no zeros: of low-rank ones only the directions that they have
+    are flattened, at min(O, I) / rank times the level of a mean over all.
+
     Args:
         scale: Factor of the result; 1 leaves it.
     """

@@ -19,7 +19,7 @@ from src.adapters.geometry import orthonormal, spaces
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.fisher.kronecker import KroneckerFisher
-from src.merge.combination import Combination, Combined, Expert, common_shape, module_names, share
+from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape, module_names, share
 from src.merge.weight_fishers import Latest, fishers_of, module_fisher
 
 
@@ -30,19 +30,26 @@ class RegMean(Combination):
     utility adapter, each measured with that adapter alone (``--model.utility``) by ``--model.coordinates weight
     --model.representation kronecker``: the input factor of such a file is XᵀX per token, over the tokens that the
     answers' loss depends on (the paper takes all tokens). As a method, the safety adapter is one more expert, with the
-    inputs of F_s.
+    inputs of F_s measured at itself: ``--model.reference_safety {safety: 1.0}``.
 
     Args:
-        off_diagonal: Factor of off-diagonal elements of XᵀX, 0 to 1 (the paper's .9).
+        off_diagonal: Factor of off-diagonal elements of XᵀX, 0 to 1 (the paper's .9; its code has 1 where not told).
         space: ``weight`` takes inputs as they are; ``core`` takes them within the span of the experts' own inputs.
+        weight_safety: w of the safety expert where it is one more expert of the method.
     """
 
     needs_fisher = True
     coordinates = "weight"
     representations = ("kronecker",)
 
-    def __init__(self, off_diagonal: float = 0.9, space: Literal["weight", "core"] = "weight") -> None:
+    def __init__(
+        self,
+        off_diagonal: float = 0.9,
+        space: Literal["weight", "core"] = "weight",
+        weight_safety: float = 1.0,
+    ) -> None:
         self.off_diagonal, self.space = share(off_diagonal, "RegMean off_diagonal", zero=True), space
+        self.weight_safety = above_zero(weight_safety, "RegMean weight_safety")
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """The least-squares update of every module.
