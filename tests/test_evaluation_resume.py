@@ -216,17 +216,6 @@ def test_sampling_from_sharded_weights_is_refused(base, tmp_path, monkeypatch, c
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def imported(file, seen):
-    """Files of this project that a file imports, and those that they import; what nothing is computed by left out."""
-    root = Path(partial.__file__).parents[1]
-    for name in re.findall(r"^\s*from src\.([\w.]+) import", (root / file).read_text(), re.MULTILINE):
-        found = f"{name.replace('.', '/')}.py"
-        if found not in seen and (root / found).is_file() and found not in NOT_COMPUTING:
-            seen.add(found)
-            imported(found, seen)
-    return seen
-
-
 NOT_COMPUTING = {
     "errors.py",
     "files.py",
@@ -237,6 +226,19 @@ NOT_COMPUTING = {
     "models/partial.py",
 }
 """What says, reads or keeps things: rows, their token ids and settings are part of the key themselves."""
+
+
+def imported(file, seen):
+    """Files of this project that a file imports, and those that they import, but for :data:`NOT_COMPUTING`."""
+    root = Path(partial.__file__).parents[1]
+    text = (root / file).read_text()
+    for package, names in re.findall(r"^\s*from src\.?([\w.]*) import (.+)", text, re.MULTILINE):
+        folder = package.replace(".", "/")
+        for found in (f"{folder}.py", *(f"{folder}/{name.strip()}.py" for name in names.split(","))):
+            if found not in seen and (root / found).is_file() and found not in NOT_COMPUTING:
+                seen.add(found)
+                imported(found, seen)
+    return seen
 
 
 def test_all_code_that_answers_are_computed_by_belongs_to_their_key():

@@ -624,7 +624,7 @@ def test_an_undecided_endpoint_stops_or_counts_as_no_as_it_was_told(tmp_path):
 
     with Squeamish() as server:
         stops, counts = (endpoint(server.url, retries=1, undecided=how) for how in ("stop", "negative"))
-        with pytest.raises(InputError, match="expected 'yes' or 'no'.*; undecided: negative counts such answers as"):
+        with pytest.raises(InputError, match="; undecided: negative counts such answers as"):
             stops.judge(["p"], ["a"])
         (found,) = counts.judge(["p"], ["a"])
         assert (found.positive, found.score, found.reply) == (False, None, "undecided: I would rather not say.")

@@ -84,16 +84,18 @@ def test_the_diagonal_average_follows_each_experts_own_information(adapters, sta
     assert combine(adapters, statistics["diagonal"], tmp_path / "m", *flags) == 0
     fishers = files(statistics["diagonal"])
     norms = [fisher.diagonal().norm() if normalise else 1.0 for fisher in fishers]
+    floors = []
     for name, pair in read_adapter(tmp_path / "m").pairs.items():
         raw = [f.module_diagonal(name) for f in fishers]
         if floored == "first":
-            assert 0 < (raw[0] < 0.05).sum() < raw[0].numel()
+            floors.append((raw[0] < 0.05).double().mean().item())
             held = [raw[0].clamp(min=0.05) / norms[0], raw[1] / norms[1]]
         else:
             held = [(one / n).clamp(min=0.05) for one, n in zip(raw, norms, strict=True)]
         weights = [w * one.view(pair.shape) for one, w in zip(held, [1.0, 0.5], strict=True)]
         total = sum(w * own[name].dense() for w, own in zip(weights, updates(adapters), strict=True))
         torch.testing.assert_close(pair.dense(), total / sum(weights), rtol=1e-3, atol=1e-5)
+    assert floored == "normalised" or 0 < max(floors) < 1
 
 
 def test_the_kronecker_average_is_that_of_the_files_factors(adapters, statistics, tmp_path):
