@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from src.errors import InputError
+from src.files import PROJECT
 
 DEFAULT_CONFIG = {
     "fit": "expert.yaml",
@@ -22,7 +23,6 @@ DEFAULT_CONFIG = {
     "report": "report.yaml",
 }
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
-PROJECT = Path(__file__).resolve().parents[1]
 
 
 def resolve_names(arguments: Sequence[str]) -> list[str]:
@@ -88,7 +88,7 @@ def evaluation_options(arguments: Sequence[str]) -> list[str]:
 
 def _found(flag: str, name: str) -> str:
     folder = FOLDERS[flag]
-    places = [Path(name), Path(folder) / name, PROJECT / folder / name]
+    places = [Path(name), Path(folder) / name, PROJECT / name, PROJECT / folder / name]
     for place in places:
         if place.is_file():
             return str(place)

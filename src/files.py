@@ -23,6 +23,8 @@ from src.errors import InputError
 
 log = logging.getLogger(__name__)
 
+PROJECT = Path(__file__).resolve().parents[1]
+"""Where this project lies: files that it ships are found from any working directory."""
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 """What transformers raises for a model that it cannot load, packages that are missing among it."""
 

@@ -12,8 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from src.errors import InputError, one_line
-
-PROJECT = Path(__file__).resolve().parents[2]
+from src.files import PROJECT
 
 
 @dataclass

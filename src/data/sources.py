@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.data.row_source import PROJECT, RowSource, Sources, as_sources
+from src.data.row_source import RowSource, Sources, as_sources
 from src.data.rows import Row, read_jsonl
 from src.data.tables import load_table
 from src.errors import InputError
+from src.files import PROJECT
 from src.metrics.categories import category_text
 
 log = logging.getLogger(__name__)

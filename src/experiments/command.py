@@ -14,8 +14,8 @@ from typing import Any
 
 from src.experiments.engine import CellError
 from src.experiments.launch import PARENT, PEAKS
+from src.files import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 MODULE = "src.experiments.launch"
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "PL_")
 """Beginnings of the variables by which launchers tell processes apart."""

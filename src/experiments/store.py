@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from src.experiments.cell import Cell, digest
-from src.files import read_json, write_json, write_text
+from src.files import PROJECT, read_json, write_json, write_text
 
 WHOLE = "cell.json"
 """File of a weights folder that is written last: a folder that has one is whole."""
 WITH_WEIGHTS = ("fit", "fisher", "merge")
-PROJECT = Path(__file__).resolve().parents[2]
 
 Record = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
-from src.models.logits import answer_logits
+from src.models.logits import answer_logits, widened
 
 
 def letter_scores(
@@ -19,7 +19,7 @@ def letter_scores(
 ) -> torch.Tensor:
     """Log-likelihoods (N, C) in nats, float64, of C single tokens behind each question."""
     logits = answer_logits(model, batch, pack=pack, narrow=narrow)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widened(logits)
     return wide.log_softmax(-1)[:, torch.tensor(letters, device=wide.device)].double()
 
 

@@ -12,7 +12,7 @@ from src.fisher.accumulate import Accumulator, Examples, examples
 from src.fisher.labels import LabelSource, draw_labels
 from src.fisher.scores import Granularity, backward_parts
 from src.models.fisher_pass import FisherPass
-from src.models.logits import answer_rows, answer_targets
+from src.models.logits import answer_rows, answer_targets, widened
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def backward_jobs(
         seed: Seed of the draws.
     """
     owners = answer_rows(batch)
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = widened(logits).log_softmax(-1)
 
     def jobs(chosen: torch.Tensor, unit: Granularity, count: int, sinks: Sequence[Accumulator[Any]]) -> list[Job]:
         weights = running.weights_of(unit)[batch.index] * batch.weight

@@ -101,7 +101,7 @@ def answer_rows(batch: Batch) -> torch.Tensor:
     return torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)[mask]
 
 
-def _widened(logits: torch.Tensor) -> torch.Tensor:
+def widened(logits: torch.Tensor) -> torch.Tensor:
     """Logits in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -116,7 +116,7 @@ def answer_nll(
     """Negative log-likelihood (N,) in nats, float64, of each row's answer, and its number of tokens (N,)."""
     sums, counts = [], []
     for part in batch.split(together):
-        log_p = _widened(answer_logits(model, part, pack=pack, narrow=narrow)).log_softmax(-1)
+        log_p = widened(answer_logits(model, part, pack=pack, narrow=narrow)).log_softmax(-1)
         nll = -log_p.gather(1, answer_targets(part)[:, None]).squeeze(1).double()
         owners, rows = answer_rows(part), len(part.index)
         sums.append(torch.zeros(rows, dtype=torch.float64, device=nll.device).index_add_(0, owners, nll))
@@ -129,7 +129,7 @@ class _AnswerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        log_p = _widened(logits).log_softmax(-1)
+        log_p = widened(logits).log_softmax(-1)
         ctx.save_for_backward(log_p, targets)
         ctx.dtype = logits.dtype
         return -log_p.gather(1, targets[:, None]).mean()

@@ -1,1 +1,1 @@
-"""Tables and plots of an evaluation."""
+"""Tables, plots and pages of an evaluation and of a study."""
