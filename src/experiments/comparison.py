@@ -19,6 +19,7 @@ from src.experiments.document import (
     table,
 )
 from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
+from src.experiments.equal_refusal_seeds import seed_gaps, seed_gaps_table
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
@@ -117,11 +118,15 @@ class Comparison(Study):
         names = list(chosen.values())
         made = self._claims(test, chosen)
         taxes = tax_rows(test, names)
-        equal = gaps(test, curves(paths(points), self.methods), self.ours)
+        lines = curves(paths(points), self.methods)
+        equal = gaps(test, lines, self.ours)
+        seeds = list(dict.fromkeys(model.seed for model in plan.models))
+        apart = seed_gaps(known, seeds, lines, self.ours, split="test", **split)
         tables = [
             self._chosen_table(test, chosen),
             claims_table(made, f"{chosen.get(self.ours, self.ours)} against the others (test rows)"),
             equal_refusal_table(equal, self.ours),
+            *seed_gaps_table(apart, self.ours, "test rows"),
             tax_table(taxes),
             spread_table(points, names, split, store),
             category_table({name: known[name] for name in names}, "test", **split),

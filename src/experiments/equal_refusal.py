@@ -67,12 +67,10 @@ def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], 
         return []
     found = []
     for other in (name for name in curves if name != ours):
-        refusals = [_means(scores["refusal"], curves[name]) for name in (ours, other)]
-        levels = common_levels(refusals)
-        for path in refusals:
-            levels = levels[covered(levels, path)]
+        levels = shared_levels(scores["refusal"], curves[ours], curves[other])
+        both = curves[ours], curves[other]
         parts = {
-            m: _difference(scores["refusal"], scores[m], curves[ours], curves[other], levels)
+            m: estimated(drawn_differences(scores["refusal"], scores[m], *both, levels), scores[m])
             for m in (measures if len(levels) else ())
         }
         found.append((other, tuple(levels.tolist()), parts))
@@ -121,14 +119,27 @@ def _draws(scores: Scores, models: Sequence[str]) -> np.ndarray:
     return np.concatenate([_means(scores, models)[None], scores.draws[:, columns].numpy()])
 
 
-def _difference(
+def shared_levels(refusal: Scores, ours: Sequence[str], other: Sequence[str]) -> np.ndarray:
+    """(L,) the levels of refusal that two paths reach, without those in their gaps."""
+    refusals = [_means(refusal, path) for path in (ours, other)]
+    levels = common_levels(refusals)
+    for path in refusals:
+        levels = levels[covered(levels, path)]
+    return levels
+
+
+def drawn_differences(
     refusal: Scores, cost: Scores, ours: Sequence[str], other: Sequence[str], levels: np.ndarray
-) -> tuple[Estimate, float]:
-    """The mean difference over the levels with its interval, and the p-value of none."""
+) -> np.ndarray:
+    """(1 + S,) mean differences over the levels: as measured, then of resampled rows."""
     one, two = (cost_at(levels, _draws(refusal, path), _draws(cost, path)).mean(1) for path in (ours, other))
-    measured, *_ = drawn = one - two
+    return np.asarray(one - two)
+
+
+def estimated(drawn: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
+    """The mean difference with its interval, and the p-value of none, from (1 + S,) draws."""
     low, high = np.quantile(drawn[1:], QUANTILES)
-    return Estimate(float(measured), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
+    return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
 
 
 def equal_refusal_table(found: Sequence[Gap], ours: str, where: str = "test rows") -> Document:
