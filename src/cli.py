@@ -28,7 +28,7 @@ COMMANDS = {
     "predict": "write the answers of the base model and adapters to prompts",
     "judge": "judge stored answers again, or measure a judge against human labels",
     "experiment": "compute a study (safety tax, interference, comparison, ablations) and write its report",
-    "report": "table and safety/utility plot of an evaluation",
+    "report": "table and safety/utility plot of an evaluation; of a study's FOLDER its page, written again",
 }
 WITHOUT_TRAINER = ("merge", "inspect", "judge", "report", "experiment")
 """Commands that are functions; Lightning has its own answer to signals."""

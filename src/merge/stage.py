@@ -66,7 +66,8 @@ def merge(
 
     Args:
         utility: Utility adapter, or a list of them (directories or hub ids).
-        output: Directory to write; with several strengths, one sub-directory ``alpha-…`` each.
+        output: Directory to write; with several strengths, or swept options, a sub-directory for each (``alpha-0.5``,
+            ``t-5``).
         combine: How the utility adapters become one update, such as ``Ties`` or ``TsvM``; unset adds them
             (``TaskArithmetic``).
         method: How the patch is derived from the safety adapter, such as ``TaskArithmetic`` or ``Sst``; a combination

@@ -29,6 +29,8 @@ def report(
 ) -> None:
     """Show an evaluation as tables and a safety/utility plot.
 
+    A study's folder, named alone (``report FOLDER``), has its page written again from its ``study.json`` instead.
+
     Args:
         results: Directory that the test command wrote (it holds ``metrics.json`` and ``answers``).
         output: Directory to write: ``table.md``, ``table.csv``, ``table.json``, ``fronts.png``, and ``tradeoff.json``
