@@ -66,7 +66,7 @@ def scratch(monkeypatch):
 def run(request, scratch):
     if not given(request.param):
         pytest.skip(f"no {request.param} here")
-    return lambda program: sandbox._run(program, LIMITS, isolation=request.param)
+    return lambda program: sandbox.run_isolated(program, LIMITS, isolation=request.param)
 
 
 @pytest.mark.parametrize("code", [NAMELESS, MAPPED, DEEP, CLOSED, MANY, LEADERLESS])
@@ -108,7 +108,7 @@ def test_a_directory_that_stays_does_not_end_the_evaluation(scratch, monkeypatch
         raise PermissionError(f"{folder} stays")
 
     monkeypatch.setattr(sandbox, "remove", stays)
-    assert sandbox._run("x = 1", LIMITS, isolation="none").passed
+    assert sandbox.run_isolated("x = 1", LIMITS, isolation="none").passed
     assert "stays" in caplog.text
 
 
@@ -119,14 +119,16 @@ def test_memory_beside_the_address_space_is_closed(way):
     calls = ["shmget(0, 4096, 0o1600)", "semget(0, 1, 0o1600)", "msgget(0, 0o1600)", "memfd_create(b'x', 0)"]
     calls += ["inotify_init()", "vmsplice(1, None, 0, 0)", "syscall(447, 0)", "mq_open(b'/x', 0o102, 0o600, None)"]
     refused = "\n".join(f"assert libc.{call} == -1 and ctypes.get_errno() == 1, {call[:6]!r}" for call in calls)
-    outcome = sandbox._run(f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n{refused}", LIMITS, isolation=way)
+    outcome = sandbox.run_isolated(
+        f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n{refused}", LIMITS, isolation=way
+    )
     assert outcome.passed, outcome
 
 
 EVALUATOR = """
 import sys
-from src.sandbox.run import Limits, _run
-_run("open('x', 'w').write('y')\\nwhile True: pass", Limits(seconds=60), isolation=sys.argv[1])
+from src.sandbox.run import Limits, run_isolated
+run_isolated("open('x', 'w').write('y')\\nwhile True: pass", Limits(seconds=60), isolation=sys.argv[1])
 """
 
 

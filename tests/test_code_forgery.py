@@ -126,7 +126,7 @@ def test_a_program_cannot_say_itself_that_it_passed(way, name, monkeypatch):
     if not given(way):
         pytest.skip(f"no {way} here")
     monkeypatch.setattr(secrets, "token_hex", lambda _: TOKEN)
-    outcome = sandbox._run(FORGERIES[name], LIMITS, isolation=way)
+    outcome = sandbox.run_isolated(FORGERIES[name], LIMITS, isolation=way)
     assert outcome.ending == "failed", outcome
     assert TOKEN not in outcome.detail
     if FORGERIES[name] == SEARCH:
@@ -151,11 +151,11 @@ def test_a_program_cannot_say_itself_that_it_passed(way, name, monkeypatch):
 def test_an_honest_program_passes(way, code):
     if not given(way):
         pytest.skip(f"no {way} here")
-    outcome = sandbox._run(code, LIMITS, isolation=way)
+    outcome = sandbox.run_isolated(code, LIMITS, isolation=way)
     assert outcome.passed, outcome
 
 
 def test_text_that_is_no_unicode_is_an_ordinary_failure():
-    assert sandbox._run("x = '\ud800'", LIMITS, isolation="none").ending == "failed"
-    outcome = sandbox._run("raise ValueError('\\ud800 wrong')", LIMITS, isolation="none")
+    assert sandbox.run_isolated("x = '\ud800'", LIMITS, isolation="none").ending == "failed"
+    outcome = sandbox.run_isolated("raise ValueError('\\ud800 wrong')", LIMITS, isolation="none")
     assert "ValueError" in outcome.detail

@@ -188,7 +188,7 @@ def test_a_program_is_started_again_where_the_sandbox_failed(monkeypatch):
     monkeypatch.setattr(sandbox, "missing_isolation", lambda: "")
     monkeypatch.setattr(sandbox, "best_isolation", lambda: ("landlock", ""))
     monkeypatch.setattr(sandbox, "PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(sandbox, "_run", lambda *_, **__: sandbox.Outcome(next(endings)))
+    monkeypatch.setattr(sandbox, "run_isolated", lambda *_, **__: sandbox.Outcome(next(endings)))
     assert run_program("x = 1").passed
 
 

@@ -22,14 +22,14 @@ MODULES = "import ctypes, datetime, decimal, hashlib, heapq, json, math, random,
 
 def given(way):
     """Whether this machine gives a way of isolation."""
-    return sys.platform == "linux" and sandbox._run("x = 1", LIMITS, isolation=way).passed
+    return sys.platform == "linux" and sandbox.run_isolated("x = 1", LIMITS, isolation=way).passed
 
 
 @pytest.fixture(params=WAYS)
 def run(request):
     if not given(request.param):
         pytest.skip(f"no {request.param} here")
-    return lambda program: sandbox._run(program, LIMITS, isolation=request.param)
+    return lambda program: sandbox.run_isolated(program, LIMITS, isolation=request.param)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_modes_and_times_of_the_users_files_stay(run, home):
 AS_ANOTHER = """
 import json, os, sys
 from pathlib import Path
-from src.sandbox.run import Limits, _run, best_isolation
+from src.sandbox.run import Limits, run_isolated, best_isolation
 
 home = Path(sys.argv[1])
 secret = home / ".ssh" / "id"
@@ -130,8 +130,8 @@ harmless = (
     "import os\\nfor i in range(200):\\n  os.mkdir('d')\\n  os.chdir('d')",
 )
 for way in ("namespaces", "landlock"):
-    found[f"harmless, {way}"] = [_run(code, Limits(seconds=5), isolation=way).ending for code in harmless]
-    found[way] = {name: vars(_run(code, Limits(seconds=5), isolation=way)) for name, code in codes.items()}
+    found[f"harmless, {way}"] = [run_isolated(code, Limits(seconds=5), isolation=way).ending for code in harmless]
+    found[way] = {name: vars(run_isolated(code, Limits(seconds=5), isolation=way)) for name, code in codes.items()}
 print(json.dumps(found | {"secret": secret.read_text(), "new": (home / "new").exists()}))
 """
 
@@ -178,14 +178,14 @@ def test_an_ordinary_users_home_is_closed_to_programs_in_both_ways(tmp_path):
 def test_landlock_stands_in_where_there_are_no_namespaces(monkeypatch, home):
     if not given("landlock"):
         pytest.skip("no landlock here")
-    original = sandbox._run
+    original = sandbox.run_isolated
 
     def without(program, limits, *, isolation):
         if isolation == "namespaces":
             return sandbox.Outcome("failed", "unshare: Operation not permitted")
         return original(program, limits, isolation=isolation)
 
-    monkeypatch.setattr(sandbox, "_run", without)
+    monkeypatch.setattr(sandbox, "run_isolated", without)
     sandbox.best_isolation.cache_clear()
     try:
         assert sandbox.best_isolation() == ("landlock", "unshare: Operation not permitted")
@@ -197,7 +197,9 @@ def test_landlock_stands_in_where_there_are_no_namespaces(monkeypatch, home):
 
 
 def test_without_any_way_the_refusal_says_what_stays_open(monkeypatch):
-    monkeypatch.setattr(sandbox, "_run", lambda *_, isolation, **__: sandbox.Outcome("failed", f"no {isolation}"))
+    monkeypatch.setattr(
+        sandbox, "run_isolated", lambda *_, isolation, **__: sandbox.Outcome("failed", f"no {isolation}")
+    )
     sandbox.best_isolation.cache_clear()
     try:
         with pytest.raises(InputError, match=r"\(no namespaces; no landlock\); .* read and change every file that you"):

@@ -82,7 +82,7 @@ def run_program(program: str, limits: Limits | None = None, *, allow_code_execut
         check_isolation()
     for pause in PAUSES:
         time.sleep(pause)
-        outcome = _run(program, limits or Limits(), isolation=_isolation())
+        outcome = run_isolated(program, limits or Limits(), isolation=_isolation())
         if outcome.ending != "broken":
             return outcome
     raise InputError(f"a program could not be started ({_last_line(outcome)}); run again: what was found is kept")
@@ -115,7 +115,7 @@ def best_isolation() -> tuple[Isolation, str]:
     problems: list[str] = []
     ways: tuple[Isolation, ...] = ("namespaces", "landlock")
     for way in ways:
-        outcome = _run("import math\nopen('probe', 'w').write('x')", Limits(), isolation=way)
+        outcome = run_isolated("import math\nopen('probe', 'w').write('x')", Limits(), isolation=way)
         if outcome.passed:
             if problems:
                 log.info("programs are isolated by %s, for there are no namespaces (%s)", way, problems[0])
@@ -139,7 +139,14 @@ def outcome_key(limits: Limits) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _run(program: str, limits: Limits, *, isolation: Isolation) -> Outcome:
+def run_isolated(program: str, limits: Limits, *, isolation: Isolation) -> Outcome:
+    """Run a program once, in one way of isolation, in a directory that is removed afterwards.
+
+    Args:
+        program: The program.
+        limits: What it may take.
+        isolation: The way.
+    """
     folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
     try:
         return _run_in(folder, program, limits, isolation)
