@@ -11,15 +11,11 @@ READY := $(VENV)/.ready
 DEMO := logs/demo
 ROWS := src/data/demo
 
-# What an artifact is made from: a change in any of these makes it stale.
-FIT := $(addprefix src/,models/expert.py models/base.py models/kept_buffers.py models/logits.py models/packing.py models/fused_lora.py models/speed.py \
-	data/batches.py data/chat.py data/modules.py data/rows.py data/sources.py adapters/peft_files.py)
-FISHER := $(wildcard src/fisher/*.py src/models/fisher*.py) $(addprefix src/,models/reference.py data/calibration.py \
-	adapters/basis.py adapters/attach.py adapters/checks.py adapters/pairs.py)
-MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py) $(filter-out src/adapters/attach.py,$(wildcard src/adapters/*.py))
-TEST := $(wildcard src/metrics/*.py src/judges/*.py src/sandbox/*.py) $(addprefix src/,adapters/attach.py data/code_rows.py \
-	data/choice_prompts.py data/choice_rows.py data/schedule.py data/suite.py data/suites.py data/suite_tokens.py models/choices.py \
-	models/discovery.py models/evaluation.py models/generation.py models/grading.py models/judging.py models/partial.py models/results.py models/computation.py)
+# What an artifact is made from: a change in any of these, or in what an earlier artifact is made from, makes it stale.
+FIT := $(wildcard src/adapters/*.py src/data/*.py src/models/*.py)
+FISHER := $(wildcard src/fisher/*.py)
+MERGE := $(wildcard src/merge/*.py src/merge/combinations/*.py src/gevp/*.py)
+TEST := $(wildcard src/metrics/*.py src/judges/*.py src/sandbox/*.py)
 REPORT := $(wildcard src/report/*.py)
 
 UTILITY := $(DEMO)/utility/adapter_config.json
