@@ -338,6 +338,10 @@ def test_templates_of_models_that_think_are_told_not_to_and_thoughts_are_no_answ
     assert encoder.prompt_text("hello").endswith("assistant\n<think>\n\n</think>\n\n")
     for said in ("<think>\n\n</think>\n\nI can't.", " <think>They ask <b>.\n</think>I can't.<|im_end|>", "I can't."):
         assert encoder.decode(thinking(said, add_special_tokens=False).input_ids) == "I can't."
+    # DeepSeek's distilled models open a thought whatever they are told.
+    thinking.chat_template = thinking.chat_template.replace("enable_thinking is false", "true").split("<think>")[0]
+    thinking.chat_template += "<think>\n{% endif %}"
+    assert Encoder(thinking).prompt_text("hello").endswith("assistant\n<think>\n\n</think>\n\n")
     unfinished = "<think>They ask"
     assert encoder.decode(thinking(unfinished).input_ids) == unfinished
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import isfinite
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from src.merge.base import MergeMethod
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
+from src.metrics import tradeoff
+from src.metrics.bootstrap import Estimate
 from src.metrics.intervals import wilson
 from src.metrics.tradeoff import UNDEFINED, safety_tax
 from src.models.base import BaseSpec
@@ -46,6 +49,10 @@ def test_a_measure_with_a_score_that_is_not_finite_is_left_out_and_said_to_be(st
     assert {"refusal", "over_refusal"} <= set(scores)
     assert not_finite(known) == ["NLL of benign answers: left out, as some scores are not finite numbers (A: 1)."]
     assert not_finite({"B": known["B"]}) == []
+    # What is left out of a split is what is said of it.
+    for split in ("validation", "test"):
+        left = "answer_nll" not in gathered(known, split, share=0.4)
+        assert bool(not_finite(known, split, share=0.4)) == left
     assert "answer_nll" in gathered({"B": known["B"]})
 
 
@@ -90,15 +97,21 @@ def test_other_rows_of_equal_number_are_drawn_apart_and_the_same_rows_alike():
     assert scores["attack_success"].seed == scores["refusal"].seed
 
 
-def test_a_gain_or_loss_of_rounding_is_none():
+def test_a_gain_of_rounding_is_none(monkeypatch):
     """Means over three seeds: 1 − 2/3 and 1/3 − 2/3 cancel to a few 1e-18, of either sign."""
-    expert, gained = [2 / 3] * 60, [1.0, 1 / 3] * 20 + [2 / 3] * 20
-    few = [1.0] * 3 + [2 / 3] * 57
-    for model_safety in (gained, few, few[::-1]):
-        found = safety_tax(
-            expert_utility=[0.5] * 60, model_utility=[0.4] * 60, expert_safety=expert, model_safety=model_safety
-        )
-        assert found.ratio == UNDEFINED or abs(found.ratio.high) < 1e6
+    losses = torch.full((1000,), 0.1, dtype=torch.float64)
+    gains = torch.cat([torch.full((100,), 3.7e-18, dtype=torch.float64), torch.full((900,), 0.05).double()])
+    assert not any(map(isfinite, tradeoff._ratio_interval(losses, gains)))
+    scores = {"expert_utility": [0.5] * 9, "model_utility": [0.4] * 9, "expert_safety": [0.0] * 9}
+    found = []
+
+    def difference(first, second, *, seed):
+        found.append(seed)
+        return Estimate(0.05, 3.7e-18, 0.1, 9)
+
+    monkeypatch.setattr(tradeoff, "paired_difference", difference)
+    assert safety_tax(**scores, model_safety=[0.05] * 9).ratio == UNDEFINED
+    assert found == [0, 1]
 
 
 def test_categories_have_the_interval_of_their_mean_and_their_models_keep_their_names():

@@ -95,3 +95,22 @@ def test_one_seed_or_an_unknown_method_has_no_such_table():
     assert seed_gaps(known, [3], CURVES, "ours") == []
     assert seed_gaps({name: on(straight, *refusals) for name, refusals in PLAIN.items()}, [3, 4], CURVES, "x") == []
     assert seed_gaps_table([], "ours", "all rows") == []
+
+
+def test_a_seed_without_a_measure_that_meets_nobody_ends_nothing():
+    """Its likelihoods were infinite, so they are left out of it; the other seeds have them."""
+
+    def with_nll(found, value):
+        for rows in found["found"]["rows"].values():
+            rows["nll"] = [value] * ROWS
+        return found
+
+    known = {}
+    for name in CURVES["ours"] + CURVES["other"]:
+        first = PLAIN[name][0]
+        lost = answered(0.0 if name.startswith("other") else first, straight(first))
+        known[name] = [with_nll(lost, float("inf")), *(with_nll(answered(first, straight(first)), 2.0) for _ in "ab")]
+    found = seed_gaps(known, [1, 2, 3], CURVES, "ours")
+    (mean,) = (differences for _, seed, _, differences in found if seed == MEAN)
+    assert mean["answer_nll"].value == 0.0
+    assert found[0][1:3] == ("1", ())

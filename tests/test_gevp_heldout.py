@@ -6,13 +6,14 @@ import torch
 
 from src.adapters.basis import core_basis
 from src.errors import InputError
+from src.fisher.accumulate import examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp.controls import random_projection
 from src.gevp.diagnostics import effective_rank, kept_by_module, summary
-from src.gevp.filters import cut_at, cuts_at, number_of_cuts, position, soft, topk
+from src.gevp.filters import cut_at, cut_positions, cuts_at, number_of_cuts, position, soft, topk
 from src.gevp.heldout import curve, energy_position, mean_kept, split_rows
 from src.gevp.pencil import make_pencil
 from src.gevp.relearn import RelearnProblem, relearn
@@ -28,7 +29,7 @@ DIM = 10
 
 
 def valid_cuts(system):
-    return cuts_at(system, torch.linspace(0, 1, number_of_cuts(system)).tolist())
+    return cuts_at(system, cut_positions(system, number_of_cuts(system)))
 
 
 def pencil(safety, utility):
@@ -134,8 +135,10 @@ def test_the_energy_rule_compares_a_bounded_number_of_cuts(monkeypatch):
     monkeypatch.setattr("src.gevp.heldout.ENERGY_CUTS", 5)
     monkeypatch.setattr("src.gevp.heldout.CHUNK", 2)
     folds = uneven_folds("random", 40, 30, 2)
+    places = cut_positions(max((fold.expansion.system for fold in folds), key=number_of_cuts), 5)
+    assert len(places) <= 5
     for share in (0.2, 0.9, 1.0):
-        assert energy_position(folds, share) * 4 in range(5)
+        assert energy_position(folds, share) in places
 
 
 def test_a_single_valid_cut_is_the_whole_patch():
@@ -149,7 +152,10 @@ def test_a_single_valid_cut_is_the_whole_patch():
 def test_the_curve_ends_with_the_whole_patch(kind):
     _, _, folds = folds_of(kind)
     found = curve(folds, points=7)
-    assert found["position"] == pytest.approx([i / 6 for i in range(7)])
+    finest = max((fold.expansion.system for fold in folds), key=number_of_cuts)
+    assert found["position"] == cut_positions(finest, 7)
+    assert (found["position"][0], found["position"][-1]) == (0.0, 1.0)
+    assert len(found["position"]) >= 4
     for name in ("safety_energy_kept", "utility_tax_kept"):
         assert found[name][-1] == pytest.approx(1.0)
         first = mean_kept(folds, [fold.expansion.at(cut_at(fold.expansion.system, 0.0)) for fold in folds])
@@ -259,8 +265,6 @@ def case():
     core = core_basis([safety])
 
     def make(kind, rows=10, seed=0):
-        from src.fisher.accumulate import examples
-
         draw, accumulator = torch.Generator().manual_seed(seed), kind(core.shapes)
         accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
         for name, (p, q) in core.shapes.items():
@@ -501,3 +505,33 @@ def test_a_map_says_whether_its_patch_is_a_part_of_the_whole(tmp_path, monkeypat
 def test_a_ridge_that_drowns_in_rounding_is_named():
     with pytest.raises(ValueError, match="raise the ridge rho_s"):
         relearn(problem([LowRankAccumulator] * 3, sigma=1e-25), random_patch())
+
+
+@pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
+@pytest.mark.parametrize(("n_s", "n_u"), [(12, 30), (17, 22), (20, 20), (33, 41)])
+def test_a_cut_of_all_rows_and_those_of_their_halves_stand_on_one_side_of_what_no_row_has_seen(kind, n_s, n_u):
+    """The largest cut that keeps nothing unseen must not become one that keeps everything unseen, nor the other way."""
+    shapes = {"a": (12, 10), "b": (9, 8)}
+    fishers = []
+    for seed, rows in ((1, n_s), (2, n_u)):
+        draw, accumulator = torch.Generator().manual_seed(seed), kind(shapes)
+        accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
+        for name, (p, q) in shapes.items():
+            accumulator.update(name, torch.randn(rows, 1, p, generator=draw), torch.randn(rows, 1, q, generator=draw))
+        fishers.append(accumulator.finish())
+    safety, utility = fishers
+    whole = solve(pencil(safety, utility))
+    folds = split_rows(safety, utility, random_patch(whole.dim), pencil, seed=0)
+
+    def unseen(system, k):
+        """Whether a cut keeps directions at or under the eigenvalue of the unseen ones."""
+        return bool(system.ordered()[k - 1] <= system.complement_value * (1 + 1e-9))
+
+    cuts = [cut.k for cut in valid_cuts(whole)]
+    assert {unseen(whole, k) for k in cuts} == {False, True}
+    for k in cuts:
+        where = position(whole, k)
+        assert cut_at(whole, where).k == k
+        for fold in folds:
+            system = fold.expansion.system
+            assert unseen(system, cut_at(system, where).k) == unseen(whole, k)

@@ -14,7 +14,7 @@ from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp import matrix_free
 from src.gevp.dense import solve_dense
 from src.gevp.diagnostics import summary
-from src.gevp.filters import cut_at, cuts_at, number_of_cuts, position, soft, threshold, topk
+from src.gevp.filters import cut_at, cut_positions, cuts_at, number_of_cuts, position, soft, threshold, topk
 from src.gevp.heldout import curve, energy_position, split_rows
 from src.gevp.pencil import make_pencil
 from src.gevp.solve import solve
@@ -31,7 +31,7 @@ KEPT = 9
 
 
 def valid_cuts(system):
-    return cuts_at(system, torch.linspace(0, 1, number_of_cuts(system)).tolist())
+    return cuts_at(system, cut_positions(system, number_of_cuts(system)))
 
 
 def random_fisher(kind, rows=20, seed=0, shapes=None):

@@ -630,9 +630,29 @@ def test_an_undecided_endpoint_stops_or_counts_as_no_as_it_was_told(tmp_path):
         assert (found.positive, found.score, found.reply) == (False, None, "undecided: I would rather not say.")
         with pytest.raises(InputError, match="expected 'yes' or 'no'"):
             counts.check()  # one that never judges is none
-    assert counts.key != stops.key
-    with Server("503", 10**6) as server, pytest.raises(InputError, match="HTTP 503"):
-        endpoint(server.url, retries=1, undecided="negative").judge(["p"], ["a"])
+    # Verdicts are kept for both: what was decided is not asked again, what was not is where it is to stop.
+    assert counts.key == stops.key
+    with Squeamish() as server:
+        given = {"folder": tmp_path / "kept"}
+        assert not judged(endpoint(server.url, retries=0, undecided="negative"), ["p"], ["a"], **given)[0].positive
+        asked = len(server.seen)
+        judged(endpoint(server.url, retries=0, undecided="negative"), ["p"], ["a"], **given)
+        assert len(server.seen) == asked
+        with pytest.raises(InputError, match="expected 'yes' or 'no'"):
+            judged(endpoint(server.url, retries=0), ["p"], ["a"], **given)
+        assert len(server.seen) == asked + 1
+
+
+@pytest.mark.parametrize("then", ["503", "401"])
+def test_an_endpoint_that_goes_away_is_never_counted_as_undecided(monkeypatch, then):
+    """Its first reply may have been neither yes nor no: what stands is that it cannot be reached."""
+    with Server(then, 10**6) as server:
+        judge = endpoint(server.url, retries=2, undecided="negative")
+        replies = iter(["I would rather not say."])
+        original = judge._reply
+        monkeypatch.setattr(judge, "_reply", lambda *given: next(replies, None) or original(*given))
+        with pytest.raises(InputError, match=f"HTTP {then}"):
+            judge.judge(["p"], ["a"])
 
 
 def test_a_causal_judge_reads_no_more_than_it_has_positions(tmp_path):

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from src.adapters.basis import CoreBasis
 from src.adapters.pairs import weighted_sum
-from src.adapters.peft_files import read_adapter
+from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
+from src.data.sources import load_rows
 from src.fisher.files import load_fisher
 from src.merge.sst import Sst
-from tests.commands import measured_once
+from tests.commands import fisher_flags, measured_once
 from tests.oracles import dense_kronecker_ridge, dense_relearned
+from tests.tiny import make_model, random_pairs
 
 STEP = {"t": 2.0, "trust": 3.0, "rho_s": 5.0}
 RELEARN = ["--method", "Sst", "--method.coefficients", "relearn"]
@@ -215,3 +217,38 @@ def test_a_step_needs_scores_of_rows(adapters, measured, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "granularity is token, and mean scores are of rows; re-learned coefficients need" in said
     assert not (tmp_path / "m").exists()
+
+
+def test_a_second_step_on_rows_that_the_experts_were_trained_on_holds_nothing_out(
+    base, adapters, rows, first, tmp_path, tmp_path_factory
+):
+    """Such rows are the experts' and the first step's: the latter counts."""
+    trained = {}
+    for name in ("utility", "safety"):
+        trained[name] = shutil.copytree(adapters[name], tmp_path / name)
+        seen = set().union(*(hashes(path) for path in rows.values()))
+        (trained[name] / "seen_prompts.txt").write_text("".join(f"{one}\n" for one in sorted(seen)))
+    measure = measured_once(tmp_path_factory.mktemp("trained"), base, trained, rows)
+    start = measure("first", "--model.relearn", "true")
+    assert merge(trained, start, tmp_path / "merged", *FREE) == 0
+    assert read_adapter(tmp_path / "merged").manifest["findings"]["held_out"] is not None
+    second = measure("second", "--model.relearn", "true", "--model.reference_safety", f"{{{tmp_path / 'merged'}: 1.0}}")
+    assert load_fisher(second / "safety.safetensors").record["fitted_before"]
+    assert merge(trained, second, tmp_path / "m", *FREE) == 0
+    assert read_adapter(tmp_path / "m").manifest["findings"]["held_out"] is None
+
+
+def hashes(path):
+    return {row.prompt_hash for row in load_rows(str(path), need_response=True)}
+
+
+@pytest.mark.parametrize("relearn", ["true", "false"])
+def test_a_point_named_by_an_adapter_of_another_base_is_one_line(base, adapters, rows, tmp_path, capsys, relearn):
+    pairs = random_pairs(make_model(hidden_size=24), 2, 7)
+    write_adapter(tmp_path / "other", pairs, base=str(base), manifest={}, seen=frozenset(), card="card")
+    point = f"{{utility: 1.0, {tmp_path / 'other'}: 1.0}}"
+    flags = ["--model.relearn", relearn, "--model.reference_safety", point]
+    assert main(fisher_flags(base, adapters, rows, tmp_path / "f", *flags)) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "other" in said

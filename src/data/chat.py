@@ -48,6 +48,11 @@ def dated(template: str) -> str:
     return NOW.sub(lambda found: repr(TODAY.strftime(found["form"])), template)
 
 
+def without_thought(prompt: str) -> str:
+    """A rendered prompt; a thought that its template opens all the same is closed, empty."""
+    return f"{prompt.rstrip()}\n\n</think>\n\n" if prompt.rstrip().endswith("<think>") else prompt
+
+
 def text_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """Token ids of a text that something follows.
 
@@ -125,9 +130,9 @@ class Encoder:
 
     def prompt_text(self, prompt: str) -> str:
         """The text in front of the answer."""
-        if self.chat:
-            return self._render([{"role": "user", "content": prompt}], generation=True)
-        return prompt + "\n"
+        if not self.chat:
+            return prompt + "\n"
+        return without_thought(self._render([{"role": "user", "content": prompt}], generation=True))
 
     def encode(self, row: Row, *, with_answer: bool = True) -> Encoded:
         """Token ids of a row; the answer part is empty where the row has no response, or its prompt alone is asked."""

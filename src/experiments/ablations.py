@@ -123,9 +123,9 @@ class Ablations(Study):
         """Variants against the reference, on validation rows."""
         points, notes = finished(plan.models, store)
         known, series = records(points, store), paths(points)
-        split = {"share": self.choice.share, "split_seed": self.choice.seed}
+        split: dict[str, Any] = {"share": self.choice.share, "split_seed": self.choice.seed}
         draws = draws_for(len(CLAIMED) * len(series))
-        scores = gathered(known, "validation", draws=draws, **split)  # type: ignore[arg-type]
+        scores = gathered(known, "validation", draws=draws, **split)
         chosen = {method: chosen_point(scores, names, self.choice) for method, names in series.items()}
         ours = chosen.get(self.reference.name)
         others = [name for method, name in chosen.items() if method not in (*REFERENCES, self.reference.name)]
@@ -146,7 +146,7 @@ class Ablations(Study):
         said = [sentence for name, found in equal.items() for sentence in sentences(found, name)]
         return {
             "summary": [*said, *summary(made, ours)],
-            "notes": [*notes, *not_finite(known)],
+            "notes": [*notes, *not_finite(known, "validation", **split)],
             "fronts": fronts(scores, series, "validation rows"),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,

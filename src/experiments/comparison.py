@@ -110,10 +110,10 @@ class Comparison(Study):
         """Chosen strengths on test rows, claims, fronts, taxes, categories, costs."""
         points, notes = finished(plan.models, store)
         known = records(points, store)
-        split = {"share": self.choice.share, "split_seed": self.choice.seed}
-        validation = gathered(known, "validation", **split)  # type: ignore[arg-type]
+        split: dict[str, Any] = {"share": self.choice.share, "split_seed": self.choice.seed}
+        validation = gathered(known, "validation", **split)
         draws = draws_for(len(CLAIMED) * len(paths(points)))
-        test = gathered(known, "test", draws=draws, **split)  # type: ignore[arg-type]
+        test = gathered(known, "test", draws=draws, **split)
         chosen = {m: chosen_point(validation, names, self.choice) for m, names in paths(points).items()}
         names = list(chosen.values())
         made = self._claims(test, chosen)
@@ -135,7 +135,13 @@ class Comparison(Study):
         ]
         return {
             "summary": [*sentences(equal, self.ours), *summary(made, chosen.get(self.ours))],
-            "notes": [*notes, *plan.notes, self._rule(), *further_note(plan.models), *not_finite(known)],
+            "notes": [
+                *notes,
+                *plan.notes,
+                self._rule(),
+                *further_note(plan.models),
+                *not_finite(known, "test", **split),
+            ],
             "fronts": fronts(test, paths(points), "test rows"),
             "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
             "tables": tables,

@@ -53,10 +53,10 @@ def seed_gaps(
             (other, str(seed), levels, {m: estimated(one, scores[m])[0] for m, one in drawn.items()})
             for seed, scores, (levels, drawn) in zip(seeds, each, own, strict=True)
         ]
-        met = [drawn for levels, drawn in own if levels]
+        met = [(scores, drawn) for scores, (levels, drawn) in zip(each, own, strict=True) if levels]
         if met:
-            shared = [m for m in COSTS if all(m in drawn for drawn in met)]
-            means = {m: estimated(np.mean([drawn[m] for drawn in met], axis=0), each[0][m])[0] for m in shared}
+            shared = [m for m in COSTS if all(m in drawn for _, drawn in met)]
+            means = {m: estimated(np.mean([drawn[m] for _, drawn in met], axis=0), met[0][0][m])[0] for m in shared}
             found.append((other, MEAN, (), means))
     return found
 

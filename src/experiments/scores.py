@@ -227,13 +227,21 @@ def gathered(
     return found
 
 
-def not_finite(records: Mapping[str, Sequence[Record]]) -> list[str]:
-    """A note for each measure that is left out, as some answers have a score that is not finite (an overflow)."""
+def not_finite(
+    records: Mapping[str, Sequence[Record]], split: Split = "all", *, share: float = 0.5, split_seed: int = 0
+) -> list[str]:
+    """A note for each measure that :func:`gathered` leaves out, as rows of a split have scores that are not finite."""
     bad: dict[Measure, dict[str, int]] = {}
     for model, given in records.items():
-        for measure, scores in ((m, s) for record in given for m, s in row_scores(record).items()):
-            if count := sum(not isfinite(score) for score in scores.values()):
-                bad.setdefault(measure, {})[model] = bad.get(measure, {}).get(model, 0) + count
+        for record in given:
+            reports = record.get("reports", frozenset())
+            for measure, scores in row_scores(record).items():
+                rows = [row for row, score in scores.items() if not isfinite(score)]
+                count = sum(in_split(row, split, share=share, seed=split_seed, reports=reports) for row in rows)
+                if not count:
+                    continue
+                models = bad.setdefault(measure, {})
+                models[model] = models.get(model, 0) + count
     return [
         f"{MEASURES[measure][0]}: left out, as some scores are not finite numbers ("
         + ", ".join(f"{model}: {count}" for model, count in models.items())

@@ -95,7 +95,7 @@ def topk(system: Eigensystem, k: int) -> TopCut:
         what = " that no calibration row has seen" if unseen and system.complement_dim else ""
         raise ValueError(
             f"k is {k}, which cuts through {above[0] - least} directions{what} (one eigenvalue, "
-            f"{ordered[k - 1]:.3g}); expected at most {least} or at least {above[0]}"
+            f"{ordered[k - 1]:.3g}); expected {f'at most {least} or ' if least else ''}at least {above[0]}"
         )
     return _cut(system, levels, k)
 
@@ -106,9 +106,26 @@ def number_of_cuts(system: Eigensystem) -> int:
 
 
 def position(system: Eigensystem, k: int) -> float:
-    """Where a cut stands among all valid ones, 0 to 1: what carries over to the spectrum of other rows."""
-    allowed = _allowed(system, _levels(system))
-    return int((allowed < k).sum()) / max(1, len(allowed) - 1)
+    """Where a cut stands among all valid ones, 0 to 1: what carries over to the spectrum of other rows.
+
+    Directions that no row has seen have one eigenvalue, σ/ε, and are kept together or not at all. Cuts that keep none
+    of them have the places up to ½, the others those above it: whatever the numbers of rows, no rounding takes one for
+    the other.
+    """
+    allowed, seen = _parted(system)
+    return _place(int((allowed < k).sum()), len(allowed), seen)
+
+
+def cut_positions(system: Eigensystem, most: int) -> list[float]:
+    """Positions of at most so many valid cuts, evenly spaced among all, the first and the whole patch among them."""
+    allowed, seen = _parted(system)
+    number = min(most, len(allowed))
+    if number == 1:
+        return [1.0]
+    spaced = [i / (number - 1) for i in range(number)]
+    if seen is None:
+        return spaced
+    return sorted({_place(round(where * (len(allowed) - 1)), len(allowed), seen) for where in spaced})
 
 
 def cut_at(system: Eigensystem, where: float) -> TopCut:
@@ -118,15 +135,42 @@ def cut_at(system: Eigensystem, where: float) -> TopCut:
 
 def cuts_at(system: Eigensystem, positions: Sequence[float]) -> list[TopCut]:
     """The valid cut nearest to each of several positions between 0 and 1."""
-    levels = _levels(system)
-    allowed, cuts = _allowed(system, levels), []
+    levels, cuts = _levels(system), []
+    allowed, seen = _parted(system)
     for where in positions:
-        index = round(where * (len(allowed) - 1))
+        index = _index(where, len(allowed), seen)
         if system.unknown and where < 1 and len(allowed) > 1:
             # Between the last known cut and the whole patch lie all that are not: rounding must not leap over them.
             index = min(index, len(allowed) - 2)
         cuts.append(_cut(system, levels, int(allowed[index])))
     return cuts
+
+
+def _parted(system: Eigensystem) -> tuple[torch.Tensor, int | None]:
+    """All valid cuts, and how many keep nothing unseen; None where no two directions share the eigenvalue σ/ε."""
+    levels, value = _levels(system), system.complement_value
+    allowed, noise = _allowed(system, levels), TIE * value + NOISE * levels[0].item()
+    if int(((levels - value).abs() <= noise).sum()) < 2:
+        return allowed, None
+    return allowed, int((allowed <= int((levels > value + noise).sum())).sum())
+
+
+def _place(index: int, number: int, seen: int | None) -> float:
+    """Position of one of so many cuts."""
+    if seen is None:
+        return index / max(1, number - 1)
+    if index < seen:
+        return 0.5 * index / max(1, seen - 1)
+    return 0.5 + 0.5 * (index - seen + 1) / (number - seen)
+
+
+def _index(where: float, number: int, seen: int | None) -> int:
+    """The cut nearest to a position: the inverse of :func:`_place`."""
+    if seen is None:
+        return round(where * (number - 1))
+    if where <= 0.5 and seen:
+        return round(2 * where * (seen - 1))
+    return seen + max(0, round((2 * where - 1) * (number - seen)) - 1)
 
 
 def _levels(system: Eigensystem) -> torch.Tensor:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from src.fisher.base import Fisher
-from src.gevp.eigensystem import Expansion
-from src.gevp.filters import MORE, cuts_at, number_of_cuts
+from src.gevp.eigensystem import Eigensystem, Expansion
+from src.gevp.filters import MORE, cut_positions, cuts_at, number_of_cuts
 from src.gevp.pencil import Pencil
 from src.gevp.solve import EIGENPAIRS, solve
 
@@ -108,8 +108,7 @@ def energy_position(folds: Sequence[Fold], share: float) -> float:
     Raises:
         ValueError: it takes more eigenpairs than were computed.
     """
-    finest = max(number_of_cuts(fold.expansion.system) for fold in folds)
-    positions = torch.linspace(1, 0, min(finest, ENERGY_CUTS), dtype=torch.float64).flip(0).tolist()
+    positions = cut_positions(_finest(folds), ENERGY_CUTS)
     kept, _ = _mean_shares(folds, positions)
     # The last cut is the whole patch, whatever rounding makes of its share.
     kept[-1] = float("inf")
@@ -124,10 +123,15 @@ def energy_position(folds: Sequence[Fold], share: float) -> float:
 
 
 def curve(folds: Sequence[Fold], points: int = 33) -> dict[str, list[float]]:
-    """Cumulative held-out shares over ``topk`` cuts at evenly spaced positions, means over the folds."""
-    positions = [i / (points - 1) for i in range(points)]
+    """Cumulative held-out shares over at most so many evenly spaced ``topk`` cuts, means over the folds."""
+    positions = cut_positions(_finest(folds), points)
     safety, utility = _mean_shares(folds, positions)
     return {"position": positions, "safety_energy_kept": safety.tolist(), "utility_tax_kept": utility.tolist()}
+
+
+def _finest(folds: Sequence[Fold]) -> Eigensystem:
+    """The spectrum with most cuts."""
+    return max((fold.expansion.system for fold in folds), key=number_of_cuts)
 
 
 def _mean_shares(folds: Sequence[Fold], positions: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:

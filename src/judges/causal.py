@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from src.data.chat import NO_THOUGHTS, text_ids
+from src.data.chat import NO_THOUGHTS, text_ids, without_thought
 from src.errors import InputError
 from src.judges.model_judge import ModelJudge, positions
 from src.judges.templates import COMPLIANCE, Question, check_least
@@ -76,8 +76,8 @@ class Causal(ModelJudge):
         text = self._question.filled(prompt, answer)
         if self.chat:
             message = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True, **NO_THOUGHTS
+            text = without_thought(
+                self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **NO_THOUGHTS)
             )
         return text_ids(self._tokenizer, text, special=not self.chat)
 

@@ -5,7 +5,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Literal
@@ -66,7 +66,7 @@ class Endpoint(Judge):
         self._question = Question(template, yes, no)
         self._retries, self._wait, self._timeout, self._parallel = retries, wait, timeout, parallel
         self._key_variable = key_variable
-        self.undecided = undecided
+        self._undecided = undecided
         check_least("retries", retries, 0)
         check_least("wait", wait, 0)
         for name, value in (("parallel", parallel), ("max_tokens", max_tokens)):
@@ -82,6 +82,10 @@ class Endpoint(Judge):
         """
         self._one("Say hello.", "Hello!", settle=False)
 
+    def stands(self, verdict: Mapping[str, Any]) -> bool:
+        """An answer that was counted although the endpoint would not decide is asked again where that is to stop."""
+        return self._undecided == "negative" or not str(verdict.get("reply", "")).startswith(UNDECIDED)
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.
 
@@ -89,7 +93,7 @@ class Endpoint(Judge):
             Unfinished: the endpoint cannot be reached, or goes on replying with neither yes nor no.
         """
         with ThreadPoolExecutor(self._parallel) as pool:
-            settle = self.undecided == "negative"
+            settle = self._undecided == "negative"
             asked = [pool.submit(self._one, p, a, settle=settle) for p, a in zip(prompts, answers, strict=True)]
             wait(asked, return_when=FIRST_EXCEPTION)
             for future in asked:
@@ -106,8 +110,10 @@ class Endpoint(Judge):
 
     def _one(self, prompt: str, answer: str, *, settle: bool) -> Judgement:
         """The judgement of one answer; ``settle`` takes a reply that stays neither yes nor no for an absence."""
-        key, problem, said = self._key(), "", None
+        key, problem = self._key(), ""
+        said: str | None = None
         for attempt in range(self._retries + 1):
+            said = None
             if attempt:
                 time.sleep(self._wait * 2 ** (attempt - 1))
             try:
@@ -128,7 +134,8 @@ class Endpoint(Judge):
                 problem = f"replied {reply.strip()[:60]!r}; expected {self.yes!r} or {self.no!r}"
         if settle and said is not None:
             return Judgement(False, None, f"{UNDECIDED}: {said}")
-        hint = "" if said is None else "; undecided: negative counts such answers as without the property"
+        unset = said is not None and self._undecided == "stop"
+        hint = "; undecided: negative counts such answers as without the property" if unset else ""
         raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept{hint}")
 
     def _key(self) -> str:

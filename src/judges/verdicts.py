@@ -64,9 +64,10 @@ class Verdicts:
             known |= found
         return [known[name] for name in names]
 
-    def missing(self, items: Sequence[Sequence[str]]) -> int:
-        """Number of items whose value is not known."""
-        return sum(_name(item) not in self._known for item in items)
+    def missing(self, items: Sequence[Sequence[str]], *, final: Callable[[Any], bool] = lambda _: True) -> int:
+        """Number of items whose value is not known, or does not stand."""
+        known = {name for name, value in self._known.items() if final(value)}
+        return sum(_name(item) not in known for item in items)
 
     def _keep(self, values: Mapping[str, Any]) -> None:
         if values:
@@ -88,7 +89,9 @@ def judged(
         return [vars(found) for found in judge.judge([item[0] for item in items], [item[1] for item in items])]
 
     pairs = list(zip(prompts, answers, strict=True))
-    return [Judgement(**value) for value in Verdicts(folder, judge.key, part).mapped(pairs, compute)]
+    return [
+        Judgement(**value) for value in Verdicts(folder, judge.key, part).mapped(pairs, compute, final=judge.stands)
+    ]
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -74,6 +74,10 @@ class Judge(ABC):
         identity = self.settings | ({"content": self.content} if self.content else {})
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    def stands(self, verdict: Mapping[str, Any]) -> bool:
+        """Whether a verdict of an earlier run, as it was kept, is one of this judge as it is set now."""
+        return True
+
     @abstractmethod
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer, in order.

@@ -44,7 +44,7 @@ from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_places, leaf_embeddings
 from src.models.patch_at import patch_at
 from src.models.progress import Progress
-from src.models.reference import Reference, reference_update
+from src.models.reference import Reference, named_by, reference_update
 from src.models.sharding import shard
 from src.models.speed import MatmulMode, choose_matmul
 from src.models.stopping import stop_together
@@ -131,8 +131,9 @@ class FisherModule(KeptBuffers):
         *self.utility, self.safety = read_adapters([*names, safety])
         if coordinates == "weight" and self.safety.layout.constant:
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
-        check_trained_on([*self.utility, self.safety], base)
-        check_compatible([*self.utility, self.safety], [base.name, *base.aliases], "--model.base.aliases")
+        self.adapters = [*self.utility, self.safety, *named_by(self.references.values())]
+        check_trained_on(self.adapters, base)
+        check_compatible(self.adapters, [base.name, *base.aliases], "--model.base.aliases")
         self.core = self._core_basis([self.safety] if basis == "safety" else [*self.utility, self.safety])
         self.start: torch.Tensor | None = None
         self.passes = {"safety": "safety", "utility": "utility"}
@@ -140,8 +141,7 @@ class FisherModule(KeptBuffers):
             self.passes["benign"], self.references["benign"] = "utility", reference_safety
             self.start = patch_at(reference_safety, self.utility, self.weights, self.safety, self.core)
         self.output = Path()
-        self.settings: dict[str, Any] = {}
-        self.shared_settings: dict[str, Any] = {}
+        self.settings, self.shared_settings = dict[str, Any](), dict[str, Any]()
         self.model: Any = None
         self.base_fingerprint = self.base_digest = self.matmul_chosen = ""
         self._recorder: ScoreRecorder
@@ -197,8 +197,8 @@ class FisherModule(KeptBuffers):
         self.matmul_chosen = self.trainer.strategy.broadcast(chosen)
         torch.set_float32_matmul_precision(self.matmul_chosen)
         self.base_fingerprint, self.base_digest = fingerprint(self.model), weights_digest(self.model)
-        check_trained_on([*self.utility, self.safety], self.base, self.base_fingerprint)
-        for adapter in (*self.utility, self.safety):
+        check_trained_on(self.adapters, self.base, self.base_fingerprint)
+        for adapter in self.adapters:
             check_fits(self.model, adapter.pairs, adapter.name)
         if self.sharded:
             shard(self.model, self.device_mesh)

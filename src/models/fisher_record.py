@@ -45,11 +45,13 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
     rows, named = module.data.rows[name], named_adapters(module.references[name])
     hashes = {row.prompt_hash for row in rows}
     at_point: set[str] = set().union(*(adapter.seen for adapter in named.values()))
+    # A merge that was fitted to rows, whether or not an expert was trained on them as well.
+    fitted = any(adapter.manifest.get("fisher") and not hashes.isdisjoint(adapter.seen) for adapter in named.values())
     of_experts = module.safety.seen.union(*(adapter.seen for adapter in module.utility))
     return {
         "pass": name,
         "labels": module.labels[name],
-        "draws": module.draws,
+        "draws": module.draws if module.labels[name] == "model" else 1,
         "granularity": module.granularity,
         "seed": module.seed,
         "reference": module.references[name],
@@ -62,7 +64,7 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "rows_sha256": rows_sha256(rows),
         "seen": sorted(hashes | at_point),
         # Whether the point was made with rows of this pass, which then hold nothing out from it.
-        "fitted_before": not hashes.isdisjoint(at_point - of_experts),
+        "fitted_before": fitted or not hashes.isdisjoint(at_point - of_experts),
         "versions": versions(),
     }
 

@@ -43,7 +43,7 @@ def awaited_judges(
         for model in range(models):
             known = records.get((model, number), {})
             items = [(row.prompt, known[i]["answer"]) for i, row in enumerate(rows) if i in known]
-            if len(items) < len(rows) or verdicts.missing(items):
+            if len(items) < len(rows) or verdicts.missing(items, final=suite.judge.stands):
                 found[suite.judge.key] = suite.judge
     return list(found.values())
 

@@ -44,7 +44,11 @@ def patch_at(
     at, named = reference_weights(reference), named_adapters(reference) | {"safety": safety}
     beyond = at.pop("utility", 0.0) - 1.0
     parts = [(adapter, beyond * weight) for adapter, weight in zip(utility, weights, strict=True)]
-    parts = [(adapter, weight) for adapter, weight in parts + [(named[n], w) for n, w in at.items()] if weight]
-    adapters = same_inputs([adapter for adapter, _ in parts])
-    update = weighted_sum([adapter.pairs for adapter in adapters], [weight for _, weight in parts]) if parts else {}
+    parts += [(named[name], weight) for name, weight in at.items()]
+    # All are read together, the safety adapter too: biases make one more input, which the core space may have.
+    *adapters, _ = same_inputs([*(adapter for adapter, _ in parts), safety])
+    moved = [(adapter, weight) for adapter, (_, weight) in zip(adapters, parts, strict=True) if weight]
+    update = weighted_sum([one.pairs for one, _ in moved], [weight for _, weight in moved]) if moved else {}
+    if any(basis.v[name].shape[0] != pair.shape[1] for name, pair in update.items() if name in basis.v):
+        return None
     return basis.coordinates(update) if basis.residual(update) <= OUTSIDE else None

@@ -1,7 +1,7 @@
 """Reference points of a Fisher matrix: the base model plus a weighted sum of adapters."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from src.adapters.pairs import Pairs, weighted_sum
@@ -54,3 +54,11 @@ def named_adapters(reference: Reference) -> dict[str, Adapter]:
     """The adapters that a reference point names itself, by those names."""
     named = [] if isinstance(reference, str) else [name for name in reference if name not in ("utility", "safety")]
     return {name: read_adapter(name) for name in named}
+
+
+def named_by(references: Iterable[Reference]) -> list[Adapter]:
+    """Every adapter that some reference points name themselves, once."""
+    found: dict[str, Adapter] = {}
+    for reference in references:
+        found |= named_adapters(reference)
+    return list(found.values())
