@@ -25,6 +25,11 @@ DEFAULT_CONFIG = {
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
 
 
+def long_names(arguments: Sequence[str]) -> list[str]:
+    """``-c FILE`` as ``--config FILE``: what follows here knows the long name."""
+    return [f"--config{one[2:]}" if one == "-c" or one.startswith("-c=") else one for one in arguments]
+
+
 def resolve_names(arguments: Sequence[str]) -> list[str]:
     """Replace the file names after ``--config`` and ``--trainer`` by the paths where they are found.
 

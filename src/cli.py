@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
-from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
+from src.arguments import evaluation_options, long_names, name_in_help, resolve_names, with_default_config
 from src.errors import InputError
 
 COMMANDS = {
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> str | None:
     """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
+    arguments = long_names(arguments)
     try:
         if command in ("test", "predict"):
             arguments = evaluation_options(arguments)

@@ -15,7 +15,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -31,6 +31,7 @@ from src.models.fisher_output import remove_done
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
 from src.parsing import TrainerParser
+from src.trainer_checks import check_training_length, recorded, trainer_made
 from src.whole_values import ConfigFile
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class TrainerCommand(LightningCLI):
                 "callbacks": StopAtSigterm(),
             },
             save_config_kwargs={"overwrite": True},
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=recorded(RUN, CONFIG_RECORD),
             parser_kwargs={
                 "prog": f"python -m src {command}",
                 "usage": f"python -m src {command} [--config FILE.yaml] [--trainer FILE.yaml] [options]",
@@ -116,7 +117,8 @@ class TrainerCommand(LightningCLI):
         """Settle and check the output before anything is loaded."""
         if self.config.output is None:
             self.config.output = str(Path("logs") / self.command / _timestamp(self.config.trainer))
-        self.output = Path(self.config.output)
+        self.output = Path(self.config.output).expanduser()
+        self.config.output = str(self.output)
         if self.command == "fit":
             check_training_length(self.config.trainer)
         if self.config.get("dry_run"):
@@ -128,7 +130,7 @@ class TrainerCommand(LightningCLI):
                 remove_done(self.output)
         self._check_output()
         if self.config.get("ckpt_path"):
-            check_checkpoint(self.config.ckpt_path)
+            check_checkpoint(self.config.ckpt_path, goes_on=self.command == "fit")
         self.config.trainer.default_root_dir = str(self.output)
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
@@ -194,7 +196,7 @@ class TrainerCommand(LightningCLI):
         """Whether to go on from what the output holds: as ``--resume`` says, or where SLURM has queued a job again."""
         if self.command != "fit":
             return False
-        return self.config.resume or (int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and self._same_run())
+        return self.config.resume or (int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and not self._other_run())
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -203,36 +205,41 @@ class TrainerCommand(LightningCLI):
         if named is not None or not self.resumes:
             return named
         folder = self.output / CHECKPOINTS
-        found = [folder / "last.ckpt", folder / RECENT, *self.output.glob(OF_SLURM)]
+        found = [*folder.glob("last*.ckpt"), folder / RECENT, *self.output.glob(OF_SLURM)]
         newest = max(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
             if (self.output / RUN).is_dir():
                 log.info("no checkpoint in %s to go on from: starting at the first step", self.output)
-        elif not self._same_run():
-            log.info("%s is of a run with other settings: starting over", newest)
+        elif why := self._other_run():
+            log.info("%s is of a run %s: starting over", newest, why)
         else:
+            check_checkpoint(str(newest), goes_on=True)
             return str(newest)
         return None
 
-    def _same_run(self) -> bool:
-        """Whether the run in the output had this model, these data and this seed, and was not finished."""
-        record = self.output / RUN / CONFIG_RECORD
-        if (self.output / CONFIG).exists() or not record.is_file():
-            return False
+    def _other_run(self) -> str:
+        """Why the run in the output is none to go on with; empty where it had this model, these data and this seed."""
+        record, adapter = self.output / RUN / CONFIG_RECORD, self.output / CONFIG
+        if not record.is_file():
+            return "that has left no configuration"
+        # The adapter of a run before that one stays until it is replaced.
+        if adapter.exists() and adapter.stat().st_mtime_ns >= record.stat().st_mtime_ns:
+            return "that was finished"
         before, now = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
-        return all(before.get(key) == now.get(key) for key in SAME)
+        return "" if all(before.get(key) == now.get(key) for key in SAME) else "with other settings"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""
         config: Namespace = self.config
         if config.trainer.logger in (None, True):
             kwargs["logger"] = CSVLogger(str(self.output), name=RUN, version="")
-        trainer = super().instantiate_trainer(**kwargs)
+        with trainer_made():
+            trainer = super().instantiate_trainer(**kwargs)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.strategy.checkpoint_io = AtomicCheckpoints()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.output / CHECKPOINTS)
+                callback.dirpath = str((self.output / CHECKPOINTS).resolve())
         if self.command == "fit" and config.trainer.enable_checkpointing is not False:
             recent = RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
             trainer.callbacks.insert(0, recent)  # type: ignore[attr-defined]
@@ -261,25 +268,6 @@ class TrainerCommand(LightningCLI):
             for stale in self.output.glob(OF_SLURM):
                 stale.unlink(missing_ok=True)
         return data
-
-
-def check_training_length(trainer: Namespace) -> None:
-    """Stop at numbers of the Trainer that train nothing or that it takes without complaint or with a traceback.
-
-    Raises:
-        InputError: ``max_epochs``, ``max_steps``, ``accumulate_grad_batches`` or ``gradient_clip_val`` is out of range.
-    """
-    for key in ("max_epochs", "max_steps"):
-        value = trainer.get(key)
-        if value is not None and value != -1 and value < 1:
-            raise InputError(f"trainer.{key} is {value}; expected at least 1, or -1 for no limit")
-    no_epochs = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
-    if no_epochs and trainer.max_steps in (None, -1):
-        raise InputError("trainer: neither max_epochs nor max_steps limits the run; the schedule needs one of them")
-    if trainer.get("accumulate_grad_batches", 1) < 1:
-        raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected at least 1")
-    if (trainer.get("gradient_clip_val") or 0.0) < 0:
-        raise InputError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected 0 (off) or more")
 
 
 def _timestamp(trainer: Namespace) -> str:

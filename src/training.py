@@ -21,6 +21,7 @@ from src.models.evaluation import EvaluationModule
 from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
 from src.provenance import versions
+from src.trainer_checks import trained
 from src.trainer_command import TrainerCommand
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def fit(arguments: list[str]) -> None:
         if checkpoint is not None:
             log.info("going on from %s", checkpoint)
         command.begin()
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+        with trained():
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
         if trainer.interrupted:
             raise KeyboardInterrupt
         save_expert(trainer, module, data, command)  # type: ignore[arg-type]
@@ -50,9 +52,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     weights = _best_weights(trainer)
     if not trainer.is_global_zero:
         return
-    loss = trainer.callback_metrics.get("val_loss")
-    best = next((c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-    measured = loss if best is None else best
+    measured = _val_loss(trainer)
     tensors = [*weights.values(), *([] if measured is None else [torch.as_tensor(measured)])]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise InputError(
@@ -81,6 +81,14 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     module.write_adapter(folder, weights)
     found = "not measured" if measured is None else f"{float(measured):.4f}"
     log.info("adapter written to %s (validation loss %s)", folder, found)
+
+
+def _val_loss(trainer: Trainer) -> torch.Tensor | None:
+    """Validation loss of the adapter that is written: nothing where its checkpoint was chosen by something else."""
+    chosen = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    if chosen is None or chosen.best_model_score is None:
+        return trainer.callback_metrics.get("val_loss")
+    return chosen.best_model_score if chosen.monitor == "val_loss" else None
 
 
 def _best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

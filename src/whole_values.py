@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
+from src.errors import InputError
+
 
 def is_whole(value: Any) -> bool:
     """Whether a value stands for itself: a list, or a mapping that names a path."""
@@ -26,8 +28,14 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Empty what the file sets whole, then let it be read."""
-        with suppress(OSError, ValueError):  # the parser says what is wrong with the file
-            _empty(cfg, _loaded(Path(values).read_text(encoding="utf-8")))
+        try:
+            text = Path(values).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"--config {values}: not UTF-8 text ({error})") from None
+        except OSError:
+            text = ""  # the parser says what is wrong with the file
+        with suppress(ValueError):
+            _empty(cfg, _loaded(text))
         super().__call__(parser, cfg, values, option_string)
 
 

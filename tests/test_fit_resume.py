@@ -1,9 +1,12 @@
 """Trainings that end early and go on: every batch once, and the same weights bit for bit."""
 
+import csv
 import json
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning import Callback
@@ -139,6 +142,108 @@ def test_resume_says_that_there_is_no_checkpoint(base, rows, tmp_path, capsys):
     assert main(flags(base, rows, tmp_path / "parts", stop=3)) == 2
     assert main(flags(base, rows, tmp_path / "parts", "--resume", "true")) == 0
     assert f"no checkpoint in {tmp_path / 'parts' / 'expert'}" in capsys.readouterr().err
+
+
+def worse_at_the_end(folder):
+    """Whether the best validation of a run was not its last one."""
+    lines = csv.DictReader((folder / "expert" / "run" / "metrics.csv").read_text().splitlines())
+    losses = [float(line["val_loss"]) for line in lines if line["val_loss"]]
+    return min(losses) < losses[-1]
+
+
+@pytest.mark.parametrize("how", ["moved", "relative"])
+def test_the_best_checkpoint_is_remembered_where_the_output_has_another_name(base, rows, tmp_path, monkeypatch, how):
+    more = ["--model.optimizer.lr", "2.0", "--trainer.max_epochs", "4"]
+    assert main(flags(base, rows, tmp_path / "whole", *more)) == 0
+    assert worse_at_the_end(tmp_path / "whole")
+    parts = tmp_path / "parts"
+    assert main(flags(base, rows, parts, *more, stop=2 * BATCHES + 1)) == 2
+    if how == "moved":
+        parts = parts.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    given = flags(base, rows, parts, *more, "--resume", "true")
+    relative = [part.replace(f"{tmp_path}/", "") if part == str(parts / "expert") else part for part in given]
+    assert main(given if how == "moved" else relative) == 0
+    assert result(parts) == result(tmp_path / "whole")
+    assert not list(parts.rglob("last-v*.ckpt"))
+
+
+def test_a_run_without_the_usual_logger_goes_on(base, rows, tmp_path):
+    more = ["--trainer.logger", "false"]
+    assert main(flags(base, rows, tmp_path / "whole", *more)) == 0
+    assert main(flags(base, rows, tmp_path / "parts", *more, stop=BATCHES + 2)) == 2
+    assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
+    check_equal(tmp_path / "whole", tmp_path / "parts", BATCHES)
+    assert (tmp_path / "whole" / "expert" / "run" / "config.yaml").is_file()
+
+
+def test_a_killed_run_that_was_to_replace_another_goes_on(base, rows, whole, tmp_path, capsys):
+    more = ["--model.lora.rank", "3"]
+    assert main(flags(base, rows, tmp_path / "parts")) == 0
+    (tmp_path / "parts" / "rows-0.txt").unlink()
+    assert main(flags(base, rows, tmp_path / "parts", *more, "--overwrite", "true", stop=BATCHES + 2)) == 2
+    assert (tmp_path / "parts" / "expert" / "adapter_config.json").is_file()
+    assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
+    check_equal(whole(*more), tmp_path / "parts", BATCHES)
+    assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
+    assert "is of a run that was finished: starting over" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(base, rows, tmp_path, capsys):
+    saving = ["--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_last"]
+    saving += ["true", "--trainer.callbacks.save_weights_only", "true", "--trainer.callbacks.monitor", "val_loss"]
+    config = tmp_path / "expert.yaml"
+    config.write_text("{}\n")
+    given = flags(base, rows, tmp_path / "parts", stop=BATCHES + 2)
+    given[given.index("expert.yaml")] = str(config)
+    assert main([*given, *saving]) == 2
+    again = flags(base, rows, tmp_path / "parts", "--resume", "true")
+    again[again.index("expert.yaml")] = str(config)
+    assert main([*again, *saving]) == 2
+    assert "holds weights alone (save_weights_only)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("monitor", ["step", "train_loss"])
+def test_a_validation_loss_is_none_where_checkpoints_are_chosen_by_something_else(base, rows, tmp_path, monitor):
+    config = tmp_path / "expert.yaml"
+    chosen = {"monitor": monitor, "mode": "max", "every_n_train_steps": 1}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": chosen}
+    config.write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
+    given = fit_flags(base, rows, tmp_path / "expert")
+    given[given.index("expert.yaml")] = str(config)
+    assert main(given) == 0
+    assert json.loads((tmp_path / "expert" / "manifest.json").read_text())["val_loss"] is None
+
+
+def test_several_processes_ask_about_once_a_minute_however_long_batches_take(monkeypatch):
+    """The first process says after how many batches; all count alike."""
+    clock, asked, saved = [0.0], [], []
+    monkeypatch.setattr("src.models.checkpoints.time.monotonic", lambda: clock[0])
+    strategy = SimpleNamespace(broadcast=lambda value: asked.append(clock[0]) or value)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: False), _data_fetcher=None)
+    trainer = SimpleNamespace(
+        world_size=2,
+        fit_loop=loop,
+        is_last_batch=False,
+        received_sigterm=False,
+        strategy=strategy,
+        save_checkpoint=lambda _: saved.append(clock[0]),
+    )
+    callback = RecentCheckpoint(Path("recent.ckpt"))
+    callback.on_train_start()
+    for _ in range(60):
+        clock[0] += 30.0
+        callback.on_train_batch_end(trainer)
+    gaps = [later - earlier for earlier, later in pairwise([0.0, *asked])]
+    assert gaps == [30.0, *[60.0] * (len(gaps) - 1)]
+    assert [later - earlier for earlier, later in pairwise([0.0, *saved])] == pytest.approx(
+        [600.0] * len(saved), abs=60
+    )
+    asked.clear()
+    for _ in range(1000):
+        clock[0] += 0.01
+        callback.on_train_batch_end(trainer)
+    assert len(asked) == pytest.approx(1000 / 64, abs=3)
 
 
 @pytest.fixture

@@ -276,7 +276,7 @@ def write_provenance(folder: Path, *, manifest: dict[str, Any], seen: frozenset[
 
 def write_trained(folder: Path, config: Any, state: Mapping[str, torch.Tensor]) -> None:
     """Write what PEFT trained: its configuration and the LoRA weights of a model's state (adapter ``default``)."""
-    tensors = {key.replace(".default.", "."): value.contiguous() for key, value in sorted(state.items())}
+    tensors = {re.sub(r"\.default(?=\.|$)", "", key): value.contiguous() for key, value in sorted(state.items())}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         config.save_pretrained(temporary)

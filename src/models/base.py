@@ -102,6 +102,8 @@ def _dequantised(path: Path) -> Path:
     import transformers
 
     target = _cache_root() / f"{path.stem}-{sha256_file(path)[:16]}-{transformers.__version__}"
+    if target.exists():  # renamed once it is whole; a disk that cannot be written will do
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():

@@ -41,27 +41,37 @@ class RecentCheckpoint(Callback):
     """
 
     TOGETHER = 64
-    """Batches after which several processes ask the first whether it is time: each answer makes them wait for it."""
+    """Most batches after which several processes ask the first whether it is time: an answer makes them wait for it."""
+    ASKED = 60.0
+    """Seconds after which they ask it, as long as batches take."""
 
     def __init__(self, path: Path, every: float = 600.0) -> None:
         self.path, self.every = path, every
-        self._saved = 0.0
+        self._saved = self._asked = 0.0
+        self._batches, self._left = 0, 1
 
     def on_train_start(self, *_args: Any) -> None:
         """Start the clock."""
-        self._saved = time.monotonic()
+        self._saved = self._asked = time.monotonic()
+        self._batches, self._left = 0, 1
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_args: Any) -> None:
         """Save where it is time to; a collective operation."""
-        if trainer.world_size > 1 and (args[-1] + 1) % self.TOGETHER:
+        self._batches, self._left = self._batches + 1, self._left - 1
+        if trainer.world_size > 1 and self._left > 0:
             return
         loop: Any = trainer.fit_loop
         # A run that goes on from here would leave out the validation that comes next.
         validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         # Several processes learn of a signal at different batches, and cannot write together then.
         stopped = trainer.received_sigterm and trainer.world_size == 1
-        due = stopped or time.monotonic() - self._saved >= self.every
-        if trainer.strategy.broadcast(due and not validates):
+        now = time.monotonic()
+        due = stopped or now - self._saved >= self.every
+        each = (now - self._asked) / self._batches
+        left = max(1, min(self.TOGETHER, int(self.ASKED / max(each, 1e-6))))
+        save, self._left = trainer.strategy.broadcast((due and not validates, left))
+        self._asked, self._batches = now, 0
+        if save:
             trainer.save_checkpoint(self.path)
             self._saved = time.monotonic()
 
@@ -80,8 +90,32 @@ def rewind_to_step(checkpoint: dict[str, Any], accumulated: int) -> None:
             counts.update(dict.fromkeys(counts, counts["processed"] - pending))
 
 
-def check_checkpoint(path: str) -> None:
-    """Check that a named checkpoint can be read, before anything is loaded or written.
+def bring_home(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Let callbacks find their checkpoints in a folder that was moved, or is named otherwise now.
+
+    Lightning forgets which one is the best where the folder has another name than before.
+
+    Args:
+        checkpoint: Of a training, as loaded; the state of its callbacks is changed.
+        folder: Where its checkpoints lie now.
+    """
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict) or Path(str(state.get("dirpath", ""))).parts[-2:] != folder.parts[-2:]:
+            continue
+        state["dirpath"] = str(folder)
+        for key in ("best_model_path", "last_model_path", "kth_best_model_path"):
+            if state.get(key):
+                state[key] = str(folder / Path(state[key]).name)
+        kept = state.get("best_k_models") or {}
+        state["best_k_models"] = {str(folder / Path(path).name): score for path, score in kept.items()}
+
+
+def check_checkpoint(path: str, *, goes_on: bool) -> None:
+    """Check that a checkpoint can be read, before anything is loaded or written.
+
+    Args:
+        path: The file.
+        goes_on: Whether a training goes on from it, for which it must hold more than weights.
 
     Raises:
         InputError: it is missing, or no checkpoint of ``fit``.
@@ -99,3 +133,7 @@ def check_checkpoint(path: str) -> None:
         raise InputError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(found, dict) or "state_dict" not in found:
         raise InputError(f"--ckpt_path {path}: holds no state_dict; expected a checkpoint that fit wrote")
+    if goes_on and not {"optimizer_states", "loops"} <= set(found):
+        raise InputError(
+            f"{path}: holds weights alone (save_weights_only); a training goes on from a checkpoint with its optimiser"
+        )

@@ -4,9 +4,10 @@ loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from src.data.batches import Batch
 from src.errors import InputError, one_line
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
-from src.models.checkpoints import rewind_to_step
+from src.models.checkpoints import bring_home, rewind_to_step
 from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.kept_buffers import KeptBuffers
@@ -52,7 +53,7 @@ class LoraSpec:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if self.rank < 1 or not 0 < self.alpha < inf or not 0 <= self.dropout < 1:
             raise InputError(
                 f"lora: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank of at least 1, "
                 "alpha above 0 and dropout in [0, 1)"
@@ -133,7 +134,8 @@ class ExpertModule(KeptBuffers):
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         if sharded and (self.core is not None or self.beside):
             raise InputError("model.core and model.beside need the whole model on each process; use ddp.yaml")
-        copies = not sharded and model.dtype == torch.float32 and self.trainer.strategy.root_device.type == "cpu"
+        plain = model.dtype == torch.float32 and self.trainer.precision == "32-true"
+        copies = not sharded and plain and self.trainer.strategy.root_device.type == "cpu"
         if self.matmul == "bfloat16" and not copies:
             raise InputError(
                 "model.matmul bfloat16 is for an unsharded float32 base on a CPU; elsewhere set trainer.precision"
@@ -192,7 +194,7 @@ class ExpertModule(KeptBuffers):
             torch.manual_seed(self.seed)
             try:
                 return get_peft_model(model, config)
-            except ValueError as error:
+            except (ValueError, re.error) as error:
                 raise InputError(f"lora.targets {self.lora.targets}: {one_line(error)}") from None
 
     def _loss(self, batch: Batch) -> torch.Tensor:
@@ -249,6 +251,15 @@ class ExpertModule(KeptBuffers):
         """Go on from the last optimiser step."""
         if self.trainer.training and "loops" in checkpoint:
             rewind_to_step(checkpoint, self.trainer.accumulate_grad_batches)
+            self._bring_home(checkpoint)
+
+    def _bring_home(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is known of the best checkpoint where the run goes on in its own output."""
+        given = Path(str(self.trainer.ckpt_path)).resolve()
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = Path(str(getattr(callback, "dirpath", "") or ""))
+            if given.parent in (folder, *list(folder.parents)[1:2]):
+                bring_home(checkpoint, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's weights only: the base is not ours to store."""

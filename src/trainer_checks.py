@@ -1,0 +1,91 @@
+"""Options of Lightning's Trainer that it takes without complaint or ends in a traceback over; its record of a run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import SaveConfigCallback
+
+from src.errors import InputError, one_line
+
+
+def check_training_length(trainer: Namespace) -> None:
+    """Stop at numbers of the Trainer that train nothing or that it takes without complaint or with a traceback.
+
+    Raises:
+        InputError: an option of the Trainer is out of range.
+    """
+    for key in ("max_epochs", "max_steps"):
+        value = trainer.get(key)
+        if value is not None and value != -1 and value < 1:
+            raise InputError(f"trainer.{key} is {value}; expected at least 1, or -1 for no limit")
+    no_epochs = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
+    if no_epochs and trainer.max_steps in (None, -1):
+        raise InputError("trainer: neither max_epochs nor max_steps limits the run; the schedule needs one of them")
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        value = trainer.get(key)
+        if value is not None and value < 1:
+            raise InputError(f"trainer.{key} is {value}; expected at least 1")
+    if trainer.get("limit_train_batches") == 0:
+        raise InputError("trainer.limit_train_batches is 0; expected something to train on")
+    if trainer.get("overfit_batches"):
+        raise InputError("trainer.overfit_batches: batches hold rows of like length here; set data.train.limit instead")
+    if (trainer.get("gradient_clip_val") or 0.0) < 0:
+        raise InputError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected 0 (off) or more")
+
+
+@contextmanager
+def trainer_made() -> Iterator[None]:
+    """Say in one line what the Trainer cannot be made of: devices or a strategy that there are not.
+
+    Raises:
+        InputError: it was refused.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise InputError(f"trainer: {one_line(error)}") from None
+
+
+@contextmanager
+def trained() -> Iterator[None]:
+    """Say in one line where validations are further apart than an epoch is long.
+
+    Raises:
+        InputError: they are.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise InputError(f"trainer.val_check_interval: {one_line(error)}") from None
+
+
+def recorded(folder: str, name: str) -> type[SaveConfigCallback]:
+    """A callback that keeps the configuration of a run in its output, wherever a logger writes.
+
+    Args:
+        folder: Directory below the output.
+        name: Name of the file.
+    """
+
+    class RunRecord(SaveConfigCallback):
+        """Writes the configuration once, before anything is computed."""
+
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            """Write the file."""
+            if self.already_saved:
+                return
+            self.already_saved = True
+            if trainer.is_global_zero:
+                config: Any = self.config
+                place = Path(config.output) / folder
+                place.mkdir(parents=True, exist_ok=True)
+                self.parser.save(self.config, str(place / name), skip_none=False, overwrite=True, multifile=False)
+
+    return RunRecord
