@@ -26,7 +26,7 @@ from src.errors import InputError
 from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.models.base import load_tokenizer
-from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, check_checkpoint
+from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, can_go_on, check_checkpoint
 from src.models.fisher_output import remove_done
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
@@ -206,7 +206,9 @@ class TrainerCommand(LightningCLI):
             return named
         folder = self.output / CHECKPOINTS
         found = [*folder.glob("last*.ckpt"), folder / RECENT, *self.output.glob(OF_SLURM)]
-        newest = max(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns, default=None)
+        whole = sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        # Weights alone are nothing to go on from, however new; where there is nothing else, it is said.
+        newest = next(filter(can_go_on, whole), whole[0] if whole else None)
         if newest is None:
             if (self.output / RUN).is_dir():
                 log.info("no checkpoint in %s to go on from: starting at the first step", self.output)

@@ -86,7 +86,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
 def _val_loss(trainer: Trainer) -> torch.Tensor | None:
     """Validation loss of the adapter that is written: nothing where its checkpoint was chosen by something else."""
     chosen = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-    if chosen is None or chosen.best_model_score is None:
+    if chosen is None or chosen.best_model_score is None or not Path(chosen.best_model_path).exists():
         return trainer.callback_metrics.get("val_loss")
     return chosen.best_model_score if chosen.monitor == "val_loss" else None
 
@@ -99,6 +99,8 @@ def _best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     elif best and isinstance(trainer.strategy, ModelParallelStrategy):
         raise InputError(f"{best}: sharded checkpoints are not joined yet; set save_distributed_checkpoint: false")
     else:
+        if best:
+            log.warning("%s is not there any more: the adapter is that of the last step", best)
         state = trainer.strategy.lightning_module_state_dict()
     return trained_weights(state)
 

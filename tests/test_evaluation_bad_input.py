@@ -124,7 +124,7 @@ def test_a_reference_without_a_number_can_never_be_matched(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Classifier("c", text="{prompt}"), r"judge c: its text has no \{answer\}"),
+        (lambda: Classifier("c", text="{prompt}"), r"judge c: its template has no \{answer\}"),
         (lambda: Classifier("c", threshold=7.0), "threshold is 7.0; expected a probability from 0 to 1"),
         (lambda: Causal("c", yes=""), "yes is '' and no is 'no'; expected two different words"),
         (lambda: Causal("c", dtype="float99"), "dtype is 'float99'; expected auto"),

@@ -328,9 +328,8 @@ def test_weighted_rows_and_several_draws_are_the_mean_over_all_passes(kind, gran
     in_half = torch.tensor([row_half(row) for row in ids]).repeat(len(passes))
     expected = [dense_twin(kind, w * chosen, d, x) for chosen in (1.0, in_half == 0, in_half == 1)]
     if kind is MeanAccumulator:
-        scores = accumulator.scores()
-        found = [accumulator.finish(), *scores.halves]
-        torch.testing.assert_close(scores.mean, expected[0])
+        scores = accumulator.finish()
+        found = [scores.mean, *scores.halves]
     else:
         fisher = accumulator.finish()
         halves = fisher.named(ids).row_halves() if kind is LowRankAccumulator else fisher.row_halves()

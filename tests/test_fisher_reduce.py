@@ -5,7 +5,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from src.fisher.accumulate import MeanAccumulator, examples
+from src.fisher.accumulate import MeanAccumulator, MeanScores, examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
@@ -44,7 +44,7 @@ def accumulated(rows):
 
 def results(made):
     found = [accumulator.finish() for accumulator in made]
-    return [{"mean": one} if isinstance(one, torch.Tensor) else one.tensors() for one in found]
+    return [{"mean": one.mean} if isinstance(one, MeanScores) else one.tensors() for one in found]
 
 
 def one_process(rank, world, meeting, folder):

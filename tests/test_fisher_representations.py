@@ -100,7 +100,7 @@ def test_weight_coordinates_equal_autograd_in_every_weight(model, encoded, tmp_p
     diagonal, kronecker, mean = (accumulator.finish() for accumulator in made)
     exact = autograd_weight_scores(model, make_batch(encoded, range(7)), names)
     activations = autograd_token_activations(model, make_batch(encoded, range(7)), names)
-    means = dict(zip(names, mean.split([p * q for p, q in shapes.values()]), strict=True))
+    means = dict(zip(names, mean.mean.split([p * q for p, q in shapes.values()]), strict=True))
     for name in names:
         assert error(diagonal.module_diagonal(name), exact[name].square().mean(0).flatten()) < 1e-9
         assert error(means[name], exact[name].mean(0).flatten()) < 1e-9
@@ -180,7 +180,7 @@ def test_halves_are_the_fisher_matrices_of_disjoint_rows(model, encoded, core, k
 def test_the_mean_score_is_the_gradient_of_the_mean_log_likelihood(model, encoded, core):
     mean = finish(model, encoded, MeanAccumulator(core.shapes), core.u, core.v)
     scores = autograd_scores(model, make_batch(encoded, range(7)), core.u, core.v)
-    assert error(mean, scores.mean(0)) < 1e-9
+    assert error(mean.mean, scores.mean(0)) < 1e-9
 
 
 @pytest.mark.parametrize("kind", [*ACCUMULATORS, MeanAccumulator])

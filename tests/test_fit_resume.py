@@ -3,16 +3,18 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning import Callback
 
 from src.cli import main
-from src.models.checkpoints import RecentCheckpoint
+from src.models.checkpoints import GOING_ON, RecentCheckpoint
 from tests.commands import fit_flags, run_processes
 
 BATCHES = 5
@@ -166,6 +168,29 @@ def test_the_best_checkpoint_is_remembered_where_the_output_has_another_name(bas
     assert main(given if how == "moved" else relative) == 0
     assert result(parts) == result(tmp_path / "whole")
     assert not list(parts.rglob("last-v*.ckpt"))
+
+
+def test_a_best_checkpoint_that_has_not_come_along_is_forgotten(base, rows, tmp_path):
+    """Nothing that is written has its loss; its own place, in a folder of its own, is no reason to forget it."""
+    more = ["--model.optimizer.lr", "2.0", "--trainer.max_epochs", "4"]
+    assert main(flags(base, rows, tmp_path / "parts", *more, stop=2 * BATCHES + 1)) == 2
+    run = Path("expert", "run")
+    (tmp_path / "copied" / run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoints/last.ckpt"):
+        shutil.copy(tmp_path / "parts" / run / name, tmp_path / "copied" / run / name)
+    assert main(flags(base, rows, tmp_path / "copied", *more, "--resume", "true")) == 0
+    assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
+    assert worse_at_the_end(tmp_path / "copied") is False
+    assert result(tmp_path / "copied")[2] > result(tmp_path / "parts")[2]
+
+
+def test_a_newer_checkpoint_of_weights_alone_does_not_hide_an_older_whole_one(base, rows, whole, tmp_path):
+    assert main(flags(base, rows, tmp_path / "parts", stop=BATCHES + 2, every=0.0)) == 2
+    folder = tmp_path / "parts" / "expert" / "run" / "checkpoints"
+    found = torch.load(folder / "recent.ckpt", weights_only=False)
+    torch.save({key: value for key, value in found.items() if key not in GOING_ON}, folder / "last.ckpt")
+    assert main(flags(base, rows, tmp_path / "parts", "--resume", "true")) == 0
+    check_equal(whole(), tmp_path / "parts", BATCHES + 2)
 
 
 def test_a_run_without_the_usual_logger_goes_on(base, rows, tmp_path):

@@ -63,16 +63,32 @@ def test_shares_are_measured_on_the_other_half(kind):
     assert mean_kept(folds, patches) == pytest.approx(kept, rel=1e-9)
 
 
+def dense_cut(values, level, where):
+    """Number of directions that a cut keeps: places up to ½ lie above the eigenvalue of what no row has seen."""
+    number, above = len(values), int((values > level).sum())
+    if not 0 < above < number:
+        return 1 + round(where * (number - 1))
+    if where <= 0.5:
+        return 1 + round(2 * where * (above - 1))
+    return above + max(1, round((2 * where - 1) * (number - above)))
+
+
 def dense_shares(halves, patch, position, of=0):
     """Mean share of held-out safety energy (of utility tax: 1) at a position, by dense pencils: all cuts are valid."""
     found = []
     for fit in (0, 1):
-        left, right = dense_pencil(*(half[fit].dense().numpy() for half in halves), rho=0.1, rho_s=0.5)
-        k = 1 + round(position * (len(patch) - 1))
+        both = [half[fit].dense().numpy() for half in halves]
+        left, right = dense_pencil(*both, rho=0.1, rho_s=0.5)
+        level = 5 * np.trace(both[0]) / np.trace(both[1])  # σ/ε
+        k = dense_cut(dense_eigh(left, right)[0], level, position)
         judge = halves[of][1 - fit].dense().numpy()
         made = dense_filtered(left, right, patch, lambda _, k=k: np.arange(len(patch)) < k)
         found.append((made @ judge @ made) / (patch @ judge @ patch))
     return np.mean(found)
+
+
+def finest(folds):
+    return max((fold.expansion.system for fold in folds), key=number_of_cuts)
 
 
 @pytest.mark.parametrize("kind", [BlockAccumulator, DiagonalAccumulator])
@@ -85,8 +101,9 @@ def test_the_energy_rule_takes_the_smallest_cut_from_which_on_the_mean_share_is_
     monkeypatch.setattr("src.gevp.heldout.CHUNK", chunk)
     safety, utility, folds = folds_of(kind, rows)
     halves, patch = (safety.halves(0), utility.halves(0)), random_patch().numpy()
-    number = min(most, DIM)
-    positions = [i / (number - 1) for i in range(number)]
+    positions = cut_positions(finest(folds), most)
+    number = len(positions)
+    assert number == min(most, DIM)
     kept = [dense_shares(halves, patch, where) for where in positions[:-1]] + [np.inf]
     for share in (0.05, 0.3, 0.5, 0.8, 0.95, 1.0):
         expected = min(i for i in range(number) if min(kept[i:]) >= share)
@@ -99,7 +116,8 @@ def test_every_point_of_the_curve_equals_dense_shares(kind, monkeypatch):
     safety, utility, folds = folds_of(kind)
     halves, patch, found = (safety.halves(0), utility.halves(0)), random_patch().numpy(), curve(folds, DIM)
     for of, name in enumerate(("safety_energy_kept", "utility_tax_kept")):
-        expected = [dense_shares(halves, patch, i / (DIM - 1), of) for i in range(DIM)]
+        expected = [dense_shares(halves, patch, where, of) for where in found["position"]]
+        assert len(expected) == DIM
         assert found[name] == pytest.approx(expected, rel=1e-6)
 
 
@@ -135,7 +153,7 @@ def test_the_energy_rule_compares_a_bounded_number_of_cuts(monkeypatch):
     monkeypatch.setattr("src.gevp.heldout.ENERGY_CUTS", 5)
     monkeypatch.setattr("src.gevp.heldout.CHUNK", 2)
     folds = uneven_folds("random", 40, 30, 2)
-    places = cut_positions(max((fold.expansion.system for fold in folds), key=number_of_cuts), 5)
+    places = cut_positions(finest(folds), 5)
     assert len(places) <= 5
     for share in (0.2, 0.9, 1.0):
         assert energy_position(folds, share) in places
@@ -152,8 +170,7 @@ def test_a_single_valid_cut_is_the_whole_patch():
 def test_the_curve_ends_with_the_whole_patch(kind):
     _, _, folds = folds_of(kind)
     found = curve(folds, points=7)
-    finest = max((fold.expansion.system for fold in folds), key=number_of_cuts)
-    assert found["position"] == cut_positions(finest, 7)
+    assert found["position"] == cut_positions(finest(folds), 7)
     assert (found["position"][0], found["position"][-1]) == (0.0, 1.0)
     assert len(found["position"]) >= 4
     for name in ("safety_energy_kept", "utility_tax_kept"):
@@ -508,7 +525,7 @@ def test_a_ridge_that_drowns_in_rounding_is_named():
 
 
 @pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
-@pytest.mark.parametrize(("n_s", "n_u"), [(12, 30), (17, 22), (20, 20), (33, 41)])
+@pytest.mark.parametrize(("n_s", "n_u"), [(12, 30), (17, 22), (20, 20), (33, 41), (40, 260), (120, 120)])
 def test_a_cut_of_all_rows_and_those_of_their_halves_stand_on_one_side_of_what_no_row_has_seen(kind, n_s, n_u):
     """The largest cut that keeps nothing unseen must not become one that keeps everything unseen, nor the other way."""
     shapes = {"a": (12, 10), "b": (9, 8)}

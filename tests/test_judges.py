@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from src.cli import main
+from src.data.suite import Suite
 from src.errors import InputError
 from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.judges.endpoint import Endpoint
 from src.judges.refusal import Refusal
+from src.judges.stage import _kinds
 from src.judges.templates import Question, filled
-from src.judges.verdicts import Verdicts, judged
+from src.judges.verdicts import Verdicts, append_lines, judged
+from src.models.judging import share_judges
 from tests.commands import run_processes
 from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
 from tests.tiny import make_tokenizer, write_rows
@@ -671,3 +674,37 @@ def test_a_template_may_name_prompt_and_answer_more_than_once():
     template = "{prompt}|{answer}|{prompt}|{answer}"
     assert filled(template, "{answer}", "{prompt}") == "{answer}|{prompt}|{answer}|{prompt}"
     assert Question(template, "yes", "no").filled("p", "a") == "p|a|p|a"
+
+
+def test_judges_that_count_alike_are_shared_and_others_are_not(tmp_path):
+    def suite(name, how):
+        return Suite(name, "harmful", "rows.jsonl", judge=Endpoint("http://localhost:1/v1", "m", undecided=how))
+
+    suites = [suite("a", "negative"), suite("b", "stop"), suite("c", "negative")]
+    share_judges(suites)
+    assert suites[0].judge is suites[2].judge
+    assert [one.judge.undecided for one in suites] == ["negative", "stop", "negative"]
+
+
+def test_what_one_process_would_not_decide_and_another_did_is_decided(tmp_path):
+    append_lines(tmp_path / "verdicts-k.0.jsonl", [{"item": "x", "value": {"positive": True, "reply": "yes"}}])
+    append_lines(
+        tmp_path / "verdicts-k.1.jsonl", [{"item": "x", "value": {"positive": False, "reply": "undecided: hm"}}]
+    )
+    assert Verdicts(tmp_path, "k")._known["x"]["positive"]
+
+
+def test_the_judge_command_says_how_many_answers_were_not_decided(tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "answers.jsonl", [{"prompt": "p", "answer": "a", "label": "harmful"}] * 2)
+    reply = '{"choices": [{"message": {"content": "I would rather not say."}}]}'
+    with Server() as server:
+        judge = ["--judge", "Endpoint", "--judge.url", server.url, "--judge.model", "m", "--judge.wait", "0"]
+        judge += ["--judge.retries", "0", "--judge.undecided", "negative"]
+        assert main(["judge", "--predictions", str(rows), *judge, "--output", str(tmp_path / "first")]) == 0
+    with Server(reply, 10**6) as server:
+        given = endpoint(server.url, retries=0, undecided="negative")
+        found = [given.judge(["p"], ["a"])[0] for _ in range(2)]
+    assert _kinds(found) == {"undecided": 2}
+    record = json.loads((tmp_path / "first" / "judged.json").read_text())
+    assert record["judge"]["undecided"] == "negative"
+    assert "undecided" not in record["files"]["answers"]

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from src.adapters.attach import attached
-from src.adapters.basis import core_basis
+from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.constant_input import split, with_bias, without_bias
 from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_config import Layout
 from src.adapters.peft_files import read_adapter, write_adapter
-from src.adapters.read_together import read_adapters
+from src.adapters.read_together import read_adapters, same_inputs
 from src.cli import main, start_logging
 from src.errors import InputError
 from src.fisher.files import load_fisher
@@ -182,6 +182,24 @@ def test_sst_from_fisher_pass_to_adapter(pair_of, base, rows, tmp_path):
     nothing = logits_of(make_model(), pair_of["plain"])
     torch.testing.assert_close(logits_of(make_model(), out / "alpha-0"), nothing, rtol=1e-6, atol=1e-6)
     assert (logits_of(make_model(), out / "alpha-1") - nothing).abs().max() > 1e-3
+
+
+def test_a_point_may_name_an_adapter_that_lacks_biases_or_has_more_of_them(pair_of, base, rows, tmp_path):
+    """Named adapters are read together with the experts: a constant input more or less is no other architecture."""
+    adapters = {"utility": pair_of["plain"], "safety": pair_of["biased"]}
+    for place, point in enumerate(
+        (f"{{{pair_of['plain']}: 1.0, safety: 1.0}}", f"{{{pair_of['biased']}: 0.5, utility: 1.0}}", "patched")
+    ):
+        flags = ["--model.relearn", "true", "--model.reference_safety", point]
+        assert main(fisher_flags(base, adapters, rows, tmp_path / str(place), *flags)) == 0
+    same, half, patched = (load_fisher(tmp_path / str(i) / "safety.safetensors") for i in range(3))
+    torch.testing.assert_close(same.fisher.dense(), patched.fisher.dense(), rtol=1e-5, atol=1e-7)
+    whole = CoreBasis(half.u, half.v).coordinates(same_inputs(read_adapters([pair_of["biased"]]))[0].pairs)
+    torch.testing.assert_close(half.start, 0.5 * whole, rtol=1e-5, atol=1e-7)
+    turned = {"utility": pair_of["plain"], "safety": pair_of["plain"]}
+    flags = ["--model.relearn", "true", "--model.reference_safety", f"{{utility: 1.0, {pair_of['biased']}: 0.5}}"]
+    assert main(fisher_flags(base, turned, rows, tmp_path / "beyond", *flags)) == 0
+    assert load_fisher(tmp_path / "beyond" / "safety.safetensors").start is None
 
 
 def test_alignguard_in_training_takes_their_fisher_file(pair_of, base, rows, tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_a_half_without_an_example_has_no_mean():
         mean = MeanAccumulator({"m": (1, 2)})
         mean.begin(examples(torch.arange(len(rows)), rows))
         mean.update("m", torch.ones(len(rows), 1, 1), torch.arange(2.0 * len(rows)).view(-1, 1, 2))
-        found = mean.scores()
+        found = mean.finish()
         assert (found.halves is not None) == told
         torch.testing.assert_close(found.mean, torch.arange(2.0 * len(rows)).view(-1, 2).mean(0).double())
     assert {row_half(row) for row in "abcd"} == {0, 1}

@@ -180,7 +180,7 @@ def tips_of(entry):
 def test_the_pencil_says_every_number_on_hover():
     tips = tips_of(pencil())
     assert tips[:3] == ["rank 1: λ = 1000", "rank 2: λ = 12.5", "rank 5: λ = 0.25"]
-    assert tips[4] == "largest λ, 50% of the cuts: safety energy 0.875, utility tax 0.300"
+    assert tips[4] == "largest λ, cut at 0.50: safety energy 0.875, utility tax 0.300"
     assert tips[6] == "this merge: safety energy 0.900, utility tax 0.400"
     assert tips[9] == "head: 0.500 kept"
     assert tips[10:12] == ["layer 0, attn.q<b>: 0.250 kept", "layer 0, mlp.up: 1.250 kept"]
@@ -233,7 +233,7 @@ def test_the_numbers_of_the_pencil_are_in_the_csv(tmp_path):
     text = (tmp_path / "tables.csv").read_text(encoding="utf-8")
     lines = {row[1].partition(": ")[2]: row[3] for row in csv.reader(text.splitlines())}
     assert lines["λ at rank 2"] == "12.5"
-    assert lines["held-out utility tax kept, 50.0% of the cuts"] == "0.3"
+    assert lines["held-out utility tax kept, cut at 0.500"] == "0.3"
     assert lines["kept of mlp.up, layer 0"] == "1.25"
     assert lines["kept of head"] == "0.5"
 

@@ -108,9 +108,8 @@ def number_of_cuts(system: Eigensystem) -> int:
 def position(system: Eigensystem, k: int) -> float:
     """Where a cut stands among all valid ones, 0 to 1: what carries over to the spectrum of other rows.
 
-    Directions that no row has seen have one eigenvalue, σ/ε, and are kept together or not at all. Cuts that keep none
-    of them have the places up to ½, the others those above it: whatever the numbers of rows, no rounding takes one for
-    the other.
+    Directions that no row has seen have one eigenvalue, σ/ε, and are kept together or not at all. Cuts above it have
+    the places up to ½, the others those beyond: whatever the numbers of rows, no rounding takes one for the other.
     """
     allowed, seen = _parted(system)
     return _place(int((allowed < k).sum()), len(allowed), seen)
@@ -147,12 +146,11 @@ def cuts_at(system: Eigensystem, positions: Sequence[float]) -> list[TopCut]:
 
 
 def _parted(system: Eigensystem) -> tuple[torch.Tensor, int | None]:
-    """All valid cuts, and how many keep nothing unseen; None where no two directions share the eigenvalue σ/ε."""
+    """All valid cuts, and how many keep eigenvalues above σ/ε alone; None where that are all or none of them."""
     levels, value = _levels(system), system.complement_value
     allowed, noise = _allowed(system, levels), TIE * value + NOISE * levels[0].item()
-    if int(((levels - value).abs() <= noise).sum()) < 2:
-        return allowed, None
-    return allowed, int((allowed <= int((levels > value + noise).sum())).sum())
+    above = int((allowed <= int((levels > value + noise).sum())).sum())
+    return allowed, above if 0 < above < len(allowed) else None
 
 
 def _place(index: int, number: int, seen: int | None) -> float:
@@ -168,7 +166,7 @@ def _index(where: float, number: int, seen: int | None) -> int:
     """The cut nearest to a position: the inverse of :func:`_place`."""
     if seen is None:
         return round(where * (number - 1))
-    if where <= 0.5 and seen:
+    if where <= 0.5:
         return round(2 * where * (seen - 1))
     return seen + max(0, round((2 * where - 1) * (number - seen)) - 1)
 

@@ -43,6 +43,8 @@ class Endpoint(Judge):
             ``negative`` counts the answer as without the property (``judge_undecided`` says how many).
     """
 
+    counting = frozenset({"undecided"})
+
     def __init__(
         self,
         url: str,
@@ -66,7 +68,7 @@ class Endpoint(Judge):
         self._question = Question(template, yes, no)
         self._retries, self._wait, self._timeout, self._parallel = retries, wait, timeout, parallel
         self._key_variable = key_variable
-        self._undecided = undecided
+        self.undecided = undecided
         check_least("retries", retries, 0)
         check_least("wait", wait, 0)
         for name, value in (("parallel", parallel), ("max_tokens", max_tokens)):
@@ -84,7 +86,7 @@ class Endpoint(Judge):
 
     def stands(self, verdict: Mapping[str, Any]) -> bool:
         """An answer that was counted although the endpoint would not decide is asked again where that is to stop."""
-        return self._undecided == "negative" or not str(verdict.get("reply", "")).startswith(UNDECIDED)
+        return self.undecided == "negative" or not str(verdict.get("reply", "")).startswith(UNDECIDED)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.
@@ -93,7 +95,7 @@ class Endpoint(Judge):
             Unfinished: the endpoint cannot be reached, or goes on replying with neither yes nor no.
         """
         with ThreadPoolExecutor(self._parallel) as pool:
-            settle = self._undecided == "negative"
+            settle = self.undecided == "negative"
             asked = [pool.submit(self._one, p, a, settle=settle) for p, a in zip(prompts, answers, strict=True)]
             wait(asked, return_when=FIRST_EXCEPTION)
             for future in asked:
@@ -134,7 +136,7 @@ class Endpoint(Judge):
                 problem = f"replied {reply.strip()[:60]!r}; expected {self.yes!r} or {self.no!r}"
         if settle and said is not None:
             return Judgement(False, None, f"{UNDECIDED}: {said}")
-        unset = said is not None and self._undecided == "stop"
+        unset = said is not None and self.undecided == "stop"
         hint = "; undecided: negative counts such answers as without the property" if unset else ""
         raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept{hint}")
 

@@ -16,7 +16,7 @@ from src.metrics.agreement import count_pairs, kappa
 from src.metrics.categories import category_text, each_category, named_categories
 from src.metrics.collapse import is_collapsed
 from src.metrics.counters import FlagRate, share
-from src.metrics.judging import Judge, Judgement
+from src.metrics.judging import UNDECIDED, Judge, Judgement
 
 log = logging.getLogger(__name__)
 
@@ -122,16 +122,22 @@ def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge
         rate = FlagRate(each_category(named))
         rate.update(each, named or None)
         found[name] = rate.summary()
+    return found | _kinds(verdicts)
+
+
+def _kinds(verdicts: Sequence[Judgement]) -> dict[str, int]:
+    """Verdicts on a part of an answer, and those that a judge would not give, where there are any."""
     cut = sum(verdict.reply == "cut" for verdict in verdicts)
-    return found | ({"cut": cut} if cut else {})
+    undecided = sum(verdict.reply.startswith(UNDECIDED) for verdict in verdicts)
+    return ({"cut": cut} if cut else {}) | ({"undecided": undecided} if undecided else {})
 
 
 def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, Any]:
     """Accuracy and Cohen's kappa of a judge against human labels."""
     found = _rows(path)
     human = [_label(row, judge, place) for place, row in found]
-    verdicts = [v.positive for v in _verdicts([row for _, row in found], judge, cache, device)]
-    pairs = count_pairs(verdicts, human)
+    verdicts = _verdicts([row for _, row in found], judge, cache, device)
+    pairs = count_pairs([verdict.positive for verdict in verdicts], human)
     value, low, high = kappa(pairs)
     return {
         "judge": judge.settings,
@@ -139,7 +145,7 @@ def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, 
         "accuracy": share(pairs.both + pairs.neither, pairs.total),
         "kappa": {"value": value, "interval": [low, high], "n": pairs.total} if value == value else None,  # noqa: PLR0124
         "pairs": {"both": pairs.both, "judge only": pairs.first, "human only": pairs.second, "neither": pairs.neither},
-    }
+    } | _kinds(verdicts)
 
 
 def _label(row: dict[str, Any], judge: Judge, place: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
-from src.metrics.judging import Judge, Judgement, Unfinished
+from src.metrics.judging import UNDECIDED, Judge, Judgement, Unfinished
 
 CHUNK = 64
 """Answers judged between two writes."""
@@ -30,7 +30,10 @@ class Verdicts:
         self.path = folder / f"verdicts-{key}.{part}.jsonl"
         self._known: dict[str, Any] = {}
         for path in sorted(folder.glob(f"verdicts-{key}.*.jsonl")):
-            self._known |= {line["item"]: line["value"] for line in read_lines(path)}
+            for line in read_lines(path):
+                # Several processes write: what one would not decide another may have decided, before or later.
+                if not (_undecided(line["value"]) and line["item"] in self._known):
+                    self._known[line["item"]] = line["value"]
 
     def mapped(
         self,
@@ -73,6 +76,10 @@ class Verdicts:
         if values:
             append_lines(self.path, [{"item": name, "value": value} for name, value in values.items()])
             self._known |= values
+
+
+def _undecided(value: Any) -> bool:
+    return isinstance(value, dict) and str(value.get("reply", "")).startswith(UNDECIDED)
 
 
 def _name(item: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from src.errors import InputError
 
@@ -40,6 +40,8 @@ class Judge(ABC):
     """Judges answers. Settings are plain attributes without a leading underscore; with the content they identify it."""
 
     finds: Property
+    counting: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say how verdicts are counted, and by which no other is given: verdicts are kept for all of them."""
 
     def load(self, device: str) -> None:  # noqa: B027 - most judges have nothing to load
         """Load what is needed to judge, on a device."""
@@ -71,7 +73,8 @@ class Judge(ABC):
     @property
     def key(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of settings and content: verdicts are kept under it."""
-        identity = self.settings | ({"content": self.content} if self.content else {})
+        given = {name: value for name, value in self.settings.items() if name not in self.counting}
+        identity = given | ({"content": self.content} if self.content else {})
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def stands(self, verdict: Mapping[str, Any]) -> bool:

@@ -13,6 +13,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from src.errors import InputError
 from src.files import write_atomically
 
+GOING_ON = frozenset({"optimizer_states", "loops"})
+"""What a checkpoint holds beside weights."""
+
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it once it is on the disk."""
@@ -93,21 +96,38 @@ def rewind_to_step(checkpoint: dict[str, Any], accumulated: int) -> None:
 def bring_home(checkpoint: dict[str, Any], folder: Path) -> None:
     """Let callbacks find their checkpoints in a folder that was moved, or is named otherwise now.
 
-    Lightning forgets which one is the best where the folder has another name than before.
+    Lightning forgets which one is the best where the folder has another name than before; here it forgets only those
+    that have not come along.
 
     Args:
         checkpoint: Of a training, as loaded; the state of its callbacks is changed.
         folder: Where its checkpoints lie now.
     """
     for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, dict) or Path(str(state.get("dirpath", ""))).parts[-2:] != folder.parts[-2:]:
+        before = Path(str(state.get("dirpath", ""))) if isinstance(state, dict) else Path()
+        if before.parts[-2:] != folder.parts[-2:] or before == folder:
             continue
-        state["dirpath"] = str(folder)
+
+        def here(path: str, before: Path = before) -> str:
+            """A file's place now; empty where it is not there."""
+            inside = Path(path).is_relative_to(before)
+            place = folder / Path(path).relative_to(before) if inside else Path(path)
+            return str(place) if path and place.exists() else ""
+
+        kept = {here(path): score for path, score in (state.get("best_k_models") or {}).items() if here(path)}
+        if not here(state.get("best_model_path") or "") or len(kept) < len(state.get("best_k_models") or {}):
+            continue
         for key in ("best_model_path", "last_model_path", "kth_best_model_path"):
-            if state.get(key):
-                state[key] = str(folder / Path(state[key]).name)
-        kept = state.get("best_k_models") or {}
-        state["best_k_models"] = {str(folder / Path(path).name): score for path, score in kept.items()}
+            state[key] = here(state.get(key) or "")
+        state["dirpath"], state["best_k_models"] = str(folder), kept
+
+
+def can_go_on(path: Path) -> bool:
+    """Whether a checkpoint holds what a training goes on from, and not weights alone; one that is no file does."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return True
+    found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    return not isinstance(found, dict) or set(found) >= GOING_ON
 
 
 def check_checkpoint(path: str, *, goes_on: bool) -> None:
@@ -133,7 +153,7 @@ def check_checkpoint(path: str, *, goes_on: bool) -> None:
         raise InputError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(found, dict) or "state_dict" not in found:
         raise InputError(f"--ckpt_path {path}: holds no state_dict; expected a checkpoint that fit wrote")
-    if goes_on and not {"optimizer_states", "loops"} <= set(found):
+    if goes_on and not set(found) >= GOING_ON:
         raise InputError(
             f"{path}: holds weights alone (save_weights_only); a training goes on from a checkpoint with its optimiser"
         )

@@ -45,8 +45,8 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
     rows, named = module.data.rows[name], named_adapters(module.references[name])
     hashes = {row.prompt_hash for row in rows}
     at_point: set[str] = set().union(*(adapter.seen for adapter in named.values()))
-    # A merge that was fitted to rows, whether or not an expert was trained on them as well.
-    fitted = any(adapter.manifest.get("fisher") and not hashes.isdisjoint(adapter.seen) for adapter in named.values())
+    # A merge may be fitted to rows that its experts were trained on as well: what it has seen is not held out from it.
+    merged = any(a.manifest.get("kind") == "merge" and not hashes.isdisjoint(a.seen) for a in named.values())
     of_experts = module.safety.seen.union(*(adapter.seen for adapter in module.utility))
     return {
         "pass": name,
@@ -64,7 +64,7 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "rows_sha256": rows_sha256(rows),
         "seen": sorted(hashes | at_point),
         # Whether the point was made with rows of this pass, which then hold nothing out from it.
-        "fitted_before": fitted or not hashes.isdisjoint(at_point - of_experts),
+        "fitted_before": merged or not hashes.isdisjoint(at_point - of_experts),
         "versions": versions(),
     }
 

@@ -21,7 +21,12 @@ def share_judges(suites: Sequence[Suite]) -> None:
     known: dict[str, Judge] = {}
     for suite in suites:
         if suite.judge is not None:
-            suite.judge = known.setdefault(suite.judge.key, suite.judge)
+            suite.judge = known.setdefault(_words(suite.judge), suite.judge)
+
+
+def _words(judge: Judge) -> str:
+    """A judge's key, and how its verdicts are counted."""
+    return " ".join([judge.key, *(f"{name}={judge.settings[name]}" for name in sorted(judge.counting))])
 
 
 def awaited_judges(
@@ -37,14 +42,14 @@ def awaited_judges(
     """
     found: dict[str, Judge] = {}
     for number, suite in enumerate(data.suites):
-        if suite.judge is None or suite.judge.key in found:
+        if suite.judge is None or _words(suite.judge) in found:
             continue
         rows, verdicts = data.rows[suite.name], Verdicts(folder, suite.judge.key)
         for model in range(models):
             known = records.get((model, number), {})
             items = [(row.prompt, known[i]["answer"]) for i, row in enumerate(rows) if i in known]
             if len(items) < len(rows) or verdicts.missing(items, final=suite.judge.stands):
-                found[suite.judge.key] = suite.judge
+                found[_words(suite.judge)] = suite.judge
     return list(found.values())
 
 

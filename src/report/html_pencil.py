@@ -91,7 +91,7 @@ def _curve(pencil: Mapping[str, Any]) -> str:
     ends = [1.05 * max(1.0, *(place[side] for place in places + here)) for side in (0, 1)]
     frame = Frame((-0.05, ends[0]), (-0.05, ends[1]), **SIZE)
     tips = [
-        f"largest λ, {where:.0%} of the cuts: safety energy {energy:.3f}, utility tax {tax:.3f}"
+        f"largest λ, cut at {where:.2f}: safety energy {energy:.3f}, utility tax {tax:.3f}"
         for where, (tax, energy) in zip(data["position"], places, strict=True)
     ]
     parts = [
@@ -129,7 +129,7 @@ def _numbers(pencil: Mapping[str, Any] | None) -> dict[str, Any]:
         if pencil["held_out"]:
             found[f"held-out {name} kept"] = pencil["held_out"][key]
         for where, value in zip(*((pencil["curve"] or {}).get(k, []) for k in ("position", key)), strict=True):
-            found[f"held-out {name} kept, {where:.1%} of the cuts"] = value
+            found[f"held-out {name} kept, cut at {where:.3f}"] = value
     grid, name = pencil["map"], map_words(pencil).csv
     for layer, row in zip(grid["layers"], grid["kept"], strict=True):
         for module, value in zip(grid["modules"], row, strict=True):
