@@ -123,10 +123,13 @@ def bring_home(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def can_go_on(path: Path) -> bool:
-    """Whether a checkpoint holds what a training goes on from, and not weights alone; one that is no file does."""
+    """Whether a checkpoint holds what a training goes on from, and not weights alone, as far as it can be read."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return True
-    found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        return True  # what is wrong with it is said where it is checked
     return not isinstance(found, dict) or set(found) >= GOING_ON
 
 
