@@ -20,6 +20,8 @@ from tests.commands import fit_flags, run_processes
 BATCHES = 5
 """Of an epoch of 13 rows, three in a batch."""
 RECENT = Path("run", "checkpoints", "recent.ckpt")
+OVERSHOOTING = ("--model.optimizer.lr", "2.0", "--trainer.max_epochs", "4")
+"""A training whose first validation is its best."""
 
 
 class Watch(Callback):
@@ -163,25 +165,23 @@ def test_the_best_checkpoint_is_remembered_where_the_output_has_another_name(bas
     if how == "moved":
         parts = parts.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    given = flags(base, rows, parts, *more, "--resume", "true")
+    given = flags(base, rows, parts, *OVERSHOOTING, "--resume", "true")
     relative = [part.replace(f"{tmp_path}/", "") if part == str(parts / "expert") else part for part in given]
     assert main(given if how == "moved" else relative) == 0
-    assert result(parts) == result(tmp_path / "whole")
+    assert result(parts) == result(whole(*OVERSHOOTING))
     assert not list(parts.rglob("last-v*.ckpt"))
 
 
-def test_a_best_checkpoint_that_has_not_come_along_is_forgotten(base, rows, tmp_path):
-    """Nothing that is written has its loss; its own place, in a folder of its own, is no reason to forget it."""
-    more = ["--model.optimizer.lr", "2.0", "--trainer.max_epochs", "4"]
-    assert main(flags(base, rows, tmp_path / "parts", *more, stop=2 * BATCHES + 1)) == 2
+def test_a_best_checkpoint_that_has_not_come_along_is_forgotten(base, rows, whole, tmp_path):
+    """Nothing that is written has its loss."""
+    assert main(flags(base, rows, tmp_path / "parts", *OVERSHOOTING, stop=2 * BATCHES + 1)) == 2
     run = Path("expert", "run")
     (tmp_path / "copied" / run / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "checkpoints/last.ckpt"):
         shutil.copy(tmp_path / "parts" / run / name, tmp_path / "copied" / run / name)
-    assert main(flags(base, rows, tmp_path / "copied", *more, "--resume", "true")) == 0
-    assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
-    assert worse_at_the_end(tmp_path / "copied") is False
-    assert result(tmp_path / "copied")[2] > result(tmp_path / "parts")[2]
+    assert main(flags(base, rows, tmp_path / "copied", *OVERSHOOTING, "--resume", "true")) == 0
+    assert not worse_at_the_end(tmp_path / "copied")
+    assert result(tmp_path / "copied")[2] > result(whole(*OVERSHOOTING))[2]
 
 
 def test_a_newer_checkpoint_of_weights_alone_does_not_hide_an_older_whole_one(base, rows, whole, tmp_path):
@@ -193,13 +193,12 @@ def test_a_newer_checkpoint_of_weights_alone_does_not_hide_an_older_whole_one(ba
     check_equal(whole(), tmp_path / "parts", BATCHES + 2)
 
 
-def test_a_run_without_the_usual_logger_goes_on(base, rows, tmp_path):
+def test_a_run_without_the_usual_logger_goes_on(base, rows, whole, tmp_path):
     more = ["--trainer.logger", "false"]
-    assert main(flags(base, rows, tmp_path / "whole", *more)) == 0
     assert main(flags(base, rows, tmp_path / "parts", *more, stop=BATCHES + 2)) == 2
     assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
-    check_equal(tmp_path / "whole", tmp_path / "parts", BATCHES)
-    assert (tmp_path / "whole" / "expert" / "run" / "config.yaml").is_file()
+    check_equal(whole(), tmp_path / "parts", BATCHES)
+    assert (tmp_path / "parts" / "expert" / "run" / "config.yaml").is_file()
 
 
 def test_a_killed_run_that_was_to_replace_another_goes_on(base, rows, whole, tmp_path, capsys):
