@@ -156,12 +156,12 @@ def worse_at_the_end(folder):
 
 
 @pytest.mark.parametrize("how", ["moved", "relative"])
-def test_the_best_checkpoint_is_remembered_where_the_output_has_another_name(base, rows, tmp_path, monkeypatch, how):
-    more = ["--model.optimizer.lr", "2.0", "--trainer.max_epochs", "4"]
-    assert main(flags(base, rows, tmp_path / "whole", *more)) == 0
-    assert worse_at_the_end(tmp_path / "whole")
+def test_the_best_checkpoint_is_remembered_where_the_output_has_another_name(
+    base, rows, whole, tmp_path, monkeypatch, how
+):
+    assert worse_at_the_end(whole(*OVERSHOOTING))
     parts = tmp_path / "parts"
-    assert main(flags(base, rows, parts, *more, stop=2 * BATCHES + 1)) == 2
+    assert main(flags(base, rows, parts, *OVERSHOOTING, stop=2 * BATCHES + 1)) == 2
     if how == "moved":
         parts = parts.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
