@@ -39,7 +39,7 @@ def check_training_length(trainer: Namespace) -> None:
 
 
 @contextmanager
-def trainer_made() -> Iterator[None]:
+def making_trainer() -> Iterator[None]:
     """Say in one line what the Trainer cannot be made of: devices or a strategy that there are not.
 
     Raises:
@@ -52,7 +52,7 @@ def trainer_made() -> Iterator[None]:
 
 
 @contextmanager
-def trained() -> Iterator[None]:
+def fitting() -> Iterator[None]:
     """Say in one line where validations are further apart than an epoch is long.
 
     Raises:

@@ -31,7 +31,7 @@ from src.models.fisher_output import remove_done
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
 from src.parsing import TrainerParser
-from src.trainer_checks import check_training_length, recorded, trainer_made
+from src.trainer_checks import check_training_length, making_trainer, recorded
 from src.whole_values import ConfigFile
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class TrainerCommand(LightningCLI):
         config: Namespace = self.config
         if config.trainer.logger in (None, True):
             kwargs["logger"] = CSVLogger(str(self.output), name=RUN, version="")
-        with trainer_made():
+        with making_trainer():
             trainer = super().instantiate_trainer(**kwargs)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.strategy.checkpoint_io = AtomicCheckpoints()

@@ -21,7 +21,7 @@ from src.models.evaluation import EvaluationModule
 from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
 from src.provenance import versions
-from src.trainer_checks import trained
+from src.trainer_checks import fitting
 from src.trainer_command import TrainerCommand
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def fit(arguments: list[str]) -> None:
         if checkpoint is not None:
             log.info("going on from %s", checkpoint)
         command.begin()
-        with trained():
+        with fitting():
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
         if trainer.interrupted:
             raise KeyboardInterrupt

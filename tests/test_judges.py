@@ -17,7 +17,6 @@ from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.judges.endpoint import Endpoint
 from src.judges.refusal import Refusal
-from src.judges.stage import _kinds
 from src.judges.templates import Question, filled
 from src.judges.verdicts import Verdicts, append_lines, judged
 from src.models.judging import share_judges
@@ -694,17 +693,20 @@ def test_what_one_process_would_not_decide_and_another_did_is_decided(tmp_path):
     assert Verdicts(tmp_path, "k")._known["x"]["positive"]
 
 
-def test_the_judge_command_says_how_many_answers_were_not_decided(tmp_path, capsys):
-    rows = write_jsonl(tmp_path / "answers.jsonl", [{"prompt": "p", "answer": "a", "label": "harmful"}] * 2)
-    reply = '{"choices": [{"message": {"content": "I would rather not say."}}]}'
-    with Server() as server:
-        judge = ["--judge", "Endpoint", "--judge.url", server.url, "--judge.model", "m", "--judge.wait", "0"]
-        judge += ["--judge.retries", "0", "--judge.undecided", "negative"]
-        assert main(["judge", "--predictions", str(rows), *judge, "--output", str(tmp_path / "first")]) == 0
-    with Server(reply, 10**6) as server:
-        given = endpoint(server.url, retries=0, undecided="negative")
-        found = [given.judge(["p"], ["a"])[0] for _ in range(2)]
-    assert _kinds(found) == {"undecided": 2}
-    record = json.loads((tmp_path / "first" / "judged.json").read_text())
-    assert record["judge"]["undecided"] == "negative"
-    assert "undecided" not in record["files"]["answers"]
+def test_the_judge_command_says_how_many_answers_were_not_decided(tmp_path, monkeypatch, capsys):
+    labelled = [{"prompt": "p", "answer": one, "label": "harmful"} for one in "abb"]
+    rows = write_jsonl(tmp_path / "answers.jsonl", labelled)
+    said = {"a": "yes", "b": "I would rather not say.", "Hello!": "no"}
+
+    def reply(_judge, question, _key):
+        return next(text for answer, text in said.items() if f"[Answer]\n{answer}\n" in question)
+
+    monkeypatch.setattr(Endpoint, "_reply", reply)
+    judge = ["--judge", "Endpoint", "--judge.url", "http://localhost:1/v1", "--judge.model", "m", "--judge.wait", "0"]
+    judge += ["--judge.undecided", "negative"]
+    for name, flag in (("judged", "--predictions"), ("agreement", "--labels")):
+        assert main(["judge", flag, str(rows), *judge, "--output", str(tmp_path / name)]) == 0
+        record = json.loads((tmp_path / name / f"{name}.json").read_text())
+        assert record["judge"]["undecided"] == "negative"
+        assert (record["files"]["answers"] if name == "judged" else record)["undecided"] == 2
+    assert record["pairs"] == {"both": 1, "judge only": 0, "human only": 2, "neither": 0}

@@ -118,13 +118,9 @@ def position(system: Eigensystem, k: int) -> float:
 def cut_positions(system: Eigensystem, most: int) -> list[float]:
     """Positions of at most so many valid cuts, evenly spaced among all, the first and the whole patch among them."""
     allowed, seen = _parted(system)
-    number = min(most, len(allowed))
-    if number == 1:
-        return [1.0]
-    spaced = [i / (number - 1) for i in range(number)]
-    if seen is None:
-        return spaced
-    return sorted({_place(round(where * (len(allowed) - 1)), len(allowed), seen) for where in spaced})
+    number, last = min(most, len(allowed)), len(allowed) - 1
+    chosen = {round(i / (number - 1) * last) for i in range(number - 1)} | {last}
+    return [_place(index, len(allowed), seen) for index in sorted(chosen)]
 
 
 def cut_at(system: Eigensystem, where: float) -> TopCut:
@@ -145,28 +141,24 @@ def cuts_at(system: Eigensystem, positions: Sequence[float]) -> list[TopCut]:
     return cuts
 
 
-def _parted(system: Eigensystem) -> tuple[torch.Tensor, int | None]:
-    """All valid cuts, and how many keep eigenvalues above σ/ε alone; None where that are all or none of them."""
+def _parted(system: Eigensystem) -> tuple[torch.Tensor, int]:
+    """All valid cuts, and how many of them, the whole patch apart, keep eigenvalues above σ/ε alone."""
     levels, value = _levels(system), system.complement_value
     allowed, noise = _allowed(system, levels), TIE * value + NOISE * levels[0].item()
     above = int((allowed <= int((levels > value + noise).sum())).sum())
-    return allowed, above if 0 < above < len(allowed) else None
+    return allowed, min(above, len(allowed) - 1)
 
 
-def _place(index: int, number: int, seen: int | None) -> float:
+def _place(index: int, number: int, seen: int) -> float:
     """Position of one of so many cuts."""
-    if seen is None:
-        return index / max(1, number - 1)
     if index < seen:
         return 0.5 * index / max(1, seen - 1)
     return 0.5 + 0.5 * (index - seen + 1) / (number - seen)
 
 
-def _index(where: float, number: int, seen: int | None) -> int:
+def _index(where: float, number: int, seen: int) -> int:
     """The cut nearest to a position: the inverse of :func:`_place`."""
-    if seen is None:
-        return round(where * (number - 1))
-    if where <= 0.5:
+    if where <= 0.5 and seen:
         return round(2 * where * (seen - 1))
     return seen + max(0, round((2 * where - 1) * (number - seen)) - 1)
 

@@ -122,10 +122,10 @@ def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge
         rate = FlagRate(each_category(named))
         rate.update(each, named or None)
         found[name] = rate.summary()
-    return found | _kinds(verdicts)
+    return found | _reservations(verdicts)
 
 
-def _kinds(verdicts: Sequence[Judgement]) -> dict[str, int]:
+def _reservations(verdicts: Sequence[Judgement]) -> dict[str, int]:
     """Verdicts on a part of an answer, and those that a judge would not give, where there are any."""
     cut = sum(verdict.reply == "cut" for verdict in verdicts)
     undecided = sum(verdict.reply.startswith(UNDECIDED) for verdict in verdicts)
@@ -145,7 +145,7 @@ def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, 
         "accuracy": share(pairs.both + pairs.neither, pairs.total),
         "kappa": {"value": value, "interval": [low, high], "n": pairs.total} if value == value else None,  # noqa: PLR0124
         "pairs": {"both": pairs.both, "judge only": pairs.first, "human only": pairs.second, "neither": pairs.neither},
-    } | _kinds(verdicts)
+    } | _reservations(verdicts)
 
 
 def _label(row: dict[str, Any], judge: Judge, place: str) -> bool:

@@ -48,7 +48,7 @@ def report(
     if not columns:
         raise InputError(f"{results}: no suite generated answers; there is nothing to tabulate")
     costs = _tradeoff(Path(results), found, expert, attacks_at_most)
-    tables = {f"Shares with 95 % intervals ({_kinds(columns)})": _shares(found, columns)}
+    tables = {f"Shares with 95 % intervals ({_intervals(columns)})": _shares(found, columns)}
     if costs is not None:
         intervals = "95 % intervals (paired bootstrap, of yes/no scores never narrower than Tango's)"
         title = f"Against {costs.expert}, the same rows, with {intervals}"
@@ -82,7 +82,7 @@ def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_
     return costs
 
 
-def _kinds(columns: list[str]) -> str:
+def _intervals(columns: list[str]) -> str:
     """Which intervals the columns have."""
     parts = any(column.startswith(("ROUGE-L", "pass@1")) for column in columns)
     return "Wilson; of ROUGE-L, and of pass@1 over several samples, a bootstrap" if parts else "Wilson"
