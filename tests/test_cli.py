@@ -1,6 +1,4 @@
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -234,14 +232,6 @@ def test_an_interrupt_or_a_full_disk_is_one_line(adapters, tmp_path, capsys, mon
     given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"])]
     assert message in fails(["merge", "--method", "TaskArithmetic", *given, "--output", str(tmp_path / "m")], capsys)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("given", [["--method.help", "Sst"], ["--method", "Sst", "--method.help"]])
-def test_method_help_explains_its_settings(given):
-    command = [sys.executable, "-m", "src", "merge", *given]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "F_s v = λ (F_u + εI) v" in found.stdout
-    assert "--method.rho_s" in found.stdout
 
 
 @pytest.mark.parametrize(

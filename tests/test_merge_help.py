@@ -58,6 +58,8 @@ def test_every_method_names_its_paper_its_fisher_files_and_what_alpha_means():
             ["merge", "--combine", "Knots", "--combine.inner", "Dare", "--combine.inner.help"],
             ["--combine Knots --combine.inner Dare ", "2311.03099", "--combine.inner.rescale"],
         ),
+        (["merge", "--method.help", "Sst"], ["F_s v = λ (F_u + εI) v", "--method.rho_s"]),
+        (["merge", "--method", "Sst", "--method.help"], ["F_s v = λ (F_u + εI) v", "--method.rho_s"]),
         (["merge", "--method.help"], ["--method NAME", "SstDiagonal", "RegMean (2212.09849)"]),
         (["judge", "--judge", "Refusal", "--judge.help"], ["--judge Refusal "]),
     ],
