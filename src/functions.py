@@ -1,27 +1,27 @@
-"""The commands that need no Trainer: typed functions, parsed by jsonargparse."""
+"""The commands that need no Trainer: typed functions, parsed by jsonargparse.
+
+Each imports what it runs once it is chosen: Lightning, torchmetrics and transformers take most of a start.
+"""
 
 import json
 from pathlib import Path
 
 from src.cli import COMMANDS
-from src.judges import causal, classifier, endpoint  # noqa: F401 - the subclasses of Judge are the registry
-from src.judges.stage import judge as judge_answers
-from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
-from src.merge.inspect_stage import inspect_stage
-from src.merge.stage import merge as merge_adapters
 from src.parsing import run_function
-from src.report.html import SOURCE
-from src.report.html import write_report as write_study_report
-from src.report.stage import report as write_report
 
 
 def merge(arguments: list[str]) -> None:
     """Run ``python -m src merge``."""
+    from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
+    from src.merge.stage import merge as merge_adapters
+
     run_function(merge_adapters, "merge", COMMANDS["merge"], arguments)
 
 
 def inspect(arguments: list[str]) -> None:
     """Run ``python -m src inspect``: adapters may be given without their flag."""
+    from src.merge.inspect_stage import inspect_stage
+
     named = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     given = [f"--adapters={json.dumps(arguments[:named])}"] if named else []
     run_function(inspect_stage, "inspect", COMMANDS["inspect"], [*given, *arguments[named:]])
@@ -29,6 +29,10 @@ def inspect(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """Run ``python -m src report``: of a study's folder named without a flag, or of an evaluation."""
+    from src.report.html import SOURCE
+    from src.report.html import write_report as write_study_report
+    from src.report.stage import report as write_report
+
     front = 2 if arguments[:1] == ["--config"] else 0
     if len(arguments) > front and not arguments[front].startswith("-"):
         folder = Path(arguments[front])
@@ -41,12 +45,14 @@ def report(arguments: list[str]) -> None:
 
 def judge(arguments: list[str]) -> None:
     """Run ``python -m src judge``."""
+    from src.judges import causal, classifier, endpoint  # noqa: F401 - the subclasses of Judge are the registry
+    from src.judges.stage import judge as judge_answers
+
     run_function(judge_answers, "judge", COMMANDS["judge"], arguments)
 
 
 def experiment(arguments: list[str]) -> None:
     """Run ``python -m src experiment``."""
-    # The typed settings of a study name everything that the project has; other commands need not import it.
     from src.experiments.stage import experiment as compute_study
 
     run_function(compute_study, "experiment", COMMANDS["experiment"], arguments)

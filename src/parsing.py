@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from jsonargparse._actions import _ActionConfigLoad, remove_actions
-from lightning.pytorch.cli import LightningArgumentParser
 
 from src.errors import InputError
 from src.explain import choices, overview, page
@@ -105,27 +104,6 @@ class OneLineErrors(ArgumentParser):
             return super().instantiate(*args, **kwargs)
         except ValueError as error:
             raise _of_the_user(error) from None
-
-
-class TrainerParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with one-line errors, where the name of a file stands for itself."""
-
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add a class's options; Lightning would have the file that a string names read in place of the string."""
-        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
-
-    def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """Our own options first: the Trainer's hundreds of lines stand behind them."""
-        of_trainer = [group for group in self._action_groups if _is_of_trainer(group)]
-        others = [group for group in self._action_groups if not _is_of_trainer(group)]
-        for group in of_trainer:
-            group.title = "Lightning's Trainer (the files under trainers/ set these for kinds of hardware)"
-        self._action_groups = others + of_trainer
-        return super().format_help(*args, **kwargs)
-
-
-def _is_of_trainer(group: Any) -> bool:
-    return any(action.dest.startswith("trainer.") for action in group._group_actions)
 
 
 def run_function(function: Callable[..., None], name: str, summary: str, arguments: list[str]) -> None:

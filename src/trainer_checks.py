@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import SaveConfigCallback
 
 from src.errors import InputError, one_line
+from src.files import write_text
 
 
 def check_training_length(trainer: Namespace) -> None:
@@ -86,6 +87,6 @@ def recorded(folder: str, name: str) -> type[SaveConfigCallback]:
                 config: Any = self.config
                 place = Path(config.output) / folder
                 place.mkdir(parents=True, exist_ok=True)
-                self.parser.save(self.config, str(place / name), skip_none=False, overwrite=True, multifile=False)
+                write_text(place / name, self.parser.dump(self.config, skip_none=False, skip_validation=True))
 
     return RunRecord

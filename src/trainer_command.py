@@ -30,8 +30,8 @@ from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, can_go_o
 from src.models.fisher_output import remove_done
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
-from src.parsing import TrainerParser
 from src.trainer_checks import check_training_length, making_trainer, recorded
+from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class TrainerCommand(LightningCLI):
         """Let other runs have the output."""
         self._held.close()
 
-    @property
+    @cached_property
     def shared_settings(self) -> dict[str, Any]:
         """What two runs of the same command have in common."""
         settings = self.settings
@@ -250,7 +250,7 @@ class TrainerCommand(LightningCLI):
     @property
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, as plain values."""
-        plain: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        plain: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_validation=True))
         return plain
 
     def prepare(self) -> Any:

@@ -1,4 +1,6 @@
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors import SafetensorError
 from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
 from src.cli import COMMANDS, main
 from src.errors import InputError
+from tests.commands import clean_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ["--trainer", "cpu.yaml", "--trainer.enable_progress_bar", "false"]
@@ -268,7 +271,9 @@ RANK = {
     "cli": 4,
     "functions": 4,
     "training": 4,
+    "trainer_checks": 4,
     "trainer_command": 4,
+    "trainer_parser": 4,
     "parsing": 4,
     "experiments": 3,
     "report": 3,
@@ -298,6 +303,21 @@ def test_rooms_import_downwards_only():
             assert rank[parts[1]] <= rank[room], f"{path} imports {module}"
         if room == "merge":
             assert parts[0] != "lightning", f"{path} imports {module}"
+
+
+def test_commands_without_a_trainer_start_without_lightning():
+    """In an interpreter of its own, as this one has imported everything."""
+    code = """if True:
+        import sys
+        from src import functions
+        for command in (functions.merge, functions.inspect, functions.report):
+            try:
+                command(["--help"])
+            except SystemExit as stop:
+                assert stop.code == 0
+        assert not {"lightning", "torchmetrics", "peft"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_environment(), capture_output=True, check=True)
 
 
 def test_mathematical_rooms_know_no_framework():

@@ -12,7 +12,7 @@ from typing import Any
 from src.data.row_source import find_file
 from src.data.sources import load_rows
 from src.experiments.content import sources
-from src.models.grading import FLAGS
+from src.metrics.flags import FLAGS
 
 SCORES = ("rouge_l", "pass@1")
 ID_LENGTH = 12

@@ -20,6 +20,7 @@ from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
 from src.metrics.counters import FlagRate, share
 from src.metrics.exact import is_exact
+from src.metrics.flags import FLAGS
 from src.metrics.judging import UNDECIDED, Judge, Judgement
 from src.metrics.perplexity import AnswerPerplexity, perplexity_difference
 from src.metrics.refusal import is_refusal
@@ -27,16 +28,6 @@ from src.metrics.rouge import rouge_l
 from src.models.choices import by_length, chosen, tied
 from src.models.partial import Record
 
-FLAGS = {
-    "refused": "refusal",
-    "collapsed": "collapse",
-    "exact": "exact_match",
-    "attacked": "attack_success",
-    "judged_refusal": "judged_refusal",
-    "correct": "accuracy",
-    "correct_norm": "accuracy_norm",
-}
-"""Flag of a row to the name of its share."""
 MEANS = ("rouge_l",)
 COMPARISON_DRAWS = 2000
 """Bootstrap draws of a difference: there is one for every model, suite and score."""

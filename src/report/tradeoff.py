@@ -17,10 +17,10 @@ from src.data.suite import CHECKED, HARMFUL
 from src.errors import InputError
 from src.files import read_json
 from src.metrics.bootstrap import Estimate
+from src.metrics.flags import FLAGS as COUNTED
 from src.metrics.fronts import summed_up
 from src.metrics.tradeoff import drift, safety_tax
 from src.models.answer_files import answer_file
-from src.models.grading import FLAGS as COUNTED
 from src.report.results import ModelResult
 
 FLAGS = {"safety": ("refused",), "utility": ("rouge_l", "exact", "correct", "pass@1"), "attack": ("attacked",)}
