@@ -11,7 +11,7 @@ from src.adapters.checks import check_compatible, same_base_name
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
-from src.experiments.settings import plain_base
+from src.experiments.plain_settings import plain_base
 from src.judges.model_files import model_content
 from src.models.base import BaseSpec, check_trained_on, load_model, load_tokenizer, model_without_weights
 from tests.commands import base_flags, fisher_flags, fit_flags

@@ -12,8 +12,9 @@ from src.experiments.document import Document, best_rows, column, fronts, measur
 from src.experiments.equal_refusal import equal_refusal_table, gaps, meets, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
+from src.experiments.plain_settings import at_path, layered
 from src.experiments.scores import draws_for, gathered, not_finite
-from src.experiments.settings import MethodSpec, at_path, layered
+from src.experiments.settings import MethodSpec
 from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
 from src.experiments.study import (

@@ -14,8 +14,9 @@ from src.experiments.cell import Cell, digest
 from src.experiments.command import Cost, run_command
 from src.experiments.lineage import trained, warn_of_other_weights
 from src.experiments.pencils import kept_pencil
+from src.experiments.plain_settings import layered
 from src.experiments.rows import by_suite
-from src.experiments.settings import BASE_FISHER, layered
+from src.experiments.settings import BASE_FISHER
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
 from src.merge.sweep import point_name

@@ -137,10 +137,16 @@ def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any
         seed: The study's seed.
         taken: Files that experts are trained on.
     """
-    return [
-        plain_source(replace(s, seed=(s.seed or 0) + seed) if _is_draw(s) and s.path not in taken else s)
-        for s in sources(value)
-    ]
+    return [plain_source(_shuffled_anew(s, seed) if _is_draw(s) and s.path not in taken else s) for s in sources(value)]
+
+
+def all_redrawn(value: Any, seed: int) -> list[dict[str, Any]]:
+    """Sources, of which all that have a seed are shuffled by another one: parts of one shuffled file stay apart."""
+    return [plain_source(s if s.seed is None else _shuffled_anew(s, seed)) for s in sources(value)]
+
+
+def _shuffled_anew(source: RowSource, seed: int) -> RowSource:
+    return replace(source, seed=(source.seed or 0) + seed)
 
 
 def _is_draw(source: RowSource) -> bool:

@@ -6,18 +6,9 @@ from typing import Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell, digest
-from src.experiments.content import count_rows, plain_sources, redrawn, sources
-from src.experiments.settings import (
-    BASE_FISHER,
-    ExpertSpec,
-    MethodSpec,
-    Recipe,
-    Strengths,
-    layered,
-    plain,
-    plain_base,
-    read_config,
-)
+from src.experiments.content import all_redrawn, count_rows, plain_sources, redrawn, sources
+from src.experiments.plain_settings import layered, plain, plain_base, read_config
+from src.experiments.settings import BASE_FISHER, ExpertSpec, MethodSpec, Recipe, Strengths
 from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
 from src.merge.combinations.linear import Linear
@@ -25,6 +16,7 @@ from src.merge.settings import with_option
 
 AT_BASE = {"model": {"reference_safety": "base", "reference_utility": "base"}}
 """Settings of Fisher passes at the base, for methods that compare the experts with it."""
+UTILITY = "utility"
 
 
 @dataclass(frozen=True)
@@ -64,10 +56,15 @@ class Grid:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self._of_its_own = recipe.redraw == "experts"
 
     def expert(self, spec: ExpertSpec, seed: int, label: str, over: Mapping[str, Any] | None = None) -> Cell:
         """Training of an expert."""
-        return self.fit(spec, plain_sources(spec.train), seed, label, over or {})
+        return self.fit(spec, self.rows(spec.train, seed), seed, label, over or {}, own=label)
+
+    def rows(self, value: Any, seed: int) -> list[dict[str, Any]]:
+        """Rows that an expert of this seed is trained on, or chosen by."""
+        return all_redrawn(value, seed) if self._of_its_own else plain_sources(value)
 
     def fit(
         self,
@@ -77,14 +74,21 @@ class Grid:
         label: str,
         over: Mapping[str, Any],
         needs: Mapping[str, tuple[Cell, ...]] | None = None,
+        own: str = UTILITY,
     ) -> Cell:
-        """Training on given rows, of an expert otherwise as told; ``needs`` are cells whose weights go into it."""
+        """Training on given rows, of an expert otherwise as told.
+
+        ``needs`` are cells whose weights go into it; ``own`` is whose initial weights it has, where experts have some
+        of their own.
+        """
         lower = layered(read_config(spec.config), spec.settings)
-        fixed = {
+        fixed: dict[str, Any] = {
             "seed_everything": seed,
             "model": {"base": plain_base(self.recipe.base)},
-            "data": {"train": train, "val": plain_sources(spec.val), "seed": seed},
+            "data": {"train": train, "val": self.rows(spec.val, seed), "seed": seed},
         }
+        if self._of_its_own:
+            fixed["model"]["seed"] = int(digest([own, seed])[:7], 16)
         settings = layered(layered(lower, fixed), over)
         rows = count_rows(settings["data"]["train"])
         units = None if rows is None else float(rows * settings.get("trainer", {}).get("max_epochs", 1))
@@ -98,7 +102,7 @@ class Grid:
         """
         if self.recipe.utility is None:
             raise InputError("recipe.utility: this study needs a utility expert")
-        return self.expert(self.recipe.utility, seed, "utility")
+        return self.expert(self.recipe.utility, seed, UTILITY)
 
     def safety(self, seed: int, over: Mapping[str, Any] | None = None) -> Cell:
         """The safety expert."""
@@ -130,6 +134,8 @@ class Grid:
 
     def drawn_anew(self, rows: Any, seed: int) -> list[dict[str, Any]]:
         """Calibration rows of this seed; files that experts are trained on keep their parts."""
+        if self._of_its_own:
+            return all_redrawn(rows, seed)
         specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
         taken = {source.path for spec in specs for part in (spec.train, spec.val) for source in sources(part)}
         return redrawn(rows, seed, taken)

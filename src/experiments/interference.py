@@ -25,8 +25,9 @@ from src.experiments.interference_tables import (
     task_table,
 )
 from src.experiments.kept import kept_of
+from src.experiments.plain_settings import plain
 from src.experiments.point_names import with_count
-from src.experiments.settings import ExpertSpec, MethodSpec, plain
+from src.experiments.settings import ExpertSpec, MethodSpec
 from src.experiments.store import Store
 from src.experiments.study import Plan, Study, check_names, finished, left_out
 from src.experiments.tasks import Task, read_tasks

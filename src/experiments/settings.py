@@ -1,26 +1,18 @@
-"""What a study is told: typed, so that a wrong key or method option stops before hours of work.
+"""What a study is told: typed, so that a wrong key or method option stops before hours of work."""
 
-Settings reach the commands as plain values again (:func:`plain`): what is left at its default is left out, so a new
-option of a command changes no key.
-"""
-
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
-from src.data.row_source import Sources, find_file
+from src.data.row_source import Sources
 from src.data.suite import Suite
 from src.errors import InputError
+from src.experiments.content import sources
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
+from src.merge.settings import with_option
 from src.merge.sweep import shortest
-from src.metrics.judging import Judge
 from src.models.base import BaseSpec
 
 BASE_FISHER = "base_fisher"
@@ -111,6 +103,7 @@ class MethodSpec:
                 f"method {self.name}: strength.values is {self.strength.values}; expected different values"
             )
         self._check_train()
+        self._check_option()
         if self.train is None and self.method is None and self.combine is None:
             raise InputError(f"method {self.name}: expected one of method, combine and train")
         if self.train is None and self.method is None and self.strength.option == "alpha":
@@ -125,6 +118,14 @@ class MethodSpec:
             raise InputError(f"method {self.name}: expected first or fisher.model.reference_safety, not both")
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
+
+    def _check_option(self) -> None:
+        """Stop where the method has no such option, or takes no such value: merges would say so after all trainings."""
+        head, dot, rest = self.strength.option.partition(".")
+        changed, option = (self.combine, rest) if head == "combine" and dot else (self.method, self.strength.option)
+        if self.train in (None, "core") and changed is not None and option not in ("alpha", "none"):
+            for value in self.strength.values:
+                with_option(changed, option, value, prefix=f"method {self.name}: strength ")
 
     def _check_train(self) -> None:
         if self.train == "core" and self.method is None:
@@ -187,12 +188,14 @@ class EvaluationSpec:
     further: list[Suite] = field(default_factory=list)
 
     def check(self) -> None:
-        """Stop where two suites share a name: answers are kept under it."""
+        """Stop where a suite's settings contradict each other, or two share a name: answers are kept under it."""
         names = [suite.name for suite in (*self.suites, *self.further)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             said = ", ".join(twice)
             raise InputError(f"recipe.evaluation: several suites are named {said}; expected different names")
+        for suite in (*self.suites, *self.further):
+            suite.check()
 
 
 @dataclass
@@ -205,6 +208,11 @@ class Recipe:
         evaluation: The suites.
         utility: The utility expert; unset where a study makes its own.
         fisher: The Fisher passes; unset where no method needs them.
+        redraw: What every seed of the study draws anew. ``calibration``: the order of training rows, and rows of the
+            Fisher passes from files that no expert is trained on; all trainings begin with the same adapter and read
+            the same rows. ``experts``: each expert has initial weights of its own as well, as experts from different
+            hands have, and every source with a ``seed`` gives other rows; parts of one file (``skip``, ``limit``) stay
+            apart.
     """
 
     base: BaseSpec
@@ -212,68 +220,21 @@ class Recipe:
     evaluation: EvaluationSpec
     utility: ExpertSpec | None = None
     fisher: FisherSpec | None = None
+    redraw: Literal["calibration", "experts"] = "calibration"
 
+    def check(self) -> None:
+        """Stop at suites that cannot be asked, or whose rows this seed's trainings might have.
 
-def plain(value: Any) -> Any:
-    """Plain values of settings: methods and judges as ``class_path`` and ``init_args``, without what is default."""
-    if isinstance(value, MergeMethod | Judge):
-        return _plain_object(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        given = {f.name: getattr(value, f.name) for f in fields(value)}
-        defaults = {
-            f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(value)
-        }
-        return {key: plain(one) for key, one in given.items() if one is not None and one != defaults[key]}
-    if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(one) for one in value]
-    return value
-
-
-def _plain_object(value: Any) -> dict[str, Any]:
-    kind = type(value)
-    found = {}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        if name == "self" or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            continue
-        # Judges keep apart, with an underscore, what only says how they are run. An option that is kept nowhere would
-        # be left out of the key.
-        given = getattr(value, name) if hasattr(value, name) else getattr(value, f"_{name}")
-        if given != parameter.default:
-            found[name] = plain(given)
-    spec = {"class_path": f"{kind.__module__}.{kind.__name__}"}
-    return spec | ({"init_args": found} if found else {})
-
-
-def plain_base(base: BaseSpec) -> dict[str, Any]:
-    """The base model, always with its name and number format."""
-    return {"name": base.name, "dtype": base.dtype} | plain(base)
-
-
-def layered(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """``upper`` over ``lower``, mapping by mapping; lists are replaced."""
-    found = dict(lower)
-    for key, value in upper.items():
-        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-        found[key] = layered(found[key], value) if both else value
-    return found
-
-
-def at_path(path: str, value: Any) -> dict[str, Any]:
-    """``{a: {b: value}}`` for ``a.b``."""
-    head, dot, rest = path.partition(".")
-    return {head: at_path(rest, value) if dot else value}
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """A command's YAML, found as on the command line, without its output.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    path: Path | None = find_file(name, "configs")
-    if path is None:
-        raise InputError(f"{name}: no such file here or under configs/")
-    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {key: value for key, value in found.items() if key not in ("output", "overwrite")}
+        Raises:
+            InputError: see above.
+        """
+        self.evaluation.check()
+        if self.redraw == "calibration":
+            return
+        learnt = [rows for spec in (self.utility, self.safety) if spec is not None for rows in (spec.train, spec.val)]
+        taken = {source.path for rows in learnt for source in sources(rows) if source.seed is not None}
+        for suite in (*self.evaluation.suites, *self.evaluation.further):
+            for source in sources(suite.rows):
+                if source.path in taken:
+                    what = f"recipe.redraw experts: suite {suite.name} has rows of {source.path}"
+                    raise InputError(f"{what}, other rows of which experts of each seed learn; expected another file")

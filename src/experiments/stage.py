@@ -15,7 +15,8 @@ from src.experiments.document import Document
 from src.experiments.engine import Engine, Outcome, to_compute
 from src.experiments.grid import Grid
 from src.experiments.lineage import mixtures
-from src.experiments.settings import Recipe, plain
+from src.experiments.plain_settings import plain
+from src.experiments.settings import Recipe
 from src.experiments.store import Store, source_hash
 from src.experiments.study import Plan, Study
 from src.experiments.timing import listing
@@ -69,7 +70,7 @@ def experiment(
         raise InputError(f"seeds is {seeds}; expected different seeds")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    recipe.evaluation.check()
+    recipe.check()
     if recipe.evaluation.further and not study.reports_further:
         kind = type(study).__name__
         raise InputError(f"recipe.evaluation.further: {kind} asks no suites that only report; expected none")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.content import count_rows, plain_source, plain_sources, sources
-from src.experiments.settings import MethodSpec, Recipe, at_path, layered, plain
+from src.experiments.plain_settings import at_path, layered, plain
+from src.experiments.settings import MethodSpec, Recipe
 from src.merge.combinations.concatenate import Concatenate
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
     expert = grid.recipe.utility
     if expert is None:
         raise InputError(f"method {spec.name}: train needs recipe.utility")
-    train, over, label = list(plain_sources(expert.train)), spec.settings, spec.title(value)
+    train, over, label = grid.rows(expert.train, seed), spec.settings, spec.title(value)
     if spec.rows is not None:
         train += grid.drawn_anew(plain_sources(spec.rows), seed)
     if spec.strength.option not in (SAFETY_ROWS, "none"):
@@ -35,7 +36,7 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
         return _beside_safety(grid, spec, train, seed, label, over)
     if spec.train == "mixed":
         limit = int(value) if spec.strength.option == SAFETY_ROWS else None
-        train += _drawn(grid.recipe.safety.train, limit, seed)
+        train += _drawn(grid.rows(grid.recipe.safety.train, seed), limit, seed)
     return grid.fit(expert, train, seed, label, over)
 
 
