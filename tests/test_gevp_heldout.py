@@ -1,9 +1,12 @@
 """Held-out shares, rules that use them, re-learned coefficients, diagnostics, and the settings of Sst that use them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+import src.gevp.relearn as relearning
 from src.adapters.basis import core_basis
 from src.errors import InputError
 from src.fisher.accumulate import examples
@@ -244,6 +247,36 @@ def test_a_step_that_fits_is_left_alone(kind):
     found, same = relearn(given, start, 1.01 * (free - start).norm().item())
     assert (sigma, same) == (given.sigma, given.sigma)
     torch.testing.assert_close(found, free)
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 1e-14])
+@pytest.mark.parametrize("share", [0.9, 1e-3])
+def test_a_ridge_is_looked_for_without_forming_steps(monkeypatch, sigma, share):
+    """Norms from the Gram matrix choose the ridge that steps choose; where rounding hides a norm, steps do."""
+    given, start = problem([LowRankAccumulator] * 3, sigma=sigma), random_patch()
+    steps = relearning._steps(given, given.target(start))
+    for one in (1e-2, 0.3, 20.0):
+        assert steps.norm(one) == pytest.approx(steps.at(one).norm().item(), rel=1e-9)
+    radius = share * steps.at(1e-4).norm().item()
+    formed = []
+
+    def watched(*given):
+        found = steps_of(*given)
+        return replace(found, at=lambda one: (formed.append(one), found.at(one))[1])
+
+    steps_of = relearning._steps
+    monkeypatch.setattr(relearning, "_steps", watched)
+    found, chosen = relearn(given, start, radius)
+    assert sigma < 1e-9 or len(formed) == 1
+    monkeypatch.setattr(relearning, "_steps", lambda *given: replace(steps_of(*given), norm=None))
+    expected, same = relearn(given, start, radius)
+    assert chosen == same
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_step_of_no_length_is_none():
+    given, start = problem([LowRankAccumulator] * 3), random_patch()
+    torch.testing.assert_close(relearn(given, start, 0.0)[0], start)
 
 
 @pytest.mark.parametrize("weights", [{"sigma": 0.0}, {"tau": -1.0}, {"trust": float("nan")}])

@@ -23,6 +23,7 @@ Legend of shapes: N scores of all three matrices, D coordinates.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -127,54 +128,114 @@ def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float | None =
         ValueError: σ is too small to be seen beside the matrices.
     """
     target = problem.target(start)
-    step_at = _steps(problem, target)
-    sigma, step = problem.sigma, step_at(problem.sigma)
-    if radius is not None and step.norm() > radius:
-        sigma, step = _shortened(step_at, sigma, target.norm().item() / radius, radius)
+    steps = _steps(problem, target)
+    if radius is None:
+        return start.double() + steps.at(problem.sigma), problem.sigma
+    if radius == 0:
+        return start.double(), problem.sigma
+    sigma, step = _within(steps, problem.sigma, target.norm().item() / radius, radius)
     return start.double() + step, sigma
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Steps of a problem by their σ.
+
+    Attributes:
+        at: The step (D,).
+        norm: Its norm without forming it, where that is cheaper; close to it unless σ is tiny beside the matrices.
+    """
+
+    at: Callable[[float], torch.Tensor]
+    norm: Callable[[float], float] | None = None
+
+
+def _within(steps: _Steps, low: float, high: float, radius: float) -> tuple[float, torch.Tensor]:
+    """The smallest σ from ``low`` on whose step is no longer than the radius, and that step.
+
+    It is looked for by norms alone where they are cheap, and by the steps themselves where what that finds is not it.
+    """
+    if steps.norm is not None:
+        norm = steps.norm
+        sigma = low if norm(low) <= radius else _shortened(lambda s: (norm(s), None), low, high, radius)[0]
+        step = steps.at(sigma)
+        if step.norm() <= radius and (sigma == low or step.norm() >= SHORTEST * radius):
+            return sigma, step
+    step = steps.at(low)
+    return (low, step) if step.norm() <= radius else _shortened(_with_norm(steps.at), low, high, radius)
+
+
+def _with_norm(at: Callable[[float], torch.Tensor]) -> Callable[[float], tuple[float, torch.Tensor]]:
+    def both(sigma: float) -> tuple[float, torch.Tensor]:
+        step = at(sigma)
+        return step.norm().item(), step
+
+    return both
+
+
+Found = TypeVar("Found")
+
+
 def _shortened(
-    step_at: Callable[[float], torch.Tensor], low: float, high: float, radius: float
-) -> tuple[float, torch.Tensor]:
+    tried: Callable[[float], tuple[float, Found]], low: float, high: float, radius: float
+) -> tuple[float, Found]:
     """The σ between a too small and a large enough one whose step is SHORTEST to 1 times the radius, and that step.
 
     A step shrinks as σ grows, and at ‖target‖/radius it is short enough, the matrices being positive semi-definite.
+
+    Args:
+        tried: From σ to the norm of its step, and the step.
+        low: A σ whose step is too long.
+        high: A σ whose step is short enough.
+        radius: Longest step.
     """
-    step = step_at(high)
-    while step.norm() < SHORTEST * radius and high > (1 + 1e-9) * low:
+    norm, step = tried(high)
+    while norm < SHORTEST * radius and high > (1 + 1e-9) * low:
         middle = (low * high) ** 0.5
-        tried = step_at(middle)
-        if tried.norm() > radius:
+        length, other = tried(middle)
+        if length > radius:
             low = middle
         else:
-            high, step = middle, tried
+            high, norm, step = middle, length, other
     return high, step
 
 
-def _steps(problem: RelearnProblem, target: torch.Tensor) -> Callable[[float], torch.Tensor]:
-    """A function from σ to the step (D,); what does not depend on σ is computed once."""
+def _steps(problem: RelearnProblem, target: torch.Tensor) -> _Steps:
+    """Steps by σ; what does not depend on σ is computed once.
+
+    With G = SSᵀ, v = S b and x = (G + ridge I)⁻¹ v the norm of (b − Sᵀx)/ridge is that of ‖b‖² − 2xᵀv + xᵀGx.
+    """
     shrink = problem.shrink
     sides = [(fisher, weight**0.5) for fisher, weight in problem.terms if isinstance(fisher, LowRankFisher)]
     if len(sides) < len(problem.terms):
         whole = torch.stack([weight * diagonal(fisher) for fisher, weight in problem.terms]).sum(0) + shrink
-        return lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target, whole + sigma)
+        return _Steps(lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target, whole + sigma))
     stack = ScoreStack([fisher for fisher, _ in sides], [weight for _, weight in sides])
-    gram = stack.gram()
+    gram, inner, square = stack.gram(), stack.times(target), target.square().sum()
 
-    def step_at(sigma: float) -> torch.Tensor:
-        ridge, ridged = sigma + shrink, gram.clone()
+    def factor(ridge: float) -> torch.Tensor:
+        ridged = gram.clone()
         ridged.diagonal().add_(ridge)
         lower, failed = torch.linalg.cholesky_ex(ridged)
         if failed:
             raise ValueError("the ridge drowns in rounding, and no step is defined: raise the ridge rho_s")
+        return lower
+
+    def norm(sigma: float) -> float:
+        ridge = sigma + shrink
+        x = torch.cholesky_solve(inner[:, None], factor(ridge)).squeeze(1)
+        return (square - 2 * x @ inner + x @ (gram @ x)).clamp_min(0).sqrt().item() / ridge
+
+    def at(sigma: float) -> torch.Tensor:
+        ridge = sigma + shrink
+        lower = factor(ridge)
 
         def solve(right: torch.Tensor) -> torch.Tensor:
-            inner = torch.cholesky_solve(stack.times(right)[:, None], lower).squeeze(1)
-            return (right - stack.transposed(inner)) / ridge
+            x = torch.cholesky_solve(stack.times(right)[:, None], lower).squeeze(1)
+            return (right - stack.transposed(x)) / ridge
 
         step = solve(target)
         # Woodbury subtracts nearly equal vectors where σ is small: one step of refinement repairs what that costs.
         return step + solve(target - replace(problem, sigma=sigma).product(step))
 
-    return step_at
+    return _Steps(at, norm)
