@@ -1,6 +1,10 @@
 """What tests of the merge stage share: Fisher matrices with known scores, and other factors of the same update."""
 
+import json
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.deltas import DenseDelta
@@ -63,6 +67,14 @@ def matching_fishers(method, utility, safety, model=None):
     drawn = {name: torch.randn(shape, generator=torch.Generator().manual_seed(8)) for name, shape in shapes.items()}
     weights = {n: DenseDelta(modules[n].weight.detach() if n in modules else drawn[n]) for n in shapes}
     return FisherBesideBase(pairs[0].safety, pairs[0].utility, pairs[0].basis, base=pairs[1], weights=weights)
+
+
+def rewritten(path, change):
+    """Change the record of a Fisher file."""
+    with safe_open(path, "pt") as handle:
+        record = json.loads(handle.metadata()["sst_fisher"])
+    change(record)
+    save_file(load_file(path), path, metadata={"sst_fisher": json.dumps(record)})
 
 
 def regauged(pairs):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from src.adapters.deltas import DenseDelta, LazyDelta, blocks, matrix, row_blocks
+from src.adapters.deltas import DenseDelta, LazyDelta, blocks, combined, matrix, row_blocks
 from src.errors import InputError
 from src.merge.combination import Expert
 from src.merge.combinations.breadcrumbs import Breadcrumbs
@@ -13,9 +13,13 @@ from src.merge.combinations.della import Della
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.ties import Ties
+from src.merge.inputs import Calibrated, read_inputs
 from src.merge.randomness import bernoulli, keyed_words, uniform
+from src.merge.resta import Resta
 from src.merge.selection import kth_magnitude
 from src.merge.sparsify import rank_probabilities
+from src.merge.stage import derived
+from src.merge.sweep import variants
 
 GOLDEN = [torch.tensor([[1.0, -2.0, 3.0, 0.5]]), torch.tensor([[-1.0, -1.0, 2.0, 4.0]])]
 
@@ -255,6 +259,21 @@ def test_an_expert_keeps_its_mask_at_any_position():
     for method in (Dare(0.3), Della()):
         forward, backward = (matrix(method.combine(order).deltas["m"]) for order in (experts, experts[::-1]))
         torch.testing.assert_close(forward, backward)
+
+
+def test_a_method_drops_other_elements_than_its_combination_has(adapters):
+    """With the masks of the combination it would drop nothing more, and its rescaling double what is left."""
+    method = Resta(density=0.5)
+    inputs = read_inputs(
+        [str(adapters["utility"])], None, str(adapters["safety"]), Calibrated([], None, method, Dare())
+    )
+    ((_, total, patch),) = derived(variants(method, Dare(), None), inputs)
+    thinned = combined([total.deltas, patch.pairs, inputs.safety.updates], [1.0, 1.0, -1.0])
+    before, after = (
+        torch.cat([matrix(deltas[name]).flatten() for name in deltas]) for deltas in (total.deltas, thinned)
+    )
+    dropped = (after[before != 0].abs() < 1e-6 * before.abs().max()).double().mean().item()
+    assert 0.4 < dropped < 0.6
 
 
 def test_blocks_cover_every_row_once():

@@ -1,12 +1,9 @@
 """LED-Merging from the command line, against a dense twin that sorts, and what it refuses."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from src.adapters.peft_files import read_adapter
 from src.cli import main
@@ -17,7 +14,7 @@ from src.merge.led import Led
 from src.merge.settings import with_option
 from src.merge.sst_diagonal import SstDiagonal
 from tests.commands import measured_once
-from tests.merging import matching_fishers
+from tests.merging import matching_fishers, rewritten
 from tests.tiny import make_model
 
 POINTS = {"experts": ("{safety: 1.0}", "utility"), "base": ("base", "base")}
@@ -129,7 +126,11 @@ REFUSED = [
     (("experts",), None, "pass --method.base_fisher"),
     (("experts",), ("experts",), "measured at {'safety': 1.0}; expected the base alone"),
     (("base",), ("base",), "measured at base; expected the safety expert alone"),
-    (("experts",), ("draws", "--model.labels", "model", "--model.reference_safety", "base"), "with other labels than"),
+    (
+        ("experts",),
+        ("draws", "--model.labels", "model", "--model.reference_safety", "base"),
+        "needs --model.labels data",
+    ),
     (("diagonal", "--model.representation", "diagonal"), ("base",), "needs magnitude in weight coordinates"),
     (("experts",), ("diagonal", "--model.representation", "diagonal"), "needs magnitude in weight coordinates"),
 ]
@@ -141,14 +142,6 @@ def test_files_that_do_not_belong_are_refused(adapters, measured, tmp_path, caps
     assert run(adapters, measured(*fisher), tmp_path / "m", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
-
-
-def rewritten(path, change):
-    """Change the record of a Fisher file."""
-    with safe_open(path, "pt") as handle:
-        record = json.loads(handle.metadata()["sst_fisher"])
-    change(record)
-    save_file(load_file(path), path, metadata={"sst_fisher": json.dumps(record)})
 
 
 @pytest.mark.parametrize("at", ["base", "experts"])

@@ -1,21 +1,24 @@
 """Methods that work on Fisher files in weight coordinates, through the command line and against dense twins."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from src.adapters.deltas import DenseDelta
+from src.adapters.deltas import DenseDelta, matrix
+from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher
-from src.merge.combination import Expert
+from src.merge.combination import Expert, KeyedDeltas
 from src.merge.combinations.fisher_average import FisherAverage, kronecker_average
 from src.merge.combinations.regmean import RegMean, regmean
+from src.merge.led import Led
 from src.merge.sst_diagonal import SstDiagonal
 from tests.commands import fisher_flags
-from tests.merging import regauged
+from tests.merging import matching_fishers, regauged, rewritten
 
 FORMS = {kind: ["--model.coordinates", "weight", "--model.representation", kind] for kind in ("diagonal", "kronecker")}
 
@@ -231,6 +234,36 @@ def test_statistics_are_checked_to_belong_to_their_experts(
     assert combine(adapters, choose(statistics), tmp_path / "m", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("labels", "data"), ("granularity", "token")])
+def test_statistics_of_other_measurements_are_not_averaged(adapters, statistics, tmp_path, capsys, key, value):
+    other = shutil.copytree(statistics["kronecker"][1], tmp_path / "other")
+    rewritten(other / "utility.safetensors", lambda record: record.update({key: value}))
+    assert combine(adapters, [statistics["kronecker"][0], other], tmp_path / "m", "--combine", "FisherAverage") == 2
+    assert f"{key} is {value}" in capsys.readouterr().err
+
+
+def test_an_expert_alone_may_be_spelled_by_weights(adapters, statistics, tmp_path):
+    other = shutil.copytree(statistics["kronecker"][1], tmp_path / "other")
+    rewritten(other / "utility.safetensors", lambda record: record.update(reference={"utility": 1.0, "safety": 0.0}))
+    assert combine(adapters, [statistics["kronecker"][0], other], tmp_path / "m", "--combine", "RegMean") == 0
+
+
+@pytest.mark.parametrize(
+    "method", [SstDiagonal(), SstDiagonal(form="interpolating"), FisherAverage(), RegMean(), Led()]
+)
+def test_a_module_that_no_adapter_changes_needs_no_fisher_information(adapters, method):
+    """PEFT begins with B = 0, and a layer that training never reaches ends with it."""
+    both = updates(adapters)
+    fisher = matching_fishers(method, *both)
+    keyed = [KeyedDeltas(pairs, name) for pairs, name in zip(both, "us", strict=True)]
+    expected = method.patch(*keyed, fisher).pairs
+    nothing = LowRankPair(torch.ones(2, 5), torch.zeros(6, 2))
+    found = method.patch(*(KeyedDeltas(deltas | {"unused": nothing}, deltas.key) for deltas in keyed), fisher).pairs
+    assert "unused" not in found or not matrix(found["unused"]).any()
+    for name, delta in expected.items():
+        assert torch.equal(matrix(found[name]), matrix(delta))
 
 
 def test_both_stages_cannot_read_fisher_files_at_once(adapters, statistics, tmp_path, capsys):

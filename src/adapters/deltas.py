@@ -110,6 +110,11 @@ def left_product(left: torch.Tensor, delta: Delta) -> torch.Tensor:
     return total
 
 
+def changes(delta: Delta) -> bool:
+    """Whether an update may change anything: not where a factor is zero, as B is where PEFT begins."""
+    return not isinstance(delta, LowRankPair) or bool(delta.a.any() and delta.b.any())
+
+
 def is_lowrank(deltas: Mapping[str, Delta]) -> bool:
     """Whether every update is held as factors."""
     return all(isinstance(delta, LowRankPair) for delta in deltas.values())

@@ -75,6 +75,8 @@ class MergeMethod(ABC):
     """Coordinates of its Fisher files."""
     representations: ClassVar[tuple[Representation, ...]] = ALL
     """Representations of Fisher matrices that it can work with."""
+    measured: ClassVar[Mapping[str, str]] = {}
+    """What else the ``fisher`` command must have been told, ``--model.KEY VALUE``."""
     takes_full_rank = True
     """Whether updates may be full rank, such as a TIES merge of several experts."""
     beside_base = False

@@ -14,6 +14,7 @@ from src.files import sha256_file
 from src.fisher.files import FisherFile, load_fisher
 from src.merge.base import MergeMethod
 from src.models.patch_at import is_patched
+from src.models.reference import reference_weights
 
 NEEDED = ("pass", "base", "basis_sha256", "safety", "seen", "utility")
 """Keys of a record that every merge reads."""
@@ -126,7 +127,8 @@ class Pass:
         record = self.file.record
         measured = record["utility"]
         alone = len(measured) == 1 and _same(measured[0], expert) and measured[0]["weight"] == 1.0
-        if not alone or record["reference"] != "utility":
+        at = {name: weight for name, weight in reference_weights(record["reference"]).items() if weight}
+        if not alone or at != {"utility": 1.0}:
             self.check_base(expert)
             raise InputError(
                 f"{self.path}: not measured at {expert.name} alone; expected a run of `python -m src fisher` with "
@@ -193,6 +195,13 @@ def read_pass(folder: str, name: str, method: MergeMethod, weight: float = 1.0) 
         raise InputError(
             f"{path}: {found} in {coordinates} coordinates; {type(method).__name__} needs "
             f"{' or '.join(method.representations)} in {method.coordinates} coordinates: `python -m src fisher "
-            f"--model.coordinates {method.coordinates} --model.representation {method.representations[0]}`"
+            f"--model.coordinates {method.coordinates} --model.representation {method.representations[0]}"
+            f"{''.join(f' --model.{key} {value}' for key, value in method.measured.items())}`"
         )
+    check_keys(one, tuple(method.measured))
+    for key, value in method.measured.items():
+        if file.record[key] != value:
+            raise InputError(
+                f"{path}: measured with {key} {file.record[key]}; {type(method).__name__} needs --model.{key} {value}"
+            )
     return one

@@ -143,6 +143,7 @@ def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: 
         one.check_expert(expert)
         if one.file.fisher.representation != passes[0].file.fisher.representation:
             raise InputError(f"{one.path}: another representation than {passes[0].path}; measure all experts alike")
+    _check_alike(passes, ("labels", "granularity"))
     return _calibration(passes, statistics=tuple(one.file.fisher for one in passes))
 
 

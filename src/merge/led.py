@@ -10,10 +10,11 @@ authors' code takes the mean over its tokens, which weighs long answers less. Th
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
-from src.adapters.deltas import Delta, LazyDelta, blocks, combined
+from src.adapters.deltas import Delta, LazyDelta, blocks, changes, combined
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.fisher.base import Fisher
@@ -48,6 +49,7 @@ class Led(MergeMethod):
     needs_fisher = True
     coordinates = "weight"
     representations = ("magnitude",)
+    measured: ClassVar[Mapping[str, str]] = {"labels": "data", "granularity": "sequence"}
     beside_base = True
 
     def __init__(
@@ -82,8 +84,9 @@ class Led(MergeMethod):
         """
         if not isinstance(fisher, FisherBesideBase):
             raise InputError("method Led needs magnitudes at experts and base: pass --fisher and --method.base_fisher")
-        names = dict.fromkeys([*utility, *safety])
-        merged = {name: self._module(name, (utility, safety), fisher) for name in names}
+        both = (utility, safety)
+        names = dict.fromkeys(name for deltas in both for name, delta in deltas.items() if changes(delta))
+        merged = {name: self._module(name, both, fisher) for name in names}
         return Patch(combined([merged, utility], [1.0, -1.0]))
 
     def _module(self, name: str, both: Sequence[Mapping[str, Delta]], fisher: FisherBesideBase) -> LazyDelta:

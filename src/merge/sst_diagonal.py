@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from src.adapters.deltas import Delta, Deltas, combined
+from src.adapters.deltas import Delta, Deltas, changes, combined
 from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
@@ -112,7 +112,7 @@ def sst_diagonal(
     Raises:
         ValueError: a module of the patch has no Fisher information.
     """
-    whole = whole_patch(utility, safety, masking.form)
+    whole = {n: delta for n, delta in whole_patch(utility, safety, masking.form).items() if changes(delta)}
     for name in whole:
         if name not in fisher_safety or name not in fisher_utility:
             raise ValueError(f"{name}: no diagonal Fisher information in weight coordinates")

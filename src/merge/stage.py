@@ -22,6 +22,7 @@ from src.files import check_apart, check_output, new_directory
 from src.merge.base import MergeMethod, Patch
 from src.merge.card import check_licence
 from src.merge.combination import Combination, Combined, KeyedDeltas
+from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.dry_run import describe, outline
 from src.merge.evaluation import Evaluation
@@ -180,7 +181,7 @@ def _planned(points: Sequence[Variant], inputs: Inputs, form: Form, values: list
         for point in same:
             patch = dict[str, Delta]()
             if point.method is not None:
-                patch |= point.method.outline(*_both(total, inputs), inputs.fisher)
+                patch |= point.method.outline(*_both(point.combine, total, inputs), inputs.fisher)
             for alpha in values:
                 merged = combined([total.deltas, patch], [1.0, alpha])
                 form.check(merged, _title(point))
@@ -247,15 +248,19 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
             continue
         _check_stages_fit(same[0], total, inputs)
         variants = [point.method for point in same if point.method is not None]
-        patches = method.patches(variants, *_both(total, inputs), inputs.fisher)
+        patches = method.patches(variants, *_both(same[0].combine, total, inputs), inputs.fisher)
         for point, patch in zip(same, patches, strict=True):
             yield point, total, patch
 
 
-def _both(total: Combined, inputs: Inputs) -> tuple[KeyedDeltas, KeyedDeltas]:
+def _both(combine: Combination, total: Combined, inputs: Inputs) -> tuple[KeyedDeltas, KeyedDeltas]:
     """ΔW_u and ΔW_s as a method takes them."""
     safety = KeyedDeltas(inputs.safety.updates, inputs.safety.identity) if inputs.safety else KeyedDeltas({}, "")
-    return KeyedDeltas(total.deltas, inputs.combined_key), safety
+    # What has been thinned by an expert's key is drawn by another one: the same draws would drop nothing more of it.
+    key = inputs.combined_key
+    if not isinstance(combine, TaskArithmetic | Linear):
+        key = f"{combine.name}({key})"
+    return KeyedDeltas(total.deltas, key), safety
 
 
 def _check_stages_fit(point: Variant, total: Combined, inputs: Inputs) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from src.adapters.deltas import LazyDelta
+from src.adapters.deltas import LazyDelta, changes
 from src.errors import InputError
 from src.fisher.base import Fisher, ModuleFisher
 from src.fisher.diagonal import DiagonalFisher, PerCoordinate
-from src.merge.combination import Expert
+from src.merge.combination import Expert, module_names
 
 
 def module_fisher(fisher: Fisher, name: str, shape: tuple[int, int], owner: str) -> ModuleFisher:
@@ -33,6 +33,15 @@ def module_fisher(fisher: Fisher, name: str, shape: tuple[int, int], owner: str)
             "update this module, or with --model.basis union"
         )
     return fisher
+
+
+def changed_modules(experts: Sequence[Expert]) -> list[str]:
+    """Modules that an expert changes: a module whose every update is zero needs no Fisher information and has none."""
+    return [
+        name
+        for name in module_names(experts)
+        if any(name in expert.deltas and changes(expert.deltas[name]) for expert in experts)
+    ]
 
 
 def per_weight(fisher: PerCoordinate, name: str) -> LazyDelta:

@@ -24,8 +24,8 @@ from src.adapters.deltas import Delta, Deltas, LazyDelta
 from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
-from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape, module_names
-from src.merge.weight_fishers import Latest, diagonal_norm, fishers_of, module_fisher, per_weight
+from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape
+from src.merge.weight_fishers import Latest, changed_modules, diagonal_norm, fishers_of, module_fisher, per_weight
 
 FLOOR, RIDGE = 1e-6, 1e-3
 MOST_STEPS = 1000
@@ -78,7 +78,7 @@ class FisherAverage(Combination):
         norms = [diagonal_norm(f) if self.normalise and isinstance(f, DiagonalFisher) else 1.0 for f in fishers]
         latest = Latest()
         deltas: Deltas = {}
-        for name in module_names(experts):
+        for name in changed_modules(experts):
             shape = common_shape(name, experts)
             zero = LazyDelta(shape, lambda rows, shape=shape: torch.zeros(shape[0], shape[1])[rows])  # type: ignore[misc]
             updates = [expert.deltas.get(name, zero) for expert in experts]

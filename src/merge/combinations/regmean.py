@@ -19,8 +19,8 @@ from src.adapters.geometry import orthonormal, spaces
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.fisher.kronecker import KroneckerFisher
-from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape, module_names, share
-from src.merge.weight_fishers import Latest, fishers_of, module_fisher
+from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape, share
+from src.merge.weight_fishers import Latest, changed_modules, fishers_of, module_fisher
 
 
 class RegMean(Combination):
@@ -62,7 +62,7 @@ class RegMean(Combination):
             raise InputError("RegMean expects utility_weights above 0")
         latest = Latest()
         deltas: Deltas = {}
-        for name in module_names(experts):
+        for name in changed_modules(experts):
             shape = common_shape(name, experts)
             own = []
             for fisher, expert in zip(fishers, experts, strict=True):
