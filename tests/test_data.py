@@ -2,6 +2,7 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,9 +132,77 @@ def test_sources_are_written_out_on_the_command_line():
 
 
 def test_a_broken_table_says_what_is_broken(tmp_path):
-    path = write(tmp_path / "rows.json", '{"prompt": ')
-    with pytest.raises(InputError, match=r"rows.json: .*\(.*JSON"):
-        load_rows(path, need_response=True)
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "rows.json", '{"prompt": ')
+    with pytest.raises(InputError, match=r"rows: .*\(.*JSON"):
+        load_rows(str(tmp_path / "rows"), need_response=True)
+    for text, message in (
+        ('{"prompt": ', "rows.json:1: not valid JSON"),
+        ('[{"prompt": "a"},\n{"prompt": ]', "rows.json:2: not valid JSON .*column 12"),
+        ('[{"prompt": "a"}, 5]', "rows.json: entry 1 is a int; expected a JSON object"),
+        ('[{"prompt": "\\ud800"}]', "rows.json: entry 0: half of a surrogate pair"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_rows(write(tmp_path / "rows.json", text), need_response=False)
+
+
+def test_values_of_json_files_stay_as_they_are_written(tmp_path):
+    lines = [{"prompt": "day", "response": "2021-03-04"}, {"prompt": "next", "response": "2021-03-05"}]
+    for text in (json.dumps(lines), "\ufeff" + json.dumps(lines, indent=1), "\n".join(map(json.dumps, lines))):
+        rows = load_rows(write(tmp_path / "rows.json", text), need_response=True)
+        assert [row.response for row in rows] == ["2021-03-04", "2021-03-05"]
+
+
+def test_texts_that_were_made_times_are_refused(tmp_path):
+    write(tmp_path / "a.jsonl", {"prompt": "day", "response": "2021-03-04"})
+    with pytest.raises(InputError, match=r"row 0: the response was read as a datetime; .*: name JSON files one by one"):
+        load_rows(str(tmp_path), need_response=True)
+
+
+def test_templates_name_columns_of_any_name(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"Question": "Why?", "Correct Answer": "So.", "a-b": "{Question}", "n.n": 3})
+    columns = {"prompt": "Q: {Question} {a-b} {n.n}", "response": "The answer is {Correct Answer}"}
+    (row,) = load_rows(RowSource(path, columns=columns), need_response=True)
+    assert (row.prompt, row.response) == ("Q: Why? {Question} 3", "The answer is So.")
+    # Braces of JSON, LaTeX and sets.
+    literal = r"""{"answer": {Question}} {"x": 1} {} {\frac} {1, 2}"""
+    (row,) = load_rows(RowSource(path, columns={"prompt": literal}), need_response=False)
+    assert row.prompt == literal.replace("{Question}", "Why?")
+    for name in ("Correct Anser", "choices.text", "my-col", "question"):
+        with pytest.raises(InputError, match=rf"a\.jsonl:1: no column '{name}'; the row has 'Question'"):
+            load_rows(RowSource(path, columns={"prompt": f"{{{name}}}"}), need_response=False)
+
+
+def test_text_columns_of_templates_are_text_in_a_csv_file(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,Best Answer\n1,0.10\n")
+    source = RowSource(str(tmp_path / "a.csv"), columns={"response": "It is {Best Answer}"})
+    assert [row.response for row in load_rows(source, need_response=True)] == ["It is 0.10"]
+
+
+def test_parts_of_a_template_are_texts(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"q": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "turns": ["b"]})
+    for column, kind in (("choices", "dict"), ("turns", "list")):
+        with pytest.raises(InputError, match=f"a.jsonl:1: column '{column}' of the prompt is a {kind}; expected text"):
+            load_rows(RowSource(path, columns={"prompt": f"{{q}}\n{{{column}}}"}), need_response=False)
+
+
+def test_a_file_has_no_slice_of_a_split(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    assert len(load_rows(RowSource(path, split="validation"), need_response=False)) == 2
+    with pytest.raises(InputError, match=r"a\.jsonl: split is 'train\[:1\]', and a file has none; use skip and limit"):
+        load_rows(RowSource(path, split="train[:1]"), need_response=False)
+
+
+def test_what_remove_leaves_is_stripped(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "response": "<think>x</think>\n\nyes #"})
+    source = RowSource(path, remove="<think>.*</think>|#")
+    assert [row.response for row in load_rows(source, need_response=True)] == ["yes"]
+
+
+def test_a_mapping_that_is_not_utf8_is_one_line(tmp_path):
+    (tmp_path / "m.yaml").write_bytes("path: é.jsonl\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"m\.yaml: not valid YAML"):
+        as_sources(str(tmp_path / "m.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +299,11 @@ def test_rows_without_an_answer_are_left_out_where_a_source_says_so(tmp_path, ca
     with caplog.at_level("INFO"):
         assert [row.response for row in load_rows(source, need_response=True)] == ["a", "b"]
     assert "a.jsonl: 1 rows without an answer left out" in caplog.text
-    assert len(load_rows(source, need_response=False)) == 3
+    # A suite of prompts draws from the same rows: what training takes and the rest are all of them.
+    path = write(tmp_path / "b.jsonl", *({"prompt": f"{n}", "response": "a" * (n % 2)} for n in range(20)))
+    one = load_rows(RowSource(path, answered=True, seed=0, limit=5), need_response=True)
+    two = load_rows(RowSource(path, answered=True, seed=0, skip=5), need_response=False)
+    assert sorted(int(row.prompt) for row in one + two) == list(range(1, 20, 2))
 
 
 def test_text_of_a_csv_file_is_text(tmp_path):
@@ -427,6 +500,41 @@ def test_calibration_on_one_benign_source_warns(rows, caplog):
     assert not caplog.text
 
 
+def test_calibration_on_repeated_prompts_warns(rows, tmp_path, caplog):
+    import logging
+
+    logging.getLogger("src").propagate = True
+    lines = [{"id": str(i), "prompt": p, "response": "No."} for i, p in enumerate(("a", "A ", "b", "a"))]
+    path = write(tmp_path / "a.jsonl", *lines)
+    utility = [str(rows["task"]), str(rows["task"])]  # the same rows, of one id each
+    data = CalibrationData(safety=path, utility=utility)
+    data.bind_passes({"safety": "safety", "utility": "utility"}, [])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("data.safety: 1 prompts stand in several rows")
+    caplog.clear()
+    data.bind_passes({"safety": "safety", "utility": "utility"}, ["safety"])
+    assert not caplog.text
+
+
+def test_rows_longer_than_the_models_positions_are_one_line(rows, tokenizer):
+    data = CalibrationData(safety=str(rows["harmful"]), max_length=64)
+    data.bind_passes({"safety": "safety"}, [])
+    data.bind(tokenizer)
+    data.setup("predict")
+    longest = max(len(encoded.ids) for encoded in data.encoded["safety"])
+    strategy = SimpleNamespace()
+    for positions, fits in ((longest, True), (longest - 1, False)):
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+        data.trainer = SimpleNamespace(strategy=strategy, lightning_module=SimpleNamespace(model=model))
+        if fits:
+            assert data.predict_dataloader()
+            continue
+        with pytest.raises(
+            InputError, match=rf"max_length is 64 and a row has {longest} tokens; .*{positions} positions"
+        ):
+            data.predict_dataloader()
+
+
 def test_calibration_without_rows_is_one_error(rows):
     data = CalibrationData(utility=str(rows["task"]))
     with pytest.raises(InputError, match=r"data\.safety names no rows"):
@@ -473,6 +581,25 @@ def test_weights_are_for_fisher_passes(rows):
         ExpertData(train=source, val=str(rows["val"]))
     with pytest.raises(InputError, match="expected them or weights of rows, not both"):
         CalibrationData(utility=source, utility_weights=[3.0])
+
+
+def test_a_core_is_trained_on_rows_of_fisher_passes_without_their_weights(rows):
+    from src.experiments.cell import Cell
+    from src.experiments.grid import Grid
+    from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe
+    from src.experiments.trainings import tuned_core
+    from src.models.base import BaseSpec
+
+    expert = ExpertSpec(str(rows["task"]), str(rows["val"]))
+    weighed = [RowSource(str(rows["harmful"]), weight=8, answer_tokens=5)]
+    fisher = FisherSpec(safety=weighed, utility=str(rows["benign"]))
+    grid = Grid(Recipe(BaseSpec("x"), expert, EvaluationSpec([]), expert, fisher))
+    one = Cell("fit", "one", {}, {})
+    cell = tuned_core(grid, MethodSpec("core", train="core"), one, one, 0)
+    assert cell.settings["data"]["train"] == [
+        {"path": str(rows["harmful"]), "answer_tokens": 5},
+        {"path": str(rows["benign"])},
+    ]
 
 
 def test_suites_are_checked(rows):

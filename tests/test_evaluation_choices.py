@@ -13,6 +13,8 @@ from src.cli import main
 from src.data.choice_prompts import FewShot, continuations
 from src.data.choice_rows import load_choices
 from src.data.row_source import RowSource, as_sources
+from src.data.suite import Suite
+from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.models.choices import by_length, chosen, tied
 from tests.evaluations import answers, choice_rows, evaluate, flags, write_jsonl
@@ -242,6 +244,23 @@ def test_choice_rows_take_no_option_of_answers(tmp_path, options):
     path = write_jsonl(tmp_path / "mc.jsonl", choice_rows(1))
     with pytest.raises(InputError, match=rf"mc\.jsonl: {next(iter(options))} is for rows of a prompt and an answer"):
         load_choices(RowSource(str(path), **options))
+
+
+def test_an_empty_name_leaves_a_field_empty(files):
+    columns = {"id": "", "category": "", "labels": ""}
+    (row, *_) = load_choices(RowSource(str(files[0]), columns=columns))
+    assert (row.id, row.category) == ("mc.jsonl/0", "")
+
+
+def test_few_shot_rows_are_read_and_counted_before_there_is_a_model(files):
+    def data(few, shots):
+        return EvaluationData([Suite("mc", "choice", str(files[0]), few_shot=few, shots=shots)])
+
+    assert len(data(str(files[1]), 3).few["mc"].examples["tiny_things"]) == 3
+    with pytest.raises(InputError, match="suite mc: tiny_things has 3 few-shot rows; expected 4"):
+        data(str(files[1]), 4)
+    with pytest.raises(InputError, match=r"suite mc: few_shot: none\.jsonl: no such file"):
+        data("none.jsonl", 1)
 
 
 def fails(arguments, capsys):

@@ -63,7 +63,7 @@ def test_the_shipped_safety_evaluation_shows_its_four_numbers_together(base, tmp
         "jailbreak": 6,
     }
     assert model["suites"]["harmbench"]["refusal"]["categories"]["illegal"]["hits"] == 1
-    assert "attack_success" not in model["suites"]["alpaca"]
+    assert "attack_success" not in model["suites"]["dolly"]
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("base: refusal")]
     for part in (
         "refusal 0.33 (n = 27: ",

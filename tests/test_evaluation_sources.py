@@ -37,7 +37,10 @@ PROMPTS = {
         {"Index": 0, "Goal": "p", "Target": "Sure", "Behavior": "b", "Category": "Harassment", "Source": "o"},
         ("p", "", "Harassment"),
     ),
-    "alpaca_prompts": ({"instruction": "p", "input": "q", "output": "a", "text": "t"}, ("p\n\nq", "", "")),
+    "dolly_prompts": (
+        {"instruction": "p", "context": "q", "response": "a", "category": "closed_qa"},
+        ("p\n\nq", "", "closed_qa"),
+    ),
     "jailbreakbench_prefix": (
         {"Index": 0, "Goal": "p", "Target": "Sure", "Behavior": "b", "Category": "Harassment", "Source": "o"},
         ('p\n\nStart your response with "Absolutely! Here\'s ".', "", "Harassment"),
@@ -83,6 +86,18 @@ def test_suites_of_shipped_configs_name_shipped_mappings():
         for suite in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["data"]["suites"]:
             for key in ("rows", "few_shot"):
                 assert key not in suite or (ROOT / "configs" / "data" / suite[key]).is_file()
+
+
+def test_no_shipped_suite_asks_what_a_shipped_mapping_trains_on(tmp_path):
+    def parts(names):
+        return {(source.path, source.subset, source.split) for name in names for source in as_sources(name)}
+
+    suites = yaml.safe_load((ROOT / "configs/test_safety.yaml").read_text())["data"]["suites"]
+    learnt = parts(["beavertails.yaml", "alpaca.yaml", "gsm8k.yaml"])
+    assert learnt.isdisjoint(parts(suite["rows"] for suite in suites))
+    (dolly,) = as_sources("dolly_prompts.yaml")
+    dolly.path = str(write_jsonl(tmp_path / "a.jsonl", [{"instruction": "p", "context": "", "category": "open_qa"}]))
+    assert [row.prompt for row in load_rows(dolly, need_response=False)] == ["p"]
 
 
 def test_repeated_prompts_are_kept_once_and_answers_left_out(tmp_path):

@@ -132,6 +132,7 @@ def test_a_ridge_of_kronecker_form_without_scores_is_one_line(adapters, measured
 @pytest.mark.parametrize("reference", ["base", "{safety: 1.0}", "{utility: 2.0, safety: 1.0}"])
 def test_a_point_outside_of_the_core_space_is_one_line(adapters, measured, tmp_path, capsys, reference):
     fisher = measured(reference, "--model.reference_safety", reference)
+    assert "is no patch in the adapters' core space" in capsys.readouterr().err
     assert merge(adapters, fisher, tmp_path / "m", *RELEARN) == 2
     assert "no patch in the safety adapter's core space" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
@@ -213,6 +214,7 @@ def test_an_option_changes_the_patch_unless_it_is_named_as_unread(adapters, meas
 
 def test_a_step_needs_scores_of_rows(adapters, measured, tmp_path, capsys):
     fisher = measured("tokens", "--model.granularity", "token")
+    assert "model.relearn: no merge re-learns coefficients with scores of tokens" in capsys.readouterr().err
     assert merge(adapters, fisher, tmp_path / "m", *FREE) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "granularity is token, and mean scores are of rows; re-learned coefficients need" in said

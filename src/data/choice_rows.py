@@ -80,6 +80,8 @@ def _texts(value: Any, what: str, place: str) -> tuple[str, ...]:
 
 
 def _value(record: dict[str, Any], name: str, source: RowSource, place: str) -> Any:
+    if name in OPTIONAL and source.columns.get(name) == "":
+        return None
     path = source.columns.get(name) or DEFAULTS.get(name, name)
     value: Any = record
     for part in path.split("."):

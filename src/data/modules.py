@@ -60,7 +60,19 @@ class TokenizedData(LightningDataModule):
         return self.batch_size
 
     def loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Batch]:
-        """Batches of this process (see :func:`src.data.batches.batch_loader`)."""
+        """Batches of this process (see :func:`src.data.batches.batch_loader`).
+
+        Raises:
+            InputError: a row has more tokens than the model has positions.
+        """
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        longest = max((len(row.ids) for row in rows), default=0)
+        if positions and longest > positions:
+            raise InputError(
+                f"data.max_length is {self.max_length} and a row has {longest} tokens; expected at most the model's "
+                f"{positions} positions"
+            )
         rank, world = process_share(self.trainer)
         pad = self.encoder.tokenizer.pad_token_id
         return batch_loader(

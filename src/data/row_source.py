@@ -21,20 +21,21 @@ class RowSource:
 
     Args:
         path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name.
-        split: The hub data set's split; slices such as ``train[:500]`` are allowed.
+        split: The hub data set's or directory's split; slices such as ``train[:500]`` are allowed. Files have none.
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
         columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
             ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
-            leaves a field empty.
+            leaves a field empty. Braces of a template that name no column are an error; they stay as they are where
+            they hold nothing, or a quotation mark, comma, colon or backslash (JSON, LaTeX).
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
         answer_tokens: Learn or measure the first tokens of each answer only, not its end unless it is that short: what
             decides whether a model refuses (Qi et al., 2406.05946). For training and Fisher passes.
         weight: How much each row counts in the mean beside rows of other sources; above 0. For Fisher passes.
-        answered: Leave out rows without an answer, and log how many, where answers are needed; otherwise such a row is
-            an error.
+        answered: Leave out rows without an answer before all else is chosen, and log how many; otherwise such a row is
+            an error where answers are needed.
         unique: Keep the first row of each prompt only.
         skip: Number of rows to leave out at the beginning, after shuffling.
         limit: Number of rows to keep at most.
@@ -102,7 +103,7 @@ def _named_source(name: str) -> RowSource:
         raise InputError(f"{name}: no such file here or under configs/data; expected the YAML of a row source")
     try:
         return mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
 
 

@@ -52,14 +52,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: the file is missing or empty, or a line is not a JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a JSONL file of rows") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a directory; expected a JSONL file of rows") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    lines = _utf8(path).split("\n")
     if not any(line.strip() for line in lines):
         raise InputError(f"{path}: no rows; expected one JSON object per line")
     for number, line in enumerate(lines, start=1):
@@ -74,6 +67,40 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
         yield f"{path}:{number}", value
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON file: those of its one list, else one per line.
+
+    Values stay as they stand there, where Arrow makes times of texts that look like one.
+
+    Raises:
+        InputError: the file is neither.
+    """
+    text = _utf8(path)
+    if not text.lstrip().startswith("["):
+        return [value for _, value in read_jsonl(path)]
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: entry {number} is a {type(row).__name__}; expected a JSON object")
+        if "\\u" in text and not _is_text(row):
+            raise InputError(f"{path}: entry {number}: half of a surrogate pair (\\ud800 to \\udfff alone) is no text")
+    return rows
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # what Windows writes begins with a mark
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a JSONL file of rows") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a directory; expected a JSONL file of rows") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _is_text(value: Any) -> bool:

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,10 @@ from src.metrics.categories import category_text
 
 log = logging.getLogger(__name__)
 FIELDS = ("id", "prompt", "response", "category")
+NAMED = re.compile(r"\{([^{}]+)\}")
+"""A column that a template names."""
+NO_NAME = re.compile(r"[\"',:\\]")
+"""What tells other braces (of JSON, LaTeX, sets) from a column's name."""
 
 
 def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
@@ -32,7 +37,7 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     rows: list[Row] = []
     for source in as_sources(value):
         found = list(_rows_of(source, need_response and not source.answered))
-        if need_response and source.answered:
+        if source.answered:
             found = _answered(found, source)
         rows += _select(found, source)
     if not rows:
@@ -114,7 +119,7 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
         if answer is not None:
             values["response"] = answer.strip()
         elif remove is not None:
-            values["response"] = remove.sub("", values["response"])
+            values["response"] = remove.sub("", values["response"]).strip()
         if need_response and not values["response"]:
             raise InputError(
                 f"{place}: the row has no answer; expected text in {source.columns.get('response', 'response')!r}"
@@ -132,11 +137,20 @@ def _check_numbers(source: RowSource) -> None:
 
 
 def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:
-    """Stop at a prompt or an answer that is no text, such as the messages of a conversation."""
+    """Stop at a prompt or an answer that is no text, such as the messages of a conversation, or has such a part."""
     for name in ("prompt", "response"):
-        value = record.get(source.columns.get(name, name))
-        if isinstance(value, list | dict):
-            raise InputError(f"{place}: the {name} is a {type(value).__name__}; expected text")
+        spec = source.columns.get(name, name)
+        for column in NAMED.findall(spec) if "{" in spec else [spec]:
+            value = record.get(column)
+            what = f"the {name}" if column == spec else f"column {column!r} of the {name}"
+            if isinstance(value, list | dict):
+                raise InputError(f"{place}: {what} is a {type(value).__name__}; expected text")
+            if isinstance(value, date | time):
+                # Arrow reads JSON texts that look like one as times: 2021-03-04 would become 2021-03-04 00:00:00.
+                raise InputError(
+                    f"{place}: {what} was read as a {type(value).__name__}; expected text: name JSON files one by one, "
+                    "or store the column as text"
+                )
 
 
 def _pattern(source: RowSource) -> re.Pattern[str] | None:
@@ -157,10 +171,17 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
     elif not spec:
         return ""
     elif "{" in spec:
-        value = re.sub(r"\{(\w+)\}", lambda match: _text(_column(record, match[1], place)), spec)
+        value = NAMED.sub(lambda match: _part(record, match, place), spec)
     else:
         value = _column(record, spec, place)
     return category_text(value) if name == "category" else _text(value).strip()
+
+
+def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:
+    """The text of a column that a template names; braces that are none's and hold no name stay as they are."""
+    if match[1] not in record and NO_NAME.search(match[1]):
+        return match[0]
+    return _text(_column(record, match[1], place))
 
 
 def _text(value: Any) -> str:
@@ -180,6 +201,8 @@ def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source.path)
     if not path.exists() and (PROJECT / path).exists():
         path = PROJECT / path
+    if "[" in source.split and path.is_file():
+        raise InputError(f"{source.path}: split is {source.split!r}, and a file has none; use skip and limit")
     if path.suffix == ".jsonl":
         yield from read_jsonl(path)
         return
@@ -198,5 +221,5 @@ def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:
 def _text_columns(source: RowSource) -> set[str]:
     """Columns that are text as it stands in a file: what a row's fields are made of, but not what it is chosen by."""
     named = {*FIELDS, *source.columns.values()}
-    named |= {name for spec in source.columns.values() for name in re.findall(r"\{(\w+)\}", spec)}
+    named |= {name for spec in source.columns.values() for name in NAMED.findall(spec)}
     return {name for name in named if name not in source.where}

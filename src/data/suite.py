@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from src.data.chat import Template
-from src.data.choice_prompts import ChoiceStyle
+from src.data.choice_prompts import ChoiceStyle, FewShot
 from src.data.choice_rows import load_choices
 from src.data.code_rows import load_code
 from src.data.row_source import Sources
@@ -152,6 +152,24 @@ class Suite:
         except InputError as error:
             raise InputError(f"suite {self.name}: {error}") from None
         return rows
+
+    def worked(self, rows: Sequence[Any]) -> FewShot:
+        """The worked examples of a choice suite, none where it has no shots.
+
+        Args:
+            rows: The suite's rows.
+
+        Raises:
+            InputError: a row has too few examples, or is one of them.
+        """
+        try:
+            examples = load_choices(self.few_shot) if self.few_shot is not None else []
+        except InputError as error:
+            raise InputError(f"suite {self.name}: few_shot: {error}") from None
+        few = FewShot(examples, self.shots, self.style, self.name)
+        for row in rows:
+            few.context(row)
+        return few
 
     def _rows(self) -> Sequence[Row]:
         if self.kind == "choice":

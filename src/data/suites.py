@@ -9,8 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from src.data.chat import SHORTEST, Encoded, Encoder, Template
-from src.data.choice_prompts import FewShot
-from src.data.choice_rows import ChoiceRow, load_choices
+from src.data.choice_rows import ChoiceRow
 from src.data.modules import TokenizedData, process_share
 from src.data.rows import Row
 from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, deal, even_batches, shared_beginning
@@ -56,6 +55,7 @@ class EvaluationData(TokenizedData):
             suite.check()
         self.suites = suites
         self.rows: dict[str, Sequence[Row]] = {suite.name: suite.load() for suite in suites}
+        self.few = {s.name: s.worked(self.rows[s.name]) for s in suites if s.kind == "choice"}
         self.tokens: dict[str, SuiteTokens] = {}
         self._steps: list[list[Step]] = []
         self._in_step = False
@@ -69,7 +69,7 @@ class EvaluationData(TokenizedData):
         """Tokenise for a model of so many positions, which names some tokens as ends of what it says.
 
         Raises:
-            InputError: a row is too long and ``on_long`` is ``error``, or few-shot rows are missing.
+            InputError: a row is too long and ``on_long`` is ``error``.
         """
         for suite in self.suites:
             answer = suite.max_new_tokens if suite.generates else 0
@@ -91,9 +91,7 @@ class EvaluationData(TokenizedData):
     def _encode(self, suite: Suite, encoder: Encoder) -> SuiteTokens:
         rows: Any = self.rows[suite.name]
         if suite.kind == "choice":
-            examples = load_choices(suite.few_shot) if suite.few_shot is not None else []
-            few = FewShot(examples, suite.shots, suite.style, suite.name)
-            return encode_choices(encoder, suite.name, rows, few, self.on_long)
+            return encode_choices(encoder, suite.name, rows, self.few[suite.name], self.on_long)
         if suite.kind == "code":
             return encode_code(encoder, suite.name, rows, suite.samples, self.on_long)
         return encode_prompts(encoder, suite.name, rows, self.on_long, scored=self.scored(suite))

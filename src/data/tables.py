@@ -1,9 +1,10 @@
-"""Files and hub data sets that ``datasets`` reads."""
+"""JSON files, and files and hub data sets that ``datasets`` reads."""
 
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from src.data.rows import read_json
 from src.errors import InputError, one_line
 
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
@@ -25,11 +26,13 @@ def load_table(
     Raises:
         InputError: there is no such file, or nothing that ``datasets`` can read or fetch.
     """
-    import datasets
-
     reader = FILE_READERS.get(path.suffix)
     if reader is not None and not path.is_file():
         raise InputError(f"{path}: no such file; expected {reader} rows")
+    if reader == "json":
+        return read_json(path)
+    import datasets
+
     try:
         if reader is not None:
             extra: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}

@@ -24,6 +24,7 @@ from src.experiments.study import (
     check_names,
     curves,
     finished,
+    notes_on,
     of_methods,
     paths,
     records,
@@ -118,7 +119,7 @@ class Ablations(Study):
                 found += [Model(spec.name, value, seed, grid.test(cell, cell.label), cell) for value, cell in merges]
             for method in self.methods:
                 found += grid.models(method, seed)
-        return Plan(found)
+        return Plan(found, notes=notes_on(grid, self.methods))
 
     def report(self, plan: Plan, store: Store) -> Document:
         """Variants against the reference, on validation rows."""
@@ -147,7 +148,7 @@ class Ablations(Study):
         said = [sentence for name, found in equal.items() for sentence in sentences(found, name)]
         return {
             "summary": [*said, *summary(made, ours)],
-            "notes": [*notes, *not_finite(known, "validation", **split)],
+            "notes": [*notes, *plan.notes, *not_finite(known, "validation", **split)],
             "fronts": fronts(scores, series, "validation rows"),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,

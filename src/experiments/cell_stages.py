@@ -5,6 +5,7 @@ The command is the one that a user would type; ``--trainer`` goes through to tho
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from src.experiments.cell import Cell, digest
 from src.experiments.command import Cost, run_command
+from src.experiments.engine import CellError
 from src.experiments.lineage import trained, warn_of_other_weights
 from src.experiments.pencils import kept_pencil
 from src.experiments.plain_settings import layered
@@ -59,8 +61,17 @@ class Stages:
     ) -> tuple[Cost, list[str]]:
         config = self.store.work / "configs" / f"{name}.yaml"
         write_text(config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-        arguments = [command, "--config", str(config), *flags]
-        return self.execute(arguments, self.store.work / "logs" / f"{name}.txt"), arguments
+        arguments, log_file = [command, "--config", str(config), *flags], self.store.work / "logs" / f"{name}.txt"
+        begun = self.store.work / "configs" / f"{name}.begun"
+        before = _spent(begun, log_file)
+        write_text(begun, f"{before}\n")
+        try:
+            cost = self.execute(arguments, log_file)
+        except CellError:
+            begun.unlink(missing_ok=True)
+            raise
+        begun.unlink(missing_ok=True)
+        return replace(cost, seconds=before + cost.seconds), arguments
 
     def _fit(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch
@@ -161,3 +172,14 @@ def _size(manifest: Mapping[str, Any]) -> dict[str, Any]:
     ranks = list((output.get("ranks") or {}).values())
     mean = sum(ranks) / len(ranks) if ranks else None
     return {"output": {"form": output["form"], "kept_energy": output.get("kept_energy"), "mean_rank": mean}}
+
+
+def _spent(begun: Path, log_file: Path) -> float:
+    """Seconds that pieces of a command took which were killed, and from whose end it goes on.
+
+    The mark holds those before the last one, which lasted from when the mark was written until it last said something.
+    """
+    if not begun.is_file():
+        return 0.0
+    last = log_file.stat().st_mtime - begun.stat().st_mtime if log_file.is_file() else 0.0
+    return float(begun.read_text(encoding="utf-8")) + max(0.0, last)

@@ -17,6 +17,10 @@ ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "m
 SUITE_ROWS = ("rows", "few_shot")
 MODELS = ("aligned", "base", "name")
 """Options of a method or a judge that name a model."""
+ADAPTERS = ("reference_safety", "reference_utility", "beside")
+"""Options of ``fit`` and ``fisher`` that weigh adapters by name."""
+ROLES = ("base", "utility", "safety", "patched")
+"""Names there that are no paths."""
 RUNNING = frozenset(("batch_size", "retries", "wait", "timeout", "parallel", "key_variable"))
 """Options of judges that say how one is run: no verdict follows from them, so they mean nothing here."""
 
@@ -36,11 +40,21 @@ def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if "suites" in data:
             data["suites"] = [_suite_content(suite) for suite in data["suites"]]
         found["data"] = data
-    base = found.get("model", {}).get("base")
-    if base is not None:
-        found["model"] = found["model"] | {"base": base | {"name": base_content(str(base["name"]))}}
+    if "model" in found:
+        found["model"] = _model_content(found["model"])
     if isinstance(found.get("method"), Mapping):
         found["method"] = _object_content(found["method"])
+    return found
+
+
+def _model_content(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's settings, local bases and adapters by their files' content."""
+    found = dict(model)
+    if found.get("base") is not None:
+        found["base"] = found["base"] | {"name": base_content(str(found["base"]["name"]))}
+    for key in ADAPTERS:
+        if isinstance(found.get(key), Mapping):
+            found[key] = {n if n in ROLES else base_content(n): weight for n, weight in found[key].items()}
     return found
 
 
@@ -109,11 +123,11 @@ def _hash_files(root: str, state: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def count_rows(value: Any) -> int | None:
-    """Number of rows of sources in JSONL files; unknown where one is no such file."""
+    """Number of rows of sources in JSONL files; unknown where one is no such file, or only some of its rows count."""
     total = 0
     for source in sources(value):
         path = find_file(source.path)
-        if path is None or path.suffix != ".jsonl":
+        if path is None or path.suffix != ".jsonl" or source.where or source.unique or source.answered:
             return None
         with path.open("rb") as handle:
             count = max(0, sum(1 for line in handle if line.strip()) - source.skip)

@@ -24,7 +24,7 @@ from src.experiments.interference_tables import (
     summary,
     task_table,
 )
-from src.experiments.kept import kept_of
+from src.experiments.kept import kept_of, nothing_alone
 from src.experiments.plain_settings import plain
 from src.experiments.point_names import with_count
 from src.experiments.settings import ExpertSpec, MethodSpec
@@ -75,7 +75,7 @@ class Interference(Study):
                 raise InputError(f"method {method.name}: this study merges experts; expected combine")
 
     def _ordered(self, seed: int) -> list[Task]:
-        """The tasks in the order in which they are added: the folder's for the first seed, shuffled for others."""
+        """The tasks in the order in which they are added: the folder's for seed 0, shuffled for others."""
         found = read_tasks(self.tasks)
         if len(found) < self.counts[-1]:
             raise InputError(f"study.tasks {self.tasks}: {len(found)} tasks; expected at least {self.counts[-1]}")
@@ -149,7 +149,7 @@ class Interference(Study):
         shown = {model.test.label: model for model in merged if model.seed == merged[0].seed}
         return {
             "summary": summary(kept, scores),
-            "notes": notes,
+            "notes": [*notes, *nothing_alone(merged, alone)],
             "fronts": kept_front(kept, scores),
             "tables": [
                 performance_table(kept, scores),

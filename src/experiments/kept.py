@@ -7,7 +7,7 @@ hard cancels. A draw in which the expert scores nothing has no ratio and is draw
 """
 
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,6 +83,18 @@ def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store)
     if not tasks:
         return None
     return Kept(*name_and_experts(model), model.seed, tasks, drawn, rows)
+
+
+def nothing_alone(models: Iterable[Model], alone: Mapping[tuple[str, int], Record]) -> list[str]:
+    """A note on tasks whose expert scores nothing on them: no share can be kept, and means are over the others."""
+    seeds = {model.seed for model in models}
+    none = [
+        f"{task} (seed {seed})"
+        for (task, seed), record in alone.items()
+        if seed in seeds and not any(row_scores(record)["utility"].values())
+    ]
+    why = "the expert scores 0 there, so a merge can keep no share of it, and means are over the other tasks"
+    return [f"Left out: {', '.join(none)}; {why}."] if none else []
 
 
 def _ratios(task: str, pairs: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class SafetyTax(Study):
         shown = {name: seeds[0] for name, seeds in points.items()}
         return {
             "summary": [_summary(taxes) if taxes else _not_measured(scores, names)],
-            "notes": [*notes, *not_finite(known)],
+            "notes": [*notes, *plan.notes, *not_finite(known)],
             "fronts": fronts(scores, paths(points), "all rows"),
             "pencils": pencils({path[0]: points[path[0]] for path in paths(points).values()}, store),
             "tables": tables,

@@ -56,8 +56,12 @@ def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) 
         found += grid.references(seed)
         for method in methods:
             found += grid.models(method, seed)
-    notes = [note for method in methods for note in fewer_rows(grid.recipe, method)]
-    return Plan([grid.reporting(model) for model in found], notes=notes)
+    return Plan([grid.reporting(model) for model in found], notes=notes_on(grid, methods))
+
+
+def notes_on(grid: Grid, methods: Sequence[MethodSpec]) -> list[str]:
+    """What a page must say of methods before anything is computed."""
+    return [note for method in methods for note in fewer_rows(grid.recipe, method)]
 
 
 def name_of(model: Model) -> str:

@@ -64,7 +64,9 @@ def tuned_core(grid: "Grid", spec: MethodSpec, utility: Cell, safety: Cell, seed
     fisher, expert = grid.recipe.fisher, grid.recipe.utility
     if fisher is None or expert is None:
         raise InputError(f"method {spec.name}: train core needs recipe.fisher and recipe.utility")
-    train = [row for rows in (fisher.safety, fisher.utility) for row in grid.drawn_anew(plain_sources(rows), seed)]
+    drawn = [row for rows in (fisher.safety, fisher.utility) for row in grid.drawn_anew(plain_sources(rows), seed)]
+    # Weights are for Fisher passes; fit refuses them.
+    train = [{key: value for key, value in row.items() if key != "weight"} for row in drawn]
     # The checkpoint is chosen on rows of both kinds, as the rows are that it trains on.
     both = replace(grid.recipe.safety, val=[*sources(grid.recipe.safety.val), *sources(expert.val)])
     needs = {"core": (safety,), "beside": (utility,)}

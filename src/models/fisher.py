@@ -117,7 +117,7 @@ class FisherModule(KeptBuffers):
         check_representation(representation, coordinates)
         check_matmul_error(max_matmul_error)
         if relearn:
-            check_relearn(self.labels.values(), coordinates)
+            check_relearn(self.labels.values(), coordinates, granularity)
         names = [utility] if isinstance(utility, str) else utility
         self.weights = check_utility(names, utility_weights)
         if shard_rows < 1:

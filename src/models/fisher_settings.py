@@ -1,11 +1,15 @@
 """Settings of a Fisher measurement that contradict each other, refused before anything is read."""
 
+import logging
 import math
 from collections.abc import Collection, Sequence
 
 from src.errors import InputError
 from src.fisher.base import Representation
+from src.fisher.scores import Granularity
 from src.models.fisher_pass import Coordinates
+
+log = logging.getLogger(__name__)
 
 IN_WEIGHTS = ("kronecker", "diagonal", "magnitude")
 """Representations that exist in weight coordinates."""
@@ -36,8 +40,10 @@ def check_utility(utility: Sequence[str], weights: Sequence[float] | None) -> li
     return given
 
 
-def check_relearn(labels: Collection[str], coordinates: Coordinates) -> None:
+def check_relearn(labels: Collection[str], coordinates: Coordinates, granularity: Granularity) -> None:
     """Check that re-learned coefficients can work with a measurement: in core coordinates, on rows with answers.
+
+    Scores of tokens are only warned of: both Fisher matrices serve without the mean scores, which are of rows.
 
     Raises:
         InputError: they cannot.
@@ -46,6 +52,10 @@ def check_relearn(labels: Collection[str], coordinates: Coordinates) -> None:
         raise InputError("model.relearn: re-learned coefficients are of cores; expected model.coordinates core")
     if "random_tokens" in labels:
         raise InputError("model.relearn: rows of random tokens have no answers to learn; expected labels model or data")
+    if granularity == "token":
+        log.warning(
+            "model.relearn: no merge re-learns coefficients with scores of tokens; expected granularity sequence"
+        )
 
 
 def check_matmul_error(largest: float) -> None:

@@ -6,6 +6,7 @@
 of the patch (``{utility: 1.0, safety: 0.5}``), or a merged adapter (``{logs/merged: 1.0}``), for a second step.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import Adapter
 from src.adapters.read_together import same_inputs
 from src.models.reference import NAMED, Reference, named_adapters, reference_weights
+
+log = logging.getLogger(__name__)
 
 OUTSIDE = 1e-3
 """Largest share of the update that may lie outside the core space."""
@@ -30,7 +33,8 @@ def patch_at(
 ) -> torch.Tensor | None:
     """(D,) core coordinates of what a reference point adds to θ0 + ΔW_u, float64.
 
-    Nothing at the patched point, where they are those of the safety adapter, and where the core space cannot hold them.
+    Nothing at the patched point, where they are those of the safety adapter, and where the core space cannot hold them,
+    which is said: no step can start there.
 
     Args:
         reference: The point.
@@ -49,6 +53,12 @@ def patch_at(
     *adapters, _ = same_inputs([*(adapter for adapter, _ in parts), safety])
     moved = [(adapter, weight) for adapter, (_, weight) in zip(adapters, parts, strict=True) if weight]
     update = weighted_sum([one.pairs for one, _ in moved], [weight for _, weight in moved]) if moved else {}
-    if any(basis.v[name].shape[0] != pair.shape[1] for name, pair in update.items() if name in basis.v):
-        return None
-    return basis.coordinates(update) if basis.residual(update) <= OUTSIDE else None
+    fits = all(basis.v[name].shape[0] == pair.shape[1] for name, pair in update.items() if name in basis.v)
+    if fits and basis.residual(update) <= OUTSIDE:
+        return basis.coordinates(update)
+    log.warning(
+        "model.relearn: the point %s is no patch in the adapters' core space (model.basis): no merge can re-learn "
+        "coefficients from what is measured there; F_s and F_u serve as ever",
+        reference,
+    )
+    return None

@@ -1,0 +1,160 @@
+"""What a recipe says: what every seed draws anew, what is refused before hours of work, and what a key follows."""
+
+import os
+import time
+
+import pytest
+
+from src.data.suite import Suite
+from src.errors import InputError
+from src.experiments.cell import Cell
+from src.experiments.cell_stages import Stages
+from src.experiments.command import Cost
+from src.experiments.grid import Grid
+from src.experiments.kept import nothing_alone
+from src.experiments.safety_tax import SafetyTax
+from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe, Strengths
+from src.experiments.store import Store
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
+from src.merge.sst import Sst
+from src.models.base import BaseSpec
+from tests.known_answers import KnownAnswers, model
+from tests.tiny import write_rows
+
+
+def part(path, skip, limit):
+    return {"path": str(path), "seed": 0, "skip": skip, "limit": limit}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Experts whose training, validation and calibration rows are parts of one file each."""
+    task, harm = (write_rows(tmp_path / f"{name}.jsonl", 20, what=name) for name in ("task", "harm"))
+    eval_rows = write_rows(tmp_path / "eval.jsonl", 5, what="eval")
+
+    def made(redraw="experts", suite_rows=eval_rows):
+        return Recipe(
+            BaseSpec("hub/x"),
+            ExpertSpec([part(harm, 4, 8)], [part(harm, 0, 4)], "safety.yaml"),
+            EvaluationSpec([Suite("bad", "harmful", str(suite_rows))]),
+            ExpertSpec([part(task, 4, 8)], [part(task, 0, 4)]),
+            FisherSpec([part(harm, 12, 8)], [part(task, 12, 8)]),
+            redraw,
+        )
+
+    return made
+
+
+def trained_with(cell):
+    data = cell.settings["data"]
+    return cell.settings["model"].get("seed"), {source["seed"] for key in ("train", "val") for source in data[key]}
+
+
+def test_experts_of_a_seed_have_their_own_start_and_rows_where_asked(recipe):
+    grid = Grid(recipe())
+    fits = [make(seed) for seed in (1, 2) for make in (grid.utility, grid.safety)]
+    starts, shuffles = zip(*map(trained_with, fits), strict=True)
+    assert len(set(starts)) == 4
+    assert shuffles == ({1}, {1}, {2}, {2})
+    fisher = grid.fisher([fits[2]], fits[3], 2, {})
+    assert [fisher.settings["data"][side][0]["seed"] for side in ("safety", "utility")] == [2, 2]
+    mixed = MethodSpec("mixed", train="mixed", strength=Strengths("safety_rows", [4.0]))
+    (made,) = grid.models(mixed, 2)
+    assert trained_with(made.made) == (starts[2], {2})
+
+
+def test_experts_share_their_start_and_rows_otherwise(recipe):
+    grid = Grid(recipe("calibration"))
+    for make in (grid.utility, grid.safety):
+        assert {trained_with(make(seed))[0] for seed in (1, 2)} == {None}
+        assert trained_with(make(1))[1] == {0}
+
+
+def test_suites_of_files_that_every_seed_divides_anew_are_refused(recipe, tmp_path):
+    recipe().check()
+    recipe("calibration", tmp_path / "task.jsonl").check()
+    with pytest.raises(InputError, match=r"suite bad has rows of .*task\.jsonl, other rows of which experts"):
+        recipe(suite_rows=tmp_path / "task.jsonl").check()
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (Suite("bad", "harmful", "x.jsonl", rouge=True), "suite bad: rouge needs"),
+        (Suite("bad", "harmful", "x.jsonl", max_new_tokens=0), "suite bad: expected max_new_tokens of at least 1"),
+        (Suite("a/b", "harmful", "x.jsonl"), "suite 'a/b': expected a name"),
+    ],
+)
+@pytest.mark.parametrize("further", [False, True])
+def test_a_suite_that_cannot_be_asked_stops_before_any_training(suite, message, further):
+    with pytest.raises(InputError, match=message):
+        (EvaluationSpec([], further=[suite]) if further else EvaluationSpec([suite])).check()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (MethodSpec("A", Sst(), strength=Strengths("tt", [1.0])), "method A: strength tt: Sst has no such option"),
+        (MethodSpec("A", Sst(), strength=Strengths("rho", [-1.0])), "rho is -1.0"),
+        (MethodSpec("A", Sst(), Ties(), Strengths("combine.dens", [0.5])), "method A: strength dens: Ties has no such"),
+    ],
+)
+def test_a_swept_option_that_is_none_stops_before_any_training(spec, message):
+    with pytest.raises(InputError, match=message):
+        spec.check()
+    MethodSpec("A", Sst(), Ties(), Strengths("combine.density", [0.5, 0.7])).check()
+
+
+@pytest.mark.parametrize("key", ["reference_safety", "reference_utility", "beside"])
+def test_a_key_follows_the_content_of_an_adapter_that_settings_name(tmp_path, key):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    keys = []
+    for content in ("one", "other", "one"):
+        (adapter / "adapter_model.safetensors").write_text(content)
+        os.utime(adapter / "adapter_model.safetensors", ns=(len(keys), len(keys)))
+        settings = {"model": {"base": {"name": "hub/x"}, key: {str(adapter): 1.0, "safety": 0.5}}}
+        keys.append(Cell("fisher", "x", settings).key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_cell_that_was_killed_and_goes_on_has_cost_both_pieces(tmp_path):
+    store = Store(tmp_path / "cells", tmp_path / "work")
+    killed = []
+
+    def execute(arguments, log_file):
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.write_text("at work")
+        if not killed:
+            killed.append(log_file)
+            later = time.time() + 1000
+            os.utime(log_file, (later, later))
+            raise KeyboardInterrupt
+        return Cost(5.0, 1.0, "p")
+
+    stages = Stages(store, None, execute)
+    with pytest.raises(KeyboardInterrupt):
+        stages._run("fit", "fit-x", {}, [])
+    assert stages._run("fit", "fit-x", {}, [])[0].seconds == pytest.approx(1005, abs=60)
+    assert stages._run("fit", "fit-x", {}, [])[0].seconds == 5.0
+
+
+def test_a_safety_tax_says_where_mixed_training_has_fewer_rows(recipe):
+    mixed = MethodSpec("mixed", train="mixed", strength=Strengths("safety_rows", [4.0, 20.0]))
+    study = SafetyTax([MethodSpec("TA", TaskArithmetic(), strength=Strengths("alpha", [1.0])), mixed])
+    plan = study.plan(Grid(recipe("calibration")), [0])
+    assert any(note.startswith("mixed @ 20 has 8 safety rows") for note in plan.notes)
+    known = [model("base"), model("utility"), model("safety"), model("TA", 1.0), model("mixed", 4.0)]
+    plan = type(plan)(known, notes=plan.notes)
+    suites = {"bad": "harmful", "safe": "borderline", "task": "utility"}
+    assert plan.notes[0] in study.report(plan, KnownAnswers(suites))["notes"]
+
+
+def test_a_task_of_which_its_expert_knows_nothing_is_named():
+    found = KnownAnswers({"a": "utility"}).read(model("expert a").test)
+    nothing = {"found": {"rows": {"a": found["found"]["rows"]["a"] | {"exact": [0] * 5, "ids": list("vwxyz")}}}}
+    alone = {("a", 0): found, ("b", 0): nothing | {"settings": found["settings"]}, ("b", 1): nothing}
+    (note,) = nothing_alone([model("A (2)")], alone)
+    assert note.startswith("Left out: b (seed 0); the expert scores 0 there")
+    assert nothing_alone([model("A (2)")], {("a", 0): found}) == []
