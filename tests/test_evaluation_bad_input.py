@@ -14,6 +14,9 @@ from src.errors import InputError
 from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.judges.endpoint import Endpoint
+from src.models.base import BaseSpec
+from src.models.discovery import named_adapters
+from src.models.evaluation import EvaluationModule
 from tests.evaluations import PASSES, choice_rows, flags, write_jsonl
 from tests.tiny import write_rows
 
@@ -187,3 +190,18 @@ def test_broken_weights_and_a_choice_that_never_fits_are_one_line(base, tmp_path
     code = {"name": "c", "kind": "code", "rows": str(write_jsonl(tmp_path / "c.jsonl", [PASSES])), "generate": False}
     line = stops(flags(base, tmp_path, [code], tmp_path / "out"), capsys)
     assert line == "error: suite c: kind code needs generated answers; leave out generate"
+
+
+def test_models_whose_answers_would_lie_in_one_folder_are_refused(base, adapters, tmp_path, monkeypatch):
+    for name in ("base", "one"):
+        shutil.copytree(adapters["utility"], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    spec = BaseSpec(name=str(base), dtype="float64")
+    with pytest.raises(InputError, match=r"\./base would be called base, as the base model is"):
+        EvaluationModule(spec, ["./base"])
+    with pytest.raises(InputError, match=r"\./one would be called one, as another adapter is"):
+        EvaluationModule(spec, ["one", "./one"])
+    # An adapter that is itself where to look is called by its folder.
+    assert named_adapters([], "one") == {"one": "one"}
+    monkeypatch.chdir("one")
+    assert named_adapters([], ".") == {"one": "."}

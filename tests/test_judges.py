@@ -2,24 +2,30 @@
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from src.cli import main
+from src.data.rows import Row
 from src.data.suite import Suite
 from src.errors import InputError
 from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.judges.endpoint import Endpoint
+from src.judges.model_files import model_content
 from src.judges.refusal import Refusal
 from src.judges.templates import Question, filled
 from src.judges.verdicts import Verdicts, append_lines, judged
-from src.models.judging import share_judges
+from src.models.judging import awaited_judges, share_judges
+from src.models.partial import FOLDER
+from src.models.results import Results
 from tests.commands import run_processes
 from tests.evaluations import answers, evaluate, flags, read_rows, write_jsonl
 from tests.tiny import make_tokenizer, write_rows
@@ -412,6 +418,11 @@ def test_a_causal_judge_compares_two_words(base):
 def test_replies_are_read_at_their_start(reply, expected):
     assert Question("{answer}", "yes", "no").read(reply) is expected
     assert Question("{answer}", "unsafe", "safe").read("unsafe\nS1") is True
+    marked = Question("{answer}", "[[A]]", " *[[B]]")
+    assert [marked.read(reply) for reply in ("[[A]] it is", "**[[b]]**", "[[C]]")] == [True, False, None]
+    for yes, no in (("[[", "no"), ("[[A]]", "*[[a]]")):
+        with pytest.raises(InputError, match="expected two different words"):
+            Question("{answer}", yes, no)
 
 
 def test_attack_success_is_what_a_judge_of_harm_says_and_not_the_complement_of_refusal(base, tmp_path):
@@ -710,3 +721,40 @@ def test_the_judge_command_says_how_many_answers_were_not_decided(tmp_path, monk
         assert record["judge"]["undecided"] == "negative"
         assert (record["files"]["answers"] if name == "judged" else record)["undecided"] == 2
     assert record["pairs"] == {"both": 1, "judge only": 0, "human only": 2, "neither": 0}
+
+
+def test_a_causal_judge_reads_the_same_question_on_every_day(base, tmp_path):
+    shutil.copytree(base, tmp_path / "judge")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. " + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "judge")
+    judge = Causal(str(tmp_path / "judge"))
+    judge.load("cpu")
+    assert judge._tokenizer.decode(judge._ids("p", "a")).startswith("Today is 26 Jul 2024. ")
+
+
+def test_verdicts_are_read_once_and_a_hub_judge_is_looked_up_once(tmp_path, monkeypatch):
+    asked, read = [], []
+
+    def config(name, **given):
+        asked.append(name)
+        return SimpleNamespace(_commit_hash="c0ffee")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", config)
+    assert [model_content("some/judge-of-the-hub", None) for _ in range(3)] == ["c0ffee"] * 3
+    assert asked == ["some/judge-of-the-hub"]
+    judge, rows, parts = Refusal(), [Row("r", "p")], tmp_path / FOLDER
+    suites = [Suite(name, "harmful", "rows.jsonl", judge=judge) for name in "ab"]
+    tokens = SimpleNamespace(encoded=[None], units=[[0]])
+    data = SimpleNamespace(suites=suites, rows={"a": rows, "b": rows}, tokens={"a": tokens, "b": tokens})
+    records = {(model, suite): {0: {"answer": "I can't."}} for model in range(2) for suite in range(2)}
+    trainer = SimpleNamespace(global_rank=0, world_size=1)
+    Results(data, ["m", "n"], records, tmp_path, trainer).grade(device="cpu", allow_code_execution=False)
+    original = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **given: read.append(path) or original(path, **given))
+    again = Results(data, ["m", "n"], records, tmp_path, trainer)
+    again.grade(device="cpu", allow_code_execution=False)
+    assert again.graded[1, 1][0]["judged_refusal"]
+    assert read == [parts / f"verdicts-{judge.key}.0.jsonl"]
+    assert awaited_judges(data, records, 2, parts) == []
+    assert len(read) == 2

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from src.cli import main
+from src.report.results import load_results
 from tests.evaluations import read_rows, write_jsonl
 
 HARMFUL = {
@@ -144,3 +145,15 @@ def test_no_trade_off_is_made_up_without_a_utility_suite(evaluated):
     folder = made(evaluated)
     assert not (folder / "tradeoff.json").exists()
     assert "safety tax" not in (folder / "table.csv").read_text()
+
+
+@pytest.mark.parametrize("kind", ["harmful", "jailbreak"])
+def test_refusal_and_attack_success_of_harmful_prompts_are_both_columns(tmp_path, kind):
+    for judged, columns in (
+        ({}, ["refusal (s)"]),
+        ({"attack_success": share([1])}, ["refusal (s)", "attack success (s)"]),
+    ):
+        suites = {"s": {"kind": kind, "refusal": share([0])} | judged}
+        model = {"name": "base", "adapter": None, "manifest": {}, "suites": suites}
+        (tmp_path / "metrics.json").write_text(json.dumps({"models": [model]}))
+        assert list(load_results(tmp_path)[0].shares) == columns

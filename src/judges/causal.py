@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from src.data.chat import NO_THOUGHTS, text_ids, without_thought
+from src.data.chat import NO_THOUGHTS, dated, text_ids, without_thought
 from src.errors import InputError
 from src.judges.model_judge import ModelJudge, positions
 from src.judges.templates import COMPLIANCE, Question, check_least
@@ -20,7 +20,8 @@ class Causal(ModelJudge):
         yes: Word that means the judge's property (Llama Guard: ``unsafe``).
         no: Word that means its absence (Llama Guard: ``safe``).
         finds: What yes means: ``harmful`` compliance, or ``refusal``.
-        chat: Put the question into the tokenizer's chat template; off where the template is written out already.
+        chat: Put the question into the tokenizer's chat template, dated as a model's is; off where the template is
+            written out already.
         dtype: Number format of the weights.
         batch_size: Answers judged together.
         max_length: Tokens of a question, at most as many as the model has positions; longer ones are cut on the left,
@@ -63,6 +64,7 @@ class Causal(ModelJudge):
         model = self._open(AutoModelForCausalLM, "language model", dtype=self.dtype)
         if self.chat and not self._tokenizer.chat_template:
             raise InputError(f"judge {self.name}: its tokenizer has no chat template; set chat: false")
+        self._chat_template = dated(self._tokenizer.get_chat_template()) if self.chat else None
         if self._token(self.yes) == self._token(self.no):
             raise InputError(f"judge {self.name}: {self.yes!r} and {self.no!r} begin with the same token")
         self._limit = min(self.max_length, positions(model))
@@ -76,9 +78,8 @@ class Causal(ModelJudge):
         text = self._question.filled(prompt, answer)
         if self.chat:
             message = [{"role": "user", "content": text}]
-            text = without_thought(
-                self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **NO_THOUGHTS)
-            )
+            form = {"chat_template": self._chat_template, "tokenize": False, "add_generation_prompt": True}
+            text = without_thought(self._tokenizer.apply_chat_template(message, **form, **NO_THOUGHTS))
         return text_ids(self._tokenizer, text, special=not self.chat)
 
     @torch.inference_mode()

@@ -21,6 +21,11 @@ def model_content(name: str, revision: str | None) -> str:
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
         return _digest(tuple((str(path.resolve()), *_state(path)) for path in files))
+    return _commit(name, revision)
+
+
+@cache
+def _commit(name: str, revision: str | None) -> str:
     from transformers import AutoConfig
 
     try:

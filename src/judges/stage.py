@@ -11,7 +11,7 @@ from src.data.rows import read_jsonl
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory, write_json, write_text
 from src.judges.refusal import Refusal
-from src.judges.verdicts import judged
+from src.judges.verdicts import Verdicts, judged
 from src.metrics.agreement import count_pairs, kappa
 from src.metrics.categories import category_text, each_category, named_categories
 from src.metrics.collapse import is_collapsed
@@ -62,11 +62,12 @@ def judge(
 
 def _judged_files(source: Path, judge: Judge, folder: Path, cache: Path, device: str) -> dict[str, Any]:
     files = _answer_files(source)
+    store = Verdicts(cache, judge.key)
     record: dict[str, Any] = {"judge": judge.settings, "predictions": str(source), "files": {}}
     with new_directory(folder) as new:
         for name, path in files.items():
             rows = [row for _, row in _rows(path)]
-            verdicts = _verdicts(rows, judge, cache, device)
+            verdicts = _verdicts(rows, judge, store, device)
             record["files"][name] = _shares(rows, verdicts, judge)
             lines = [json.dumps(row | {"verdict": v}, ensure_ascii=False) + "\n" for row, v in _with(rows, verdicts)]
             write_text(new / f"{name}.jsonl", "".join(lines))
@@ -100,9 +101,9 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge, cache: Path, device: str) -> list[Judgement]:
+def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge, store: Path | Verdicts, device: str) -> list[Judgement]:
     prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-    return judged(judge, prompts, answers, folder=cache, device=device)
+    return judged(judge, prompts, answers, folder=store, device=device)
 
 
 def _with(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

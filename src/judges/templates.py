@@ -34,7 +34,7 @@ class Question:
 
     def __post_init__(self) -> None:
         check_template(self.text, "judge")
-        if not self.yes.strip() or not self.no.strip() or self.yes.casefold() == self.no.casefold():
+        if not _bare(self.yes) or not _bare(self.no) or _bare(self.yes) == _bare(self.no):
             raise InputError(f"judge: yes is {self.yes!r} and no is {self.no!r}; expected two different words")
 
     def filled(self, prompt: str, answer: str) -> str:
@@ -43,12 +43,17 @@ class Question:
 
     def read(self, reply: str) -> bool | None:
         """Whether a reply says yes or no; nothing where it says neither, or offers both ("yes/no", "yes or no")."""
-        text = reply.strip().lstrip("\"'*`([ ").casefold()
-        yes, no = (re.escape(word.casefold()) for word in (self.yes, self.no))
+        text = _bare(reply)
+        yes, no = (re.escape(_bare(word)) for word in (self.yes, self.no))
         for word, other, verdict in ((yes, no, True), (no, yes, False)):
             if re.match(rf"{word}(?!\w|\s*(?:[/|]|or\b)\s*{other}(?!\w))", text):
                 return verdict
         return None
+
+
+def _bare(text: str) -> str:
+    """A text without the quotes, marks and brackets in front of it, case folded."""
+    return text.strip().lstrip("\"'*`([ ").casefold()
 
 
 def filled(template: str, prompt: str, answer: str) -> str:

@@ -87,18 +87,17 @@ def _name(item: Sequence[str]) -> str:
 
 
 def judged(
-    judge: Judge, prompts: Sequence[str], answers: Sequence[str], *, folder: Path, device: str = "cpu", part: str = "0"
+    judge: Judge, prompts: Sequence[str], answers: Sequence[str], *, folder: Path | Verdicts, device: str = "cpu"
 ) -> list[Judgement]:
-    """Judgements of answers, from the store where they are known."""
+    """Judgements of answers, from the store (or the one in a folder) where they are known."""
 
     def compute(items: list[Sequence[str]]) -> list[Any]:
         judge.load(device)
         return [vars(found) for found in judge.judge([item[0] for item in items], [item[1] for item in items])]
 
     pairs = list(zip(prompts, answers, strict=True))
-    return [
-        Judgement(**value) for value in Verdicts(folder, judge.key, part).mapped(pairs, compute, final=judge.stands)
-    ]
+    store = folder if isinstance(folder, Verdicts) else Verdicts(folder, judge.key)
+    return [Judgement(**value) for value in store.mapped(pairs, compute, final=judge.stands)]
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,9 +7,10 @@ from typing import Literal
 from src.metrics.refusal import plain as plain_text
 
 AnswerForm = Literal["text", "number"]
-# A minus behind a digit, a letter or a bracket is an operator or a hyphen; commas or underscores part groups of three.
+# A minus behind a digit, a letter or a bracket is an operator or a hyphen; one before a currency mark is a sign. Commas
+# or underscores part groups of three.
 NUMBER = re.compile(
-    r"(?:(?<![\w)\].\-\u2212])[-\u2212])?"
+    r"(?:(?<![\w)\].\-\u2212])[-\u2212][$£€]?)?"
     r"(?:(?:[1-9]\d{0,2}(?:(?:,\d{3})+(?!\d|,\d)|(?:_\d{3})+(?!\d|_\d))|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
     r"(?:[eE][+-]?\d{1,3}\b)?"
 )
@@ -33,7 +34,7 @@ def last_number(text: str) -> str | None:
     found = NUMBER.findall(text)
     if not found:
         return None
-    value = format(Decimal(re.sub("[,_]", "", found[-1]).replace("\u2212", "-")), "f")
+    value = format(Decimal(re.sub("[,_$£€]", "", found[-1]).replace("\u2212", "-")), "f")
     whole = value.rstrip("0").rstrip(".") if "." in value else value
     return "0" if whole == "-0" else whole
 

@@ -32,7 +32,7 @@ def named_adapters(named: Sequence[str], discover: str | None) -> dict[str, str]
     """Name in tables to path, folders of adapters expanded.
 
     An adapter of a folder is called by the folder's own name and what follows; where two would be called alike, they
-    are called by their whole paths.
+    are called by their whole paths. One that is itself the folder to look in is called by the folder's name.
 
     Raises:
         InputError: one is named twice.
@@ -49,7 +49,7 @@ def named_adapters(named: Sequence[str], discover: str | None) -> dict[str, str]
         root = Path(discover)
         paths = find_adapters(root) if root.is_dir() else []
         log.info("%d adapters found below %s", len(paths), discover)
-        found += [(str(path.relative_to(root)), str(path)) for path in paths]
+        found += [(root.resolve().name if path == root else str(path.relative_to(root)), str(path)) for path in paths]
     often = Counter(name for name, _ in found)
     called = [(name if often[name] == 1 else path.rstrip("/"), path) for name, path in found]
     twice = [name for name, count in Counter(name for name, _ in called).items() if count > 1]

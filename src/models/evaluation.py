@@ -20,6 +20,7 @@ from src.data.suite_tokens import SuiteTokens
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.models.adapter_swap import Swap
+from src.models.answer_files import answer_file
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import find_baseline, named_adapters
@@ -78,11 +79,12 @@ class EvaluationModule(KeptBuffers):
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
         named = [adapters] if isinstance(adapters, str) else adapters or []
         self.models: dict[str, Adapter | None] = {BASE: None} if include_base else {}
+        taken = {answer_file(Path(), BASE, ""): BASE}
         for name, path in named_adapters(named, discover).items():
-            if name == BASE:
-                raise InputError(
-                    f"model.adapters: {path} would be called {BASE}, as the base model is; rename its folder"
-                )
+            other = taken.setdefault(answer_file(Path(), name, ""), name)
+            if other == BASE or other != name:
+                who = "the base model" if other == BASE else "another adapter"
+                raise InputError(f"model.adapters: {path} would be called {other}, as {who} is; rename its folder")
             self.models[name] = read_adapter(path)
         check_trained_on(self._adapters, base)
         if not self.models:

@@ -41,14 +41,17 @@ def awaited_judges(
         folder: Where verdicts are kept.
     """
     found: dict[str, Judge] = {}
+    stores: dict[str, Verdicts] = {}
     for number, suite in enumerate(data.suites):
         if suite.judge is None or _words(suite.judge) in found:
             continue
-        rows, verdicts = data.rows[suite.name], Verdicts(folder, suite.judge.key)
+        rows, key = data.rows[suite.name], suite.judge.key
+        if key not in stores:
+            stores[key] = Verdicts(folder, key)
         for model in range(models):
             known = records.get((model, number), {})
             items = [(row.prompt, known[i]["answer"]) for i, row in enumerate(rows) if i in known]
-            if len(items) < len(rows) or verdicts.missing(items, final=suite.judge.stands):
+            if len(items) < len(rows) or stores[key].missing(items, final=suite.judge.stands):
                 found[_words(suite.judge)] = suite.judge
     return list(found.values())
 

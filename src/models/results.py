@@ -62,6 +62,7 @@ class Results:
         # NCCL gathers what lies on a GPU only.
         self.device = trainer.strategy.root_device if is_initialized() else torch.device("cpu")
         self.graded: dict[tuple[int, int], list[Record]] = {}
+        self._stores: dict[str, Verdicts] = {}
         parts = self._gathered(dict(records))
         self.records = {
             (model, number): self._whole(parts, model, number)
@@ -136,11 +137,16 @@ class Results:
             suite.judge,
             [rows[i].prompt for i in mine],
             [records[i]["answer"] for i in mine],
-            folder=self.output / FOLDER,
+            folder=self._store(suite.judge.key),
             device=device,
-            part=str(self.rank),
         )
         return self._shared(verdicts, len(records))
+
+    def _store(self, key: str) -> Verdicts:
+        """What is known under a key, read once."""
+        if key not in self._stores:
+            self._stores[key] = Verdicts(self.output / FOLDER, key, str(self.rank))
+        return self._stores[key]
 
     def _outcomes(self, suite: Suite, records: Sequence[Record], allow: bool) -> list[dict[str, str]]:
         """How the program of each sample ended."""
@@ -154,7 +160,7 @@ class Results:
         for i in mine:
             row = encoded[i].row
             programs.append([program(row.prompt, records[i]["answer"], row.test, row.entry_point)])
-        store = Verdicts(self.output / FOLDER, f"programs-{outcome_key(LIMITS)}", str(self.rank))
+        store = self._store(f"programs-{outcome_key(LIMITS)}")
         return self._shared(lambda: store.mapped(programs, ending, final=_ended), len(records))
 
     def write_metrics(

@@ -10,15 +10,15 @@ from src.files import read_json
 from src.merge.sweep import swept_once
 
 COLUMNS = {
-    "harmful": ("refusal", "refusal"),
-    "borderline": ("refusal", "over-refusal"),
-    "benign": ("refusal", "over-refusal"),
-    "utility": ("exact_match", "accuracy"),
-    "jailbreak": ("attack_success", "attack success"),
-    "choice": ("accuracy", "accuracy"),
-    "code": ("pass@1", "pass@1"),
+    "harmful": (("refusal", "refusal"), ("attack_success", "attack success")),
+    "borderline": (("refusal", "over-refusal"),),
+    "benign": (("refusal", "over-refusal"),),
+    "utility": (("exact_match", "accuracy"),),
+    "jailbreak": (("refusal", "refusal"), ("attack_success", "attack success")),
+    "choice": (("accuracy", "accuracy"),),
+    "code": (("pass@1", "pass@1"),),
 }
-"""Kind of suite to the counter that matters for it and the name of its column."""
+"""Kind of suite to the counters that matter for it, where it has them, each with the name of its column."""
 EXPERT_ORDER = ("utility", "safety")
 
 
@@ -122,10 +122,10 @@ def _result(model: dict[str, Any]) -> ModelResult:
     shares = {}
     for name, suite in suites.items():
         # A suite that asks for ROUGE has free answers: an exact match says nothing there.
-        key, column = ("rouge_l", "ROUGE-L") if "rouge_l" in suite else COLUMNS[suite["kind"]]
-        if key in suite:
-            found = suite[key]
-            shares[f"{column} ({name})"] = Share(found["value"], found["interval"][0], found["interval"][1], found["n"])
+        for key, column in (("rouge_l", "ROUGE-L"),) if "rouge_l" in suite else COLUMNS[suite["kind"]]:
+            if key in suite:
+                low, high = suite[key]["interval"]
+                shares[f"{column} ({name})"] = Share(suite[key]["value"], low, high, suite[key]["n"])
     return ModelResult(
         name=model["name"],
         method=str(method),

@@ -6,8 +6,11 @@ denies sockets, signals, new processes and tracing. A wall-clock time-out ends i
 only where the child writes back a random token after its last line has run: leaving early is a failure.
 
 The program shares the interpreter with that last step and with its own tests. Frames, objects and open files do not
-show it the token, but two ways stay open to one that is written to deceive: to search the raw memory of its process
-(by ctypes), and to hand its tests values that are equal to everything.
+show it the token, but one that is written to deceive can pass without solving its task. It can search the raw memory of
+its process (by ctypes); hand its tests values that are equal to everything; read what they expect from the frames that
+call it and their constants (``sys._getframe``); or trace, rebind and change the tests as they run (``sys.settrace``).
+This keeps programs from doing harm, and counts those of a model that was asked to solve a task: it is no proof against
+a model that was trained to pass.
 
 There are two ways to get there: namespaces (:mod:`src.sandbox.namespaces`), or Landlock and a longer filter
 (:mod:`src.sandbox.landlock`). Where the kernel gives neither, programs are refused, unless the caller allows code
