@@ -28,8 +28,10 @@ from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the
 from src.models.base import load_tokenizer
 from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, can_go_on, check_checkpoint
 from src.models.fisher_output import remove_done
+from src.models.sharding import make_patient
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
+from src.processes import end_with_first, tell_of_first
 from src.trainer_checks import check_training_length, making_trainer, recorded
 from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
@@ -58,6 +60,7 @@ class TrainerCommand(LightningCLI):
     ) -> None:
         self.command = command
         self._held = ExitStack()
+        end_with_first()
         quiet_libraries()  # again: importing Lightning has reset its loggers
         keep_freed_memory()
         super().__init__(
@@ -237,6 +240,9 @@ class TrainerCommand(LightningCLI):
             kwargs["logger"] = CSVLogger(str(self.output), name=RUN, version="")
         with making_trainer():
             trainer = super().instantiate_trainer(**kwargs)
+        make_patient(trainer.strategy)
+        if trainer.strategy.launcher is not None:
+            tell_of_first(trainer.num_devices * trainer.num_nodes)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.strategy.checkpoint_io = AtomicCheckpoints()
         for callback in trainer.checkpoint_callbacks:

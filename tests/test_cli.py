@@ -164,7 +164,7 @@ def _folder(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_hardware_that_is_not_here_is_one_line(base, rows, tmp_path, capsys):
     given = [*fit_arguments(base, rows, tmp_path / "out"), "--trainer", "gpu.yaml"]
-    assert "trainer: No supported gpu backend found" in fails(given, capsys)
+    assert "trainer: `CUDAAccelerator` can not run on your system" in fails(given, capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,11 @@ from src.experiments import claim_files as claims_module
 from src.experiments import engine as engine_module
 from src.experiments.cell import Cell, closure
 from src.experiments.claim_files import Claims, process_start
-from src.experiments.command import alone, run_command
+from src.experiments.command import Cost, _computed_on, _peak_mb, alone, processor, run_command
 from src.experiments.content import count_rows, redrawn, sources
+from src.experiments.costs import totals
 from src.experiments.engine import CellError, to_compute
+from src.experiments.launch import tell_peak
 from src.experiments.store import Store
 from src.experiments.timing import hours, listing, time_left
 from tests.tiny import write_rows
@@ -403,9 +406,43 @@ def test_commands_do_not_see_the_launcher_of_their_engine():
     ("visible", "rank", "own"),
     [("0,1", "2", "0"), ("0,1", "3", "1"), ("5", "1", "5"), ("", "1", ""), ("-1", "1", "-1"), (None, "1", "1")],
 )
-def test_engines_share_the_gpus_that_there_are_and_turn_none_on(visible, rank, own):
+def test_engines_share_the_gpus_that_there_are_and_turn_none_on(monkeypatch, visible, rank, own):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert alone(given | {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": rank}) == {"CUDA_VISIBLE_DEVICES": own}
+
+
+@pytest.mark.parametrize(("rank", "own"), [("1", "1"), ("2", "0"), ("5", "1")])
+def test_engines_beyond_the_last_gpu_begin_again_at_the_first(monkeypatch, rank, own):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert alone({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": rank}) == {"CUDA_VISIBLE_DEVICES": own}
+
+
+def test_a_command_that_computed_on_gpus_names_them_and_their_memory(monkeypatch, tmp_path):
+    gpu = {"is_initialized": lambda: True, "max_memory_allocated": lambda: 3_000_000, "get_device_name": lambda: "A 1"}
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**gpu)))
+    monkeypatch.setenv("SST_PEAKS", str(tmp_path / "peaks"))
+    tell_peak()
+    usage = SimpleNamespace(ru_maxrss=7)
+    told = (tmp_path / "peaks").read_text().splitlines()
+    assert _computed_on(told) == ("A 1", 3.0)
+    assert _peak_mb(told, usage) == _peak_mb(told[:-1], usage)
+    assert _computed_on(["12", "gpu 1000000 2 A 1", "13", "gpu 2000000 2 A 1"]) == ("2 x A 1", 2.0)
+    assert _computed_on(["12"]) == (processor(), None)
+    assert Cost(1.0, 2.0, "A 1", 3.0).shared(2)["gpu_peak_mb"] == 3.0
+    assert "gpu_peak_mb" not in Cost(1.0, 2.0, "x").shared(2)
+
+
+def test_the_memory_of_gpus_is_a_column_where_one_was_used(tmp_path):
+    store, cells = Store(tmp_path / "results", tmp_path / "work"), [Cell("fit", "a", {}), Cell("inspect", "b", {})]
+    costs = [{"seconds": 1.0, "peak_mb": 2.0, "gpu_peak_mb": 3.0}, {"seconds": 1.0, "peak_mb": 4.0}]
+    for cell, cost in zip(cells, costs, strict=True):
+        store.finish(cell, {"cost": cost})
+    both, one = totals(cells, store), totals(cells[1:], store)
+    assert [column["key"] for column in both["columns"]] == ["stage", "cells", "hours", "peak_mb", "gpu_peak_mb"]
+    assert [row["gpu_peak_mb"] for row in both["rows"]] == [3.0, ""]
+    assert one["columns"] == both["columns"][:-1]
+    assert "gpu_peak_mb" not in one["rows"][0]
 
 
 @pytest.mark.processes

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -261,6 +263,16 @@ def test_fast_products_are_the_layers_own_with_updates_added(bias):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert found.is_contiguous()
         assert "forward" not in vars(layer)
+
+
+def test_on_a_gpu_a_mode_holds_for_every_product():
+    class OnGpu(torch.nn.Linear):
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(is_cuda=True)])
+
+    with fast_products(OnGpu(2, 2), "high"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_fast_products_leave_other_formats_alone():

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from src.experiments.engine import CellError
-from src.experiments.launch import PARENT, PEAKS
+from src.experiments.launch import GPU, PEAKS
 from src.files import PROJECT
+from src.processes import PARENT
 
 MODULE = "src.experiments.launch"
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "PL_")
@@ -31,20 +32,23 @@ class Cost:
         seconds: Wall time, with the start of Python.
         peak_mb: Largest resident memory of one of its processes, in MB (10⁶ bytes).
         processor: What it ran on.
+        gpu_peak_mb: Most memory of tensors of one of its processes on a GPU, in MB; nothing where it used none.
     """
 
     seconds: float
     peak_mb: float
     processor: str
+    gpu_peak_mb: float | None = None
 
     def shared(self, cells: int) -> dict[str, Any]:
         """The share of one of so many cells that one command computed: time is divided, memory is not."""
-        return {
+        shared = {
             "seconds": self.seconds / cells,
             "peak_mb": self.peak_mb,
             "cells_in_run": cells,
             "processor": self.processor,
         }
+        return shared if self.gpu_peak_mb is None else shared | {"gpu_peak_mb": self.gpu_peak_mb}
 
 
 def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
@@ -75,11 +79,11 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
             child.terminate()
             child.wait()
             raise
-        peak_mb = _peak_mb(peaks.read(), usage)
+        told = peaks.read().splitlines()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise CellError(_reason(log_file, child.returncode))
-    return Cost(time.monotonic() - started, peak_mb, processor())
+    return Cost(time.monotonic() - started, _peak_mb(told, usage), *_computed_on(told))
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
@@ -89,9 +93,13 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
     """
     kept = {key: value for key, value in environment.items() if not key.startswith(LAUNCHER)}
     if "TORCHELASTIC_RUN_ID" in environment:
+        import torch
+
         # torchrun shows every GPU to every process; each engine keeps to its own.
-        rank, visible = environment["LOCAL_RANK"], environment.get("CUDA_VISIBLE_DEVICES")
-        kept["CUDA_VISIBLE_DEVICES"] = rank if visible is None else _own_device(visible, int(rank))
+        rank, visible = int(environment["LOCAL_RANK"]), environment.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            visible = ",".join(map(str, range(torch.cuda.device_count()))) or str(rank)
+        kept["CUDA_VISIBLE_DEVICES"] = _own_device(visible, rank)
     return kept
 
 
@@ -107,10 +115,19 @@ def _importable(environment: dict[str, str]) -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join(places)}
 
 
-def _peak_mb(told: str, usage: resource.struct_rusage) -> float:
+def _peak_mb(told: Sequence[str], usage: resource.struct_rusage) -> float:
     """Of what the command's processes told (Linux, see :mod:`src.experiments.launch`), else of what the system says."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(map(int, told.split()), default=usage.ru_maxrss) * unit / 1e6
+    return max((int(line) for line in told if line.isdecimal()), default=usage.ru_maxrss) * unit / 1e6
+
+
+def _computed_on(told: Sequence[str]) -> tuple[str, float | None]:
+    """The processors, and the peak memory on a GPU (MB): GPUs, where the command's processes told of any."""
+    gpus = [line.split(" ", 3)[1:] for line in told if line.startswith(f"{GPU} ")]
+    if not gpus:
+        return processor(), None
+    _, count, name = gpus[0]
+    return name if count == "1" else f"{count} x {name}", max(int(used) for used, _, _ in gpus) / 1e6
 
 
 def _reason(log_file: Path, code: int) -> str:

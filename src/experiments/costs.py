@@ -18,8 +18,8 @@ NOTE = (
 def cost_table(methods: Mapping[str, Sequence[Model]], store: Store) -> Document:
     """Seconds by stage and peak memory of every method."""
     columns = [column("method", "method"), *(column(key, f"{name} (s)") for key, name in STAGES.items())]
-    columns += [column("peak_mb", "peak memory (MB)"), column("processor", "processor")]
     rows = [{"method": name} | _spent(models, store) for name, models in methods.items()]
+    columns += [*_peak_columns(rows), column("processor", "processor")]
     return table("Cost of the methods", columns, rows, note=NOTE)
 
 
@@ -34,7 +34,7 @@ def _spent(models: Sequence[Model], store: Store) -> dict[str, Any]:
     for stage in STAGES:
         spent = [cost["seconds"] for cell, cost in costs if cell.stage == stage]
         found[stage] = sum(spent) / seeds if spent else ""
-    found["peak_mb"] = max((cost["peak_mb"] for _, cost in costs), default="")
+    found |= _peaks([cost for _, cost in costs])
     found["processor"] = "; ".join(sorted({cost["processor"] for _, cost in costs}))
     return found
 
@@ -46,6 +46,23 @@ def totals(cells: Sequence[Cell], store: Store) -> Document:
     for stage in dict.fromkeys(cell.stage for cell in known):
         costs = [store.read(cell)["cost"] for cell in known if cell.stage == stage]
         hours = sum(cost["seconds"] for cost in costs) / 3600
-        rows.append({"stage": stage, "cells": len(costs), "hours": hours, "peak_mb": max(c["peak_mb"] for c in costs)})
+        rows.append({"stage": stage, "cells": len(costs), "hours": hours} | _peaks(costs))
     columns = [column("stage", "stage"), column("cells", "cells"), column("hours", "hours")]
-    return table("Cost of the study", [*columns, column("peak_mb", "peak memory (MB)")], rows)
+    return table("Cost of the study", [*columns, *_peak_columns(rows)], rows)
+
+
+def _peaks(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The largest memory of a process, and of one on a GPU where one has been used."""
+    found = {"peak_mb": max((cost["peak_mb"] for cost in costs), default="")}
+    on_gpu = [cost["gpu_peak_mb"] for cost in costs if "gpu_peak_mb" in cost]
+    return found | {"gpu_peak_mb": max(on_gpu)} if on_gpu else found
+
+
+def _peak_columns(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Columns of the peaks; that of GPUs where a row has one, and the others say that they have none."""
+    columns = [column("peak_mb", "peak memory (MB)")]
+    if any("gpu_peak_mb" in row for row in rows):
+        columns.append(column("gpu_peak_mb", "peak GPU memory (MB)"))
+        for row in rows:
+            row.setdefault("gpu_peak_mb", "")
+    return columns

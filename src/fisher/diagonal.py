@@ -78,9 +78,20 @@ class CoordinateAccumulator(SummedAccumulator[Means]):
         p, q = self.shapes[name]
         rows = max(1, ENTRIES // (p * q))
         for half, weight, (deltas, inputs) in self._parts(delta, x):
-            for some in torch.arange(len(weight), device=delta.device).split(rows):
+            chunks = torch.arange(len(weight), device=delta.device).split(rows)
+            kept = self._sums[name][half]
+            # Each copy to the host waits for the GPU: of several, it adds them up itself.
+            total = torch.zeros_like(kept, device=delta.device) if len(chunks) > 1 and _adds_up(delta) else kept
+            for some in chunks:
                 values = self.measure_(core_score(deltas[some], inputs[some]))
-                self._sums[name][half] += (weight[some].to(values.dtype) @ values).cpu()
+                total += (weight[some].to(values.dtype) @ values).to(total.device)
+            if total is not kept:
+                kept += total.cpu()
+
+
+def _adds_up(tensor: torch.Tensor) -> bool:
+    """Whether sums in float64 are formed where a tensor lies: not on Apple's GPU; on a CPU they are there already."""
+    return tensor.is_cuda
 
 
 class DiagonalAccumulator(CoordinateAccumulator[DiagonalFisher]):

@@ -49,7 +49,7 @@ def collapse(answer: str, prompt: str = "") -> Collapse:
     table's rule is shorter); or, in writing without spaces, one piece with a letter in it stands six times in a row
     over at least :data:`MIN_UNSPACED` characters.
 
-    The bounds were chosen on 10,302 gold answers (``/work/shared/data``: train, calib, eval) and SmolLM2-135M's 277 in
+    The bounds were chosen on 10,302 gold answers (``../shared/data``: train, calib, eval) and SmolLM2-135M's 277 in
     ``calib/borderline.jsonl``. With few distinct words alone, 292 of the gold ones repeat (42 of 994 programs, 144 of
     1,999 sums) and 11 of the model's. With both it is 18 (5 and 4), 13 of them of at most 40 words, and 7, all that
     loop to their end. Two of these gold ones write one pattern four times; in all others of more than 40 words at least

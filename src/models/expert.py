@@ -190,8 +190,9 @@ class ExpertModule(KeptBuffers):
             use_rslora=self.lora.rslora,
             task_type=TaskType.CAUSAL_LM,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        # On the CPU, whose generator alone is seeded: every device starts alike, and a GPU's dropout keeps its seed.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
             try:
                 return get_peft_model(model, config)
             except (ValueError, re.error) as error:
@@ -223,7 +224,9 @@ class ExpertModule(KeptBuffers):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean loss over all answer tokens of the validation rows, in nats."""
         tokens = int(batch.answer_mask[:, 1:].sum()) if batch.weight else 0
-        self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=tokens, sync_dist=True)
+        # Lightning takes the mean of the processes' numbers of tokens in whole numbers.
+        weight = tokens * self.trainer.world_size
+        self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=weight, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with warm-up and schedule stepped after every optimiser step."""

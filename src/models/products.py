@@ -17,8 +17,12 @@ from torch.nn.functional import linear
 
 @contextmanager
 def fast_products(model: torch.nn.Module, mode: str) -> Iterator[None]:
-    """The model with its float32 linear layers on CPU multiplied in a mode, for the length of a ``with`` block."""
-    torch.set_float32_matmul_precision("highest")
+    """The model with its float32 linear layers on CPU multiplied in a mode, for the length of a ``with`` block.
+
+    On a GPU every product is: there a mode slows none.
+    """
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    torch.set_float32_matmul_precision(mode if on_gpu else "highest")
     layers = [] if mode == "highest" else _eligible(model)
     for layer in layers:
         layer.forward = _Product(layer, mode)  # type: ignore[assignment, method-assign]
@@ -27,6 +31,7 @@ def fast_products(model: torch.nn.Module, mode: str) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward  # type: ignore[method-assign]
+        torch.set_float32_matmul_precision("highest")
 
 
 def _eligible(model: torch.nn.Module) -> list[torch.nn.Linear]:

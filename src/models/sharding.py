@@ -4,7 +4,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 
 from src.errors import InputError
@@ -18,6 +19,12 @@ class DataParallelStrategy(DDPStrategy):
 
     def __init__(self) -> None:
         super().__init__(timeout=PATIENCE)
+
+
+def make_patient(strategy: Strategy) -> None:
+    """Let processes of Lightning's own DDP, which it takes by itself for several devices, wait as long as ours."""
+    if type(strategy) is DDPStrategy and strategy._timeout == default_pg_timeout:
+        strategy._timeout = PATIENCE
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -34,6 +41,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Start the process group and lay the mesh over it."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Trained weights, whole, in the first process; Lightning's would gather the frozen base there as well."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=options)  # type: ignore[arg-type]
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh | None) -> None:

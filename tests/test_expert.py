@@ -1,0 +1,56 @@
+"""The module that trains an expert: its first weights and its validation loss, whatever it runs on."""
+
+from types import SimpleNamespace
+
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from peft import LoraConfig, TaskType, get_peft_model
+
+from src.models.base import BaseSpec
+from src.models.expert import ExpertModule, LoraSpec
+from tests.tiny import make_model
+
+
+def first_weights(model):
+    return {name: tensor for name, tensor in model.named_parameters() if "lora_" in name}
+
+
+def test_an_adapter_starts_from_the_cpus_draw_on_every_device_and_seeds_no_gpu(monkeypatch):
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    other, model = make_model(), make_model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = first_weights(get_peft_model(other, config))
+    seeded, before = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    module = ExpertModule(BaseSpec("tiny"), LoraSpec(), seed=3)
+    with torch.device("meta"):  # as Lightning has a GPU there
+        found = first_weights(module._with_lora(model))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_validation_loss_of_two_processes_is_the_mean_over_all_tokens():
+    """Lightning adds up each process's losses and tokens and takes the means of both, that of tokens truncated."""
+    metrics = []
+
+    def mean(value, **_):
+        name = "value" if value.is_floating_point() else "cumulated_batch_size"
+        total = sum(getattr(metric, name) for metric in metrics)
+        return value.copy_(total / 2)
+
+    for tokens, loss in ((7, 2.0), (4, 5.0)):
+        meta = _Metadata("validation_step", "val_loss")
+        meta.sync = _Sync(fn=mean, _should=True)
+        metrics.append(_ResultMetric(meta, is_tensor=True))
+
+        def log(name, value, *, batch_size, **_):
+            metrics[-1].update(value, batch_size)
+
+        process = SimpleNamespace(trainer=SimpleNamespace(world_size=2), log=log)
+        process._loss = lambda _, loss=loss: torch.tensor(loss)
+        batch = SimpleNamespace(weight=1.0, answer_mask=torch.ones(1, tokens + 1, dtype=torch.bool))
+        ExpertModule.validation_step(process, batch, 0)
+    assert metrics[0].compute().item() == torch.tensor((7 * 2.0 + 4 * 5.0) / 11).item()
