@@ -64,6 +64,12 @@ def test_experts_of_a_seed_have_their_own_start_and_rows_where_asked(recipe):
     assert trained_with(made.made) == (starts[2], {2})
 
 
+def test_rows_that_a_variant_names_are_drawn_anew_as_well(recipe, tmp_path):
+    over = {"data": {"train": [part(tmp_path / "harm.jsonl", 6, 6)]}}
+    assert trained_with(Grid(recipe()).safety(2, over))[1] == {2}
+    assert trained_with(Grid(recipe("calibration")).safety(2, over))[1] == {0}
+
+
 def test_experts_share_their_start_and_rows_otherwise(recipe):
     grid = Grid(recipe("calibration"))
     for make in (grid.utility, grid.safety):
@@ -74,8 +80,12 @@ def test_experts_share_their_start_and_rows_otherwise(recipe):
 def test_suites_of_files_that_every_seed_divides_anew_are_refused(recipe, tmp_path):
     recipe().check()
     recipe("calibration", tmp_path / "task.jsonl").check()
-    with pytest.raises(InputError, match=r"suite bad has rows of .*task\.jsonl, other rows of which experts"):
+    with pytest.raises(InputError, match=r"suite bad has rows of .*task\.jsonl, other rows of which every seed"):
         recipe(suite_rows=tmp_path / "task.jsonl").check()
+    of_passes = recipe()
+    of_passes.fisher = FisherSpec([part(tmp_path / "eval.jsonl", 2, 2)], of_passes.fisher.utility)
+    with pytest.raises(InputError, match=r"suite bad has rows of .*eval\.jsonl"):
+        of_passes.check()
 
 
 @pytest.mark.parametrize(
@@ -98,6 +108,9 @@ def test_a_suite_that_cannot_be_asked_stops_before_any_training(suite, message, 
         (MethodSpec("A", Sst(), strength=Strengths("tt", [1.0])), "method A: strength tt: Sst has no such option"),
         (MethodSpec("A", Sst(), strength=Strengths("rho", [-1.0])), "rho is -1.0"),
         (MethodSpec("A", Sst(), Ties(), Strengths("combine.dens", [0.5])), "method A: strength dens: Ties has no such"),
+        (MethodSpec("A", None, Ties(), Strengths("density", [0.5])), "method A: strength density: expected a method"),
+        (MethodSpec("A", Sst(), None, Strengths("combine.density", [0.5])), "combine.density: expected a combine"),
+        (MethodSpec("A", Sst(), Ties(), Strengths("combine.alpha", [0.5])), "sweep.alpha"),
     ],
 )
 def test_a_swept_option_that_is_none_stops_before_any_training(spec, message):

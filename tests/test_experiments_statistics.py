@@ -125,7 +125,7 @@ def test_holm_agrees_with_the_definition_worked_by_hand():
 
 
 def test_a_long_table_has_draws_enough_for_its_claims_to_hold():
-    models = {"A": [record(1.0)], "B": [record(0.0)]}
+    models = {"A": [record(1.0, count=30)], "B": [record(0.0, count=30)]}
     scores = gathered(models)
     hundred = claims(scores, "A", ["B"] * 100, ["refusal"])
     assert hundred[0].p_value == pytest.approx(2 / 4001)  # no draw on the other side of zero

@@ -32,7 +32,6 @@ from src.merge.combinations.tsv_m import TsvM
 from src.merge.parallel import one_thread_each
 from src.merge.sst import Sst
 from src.merge.stage import merge
-from tests.conftest import random_adapter
 from tests.merging import anchored, matching_fishers, regauged, weight_fisher, write_fishers
 from tests.registries import concrete
 from tests.tiny import make_model, random_pairs
@@ -223,7 +222,8 @@ def test_the_bytes_of_no_method_depend_on_the_number_of_threads(tmp_path):
     model = make_model(hidden_size=160, intermediate_size=320, num_attention_heads=4, head_dim=40, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "base")
     for name, seed in (("utility", 1), ("safety", 2)):
-        random_adapter(tmp_path / name, tmp_path / "base", 4, seed, model)
+        pairs = {n: pair for n, pair in random_pairs(model, 4, seed).items() if n.endswith(("q_proj", "down_proj"))}
+        write_adapter(tmp_path / name, pairs, base=str(tmp_path / "base"), manifest={}, seen=frozenset(), card="c")
     adapters = {name: tmp_path / name for name in ("utility", "safety")}
     methods = concrete(MergeMethod)
     for cls in methods:

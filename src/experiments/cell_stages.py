@@ -25,6 +25,8 @@ from src.merge.sweep import point_name
 from src.models.answer_files import answer_file
 from src.provenance import versions
 
+GOES_ON = ("fit", "fisher", "test")
+"""Commands that go on from where a killed one ended; the others start again."""
 Execute = Callable[[Sequence[str], Path], Cost]
 """Runs ``python -m src ARGUMENTS``, with a file for what it prints."""
 
@@ -63,7 +65,7 @@ class Stages:
         write_text(config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
         arguments, log_file = [command, "--config", str(config), *flags], self.store.work / "logs" / f"{name}.txt"
         begun = self.store.work / "configs" / f"{name}.begun"
-        before = _spent(begun, log_file)
+        before = _spent(begun, log_file) if command in GOES_ON else 0.0
         write_text(begun, f"{before}\n")
         try:
             cost = self.execute(arguments, log_file)

@@ -90,6 +90,8 @@ class Grid:
         if self._of_its_own:
             fixed["model"]["seed"] = int(digest([own, seed])[:7], 16)
         settings = layered(layered(lower, fixed), over)
+        for key in over.get("data", {}).keys() & {"train", "val"}:
+            settings["data"][key] = self.rows(settings["data"][key], seed)
         rows = count_rows(settings["data"]["train"])
         units = None if rows is None else float(rows * settings.get("trainer", {}).get("max_epochs", 1))
         return Cell("fit", f"{label}, seed {seed}", settings, needs or {}, units=units)

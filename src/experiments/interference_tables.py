@@ -129,8 +129,8 @@ def geometry_table(records: Mapping[int, Record]) -> list[Document]:
         with_safety = sum(found["columns"][last][i] for i in range(last)) / last
         rows.append({"seed": seed} | row | {"safety": with_safety})
     note = (
-        "Means over pairs of experts; for spaces the mean squared cosine of the principal angles (1: one in the other), "
-        "row spaces being mostly the adapter that all trainings begin with, where they do (recipe.redraw: calibration)."
+        "Means over pairs of experts; for spaces the mean squared cosine of the principal angles (1: one in the other)."
+        " With recipe.redraw calibration row spaces are mostly those of the adapter that all trainings begin with."
     )
     return [table("Angles between experts", columns, rows, note=note)] if rows else []
 

@@ -121,11 +121,16 @@ class MethodSpec:
 
     def _check_option(self) -> None:
         """Stop where the method has no such option, or takes no such value: merges would say so after all trainings."""
-        head, dot, rest = self.strength.option.partition(".")
-        changed, option = (self.combine, rest) if head == "combine" and dot else (self.method, self.strength.option)
-        if self.train in (None, "core") and changed is not None and option not in ("alpha", "none"):
-            for value in self.strength.values:
-                with_option(changed, option, value, prefix=f"method {self.name}: strength ")
+        named, where = self.strength.option, f"method {self.name}: strength "
+        if self.train not in (None, "core") or named in ("alpha", "none"):
+            return
+        head, dot, rest = named.partition(".")
+        changed, option = (self.combine, rest) if head == "combine" and dot else (self.method, named)
+        if changed is None:
+            missing = "combine" if dot else "method (an option of combine is combine.NAME)"
+            raise InputError(f"{where}{named}: expected a {missing}")
+        for value in self.strength.values:
+            with_option(changed, option, value, prefix=where)
 
     def _check_train(self) -> None:
         if self.train == "core" and self.method is None:
@@ -211,8 +216,8 @@ class Recipe:
         redraw: What every seed of the study draws anew. ``calibration``: the order of training rows, and rows of the
             Fisher passes from files that no expert is trained on; all trainings begin with the same adapter and read
             the same rows. ``experts``: each expert has initial weights of its own as well, as experts from different
-            hands have, and every source with a ``seed`` gives other rows; parts of one file (``skip``, ``limit``) stay
-            apart.
+            hands have (methods that train begin with those of the utility expert), and every source with a ``seed``
+            gives other rows; parts of one file (``skip``, ``limit``) stay apart.
     """
 
     base: BaseSpec
@@ -223,7 +228,7 @@ class Recipe:
     redraw: Literal["calibration", "experts"] = "calibration"
 
     def check(self) -> None:
-        """Stop at suites that cannot be asked, or whose rows this seed's trainings might have.
+        """Stop at suites that cannot be asked, or whose rows a seed's trainings and passes might draw.
 
         Raises:
             InputError: see above.
@@ -232,9 +237,12 @@ class Recipe:
         if self.redraw == "calibration":
             return
         learnt = [rows for spec in (self.utility, self.safety) if spec is not None for rows in (spec.train, spec.val)]
+        learnt += [] if self.fisher is None else [self.fisher.safety, self.fisher.utility]
         taken = {source.path for rows in learnt for source in sources(rows) if source.seed is not None}
         for suite in (*self.evaluation.suites, *self.evaluation.further):
             for source in sources(suite.rows):
                 if source.path in taken:
                     what = f"recipe.redraw experts: suite {suite.name} has rows of {source.path}"
-                    raise InputError(f"{what}, other rows of which experts of each seed learn; expected another file")
+                    raise InputError(
+                        f"{what}, other rows of which every seed's experts or passes draw; expected another file"
+                    )

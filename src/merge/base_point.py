@@ -13,8 +13,8 @@ from src.models.reference import reference_weights
 
 EXPERTS = {"safety": {"safety": 1.0}, "utility": {"utility": 1.0}}
 """Reference point of each expert alone."""
-SAME = {"rows_sha256": "rows", "labels": "labels", "granularity": "granularity"}
-"""What the measurements at base and expert must share, by its key in the record."""
+ROWS = "rows_sha256"
+"""What the measurements at base and expert must share, in the record."""
 
 
 def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> list[Pass]:
@@ -26,20 +26,19 @@ def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> l
         method: The method, which names coordinates and representations.
 
     Raises:
-        InputError: a pass was taken at another point, base and expert were measured on different rows or labels, or a
-            record does not say where and on what it was measured.
+        InputError: a pass was taken at another point, base and expert were measured on different rows, or a record
+            does not say where and on what it was measured.
     """
     found = []
     for expert in experts:
         name = expert.file.record["pass"]
         base = read_pass(folder, name, method)
         for one in (expert, base):
-            check_keys(one, ("reference", *SAME))
+            check_keys(one, ("reference", ROWS))
         check_reference(expert, EXPERTS[name])
         check_reference(base, {})
-        for key, what in SAME.items():
-            if base.file.record[key] != expert.file.record[key]:
-                raise InputError(f"{base.path}: measured with other {what} than {expert.path}; measure both alike")
+        if base.file.record[ROWS] != expert.file.record[ROWS]:
+            raise InputError(f"{base.path}: measured with other rows than {expert.path}; measure both alike")
         found.append(base)
     return found
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from src.errors import InputError
 
@@ -44,10 +45,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Trained weights, whole, in the first process; Lightning's would gather the frozen base there as well."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return get_model_state_dict(self.model, options=options)  # type: ignore[arg-type]
+        assert self.model is not None
+        # torch's ignore_frozen_params leaves a tied output layer in, by its second name.
+        state = self.model.state_dict(keep_vars=True).items()
+        trained = {name: weight for name, weight in state if weight.requires_grad}
+        whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in trained.items()}
+        return {name: w.detach().cpu() for name, w in whole.items()} if self.is_global_zero else {}
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh | None) -> None:
