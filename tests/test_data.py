@@ -12,9 +12,9 @@ from src.data.chat import Encoder, text_ids
 from src.data.choice_prompts import FewShot
 from src.data.choice_rows import ChoiceRow
 from src.data.demo.build_tasks import build
-from src.data.modules import ExpertData
+from src.data.modules import ExpertData, has_table
 from src.data.row_source import RowSource, as_sources
-from src.data.rows import Row, rows_sha256
+from src.data.rows import Row, read_json, rows_sha256
 from src.data.sources import load_rows
 from src.data.suite import Suite
 from src.data.suite_tokens import encode_choices
@@ -153,6 +153,28 @@ def test_values_of_json_files_stay_as_they_are_written(tmp_path):
         assert [row.response for row in rows] == ["2021-03-04", "2021-03-05"]
 
 
+def test_json_files_that_datasets_reads_are_read(tmp_path):
+    ragged = [{"prompt": "a"}, {"prompt": "b", "response": "c"}]
+    for text in (
+        json.dumps(ragged),
+        "\n".join(map(json.dumps, ragged)),
+        "\n" + "\n".join(json.dumps(row, indent=1) for row in ragged),
+    ):
+        assert read_json(Path(write(tmp_path / "rows.json", text))) == [ragged[0] | {"response": None}, ragged[1]]
+        columns = {"response": "response"}
+        rows = load_rows(RowSource(str(tmp_path / "rows.json"), columns=columns), need_response=False)
+        assert [row.response for row in rows] == ["", "c"]
+    assert read_json(Path(write(tmp_path / "rows.json", '["a", "b"]'))) == [{"text": "a"}, {"text": "b"}]
+    for text, message in (
+        ('{\n "prompt": "a"\n}\n5', "rows.json: entry 1 is a int; expected a JSON object"),
+        ('{\n "prompt": a\n}', "rows.json:2: not valid JSON .*column 12"),
+        ('{"prompt": "a"}\n{\n', "rows.json:2: not valid JSON"),
+        ("", "rows.json: no rows"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_json(Path(write(tmp_path / "rows.json", text)))
+
+
 def test_texts_that_were_made_times_are_refused(tmp_path):
     write(tmp_path / "a.jsonl", {"prompt": "day", "response": "2021-03-04"})
     with pytest.raises(InputError, match=r"row 0: the response was read as a datetime; .*: name JSON files one by one"):
@@ -171,6 +193,14 @@ def test_templates_name_columns_of_any_name(tmp_path):
     for name in ("Correct Anser", "choices.text", "my-col", "question"):
         with pytest.raises(InputError, match=rf"a\.jsonl:1: no column '{name}'; the row has 'Question'"):
             load_rows(RowSource(path, columns={"prompt": f"{{{name}}}"}), need_response=False)
+
+
+def test_groups_of_latex_in_a_template_stay_as_they_are(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"a": "Why?", "b": "7"})
+    literal = r"{a} \boxed{your answer} \text{Final Answer: {b}} \frac{n}{m + 1} x^{n+1} x_{i} { }"
+    (row,) = load_rows(RowSource(path, columns={"prompt": literal, "id": r"{a}_{b}\_{b}"}), need_response=False)
+    assert row.prompt == literal.replace("{a}", "Why?").replace("{b}", "7")
+    assert row.id == r"Why?_7\_7"
 
 
 def test_text_columns_of_templates_are_text_in_a_csv_file(tmp_path):
@@ -511,9 +541,20 @@ def test_calibration_on_repeated_prompts_warns(rows, tmp_path, caplog):
     data.bind_passes({"safety": "safety", "utility": "utility"}, [])
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("data.safety: 1 prompts stand in several rows")
+    assert line.endswith("one row a prompt in one source; leave out of one what stands in two)")
     caplog.clear()
     data.bind_passes({"safety": "safety", "utility": "utility"}, ["safety"])
     assert not caplog.text
+
+
+def with_positions(positions, *, table):
+    """A model of so many positions, which stand in a table or do not."""
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(max_position_embeddings=positions)
+    model.wte = torch.nn.Embedding(positions, 1)
+    if table:
+        model.wpe = torch.nn.Embedding(positions, 1)
+    return model
 
 
 def test_rows_longer_than_the_models_positions_are_one_line(rows, tokenizer):
@@ -524,7 +565,7 @@ def test_rows_longer_than_the_models_positions_are_one_line(rows, tokenizer):
     longest = max(len(encoded.ids) for encoded in data.encoded["safety"])
     strategy = SimpleNamespace()
     for positions, fits in ((longest, True), (longest - 1, False)):
-        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+        model = with_positions(positions, table=True)
         data.trainer = SimpleNamespace(strategy=strategy, lightning_module=SimpleNamespace(model=model))
         if fits:
             assert data.predict_dataloader()
@@ -533,6 +574,39 @@ def test_rows_longer_than_the_models_positions_are_one_line(rows, tokenizer):
             InputError, match=rf"max_length is 64 and a row has {longest} tokens; .*{positions} positions"
         ):
             data.predict_dataloader()
+
+
+def test_positions_that_are_not_learned_are_no_limit(caplog):
+    import logging
+
+    logging.getLogger("src").propagate = True
+    data = CalibrationData(max_length=64)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=with_positions(48, table=False)))
+    for longest in (48, 50, 60):
+        data._check_positions(longest)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "a row has 50 tokens, more than the 48 positions of the model's config"
+
+
+def test_long_rows_of_random_tokens_name_the_settings_of_their_lengths():
+    data = CalibrationData(max_length=64)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=with_positions(80, table=True)))
+    with pytest.raises(InputError, match=r"\(data\.random_prompt, data\.random_answer\) has 90 tokens; .*80 positions"):
+        data._check_positions(90)
+
+
+@pytest.mark.parametrize(("kind", "learned"), [("GPT2", True), ("OPT", True), ("Llama", False)])
+def test_tables_of_positions_are_recognised(kind, learned):
+    import transformers
+
+    sizes = {"n_positions": 24, "n_embd": 8, "n_layer": 1, "n_head": 2} if kind == "GPT2" else {
+        "max_position_embeddings": 24, "hidden_size": 8, "word_embed_proj_dim": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(vocab_size=24, pad_token_id=1, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert has_table(model, model.config.max_position_embeddings) == learned
 
 
 def test_calibration_without_rows_is_one_error(rows):

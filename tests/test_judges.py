@@ -733,6 +733,18 @@ def test_a_causal_judge_reads_the_same_question_on_every_day(base, tmp_path):
     assert judge._tokenizer.decode(judge._ids("p", "a")).startswith("Today is 26 Jul 2024. ")
 
 
+def test_verdicts_of_a_question_with_a_date_are_those_of_this_date(tmp_path):
+    config = {"model_type": "llama"}
+    tokenizer = make_tokenizer()
+    for name, date in (("plain", ""), ("dated", "Today is {{ strftime_now('%d %b %Y') }}. ")):
+        tokenizer.chat_template = date + tokenizer.chat_template
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        found = model_content(str(tmp_path / name), None)
+        assert Causal(str(tmp_path / name), chat=False).content == found
+        assert Causal(str(tmp_path / name)).content == (f"{found} 2024-07-26" if date else found)
+
+
 def test_verdicts_are_read_once_and_a_hub_judge_is_looked_up_once(tmp_path, monkeypatch):
     asked, read = [], []
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from src.cli import main
-from src.report.results import load_results
+from src.report.results import ModelResult, Share, load_results
 from tests.evaluations import read_rows, write_jsonl
 
 HARMFUL = {
@@ -147,13 +147,29 @@ def test_no_trade_off_is_made_up_without_a_utility_suite(evaluated):
     assert "safety tax" not in (folder / "table.csv").read_text()
 
 
-@pytest.mark.parametrize("kind", ["harmful", "jailbreak"])
-def test_refusal_and_attack_success_of_harmful_prompts_are_both_columns(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "refusal"), [("harmful", "refusal"), ("jailbreak", "jailbreak refusal")])
+def test_refusal_and_attack_success_of_harmful_prompts_are_both_columns(tmp_path, kind, refusal):
     for judged, columns in (
-        ({}, ["refusal (s)"]),
-        ({"attack_success": share([1])}, ["refusal (s)", "attack success (s)"]),
+        ({}, [f"{refusal} (s)"]),
+        ({"attack_success": share([1])}, [f"{refusal} (s)", "attack success (s)"]),
     ):
         suites = {"s": {"kind": kind, "refusal": share([0])} | judged}
         model = {"name": "base", "adapter": None, "manifest": {}, "suites": suites}
         (tmp_path / "metrics.json").write_text(json.dumps({"models": [model]}))
         assert list(load_results(tmp_path)[0].shares) == columns
+
+
+def test_the_plot_shows_the_refusal_of_harmful_suites_before_that_of_jailbreaks(tmp_path, monkeypatch):
+    from src.report import plot
+
+    drawn = []
+    monkeypatch.setattr(plot, "_draw", lambda *given: drawn.append(given[-1]) or [])
+    monkeypatch.setattr(plot, "write_atomically", lambda *_: None)
+    one = Share(0.5, 0.4, 0.6, 40)
+    for columns, safety in (
+        (["jailbreak refusal (j)", "refusal (h)", "over-refusal (b)"], "refusal (h)"),
+        (["jailbreak refusal (j)", "over-refusal (b)"], "jailbreak refusal (j)"),
+    ):
+        result = ModelResult("base", "base", None, dict.fromkeys(columns, one), {}, {})
+        assert plot.plot_fronts([result], tmp_path / "fronts.png")
+        assert drawn.pop() == safety

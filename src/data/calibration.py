@@ -96,7 +96,8 @@ class CalibrationData(TokenizedData):
             if repeated := _repeated(self.sources[rows]):
                 log.warning(
                     "data.%s: %d prompts stand in several rows, whose halves go by their ids: shares measured on "
-                    "held-out rows come out too high (unique: true keeps one row a prompt)",
+                    "held-out rows come out too high (unique: true keeps one row a prompt in one source; leave out of "
+                    "one what stands in two)",
                     rows,
                     repeated,
                 )

@@ -1,10 +1,12 @@
 """LightningDataModules: rows for training and for the Fisher passes (:mod:`src.data.suites`: for evaluation)."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
@@ -16,6 +18,10 @@ from src.data.sources import load_rows, refuse_options
 from src.errors import InputError
 
 log = logging.getLogger(__name__)
+TABLE = re.compile(r"(?:^|\.)(?:wpe|[a-z_]*pos[a-z_]*)$")
+"""Names of tables of positions: wpe, embed_positions, position_embeddings, positions_embed."""
+SPARE = 8
+"""Rows of such a table beside its positions, at most."""
 
 
 def process_share(trainer: Any) -> tuple[int, int]:
@@ -40,6 +46,7 @@ class TokenizedData(LightningDataModule):
             raise InputError(f"data.batch_size is {batch_size}; expected at least 1 row")
         self.batch_size, self.template, self.max_length = batch_size, template, max_length
         self.encoder: Encoder
+        self._warned = False
 
     def bind(self, tokenizer: Any) -> None:
         """Take the tokenizer of the model that the rows are for."""
@@ -63,21 +70,42 @@ class TokenizedData(LightningDataModule):
         """Batches of this process (see :func:`src.data.batches.batch_loader`).
 
         Raises:
-            InputError: a row has more tokens than the model has positions.
+            InputError: a row has more tokens than the model has learned positions.
         """
-        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
-        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        longest = max((len(row.ids) for row in rows), default=0)
-        if positions and longest > positions:
-            raise InputError(
-                f"data.max_length is {self.max_length} and a row has {longest} tokens; expected at most the model's "
-                f"{positions} positions"
-            )
+        self._check_positions(max((len(row.ids) for row in rows), default=0))
         rank, world = process_share(self.trainer)
         pad = self.encoder.tokenizer.pad_token_id
         return batch_loader(
             rows, batch_size=self.rows_per_batch(world), pad_id=pad, rank=rank, world_size=world, **options
         )
+
+    def _check_positions(self, longest: int) -> None:
+        """Stop where the longest row does not fit a table of positions; warn where it was not trained for as many."""
+        model: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if not positions or longest <= positions:
+            return
+        if has_table(model, positions):
+            # Rows of random tokens have lengths of their own.
+            drawn = longest > self.max_length
+            row = "a row of random tokens (data.random_prompt, data.random_answer)"
+            raise InputError(
+                f"{row if drawn else f'data.max_length is {self.max_length} and a row'} has {longest} tokens; "
+                f"expected at most the model's {positions} positions"
+            )
+        if not self._warned:
+            self._warned = True
+            log.warning("a row has %d tokens, more than the %d positions of the model's config", longest, positions)
+
+
+def has_table(model: torch.nn.Module, positions: int) -> bool:
+    """Whether a model has a table of so many learned positions, or of few more for padding (GPT-2's wpe, OPT's)."""
+    return any(
+        isinstance(module, torch.nn.Embedding)
+        and TABLE.search(name)
+        and positions <= module.num_embeddings <= positions + SPARE
+        for name, module in model.named_modules()
+    )
 
 
 class RemainingBatches(Sampler[Any]):

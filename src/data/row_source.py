@@ -27,7 +27,8 @@ class RowSource:
         columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
             ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
             leaves a field empty. Braces of a template that name no column are an error; they stay as they are where
-            they hold nothing, or a quotation mark, comma, colon or backslash (JSON, LaTeX).
+            they hold nothing, white space alone, or a quotation mark, comma, colon or backslash, and where they stand
+            directly behind ``\word``, its braces, ``^`` or ``_`` (JSON, LaTeX).
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
+
+NO_SPACE = re.compile(r"\S")
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,54 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON file: those of its one list, else one per line.
+    """The objects of a JSON file: those of its one list, one per line, or one behind the other over several lines.
 
-    Values stay as they stand there, where Arrow makes times of texts that look like one.
+    As ``datasets`` has it, a key that an object lacks and another has is null, and a list of texts is a column
+    ``text``. Values stay as they stand there, where Arrow makes times of texts that look like one.
 
     Raises:
-        InputError: the file is neither.
+        InputError: the file is none of these.
     """
-    text = _utf8(path)
-    if not text.lstrip().startswith("["):
-        return [value for _, value in read_jsonl(path)]
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+    text = _utf8(path).rstrip()
+    rows = _entries(path, text)
+    if rows and all(isinstance(row, str) for row in rows):
+        rows = [{"text": row} for row in rows]
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InputError(f"{path}: entry {number} is a {type(row).__name__}; expected a JSON object")
         if "\\u" in text and not _is_text(row):
             raise InputError(f"{path}: entry {number}: half of a surrogate pair (\\ud800 to \\udfff alone) is no text")
-    return rows
+    nulls = dict.fromkeys(key for row in rows for key in row)
+    return [nulls | row for row in rows]
+
+
+def _entries(path: Path, text: str) -> list[Any]:
+    first = text.lstrip().partition("\n")[0]
+    try:
+        if first.startswith("["):
+            entries: list[Any] = json.loads(text)
+            return entries
+        if first.startswith("{") and not _is_json(first):
+            return list(_walk(text))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+    return [value for _, value in read_jsonl(path)]
+
+
+def _walk(text: str) -> Iterator[Any]:
+    """The JSON values that stand one behind the other in a text."""
+    decoder, end = json.JSONDecoder(), 0
+    while start := NO_SPACE.search(text, end):
+        value, end = decoder.raw_decode(text, start.start())
+        yield value
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _utf8(path: Path) -> str:

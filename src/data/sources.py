@@ -22,6 +22,8 @@ NAMED = re.compile(r"\{([^{}]+)\}")
 """A column that a template names."""
 NO_NAME = re.compile(r"[\"',:\\]")
 """What tells other braces (of JSON, LaTeX, sets) from a column's name."""
+BEFORE_GROUP = re.compile(r"(?:\\[A-Za-z]+(?:\{[^{}]*\})*|[\^_])\Z")
+"""What stands before a group of LaTeX: a command with its earlier groups, or a mark of an index."""
 
 
 def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
@@ -179,8 +181,10 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
 
 def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:
     """The text of a column that a template names; braces that are none's and hold no name stay as they are."""
-    if match[1] not in record and NO_NAME.search(match[1]):
-        return match[0]
+    if match[1] not in record:
+        before = match.string[: match.start()]
+        if match[1].isspace() or NO_NAME.search(match[1]) or BEFORE_GROUP.search(before):
+            return match[0]
     return _text(_column(record, match[1], place))
 
 

@@ -1,10 +1,11 @@
 """A causal language model as a judge (HarmBench's classifiers, Llama Guard): it reads a question and says yes or no."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
-from src.data.chat import NO_THOUGHTS, dated, text_ids, without_thought
+from src.data.chat import NO_THOUGHTS, TODAY, dated, text_ids, without_thought
 from src.errors import InputError
 from src.judges.model_judge import ModelJudge, positions
 from src.judges.templates import COMPLIANCE, Question, check_least
@@ -50,6 +51,16 @@ class Causal(ModelJudge):
         self._batch_size, self._limit = batch_size, max_length
         for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
             check_least(setting, value, 1)
+
+    @property
+    def content(self) -> str:
+        """Digest of the model's files, and the day that a chat template which asks for one is given."""
+        found = super().content
+        if self.chat:
+            with self._loading("tokenizer"):
+                if _asks_day(self.name, self.revision, found):
+                    return f"{found} {TODAY:%Y-%m-%d}"
+        return found
 
     def load(self, device: str) -> None:
         """Load the model.
@@ -107,3 +118,13 @@ class Causal(ModelJudge):
             raise InputError(f"judge {self.name}: a score is not a number; expected finite logits (dtype: float32?)")
         found: list[float] = pair[:, 0].tolist()
         return found
+
+
+@cache
+def _asks_day(name: str, revision: str | None, _content: str) -> bool:
+    """Whether a model's chat template asks what day it is; found out once for each content of its files."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return dated(template) != template

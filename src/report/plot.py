@@ -37,7 +37,7 @@ class Label(NamedTuple):
 def plot_fronts(results: list[ModelResult], path: Path) -> bool:
     """Draw the fronts as a PNG; returns false (and draws nothing) where a needed suite was not evaluated."""
     columns = list(results[0].shares)
-    safety = next((c for c in columns if c.startswith("refusal")), None)
+    safety = next((c for prefix in ("refusal", "jailbreak refusal") for c in columns if c.startswith(prefix)), None)
     others = [c for prefix in ("over-refusal", "accuracy", "ROUGE-L") for c in columns if c.startswith(prefix)][:3]
     if safety is None or not others:
         return False

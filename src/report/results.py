@@ -14,7 +14,7 @@ COLUMNS = {
     "borderline": (("refusal", "over-refusal"),),
     "benign": (("refusal", "over-refusal"),),
     "utility": (("exact_match", "accuracy"),),
-    "jailbreak": (("refusal", "refusal"), ("attack_success", "attack success")),
+    "jailbreak": (("refusal", "jailbreak refusal"), ("attack_success", "attack success")),
     "choice": (("accuracy", "accuracy"),),
     "code": (("pass@1", "pass@1"),),
 }
