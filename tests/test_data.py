@@ -22,7 +22,7 @@ from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.metrics.refusal import is_refusal
 from src.models.generation import own_ends
-from tests.tiny import make_model
+from tests.tiny import make_model, make_tokenizer
 
 DEMO = Path("src/data/demo")
 SPLITS = ("train", "calib", "eval")
@@ -334,6 +334,35 @@ def test_rows_without_an_answer_are_left_out_where_a_source_says_so(tmp_path, ca
     one = load_rows(RowSource(path, answered=True, seed=0, limit=5), need_response=True)
     two = load_rows(RowSource(path, answered=True, seed=0, skip=5), need_response=False)
     assert sorted(int(row.prompt) for row in one + two) == list(range(1, 20, 2))
+
+
+def test_a_source_may_say_more_than_the_mapping_that_it_names(tmp_path):
+    rows = [{"q": f"q{n}", "a": f"a{n}", "kind": "xy"[n % 2]} for n in range(6)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(f"path: {path}\ncolumns: {{prompt: q, response: a}}\nwhere: {{kind: x}}\nlimit: 3\n")
+    for given in (
+        RowSource(str(mapping), limit=2),
+        f"{{path: {mapping}, limit: 2}}",
+        [RowSource(str(mapping), limit=2)],
+    ):
+        assert [(row.prompt, row.response) for row in load_rows(given, need_response=True)] == [
+            ("q0", "a0"),
+            ("q2", "a2"),
+        ]
+    (same,) = as_sources([RowSource(str(mapping))])
+    assert (same.path, same.limit) == (path, 3)
+
+
+@pytest.mark.parametrize("template", ["auto", "raw"])
+def test_a_tokenizer_without_a_template_is_said_where_nothing_chose_the_form(tmp_path, caplog, template):
+    one, two = (write(tmp_path / f"{name}.jsonl", {"prompt": name, "response": "a"}) for name in "ab")
+    data = ExpertData(one, two, template=template)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    data.bind(tokenizer)
+    data.encode(load_rows(one, need_response=True), "data.train")
+    assert ("data.train: this tokenizer has no chat template" in caplog.text) == (template == "auto")
 
 
 def test_text_of_a_csv_file_is_text(tmp_path):

@@ -53,7 +53,11 @@ class TokenizedData(LightningDataModule):
         self.encoder = Encoder(tokenizer, template=self.template, max_length=self.max_length)
 
     def encode(self, rows: list[Row], what: str) -> list[Encoded]:
-        """Token ids of rows; says how many had to be cut."""
+        """Token ids of rows; says how many had to be cut, and in which form prompts go in where nothing chose it."""
+        if self.template == "auto" and not self.encoder.chat:
+            log.warning(
+                "%s: this tokenizer has no chat template; prompts go in as they are, each with a new line", what
+            )
         before = self.encoder.truncated
         encoded = [self.encoder.encode(row) for row in rows]
         if cut := self.encoder.truncated - before:

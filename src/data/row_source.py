@@ -4,7 +4,7 @@ Mappings for well-known data sets ship under ``configs/data``; they are named in
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,7 +20,8 @@ class RowSource:
     r"""A set of rows.
 
     Args:
-        path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name.
+        path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name; or a
+            YAML file of these options (such as ``gsm8k.yaml``), over which the others here stand.
         split: The hub data set's or directory's split; slices such as ``train[:500]`` are allowed. Files have none.
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
@@ -82,8 +83,17 @@ def as_sources(value: Sources | None) -> list[RowSource]:
         if isinstance(item, str) and item.startswith(("[", "{")):
             found += _written_out(item)
         else:
-            found.append(item if isinstance(item, RowSource) else _named_source(item))
+            found.append(_over_mapping(item) if isinstance(item, RowSource) else _named_source(item))
     return found
+
+
+def _over_mapping(source: RowSource) -> RowSource:
+    """The source, or where its path is a mapping's file that mapping with what else the source says."""
+    if not source.path.endswith((".yaml", ".yml")):
+        return source
+    defaults = RowSource(source.path)
+    given = {f.name: getattr(source, f.name) for f in fields(source)}
+    return replace(_named_source(source.path), **{k: v for k, v in given.items() if v != getattr(defaults, k)})
 
 
 def _written_out(text: str) -> list[RowSource]:
@@ -93,7 +103,8 @@ def _written_out(text: str) -> list[RowSource]:
     except yaml.YAMLError:
         raise InputError(f"{text}: neither the name of a source of rows nor YAML") from None
     items = value if isinstance(value, list) else [value]
-    return [mapped_source(item, text) if isinstance(item, dict) else _named_source(str(item)) for item in items]
+    mapped = (mapped_source(item, text) if isinstance(item, dict) else str(item) for item in items)
+    return [_named_source(item) if isinstance(item, str) else _over_mapping(item) for item in mapped]
 
 
 def _named_source(name: str) -> RowSource:
