@@ -1,3 +1,4 @@
+import copy
 import json
 from collections import defaultdict
 from dataclasses import replace
@@ -437,8 +438,6 @@ def test_an_answer_may_be_cut_to_its_first_tokens(tokenizer, tmp_path, tokens, a
 
 
 def test_an_end_of_turn_that_only_the_vocabulary_calls_special_ends_answers(tokenizer):
-    import copy
-
     from tokenizers import AddedToken
 
     phi = copy.deepcopy(tokenizer)
@@ -452,16 +451,12 @@ def test_an_end_of_turn_that_only_the_vocabulary_calls_special_ends_answers(toke
 
 
 def test_prompts_of_a_template_with_a_date_are_those_of_another_day(tokenizer):
-    import copy
-
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "Today is {{ strftime_now('%d %b %Y') }}.\n" + dated.chat_template
     assert Encoder(dated).prompt_text("hello").startswith("Today is 26 Jul 2024.\n")
 
 
 def test_templates_of_models_that_think_are_told_not_to_and_thoughts_are_no_answer(tokenizer):
-    import copy
-
     thinking = copy.deepcopy(tokenizer)
     thinking.chat_template += (
         "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
@@ -478,10 +473,29 @@ def test_templates_of_models_that_think_are_told_not_to_and_thoughts_are_no_answ
     assert encoder.decode(thinking(unfinished).input_ids) == unfinished
 
 
+def test_what_stands_between_the_opening_of_a_turn_and_its_answer_is_of_the_prompt(tokenizer):
+    """gpt-oss's template opens the turn, and names the channel with the answer only."""
+    channelled = copy.deepcopy(tokenizer)
+    channelled.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|im_start|>final{% endif %}:"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    encoder = Encoder(channelled)
+    row = encoder.encode(Row("r", "hello", "yes"))
+    assert channelled.decode(row.ids) == (
+        "<|im_start|>user:hello<|im_end|><|im_start|>assistant<|im_start|>final:yes<|im_end|>"
+    )
+    assert channelled.decode(row.ids[row.answer_start :]) == "yes<|im_end|>"
+    # White space that only the whole turn has is the tokenizer's own affair (Llama 2).
+    spaced = copy.deepcopy(tokenizer)
+    spaced.chat_template = (
+        "[{{ messages[0].content }}]{% if messages|length > 1 %} {{ messages[1].content }}<|im_end|>{% endif %}"
+    )
+    assert Encoder(spaced).prompt_text("hello") == "[hello]"
+
+
 @pytest.mark.parametrize("first", [[], ["<|im_start|>"]])
 def test_an_end_that_a_tokenizer_puts_behind_texts_does_not_close_a_prompt(tokenizer, first):
-    import copy
-
     from tokenizers.processors import TemplateProcessing
 
     closing = copy.deepcopy(tokenizer)
@@ -504,8 +518,6 @@ def test_an_end_that_a_tokenizer_puts_behind_texts_does_not_close_a_prompt(token
 
 
 def test_answers_end_at_every_token_that_tokenizer_template_or_model_call_an_end(tokenizer):
-    import copy
-
     first = copy.deepcopy(tokenizer)
     first.eos_token = first.convert_ids_to_tokens(0)
     assert first.eos_token_id == 0  # no reason to pass over it
@@ -521,8 +533,6 @@ def test_answers_end_at_every_token_that_tokenizer_template_or_model_call_an_end
 
 
 def test_raw_prompts_need_no_template(tokenizer):
-    import copy
-
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     assert plain.decode(Encoder(plain).encode(Row("a", "hello", "yes")).ids) == "hello\nyes<|im_end|>"

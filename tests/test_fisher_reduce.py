@@ -9,12 +9,10 @@ from src.fisher.accumulate import MeanAccumulator, MeanScores, examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
-from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.fisher.magnitude import MagnitudeAccumulator
 
 SHAPES = {"a": (2, 3), "b": (1, 4)}
 KINDS = [
-    LowRankAccumulator,
     BlockAccumulator,
     KroneckerAccumulator,
     DiagonalAccumulator,

@@ -62,7 +62,7 @@ def worked_examples(tmp_path):
 def test_a_beginning_counts_once_only_where_it_is_computed_once(worked_examples, sharded):
     worked_examples.plan(1, {}, sharded=sharded)
     steps = worked_examples.steps
-    lengths = [len(encoded.ids) for encoded in worked_examples.encoded["mmlu"]]
+    lengths = [len(encoded.ids) for encoded in worked_examples.tokens["mmlu"].encoded]
     assert sorted(row for step in steps for row in step.rows) == list(range(24))
     most = max(sum(lengths[i] for i in step.rows) for step in steps)
     assert (most <= 1500) if sharded else (most > 1500)
@@ -74,7 +74,7 @@ def test_a_model_that_cannot_share_a_beginning_stays_within_the_budget(worked_ex
 
     worked_examples.plan(1, {})
     rows = worked_examples.steps[0].rows
-    batch = EncodedRows(worked_examples.encoded["mmlu"], 256)[(list(rows), 1.0)]
+    batch = EncodedRows(worked_examples.tokens["mmlu"].encoded, 256)[(list(rows), 1.0)]
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     scores, passes = [], []
     for window in (None, 4096):

@@ -169,10 +169,9 @@ def batch_loader(
     window: int = WINDOW,
     epoch: Callable[[], int] = int,
     even: bool = False,
-    by_prompt: bool = False,
 ) -> DataLoader[Batch]:
-    """A loader over this process's share of the rows (``by_prompt`` sorts by the length of the prompt alone)."""
-    lengths = [row.answer_start if by_prompt else len(row.ids) for row in rows]
+    """A loader over this process's share of the rows."""
+    lengths = [len(row.ids) for row in rows]
     sampler = LengthBatches(
         lengths, batch_size, rank=rank, world_size=world_size, seed=seed, window=window, epoch=epoch, even=even
     )

@@ -23,6 +23,8 @@ NO_THOUGHTS = {"enable_thinking": False}
 """What chat templates of models that think are given (Qwen3's and SmolLM3's read it; others pass over it)."""
 THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 """What models that think write in front of their answer."""
+QUESTION = {"role": "user", "content": "QUESTION"}
+ANSWER = {"role": "assistant", "content": "ANSWER"}
 NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")
 
 
@@ -94,6 +96,7 @@ class Encoder:
         self._dated = dated(tokenizer.get_chat_template()) if self.chat else None
         self.end_id = self._end_of_turn()
         self._ends = {*ends, self.end_id} | ({tokenizer.eos_token_id} - {None})
+        self._opening = self._opening_of_answers() if self.chat else ""
 
     def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -107,16 +110,26 @@ class Encoder:
     def _end_of_turn(self) -> int:
         """The token that closes an answer: what the chat template puts after it, else the tokenizer's end token."""
         if self.chat:
-            marker = "ANSWER"
-            text = self._render(
-                [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": marker}], generation=False
-            )
-            tail = self.tokenizer(text.rpartition(marker)[2], add_special_tokens=False).input_ids
+            text = self._render([QUESTION, ANSWER], generation=False)
+            tail = self.tokenizer(text.rpartition(ANSWER["content"])[2], add_special_tokens=False).input_ids
             if tail and self._is_special(tail[0]):
                 return tail[0]
         if self.tokenizer.eos_token_id is None:
             raise InputError("this tokenizer has neither an end-of-turn nor an end-of-sequence token")
         return self.tokenizer.eos_token_id
+
+    def _opening_of_answers(self) -> str:
+        """What the template puts between its opening of the turn and the answer, where a special token is in it.
+
+        The opening of gpt-oss stops in front of the channel, which the model would fill with thoughts.
+        """
+        opened = self._render([QUESTION], generation=True)
+        text = self._render([QUESTION, ANSWER], generation=False)
+        if not text.startswith(opened):
+            return ""
+        between = text[len(opened) :].rpartition(ANSWER["content"])[0]
+        ids = self.tokenizer(between, add_special_tokens=False).input_ids if between else []
+        return between if any(map(self._is_special, ids)) else ""
 
     def _is_special(self, token: int) -> bool:
         """Whether a token is special: by a name of its own or, as many ends of turns, by the vocabulary alone."""
@@ -132,7 +145,8 @@ class Encoder:
         """The text in front of the answer."""
         if not self.chat:
             return prompt + "\n"
-        return without_thought(self._render([{"role": "user", "content": prompt}], generation=True))
+        opened = self._render([{"role": "user", "content": prompt}], generation=True)
+        return without_thought(opened) + self._opening
 
     def encode(self, row: Row, *, with_answer: bool = True) -> Encoded:
         """Token ids of a row; the answer part is empty where the row has no response, or its prompt alone is asked."""

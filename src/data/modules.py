@@ -1,4 +1,4 @@
-"""LightningDataModules: rows for training and for the Fisher passes (:mod:`src.data.suites`: for evaluation)."""
+"""LightningDataModules: what all share, and rows for training (:mod:`src.data.calibration`: for Fisher passes)."""
 
 import logging
 import re

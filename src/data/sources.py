@@ -9,11 +9,10 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.data.row_source import RowSource, Sources, as_sources
+from src.data.row_source import RowSource, Sources, as_sources, find_file
 from src.data.rows import Row, read_jsonl
 from src.data.tables import load_table
 from src.errors import InputError
-from src.files import PROJECT
 from src.metrics.categories import category_text
 
 log = logging.getLogger(__name__)
@@ -202,9 +201,7 @@ def _column(record: dict[str, Any], column: str, place: str) -> Any:
 
 
 def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source.path)
-    if not path.exists() and (PROJECT / path).exists():
-        path = PROJECT / path
+    path = find_file(source.path) or Path(source.path)
     if "[" in source.split and path.is_file():
         raise InputError(f"{source.path}: split is {source.split!r}, and a file has none; use skip and limit")
     if path.suffix == ".jsonl":

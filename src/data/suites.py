@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from src.data.chat import SHORTEST, Encoded, Encoder, Template
+from src.data.chat import SHORTEST, Encoder, Template
 from src.data.choice_rows import ChoiceRow
 from src.data.modules import TokenizedData, process_share
 from src.data.rows import Row
@@ -59,11 +59,6 @@ class EvaluationData(TokenizedData):
         self.tokens: dict[str, SuiteTokens] = {}
         self._steps: list[list[Step]] = []
         self._in_step = False
-
-    @property
-    def encoded(self) -> dict[str, list[Encoded]]:
-        """Token ids of every suite."""
-        return {name: tokens.encoded for name, tokens in self.tokens.items()}
 
     def encode_suites(self, positions: int | None, ends: Sequence[int] = ()) -> None:
         """Tokenise for a model of so many positions, which names some tokens as ends of what it says.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from src.data.row_source import RowSource, as_sources, find_file, mapped_source
 from src.data.tables import FILE_READERS
 from src.errors import InputError
+from src.experiments.plain_settings import plain
 from src.files import sha256_file
 
 ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "merge": (), "inspect": ()}
@@ -87,8 +88,8 @@ def sources(value: Any) -> list[RowSource]:
 
 def plain_source(source: RowSource) -> dict[str, Any]:
     """A source without the options that it leaves at their defaults."""
-    defaults = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(source)}
-    return {key: value for key, value in asdict(source).items() if value != defaults[key]}
+    found: dict[str, Any] = plain(source)
+    return found
 
 
 def source_content(source: RowSource) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import numpy as np
 
 from src.experiments.document import Document, bound, column, number, table
 from src.experiments.holm import holm
-from src.experiments.scores import MEASURES, QUANTILES, Measure, Scores, two_sided_p
+from src.experiments.scores import MEASURES, Measure, Scores, two_sided_p
 from src.experiments.statements import holm_note
-from src.metrics.bootstrap import Estimate
+from src.metrics.bootstrap import ENDS, Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
 MOST_APART = 0.5
@@ -138,7 +138,7 @@ def drawn_differences(
 
 def estimated(drawn: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
     """The mean difference with its interval, and the p-value of none, from (1 + S,) draws."""
-    low, high = np.quantile(drawn[1:], QUANTILES)
+    low, high = np.quantile(drawn[1:], ENDS)
     return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
 
 

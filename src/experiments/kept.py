@@ -14,9 +14,9 @@ import torch
 
 from src.experiments.grid import Model
 from src.experiments.point_names import name_and_experts
-from src.experiments.scores import DRAWS, QUANTILES, Row, row_scores
+from src.experiments.scores import DRAWS, Row, row_scores
 from src.experiments.store import Record, Store
-from src.metrics.bootstrap import Estimate, resampled_means
+from src.metrics.bootstrap import ENDS, Estimate, resampled_means
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,5 @@ def slope(found: Mapping[int, Sequence[Kept]]) -> Estimate | None:
 
 def _estimate(values: Sequence[float], draws: Sequence[torch.Tensor], first: Kept) -> Estimate:
     """The mean over seeds; ``first`` says how many rows each has."""
-    quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
-    low, high = torch.quantile(torch.stack(list(draws)).mean(dim=0), quantiles).tolist()
+    low, high = torch.quantile(torch.stack(list(draws)).mean(dim=0), ENDS).tolist()
     return Estimate(sum(values) / len(values), low, high, sum(first.rows.values()))

@@ -17,13 +17,12 @@ import torch
 
 from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
-from src.metrics.bootstrap import EQUAL, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import ENDS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
 from src.metrics.categories import categories_of
 
 DRAWS = 4000
 FINER = 80
 """Draws for each comparison of a table, where :data:`DRAWS` give no p-value that Holm's adjustment can leave at 5 %."""
-QUANTILES = (0.025, 0.975)
 
 Measure = Literal["refusal", "attack_success", "over_refusal", "utility", "task_nll", "answer_nll", "collapse"]
 Split = Literal["validation", "test", "all"]
@@ -162,7 +161,7 @@ class Scores:
         return two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy())
 
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
-        low, high = torch.quantile(drawn, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        low, high = torch.quantile(drawn, ENDS).tolist()
         return Estimate(value, low, high, len(self.rows))
 
 
@@ -251,17 +250,17 @@ def not_finite(
 
 
 def by_category(
-    record: Record, split: Split = "all", *, share: float = 0.5, split_seed: int = 0, column: str = "refused"
+    record: Record, split: Split = "all", *, share: float = 0.5, split_seed: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """Category to (hits, rows) of a flag over a split's harmful rows; those without a category are left out."""
+    """Category to (refused, rows) over a split's harmful rows; those without a category are left out."""
     reports = record.get("reports", set())
     found: dict[str, tuple[int, int]] = {}
     for suite in record["settings"]["data"]["suites"]:
         columns = record["found"]["rows"][suite["name"]]
-        if suite["kind"] not in HARMFUL or column not in columns:
+        if suite["kind"] not in HARMFUL or "refused" not in columns:
             continue
         keys = row_keys(suite["name"], columns["ids"])
-        for row, text, flag in zip(keys, columns["categories"], columns[column], strict=True):
+        for row, text, flag in zip(keys, columns["categories"], columns["refused"], strict=True):
             if text and in_split(row, split, share=share, seed=split_seed, reports=reports):
                 for category in categories_of(text):
                     hits, count = found.get(category, (0, 0))

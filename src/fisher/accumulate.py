@@ -108,10 +108,9 @@ class Accumulator(ABC, Generic[Result]):
     Args:
         shapes: (p, q) of each module.
         halves: Keep the two halves of the rows apart, for diagnostics on held-out rows; twice the memory.
-        allocate: Where sums live.
     """
 
-    def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
+    def __init__(self, shapes: Shapes, *, halves: bool = True) -> None:
         self.shapes = dict(shapes)
         self.counts = torch.zeros(2 if halves else 1, dtype=torch.float64)
         self._batch: Examples
@@ -200,7 +199,7 @@ class MeanAccumulator(Accumulator[MeanScores]):
     """Accumulates :class:`MeanScores`."""
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, halves=halves, allocate=allocate)
+        super().__init__(shapes, halves=halves)
         kept = len(self.counts)
         self._sums = {name: allocate(f"mean.{name}", (kept, *shape)) for name, shape in self.shapes.items()}
 

@@ -98,7 +98,7 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
     """
 
     def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, halves=halves, allocate=allocate)
+        super().__init__(shapes, halves=halves)
         kept = len(self.counts)
         self._left = {name: allocate(f"left.{name}", (kept, p, p)) for name, (p, _) in self.shapes.items()}
         self._right = {name: allocate(f"right.{name}", (kept, q, q)) for name, (_, q) in self.shapes.items()}

@@ -5,8 +5,6 @@ Legend of shapes: n examples, k stored scores (n times the draws of labels), D c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
 import torch
 
@@ -70,7 +68,7 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         self._parts_now = {}
 
     def sums(self) -> Iterator[torch.Tensor]:
-        """No sums: scores are gathered by :meth:`reduce`."""
+        """No sums: scores go into shards, which :func:`src.fisher.shards.join_scores` puts together."""
         yield from ()
 
     def unsound(self) -> str | None:
@@ -84,15 +82,6 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
         """Scores, their keys and weights."""
         lists = {"scores": self._scores, "keys": self._keys, "weights": self._weights}
         return {"counts": self.counts} | {name: torch.cat(parts) for name, parts in lists.items() if parts}
-
-    def reduce(self, device: torch.device | None = None) -> None:
-        """Bring the scores of all processes together on each of them."""
-        super().reduce(device)
-        if torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, (self._scores, self._keys, self._weights))
-            for i, own in enumerate((self._scores, self._keys, self._weights)):
-                own[:] = chain.from_iterable(parts[i] for parts in gathered)
 
     def finish(self) -> LowRankFisher:
         """The Fisher matrix.

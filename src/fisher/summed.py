@@ -91,7 +91,7 @@ class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
         halves: bool = True,
         allocate: Allocate = zeros,
     ) -> None:
-        super().__init__(shapes, halves=halves, allocate=allocate)
+        super().__init__(shapes, halves=halves)
         self._kind, kept = kind, len(self.counts)
         self._sums = {
             name: allocate(f"{kind.representation}.{name}", (kept, *kind.entry(p, q)))

@@ -105,7 +105,7 @@ class Eigensystem(ABC):
         return self.expand(patch).at(phi)
 
     def eigenvectors(self) -> torch.Tensor:
-        """(D, m) eigenvectors, orthonormal in the metric F_u + εI; for tests and plots."""
+        """(D, m) eigenvectors, orthonormal in the metric F_u + εI; dense: a small D."""
         return self.combine(torch.eye(len(self.values), dtype=torch.float64)).T
 
 
@@ -135,19 +135,6 @@ class Expansion:
             return path
         rest = torch.tensor([self.system.complement_value], dtype=torch.float64)
         return path + torch.cat([phi(rest) for phi in phis])[:, None] * self.outside
-
-    def fitted_energies(self, phi: Filter) -> tuple[float, float]:
-        """``cᵀ(F_s + σI)c`` and ``cᵀ(F_u + εI)c`` of the filtered patch, from eigenvalues alone.
-
-        On the rows that were fitted, ridges included: for the path of an optimiser, never for a report.
-        """
-        squares = (phi(self.system.values) * self.coefficients).square()
-        safety, utility = (self.system.values * squares).sum().item(), squares.sum().item()
-        if self.outside is not None:
-            rest = torch.tensor([self.system.complement_value], dtype=torch.float64)
-            norm = phi(rest).square().item() * self.outside.square().sum().item()
-            safety, utility = safety + self.system.sigma * norm, utility + self.system.epsilon * norm
-        return safety, utility
 
 
 def rounding(pencil: Pencil, largest: float) -> float:

@@ -129,11 +129,6 @@ class MatrixFreeExpansion(Expansion):
         """
         return torch.stack([self._filtered(phi) for phi in phis])
 
-    def fitted_energies(self, phi: Filter) -> tuple[float, float]:
-        """``cᵀ(F_s + σI)c`` and ``cᵀ(F_u + εI)c`` of the filtered patch, by products; on the rows that were fitted."""
-        made = self.at(phi)
-        return (made @ self.system.left(made)).item(), (made @ self.system.right.product(made)).item()
-
     def _filtered(self, phi: Filter) -> torch.Tensor:
         system, known = self.system, len(self.coefficients)
         if (isinstance(phi, Soft) and phi.tau == 0) or (isinstance(phi, TopCut) and phi.k == system.dim):

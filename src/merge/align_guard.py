@@ -12,6 +12,7 @@ from src.adapters.deltas import Delta, Deltas, combined, squared_norm
 from src.errors import InputError
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
+from src.merge.combination import share
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ class AlignGuardPosthoc(MergeMethod):
     def __init__(self, k: int = 32, gamma: float = 1.0, add_safety: bool = True) -> None:
         if k < 1:
             raise InputError(f"method.k is {k}; expected at least 1")
-        if not 0 <= gamma <= 1:
-            raise InputError(f"method.gamma is {gamma}; expected a number from 0 to 1")
+        share(gamma, "method.gamma", zero=True)
         self.k, self.gamma, self.add_safety = k, gamma, add_safety
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:

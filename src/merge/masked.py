@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 
 from src.adapters.deltas import Delta, Deltas, LazyDelta, combined, row_blocks
-from src.errors import InputError
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import finite, share
+from src.merge.combination import above_zero, finite, share
 from src.merge.selection import at_least, kept_count, kth_magnitude
 
 Mask = Literal["hard", "soft"]
@@ -44,8 +43,7 @@ class Masking:
     def __post_init__(self) -> None:
         share(self.top, "method.top")
         finite(self.tau, "method.tau")
-        if not 0 < self.gamma < float("inf"):
-            raise InputError(f"method.gamma is {self.gamma}; expected a finite number above 0")
+        above_zero(self.gamma, "method.gamma")
 
 
 def whole_patch(utility: Mapping[str, Delta], safety: Mapping[str, Delta], form: Form) -> Deltas:
@@ -107,8 +105,7 @@ class RatioMask(MergeMethod):
         form: Form = "additive",
         epsilon: float = 1e-12,
     ) -> None:
-        if not 0 < epsilon < float("inf"):
-            raise InputError(f"method.epsilon is {epsilon}; expected a finite number above 0")
+        above_zero(epsilon, "method.epsilon")
         self._masking = Masking(mask, top, tau, gamma, form)
         self.mask, self.top, self.tau, self.gamma, self.form, self.epsilon = mask, top, tau, gamma, form, epsilon
 

@@ -1,6 +1,7 @@
 """What re-learned coefficients work on, from the passes of a run with mean scores: of all rows, and of their halves."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -58,15 +59,7 @@ def patched(basis: CoreBasis, safety: Pass, utilities: Sequence[Pass], benign: S
         )
         for i in range(2)
     )
-    return PatchedFisher(
-        whole.safety,
-        whole.utility,
-        basis,
-        benign=whole.benign,
-        safety_mean=whole.safety_mean,
-        benign_mean=whole.benign_mean,
-        halves=(one, two),
-    )
+    return replace(whole, halves=(one, two))
 
 
 def _patched(

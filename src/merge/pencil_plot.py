@@ -14,7 +14,7 @@ from src.files import write_atomically
 
 PLOT = "pencil.png"
 ROUNDING = 1e-12
-"""Eigenvalues under this share of the largest are not drawn."""
+"""Eigenvalues under this share of the largest are rounding, and would squeeze all others on a log axis: not drawn."""
 MOST_LABELS = 16
 """Most layers that are named."""
 LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")

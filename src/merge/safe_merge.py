@@ -17,7 +17,8 @@ class SafeMerge(Aligned):
     """SafeMERGE (2503.17239): interpolate with the safety adapter in the modules that drifted from alignment.
 
     Strength 1 is the paper's merge; those below it lie on the line from ΔW_u to it. It merges ΔW, as the formula says;
-    the authors' code mixes factors (PEFT's ``linear``), which adds the cross terms B_u A_s and B_s A_u.
+    the authors' code mixes factors (PEFT's ``linear``), which adds the cross terms B_u A_s and B_s A_u. Modules
+    without a direction of alignment (V = 0) stay as they are; the authors' code calls their cosine 0 and merges them.
 
     Args:
         tau: Cosine between ``C ΔW_u`` and ΔW_u under which a module is merged, -1 to 1 (the code's .35; the paper's

@@ -19,9 +19,10 @@ from src.merge.weight_fishers import per_weight
 class SstDiagonal(MergeMethod):
     """The published SST-Merge: keep the patch where ``r = f_s / (f_u + ε)`` is large, weight by weight. Full rank.
 
-    The form in which SST-Merge was first published (no arXiv id). Needs Fisher files of ``--model.coordinates weight
-    --model.representation diagonal``. With ``--model.labels random_tokens`` they need no data. Strength alpha
-    multiplies the masked patch.
+    The form in which SST-Merge was first published (no arXiv id). Its published code takes the top share over all
+    modules together, and squashes standardised ratios in ``soft``; here each module keeps its own share, and ``tau``
+    and ``gamma`` are those of the ratio. Needs Fisher files of ``--model.coordinates weight --model.representation
+    diagonal``. With ``--model.labels random_tokens`` they need no data. Strength alpha multiplies the masked patch.
 
     Args:
         mask: ``hard`` keeps the elements with the largest ratios; ``soft`` weighs by 1 / (1 + exp(−(r − tau)/gamma)).

@@ -11,7 +11,9 @@ from src.merge.masked import RatioMask
 class SstV(RatioMask):
     """SST-V: keep the patch where it is large against the utility update, ``r = P² / (ΔW_u² + ε)``. No data.
 
-    The published data-free variant of SST-Merge (no arXiv id). Full rank.
+    The published data-free variant of SST-Merge (no arXiv id), except that each module keeps its own share, and ε only
+    keeps the division sound: the published code adds 1e-6 to both squares, and takes the top share over all modules.
+    Full rank.
     """
 
     def parts(

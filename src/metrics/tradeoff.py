@@ -17,7 +17,7 @@ from math import inf, isfinite
 
 import torch
 
-from src.metrics.bootstrap import DRAWS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import DRAWS, ENDS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
 
 UNDEFINED = "undefined: no safety gain"
 
@@ -70,7 +70,7 @@ def safety_tax(
 def _ratio_interval(losses: torch.Tensor, gains: torch.Tensor) -> tuple[float, float]:
     """95 % interval of draws (draws,) of ``losses / gains``; one whose gain is not above 0 is beyond either end."""
     ends = [torch.where(gains > EQUAL, losses / gains, end) for end in (-inf, inf)]
-    low, high = (torch.quantile(each, q).item() for each, q in zip(ends, (0.025, 0.975), strict=True))
+    low, high = (torch.quantile(each, q).item() for each, q in zip(ends, ENDS, strict=True))
     return low, high
 
 

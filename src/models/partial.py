@@ -1,8 +1,8 @@
 """Partial results of an evaluation, kept by content: a killed run redoes only what is missing.
 
-Each (model, suite) has a key: the SHA-256 of the base's fingerprint, the adapter's weights, the rows and their token
-ids, the decoding settings, the number format and this project's own code that computes them. A result is found by its
-key alone, so whatever changes, nothing stale is served. Each process appends a line per batch to its own file.
+Each (model, suite) has a key: the SHA-256 of the base's weights, the adapter's weights and scaling, the rows and their
+token ids, the decoding settings, the number format and this project's own code that computes them. A result is found by
+its key alone, so whatever changes, nothing stale is served. Each process appends a line per batch to its own file.
 """
 
 import hashlib

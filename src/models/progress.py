@@ -1,4 +1,4 @@
-"""A line on how far a long evaluation is: rows done, rows per second, time left."""
+"""A line on how far a long evaluation or Fisher pass is: rows done, rows per second, time left."""
 
 import logging
 import time

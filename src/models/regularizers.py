@@ -7,7 +7,9 @@ on its k leading eigenvectors p_i with eigenvalues λ_i, all in the core space o
     penalty = w_A ‖F^½ Δ_A‖² + w_T ‖Δ_T‖² + w_C Σ_m [ b Σ_ij |Δ_A||Δ_T| + (1 − b) cos²(Δ_A,m, Δ_T,m) ]
 
 ‖F^½ Δ_A‖² = Σ λ_i (p_iᵀ c)² for the core coordinates c of Δ. The paper's trust region ‖H^½ Δ_T‖² is taken with H = I.
-Its weights of single coordinates in the overlap could not be read and are 1; default weights are this project's.
+Its weights of single coordinates in the overlap could not be read and are 1 (a reproduction by others,
+``Sirhan1/modelFineTuneRiskAssessment``, has 1 + β σ(|Δ_ij| − τ): for small updates nearly the constant 1 + β/2, which b
+and w_C hold as well); default weights are this project's.
 
 Legend of shapes: D core coordinates, K directions, p and q sides of a module's core.
 """

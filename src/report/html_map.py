@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from src.merge.pencil_plot import MapWords
+from src.merge.pencil_plot import MOST_LABELS, MapWords
 from src.report.html_panel import panel, reached
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 8, 92
 SCALE = 44
 """Height of the scale below the map."""
-MOST_LABELS = 16
-"""Most layers that are named."""
 
 
 def map_panel(grid: Mapping[str, Any], width: int, words: MapWords) -> str:

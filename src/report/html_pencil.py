@@ -8,13 +8,11 @@ from html import escape
 from math import log10
 from typing import Any
 
-from src.merge.pencil_plot import map_words
+from src.merge.pencil_plot import ROUNDING, map_words
 from src.report.html_axes import Frame, log_ticks, plain_ticks
 from src.report.html_map import map_panel
 from src.report.html_panel import line_of, panel, points_of
 
-ROUNDING = 1e-12
-"""Eigenvalues under this share of the largest are rounding, and would squeeze all others on a log axis."""
 SIZE = {"width": 400, "height": 330, "left": 58}
 PARTS = {"spectrum": "spectrum", "curve": "held-out energies", "map": "map"}
 

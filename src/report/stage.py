@@ -58,7 +58,7 @@ def report(
         write_text(folder / "table.csv", _csv(found, columns, costs))
         write_json(folder / "table.json", [asdict(result) for result in found])
         if costs is not None:
-            write_json(folder / "tradeoff.json", costs.as_dict())
+            write_json(folder / "tradeoff.json", asdict(costs))
         drawn = plot_fronts(found, folder / "fronts.png")
     for name, rows in tables.items():
         _show(name, rows)

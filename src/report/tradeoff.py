@@ -8,7 +8,7 @@ front is what one method gives over its strengths.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,6 @@ class Tradeoff:
     attacks_at_most: float
     costs: list[Cost]
     fronts: list[Front]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The form in which it is written."""
-        return asdict(self)
 
 
 def find_expert(results: Sequence[ModelResult], name: str | None) -> ModelResult | None:

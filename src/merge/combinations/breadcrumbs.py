@@ -11,6 +11,8 @@ from src.merge.sparsify import between
 class Breadcrumbs(ElementWise):
     """Model Breadcrumbs (2312.06795): drop each update's largest and smallest elements, and sum. Full rank.
 
+    Thresholds are those of a whole module, as in mergekit; the authors' code takes them row by row.
+
     Args:
         density: Share of elements that each update keeps, per module, above 0 to 1.
         gamma: Share of elements dropped as outliers, the largest ones; density + gamma is at most 1.

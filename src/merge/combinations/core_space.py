@@ -2,7 +2,8 @@
 
     [B_1 … B_n] = U S_b ·,   [A_1ᵀ … A_nᵀ] = V S_a ·,   ΔW = U · inner(Uᵀ ΔW_1 V, …, Uᵀ ΔW_n V) · Vᵀ
 
-The stacked factors are the balanced ones, ``B_i = U_i √σ_i`` and ``A_i = √σ_i V_iᵀ``, which every factoring shares.
+The stacked factors are the balanced ones, ``B_i = U_i √σ_i`` and ``A_i = √σ_i V_iᵀ``, which every factoring shares; the
+authors stack factors as they were trained.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,8 @@ class Dare(ElementWise):
         density: Probability with which an element is kept, above 0 to 1.
         rescale: ``1/p`` divides by the density (unbiased); ``l1`` restores the sum of magnitudes; ``none``.
         election: ``none`` sums (DARE-linear); ``peft`` and ``mergekit`` elect signs as TIES does (DARE-TIES).
-        normalise: Divide by the agreeing updates or weights, or by the sum of weights without election.
+        normalise: Divide by the agreeing updates or weights, or by the sum of weights without election. PEFT's
+            ``dare_ties`` is ``peft`` with it, mergekit's is ``mergekit`` without.
         seed: Seed of the masks.
     """
 
