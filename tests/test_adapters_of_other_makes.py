@@ -2,11 +2,13 @@
 architectures, broken configurations, modules that only some adapters have."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from src.adapters.attach import attached
@@ -203,6 +205,58 @@ def test_adapters_of_other_modules_of_one_base_are_merged(tmp_path, capsys):
     assert "| 1 | 1.000 | 0.000 |" in table
     assert "| 1 | 1.000 | — |" in table
     assert "nan" not in table
+
+
+def of_multimodal(folder, renamed=str):
+    """An adapter of a model that also sees, with the ranks of its modules in patterns; some names written otherwise."""
+    names = [f"model.language_model.layers.{i}.{part}" for i in range(2) for part in ("q_proj", "up_proj")]
+    draw, pairs = torch.Generator().manual_seed(0), {}
+    for rank, name in enumerate([*names, "lm_head"], 1):
+        pairs[name] = LowRankPair(torch.randn(rank, 6, generator=draw), torch.randn(8, rank, generator=draw))
+    write_adapter(folder, pairs, base="tiny", manifest={}, seen=frozenset(), card="c")
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    root = "base_model.model."
+    save_file({root + renamed(key.removeprefix(root)): value for key, value in load_file(file).items()}, file)
+    found = json.loads(config.read_text())
+    for key in ("rank_pattern", "alpha_pattern"):
+        plain = {name.replace("\\", ""): value for name, value in found[key].items()}
+        found[key] = {re.escape(renamed(name)): value for name, value in plain.items()}
+    config.write_text(json.dumps(found))
+    return pairs
+
+
+def of_before(name):
+    """The name that transformers gave a module before 4.52."""
+    head = name.replace("lm_head", "language_model.lm_head") if name.startswith("lm_head") else name
+    return head.replace("model.language_model.", "language_model.model.")
+
+
+def test_a_module_under_its_name_of_before_is_the_same_module(tmp_path):
+    pairs = of_multimodal(tmp_path / "later")
+    of_multimodal(tmp_path / "before", of_before)
+    assert read_adapter(tmp_path / "before").sha256 != read_adapter(tmp_path / "later").sha256
+    found = read_adapter(tmp_path / "before").pairs
+    assert sorted(found) == sorted(pairs)
+    for name, pair in pairs.items():
+        torch.testing.assert_close(found[name].dense(), pair.dense())
+    merge(utility=[str(tmp_path / "before"), str(tmp_path / "later")], output=str(tmp_path / "m"))
+    merged = read_adapter(tmp_path / "m").pairs
+    assert sorted(merged) == sorted(pairs)
+    for name, pair in pairs.items():
+        torch.testing.assert_close(merged[name].dense(), 2 * pair.dense(), rtol=1e-4, atol=1e-4)
+    assert "language_model.model." not in (tmp_path / "m" / "adapter_config.json").read_text()
+    assert not any("language_model.model." in key for key in load_file(tmp_path / "m" / "adapter_model.safetensors"))
+
+
+def test_a_module_under_both_of_its_names_is_one_line(tmp_path):
+    of_multimodal(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    stored = load_file(path)
+    root = "base_model.model."
+    both = {root + of_before(key.removeprefix(root)): value.clone() for key, value in stored.items()}
+    save_file(stored | both, path)
+    with pytest.raises(InputError, match=r"safetensors: updates lm_head under two names.*expected one$"):
+        read_adapter(tmp_path)
 
 
 def test_points_of_a_sweep_never_share_a_directory(adapters, tmp_path):

@@ -6,7 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from src.adapters.base_weights import open_base
 from src.adapters.checks import check_compatible, same_base_name
 from src.adapters.peft_files import read_adapter
 from src.cli import main
@@ -123,6 +125,26 @@ def test_a_merge_names_its_way_out(renamed, tmp_path, capsys):
     assert line.endswith(f"or give --aliases '[\"{ELSEWHERE}\"]'")
     assert main(["inspect", str(renamed["utility"]), str(renamed["safety"])]) == 2
     assert main(["inspect", str(renamed["utility"]), str(renamed["safety"]), "--aliases", f'["{ELSEWHERE}"]']) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "keys"),
+    [
+        ("model.language_model.layers.0.up", ["language_model.model.layers.0.up"]),
+        ("model.layers.0.up", ["model.language_model.layers.0.up"]),
+        ("model.layers.0.up", ["language_model.model.layers.0.up"]),
+        ("lm_head", ["language_model.lm_head"]),
+        ("model.layers.0.up", ["model.layers.0.up", "model.language_model.layers.0.up"]),
+        ("transformer.h.0.up", ["h.0.up", "language_model.transformer.h.0.up"]),
+    ],
+)
+def test_a_weight_is_found_by_the_name_that_files_of_its_model_have(tmp_path, module, keys):
+    """The first key is the one meant."""
+    stored = {f"{key}.weight": torch.zeros(1) for key in ["model.vision_tower.layers.0.up", *keys]}
+    save_file(stored, tmp_path / "model.safetensors")
+    with open_base(str(tmp_path)) as weights:
+        assert weights.key_of(module) == f"{keys[0]}.weight"
+        assert weights.key_of("model.layers.1.up") is None
 
 
 def test_an_alias_lets_no_third_base_in(adapters, renamed, tmp_path):

@@ -74,6 +74,27 @@ def test_padding_is_not_seen_where_attention_is_written_out(kind):
     assert min(map(len, found)) > 0
 
 
+def test_a_window_that_only_masks_know_counts_no_padding():
+    """GPT-Neo's local layers, in prompts with a common beginning, against each token computed anew."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 100, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64}
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 8, "bos_token_id": 0, "eos_token_id": 0}
+    more = {"initializer_range": 1.0, "tie_word_embeddings": False}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, **kinds, **more)).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    prompts = [[*range(5, 13), 20 + n, *torch.randint(99, (n,), generator=draw).tolist()] for n in (3, 9, 1, 6)]
+    encoded = [Encoded(Row(str(i), "x"), ids, len(ids)) for i, ids in enumerate(prompts)]
+    batch = EncodedRows(encoded, 99)[(list(range(4)), 1.0)]
+    assert batch.common_prefix == 8
+    with torch.inference_mode():
+        for ids, answer in zip(prompts, greedy(model, batch, max_new_tokens=8, stop_ids=[], pad_id=99), strict=True):
+            for token in answer:
+                assert int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+                ids.append(token)
+
+
 def test_logits_that_are_no_numbers_are_one_line_and_no_answer(tmp_path, capsys):
     model, broken = make_model(), tmp_path / "broken"
     model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")

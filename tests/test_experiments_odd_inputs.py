@@ -141,6 +141,17 @@ def test_angles_stand_at_the_draw_that_they_are_of():
     assert [row["seed"] for row in table["rows"]] == [1]
 
 
+def test_angles_are_means_over_pairs_of_experts_and_those_to_the_safety_expert_stand_apart():
+    angles = {"adapters": ["a", "b", "safety"]}
+    for start, name in enumerate(("cosines", "columns", "rows")):
+        angles[name] = [[float(9 * start + 3 * i + j) for j in range(3)] for i in range(3)]
+    (table,) = geometry_table({0: {"found": angles}})
+    (row,) = table["rows"]
+    assert row["cosine"] == angles["cosines"][1][0]
+    assert (row["columns"], row["rows"]) == (angles["columns"][1][0], angles["rows"][1][0])
+    assert row["safety"] == sum(angles["columns"][2][:2]) / 2
+
+
 def test_a_task_may_be_called_as_merges_are():
     methods = [MethodSpec("A", combine=Linear(), strength=Strengths("none", [1.0]))]
     tasks = {"qa (en)": "utility", "two (2)": "utility"}

@@ -10,13 +10,16 @@ from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
-from src.experiments.grid import Grid
+from src.experiments.costs import cost_table
+from src.experiments.grid import Grid, Model, seeded
 from src.experiments.kept import nothing_alone
 from src.experiments.safety_tax import SafetyTax
 from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe, Strengths
 from src.experiments.store import Store
+from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
+from src.merge.resta import Resta
 from src.merge.sst import Sst
 from src.models.base import BaseSpec
 from tests.known_answers import KnownAnswers, model
@@ -57,11 +60,21 @@ def test_experts_of_a_seed_have_their_own_start_and_rows_where_asked(recipe):
     starts, shuffles = zip(*map(trained_with, fits), strict=True)
     assert len(set(starts)) == 4
     assert shuffles == ({1}, {1}, {2}, {2})
+    assert [fit.settings["data"]["seed"] for fit in fits] == [1, 1, 2, 2]
     fisher = grid.fisher([fits[2]], fits[3], 2, {})
+    assert fisher.settings["model"]["seed"] == 2
     assert [fisher.settings["data"][side][0]["seed"] for side in ("safety", "utility")] == [2, 2]
     mixed = MethodSpec("mixed", train="mixed", strength=Strengths("safety_rows", [4.0]))
     (made,) = grid.models(mixed, 2)
     assert trained_with(made.made) == (starts[2], {2})
+
+
+def test_draws_of_a_method_are_other_ones_for_every_seed(recipe):
+    assert [seeded(Dare(seed=5), seed).seed for seed in (0, 2)] == [5, 7]
+    grid = Grid(recipe("calibration"))
+    spec = MethodSpec("RESTA", Resta(seed=5), strength=Strengths("alpha", [1.0]))
+    ((_, merge),) = grid.merges(spec, [grid.utility(2)], grid.safety(2), 2)
+    assert merge.settings["method"]["init_args"]["seed"] == 7
 
 
 def test_rows_that_a_variant_names_are_drawn_anew_as_well(recipe, tmp_path):
@@ -151,6 +164,28 @@ def test_a_cell_that_was_killed_and_goes_on_has_cost_both_pieces(tmp_path):
         stages._run("fit", "fit-x", {}, [])
     assert stages._run("fit", "fit-x", {}, [])[0].seconds == pytest.approx(1005, abs=60)
     assert stages._run("fit", "fit-x", {}, [])[0].seconds == 5.0
+
+
+def test_the_cost_of_a_method_is_the_mean_over_seeds_of_its_whole_path():
+    seconds, models = {}, []
+    for seed, spent in enumerate(((0.5, 1.5), (1.0, 3.0))):
+        expert, passes = Cell("fit", f"expert {seed}", {"toy": seed}), Cell("fisher", f"passes {seed}", {"toy": seed})
+        seconds |= {expert.key: 100.0, passes.key: 10.0}
+        for strength, one in enumerate(spent):
+            settings, needs = {"toy": [seed, strength]}, {"utility": (expert,), "fisher": (passes,)}
+            merge = Cell("merge", "merge", settings, needs)
+            seconds[merge.key] = one
+            models.append(Model("A", float(strength), seed, Cell("test", "test", {}), merge))
+
+    class Spent:
+        def has_result(self, cell):
+            return True
+
+        def read(self, cell):
+            return {"cost": {"seconds": seconds[cell.key], "peak_mb": 1.0, "processor": "toy"}}
+
+    (row,) = cost_table({"A": models}, Spent())["rows"]
+    assert (row["merge"], row["fisher"], row["fit"]) == (3.0, 10.0, "")
 
 
 def test_a_safety_tax_says_where_mixed_training_has_fewer_rows(recipe):

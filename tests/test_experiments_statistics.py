@@ -13,7 +13,7 @@ from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, kept_of, mean_kept, slope
-from src.experiments.safety_tax import category_table
+from src.experiments.safety_tax import category_table, tax_rows
 from src.experiments.scores import (
     DRAWS,
     Scores,
@@ -180,6 +180,31 @@ def test_strengths_are_chosen_by_the_rule():
     assert chosen_point(scores, list(given), Choice(rule="refusal_at_least", refusal=0.99)) == "strong"
     assert chosen_point(scores, ["weak", "middle"], Choice(rule="refusal_at_least", refusal=0.99)) == "middle"
     assert chosen_point(scores, ["weak"], Choice()) == "weak"
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice(rule="refusal_at_least", refusal=0.5)])
+def test_each_part_of_a_rule_counts_as_much_as_the_others(choice):
+    given = {
+        "answers little right": [record(0.9, over=0.1, exact=0.2)],
+        "refuses what is harmless": [record(0.9, over=0.6, exact=0.9)],
+        "refuses all": [record(1.0, over=0.25, exact=0.9)],
+        "best": [record(0.9, over=0.1, exact=0.9)],
+    }
+    assert chosen_point(gathered(given), list(given), choice) == "best"
+
+
+def test_a_tax_is_the_utility_experts_loss_over_the_gain_against_it():
+    known = {
+        "base": [record(0.6, exact=0.1, seed=5)],
+        "utility": [record(0.1, exact=0.8, seed=1)],
+        "TA @ 1": [record(0.9, exact=0.5, seed=2)],
+    }
+    scores = gathered(known)
+    (row,) = tax_rows(scores, list(known))
+    assert row["gain"]["value"] == pytest.approx(scores["refusal"].difference("TA @ 1", "utility").value)
+    assert row["loss"]["value"] == pytest.approx(scores["utility"].difference("utility", "TA @ 1").value)
+    assert row["gain"]["value"] > 0 < row["loss"]["value"]
+    assert row["tax"]["value"] == pytest.approx(row["loss"]["value"] / row["gain"]["value"])
 
 
 def test_categories_are_counted_over_harmful_suites_only():

@@ -546,6 +546,9 @@ def test_the_estimate_of_the_disk_is_what_the_files_hold(base, adapters, rows, t
     tensors = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
     held = sum(t.numel() * t.itemsize for own in tensors for name, t in own.items() if name != "counts")
     assert found[0].disk == held
+    if "--model.labels_utility" in flags:
+        labels = {path.stem: load_fisher(path).record["labels"] for path in (tmp_path / "out").glob("*.safetensors")}
+        assert labels == {"safety": "model", "utility": "data"}
 
 
 def test_recomputed_activations_take_less_memory(base, adapters, rows, tmp_path, monkeypatch, capsys):

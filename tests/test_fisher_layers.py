@@ -21,6 +21,8 @@ from src.data.sources import load_rows
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.fisher.scores import ScoreRecorder
+from src.models.base import BaseSpec
+from src.models.expert import ExpertModule, LoraSpec
 from src.models.logits import answer_logits, answer_places, answer_targets, leaf_embeddings
 from tests.commands import fisher_flags
 from tests.fisher_pass import make_batch
@@ -195,6 +197,24 @@ def test_layers_that_see_all_tokens_in_one_row_give_autograds_scores(encoded, pa
         found.append(recorder.take())
     # Experts are weighed by a softmax in float32, which rounds otherwise beside other rows.
     close(torch.cat(found), row_scores(model, make_batch(encoded, range(7)), core.u, core.v), error=1e-5)
+
+
+def tiny_mixtral():
+    experts = {"num_local_experts": 2, "intermediate_size": 8}
+    return tiny(transformers.MixtralForCausalLM, transformers.MixtralConfig, **experts)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]])
+def test_training_of_experts_that_are_bare_parameters_is_refused_before_it_begins(targets):
+    module = ExpertModule(BaseSpec("tiny"), LoraSpec(rank=2, targets=targets))
+    with pytest.raises(InputError, match=r"^lora\.targets .* bare parameters, .*expected attention layers"):
+        module._with_lora(tiny_mixtral())
+
+
+def test_attention_layers_beside_experts_are_trained():
+    adapted = ExpertModule(BaseSpec("tiny"), LoraSpec(rank=2, targets=["q_proj"]))._with_lora(tiny_mixtral())
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
 
 
 class Routed(torch.nn.Module):

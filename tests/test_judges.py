@@ -389,13 +389,41 @@ def test_a_causal_judge_compares_two_words(base):
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
     logits = model(torch.tensor([tokenizer(chat, add_special_tokens=False).input_ids])).logits[0, -1]
-    pair = logits[[tokenizer("y").input_ids[0], tokenizer("n").input_ids[0]]].softmax(-1)
-    assert found[1][1] == pytest.approx(pair[0].item(), rel=1e-6)
+    yes, no = (logits[[tokenizer(c).input_ids[0] for c in both]].logsumexp(-1) for both in ("yY", "nN"))
+    assert found[1][1] == pytest.approx((yes - no).sigmoid().item(), rel=1e-6)
     same = Causal(str(base), yes="unsafe", no="unclear")
     with pytest.raises(InputError, match="begin with the same token"):
         same.load("cpu")
     with pytest.raises(InputError, match=r"has no \{answer\}"):
         Causal(str(base), template="Is it bad?")
+    with pytest.raises(InputError, match="a conversation needs the chat template"):
+        Causal(str(base), conversation=True, chat=False)
+
+
+def test_a_causal_judge_of_conversations_reads_two_turns_and_the_word_behind_its_opening(base):
+    """Llama Guard's template rates the last turn, and version 3 says two line ends first."""
+    judge = Causal(str(base), yes="unsafe", no="safe", conversation=True, opening="\n\n", dtype="float64")
+    judge.load("cpu")
+    turns = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": ANSWERS[0]}]
+    tokenizer = make_tokenizer()
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert judge._ids(PROMPTS[0], ANSWERS[0]) == tokenizer(text + "\n\n").input_ids
+    assert Causal(str(base)).key != Causal(str(base), conversation=True).key
+
+
+@pytest.mark.parametrize(("bias", "warned"), [(30.0, False), (-30.0, True)])
+def test_a_causal_judge_that_would_say_neither_word_is_warned_of(base, caplog, bias, warned):
+    judge = Causal(str(base), dtype="float64")
+    judge.load("cpu")
+    words = [token for both in judge._words for token in both]
+
+    def liked(module, args, output):
+        output.logits[..., words] += bias
+
+    judge._model.register_forward_hook(liked)
+    for _ in range(2):
+        judge.judge(PROMPTS, ANSWERS)
+    assert caplog.text.count("'yes' and 'no' together have a probability of") == warned
 
 
 @pytest.mark.parametrize(

@@ -387,6 +387,28 @@ def test_an_adapter_of_all_linear_layers_keeps_to_the_decoder():
     assert not any("vision_tower" in name for name in names)
 
 
+class Clipped(torch.nn.Module):
+    """A layer of a tower of Gemma 4: it holds a linear layer and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+
+def test_a_named_layer_of_a_tower_that_is_no_linear_layer_is_no_target():
+    from src.models.base import BaseSpec
+    from src.models.expert import ExpertModule, LoraSpec, beside_the_decoder
+
+    model = make_model()
+    model.dropout = torch.nn.Dropout()
+    assert beside_the_decoder(model) == []
+    model.vision_tower = torch.nn.ModuleDict({"q_proj": Clipped()})
+    adapted = ExpertModule(BaseSpec("tiny"), LoraSpec(targets=["q_proj"]))._with_lora(model)
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert len(names) == 2
+    assert not any("vision_tower" in name for name in names)
+
+
 def test_quantised_weights_are_not_sharded():
     from src.models.sharding import shard
 

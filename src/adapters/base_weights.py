@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from src.adapters.module_names import EARLIER, LATER
 from src.errors import InputError
 from src.files import read_json
 
@@ -75,9 +76,14 @@ class BaseWeights:
         return fingerprint_of(((key, self.get(key)) for key in sorted(self.handles)), loaded)
 
     def key_of(self, module: str) -> str | None:
-        """The key of a module's weight; hub files of some models leave the first part of the name out."""
+        """The key of a module's weight.
+
+        Hub files of some models leave the first part of the name out. Those of models that also see or hear have one
+        part more than the text model has that is loaded from them, and keep names of before transformers 4.52.
+        """
         _, _, rest = module.partition(".")
-        names = [module, rest, f"model.{module}", f"transformer.{module}"]
+        names = [module, rest, f"model.{module}", f"transformer.{module}", f"language_model.{module}"]
+        names += [module.replace(LATER, EARLIER, 1), LATER + module.removeprefix("model.")]
         return next((f"{name}.weight" for name in names if f"{name}.weight" in self.handles), None)
 
 

@@ -117,17 +117,20 @@ class ScoreRecorder:
         """Check that a backward pass has met every module, once; call it after each.
 
         Raises:
-            RuntimeError: a module's output had no part in the loss.
+            InputError: a module's output had no part in the loss.
         """
         if missing := [name for name in self.modules if name not in self._seen]:
-            raise RuntimeError(f"no gradient reached {missing[0]}: is it part of the forward pass?")
+            raise InputError(
+                f"no gradient reached {missing[0]}: the text does not pass it (as in a tower for images or sound), so "
+                "it has no Fisher pass; expected adapters that leave it out"
+            )
         self._seen = set()
 
     def take(self) -> torch.Tensor:
         """(N, D) scores of the last backward pass.
 
         Raises:
-            RuntimeError: a module's output had no part in the loss.
+            InputError: a module's output had no part in the loss.
         """
         self.complete()
         scores = torch.cat([self.parts[name] for name in self.modules], dim=1)
@@ -191,7 +194,10 @@ class ScoreRecorder:
 
             def store(grad: torch.Tensor) -> None:
                 if name in self._seen:
-                    raise RuntimeError(f"{name} met two gradients in one backward pass; expected one use per layer")
+                    raise InputError(
+                        f"{name} met two gradients in one backward pass: the model uses it more than once, so it has "
+                        "no Fisher pass; expected adapters that leave it out"
+                    )
                 self._seen.add(name)
                 with torch.autocast(grad.device.type, enabled=False):
                     self.sink(name, self._by_row(name, self._project(name, grad, output=True)), x)

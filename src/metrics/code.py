@@ -43,7 +43,8 @@ def program(prompt: str, answer: str, test: str, entry_point: str) -> str:
 def solution(prompt: str, answer: str, entry_point: str) -> str:
     """The function that an answer gives.
 
-    An answer that goes on where the prompt ends is a body: it is cut where HumanEval's stop sequences stand. A fenced
+    An answer that goes on where the prompt ends is a body: it is cut where HumanEval's stop sequences stand, or an
+    assertion, a decorator or a mark of markup that begins a line (with those five alone, more answers fail). A fenced
     block that defines the function, or else the lines that do, stand for themselves, behind what precedes the function
     in the prompt (its imports and helpers). What follows and is no program is left out, from a line without indentation
     on: the function itself is never cut. Any other answer continues the prompt, as it is.

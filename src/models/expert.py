@@ -194,9 +194,16 @@ class ExpertModule(KeptBuffers):
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             try:
-                return get_peft_model(model, config)
+                found = get_peft_model(model, config)
             except (ValueError, re.error) as error:
                 raise InputError(f"lora.targets {self.lora.targets}: {one_line(error)}") from None
+        # PEFT turns the layers of experts that transformers keeps in one parameter into these.
+        if found.peft_config["default"].target_parameters:
+            raise InputError(
+                f"lora.targets {self.lora.targets}: this base's experts are bare parameters, whose updates no command "
+                "reads; expected attention layers, such as [q_proj, k_proj, v_proj, o_proj]"
+            )
+        return found
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         logits = answer_logits(self.model, batch, pack=self._packs(batch), narrow=self._narrow)
@@ -270,9 +277,11 @@ class ExpertModule(KeptBuffers):
 
 
 def beside_the_decoder(model: Any) -> list[str]:
-    """Names of linear layers that no text passes: the towers for images and sound of models that have some.
+    """Names of modules that no text passes: the towers for images and sound of models that have some.
 
-    An adapter there would have no gradient, which DDP takes for an error.
+    An adapter there would have no gradient, which DDP takes for an error, and PEFT refuses targets that are no linear
+    layers but hold one, as those towers have. Empty without a linear layer there.
     """
     known = {*model.get_decoder().modules(), model.get_output_embeddings()}
-    return [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one not in known]
+    beside = {name: one for name, one in model.named_modules() if known.isdisjoint(one.modules())}
+    return list(beside) if any(isinstance(one, torch.nn.Linear) for one in beside.values()) else []

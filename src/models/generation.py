@@ -199,6 +199,8 @@ def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[t
 
     cache = _cache_of(model.get_decoder()(input_ids=batch.ids[:1, :start], use_cache=True), model)
     windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    # GPT-Neo's windows are in its masks alone.
+    windows += [model.config.window_size] if "local" in (getattr(model.config, "attention_layers", None) or ()) else []
     if has_states(cache) or (windows and ids.shape[1] + more > min(windows)):
         return ids, mask, None
     cache.batch_repeat_interleave(len(ids))
