@@ -104,6 +104,12 @@ def test_the_core_space_holds_its_adapters_exactly(model, union):
         assert core.dim == 14 * 2 * 2
 
 
+def test_what_a_core_space_misses_is_a_share_of_the_norm():
+    core = core_basis([{"m": LowRankPair(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]]))}])
+    update = {"m": LowRankPair(torch.eye(2), torch.diag(torch.tensor([3.0, 4.0])))}
+    assert core.residual(update) == pytest.approx(0.8)
+
+
 def test_the_core_space_does_not_depend_on_the_factors(model):
     pairs = random_pairs(model, 3, 1)
     turned = {n: LowRankPair(torch.linalg.inv(q) @ p.a.double(), p.b.double() @ q) for n, p, q in turns(pairs)}
@@ -518,5 +524,6 @@ def test_a_hub_id_is_fetched_and_read(adapters, tmp_path, monkeypatch):
     )
     assert asked[0][0] == "someone/an-expert"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(asked[0][1])
+    assert {"manifest.json", "seen_prompts.txt"} <= set(asked[0][1])
     assert len({(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "mn"}) == 1
     assert json.loads((tmp_path / "m" / "manifest.json").read_text())["utility"][0]["path"] == "someone/an-expert"

@@ -657,6 +657,17 @@ def test_calibration_without_rows_is_one_error(rows):
         CalibrationData(utility=str(rows["task"]), utility_weights=[0.0])
 
 
+def test_another_seed_draws_other_random_rows(tokenizer):
+    drawn = []
+    for seed in (0, 1):
+        data = CalibrationData(random_rows=3, random_seed=seed)
+        data.bind_passes({"safety": "safety"}, ["safety"])
+        data.bind(tokenizer)
+        data.setup("predict")
+        drawn.append([encoded.ids for encoded in data.encoded["safety"]])
+    assert drawn[0] != drawn[1]
+
+
 def test_weighted_rows_give_the_weighted_mean_of_the_sources_means():
     values, counts, weights = torch.arange(7.0).double(), [2, 5], [3.0, 1.0]
     found = (row_weights(counts, weights) * values).mean()

@@ -63,6 +63,12 @@ def test_labels_and_marks_belong_to_the_choices(tmp_path, change, message):
     assert load_choices(str(path))[0].answer == 2
 
 
+def test_choices_are_those_that_their_source_names(tmp_path):
+    path = write_jsonl(tmp_path / "mc.jsonl", choice_rows(5))
+    kept = load_choices(RowSource(str(path), where={"subject": "big_things"}))
+    assert [row.id for row in kept] == ["c/1", "c/3"]
+
+
 def test_prompts_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
     for prompt, message in (

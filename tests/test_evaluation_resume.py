@@ -5,12 +5,14 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from src.cli import main
-from src.models import partial
+from src.data.suite import Suite
+from src.models import evaluation, partial
 from src.models.evaluation import EvaluationModule
 from src.provenance import code_hash
 from tests.commands import run_processes
@@ -92,6 +94,39 @@ def test_another_model_template_or_length_is_computed_anew(base, adapters, tmp_p
     change = [str(adapters["utility"]) if word == "utility" else word for word in change]
     evaluate(base, tmp_path, [suite], "--overwrite", "true", *change)
     assert computed["rows"] == 10
+
+
+NUMBERS = {
+    "dtype": "float32",
+    "quantization": "none",
+    "attention": "sdpa",
+    "matmul": "auto",
+    "max_matmul_error": 1e-5,
+    "precision": "32-true",
+}
+
+
+def key_of(numbers):
+    """The key of the base's results on a suite, of settings of the base, the module and the trainer."""
+    given = SimpleNamespace(**numbers)
+    data = SimpleNamespace(suites=[Suite("a", "benign", "a.jsonl")], content=lambda _: "what is asked")
+    run = {"models": {"base": None}, "base_digest": "d", "global_rank": 1, "_data": data, "_scores": True, "_keys": {}}
+    module = SimpleNamespace(**numbers, **run, base=given, trainer=given)
+    EvaluationModule._known(module)
+    return module._keys[0, 0]
+
+
+@pytest.mark.parametrize("change", [{"quantization": "8bit"}, {"attention": "eager"}, {"max_matmul_error": 1e-6}])
+def test_numbers_of_another_kind_have_another_key(change):
+    assert key_of(NUMBERS) == key_of(NUMBERS)
+    assert key_of(NUMBERS | change) != key_of(NUMBERS)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_another_version_has_another_key(monkeypatch, package):
+    before, now = key_of(NUMBERS), evaluation.versions()
+    monkeypatch.setattr(evaluation, "versions", lambda: now | {package: "0"})
+    assert key_of(NUMBERS) != before
 
 
 def test_another_base_is_computed_anew(base, tmp_path, computed):

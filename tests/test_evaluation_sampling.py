@@ -1,5 +1,6 @@
 """Sampled answers follow their temperature, each from a stream of its own; strange answers are those of the base."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from src.data.batches import Batch
 from src.data.chat import Encoded
 from src.data.rows import Row
 from src.data.suite import Suite
+from src.data.suites import EvaluationData
 from src.models.computation import Computation, _stream
 from src.models.evaluation import EvaluationModule
 from src.models.generation import sampler
@@ -28,6 +30,24 @@ def test_every_seed_row_and_sample_has_a_stream_of_its_own():
     tokens = SimpleNamespace(encoded=[Encoded(row, [1], 1) for row in rows])
     suites = [Suite("code", "code", "x.jsonl", samples=2, temperature=1.0, seed=seed) for seed in (0, 1)]
     assert len({_stream(suite, tokens, index) for suite in suites for index in range(4)}) == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.5},
+        {"seed": 1},
+        {"samples": 3},
+        {"collapse_nll": 4.0},
+        {"style": "statement"},
+        {"score": False},
+    ],
+)
+def test_what_changes_answers_changes_what_a_suite_asks(change):
+    tokens = SimpleNamespace(encoded=[], encoder=SimpleNamespace(stop_ids=[0]))
+    data = SimpleNamespace(rows={"s": []}, tokens={"s": tokens})
+    suite = Suite("s", "code", "x.jsonl", samples=2, temperature=1.0)
+    assert EvaluationData.content(data, replace(suite, **change)) != EvaluationData.content(data, suite)
 
 
 STRANGE = Suite("bad", "harmful", "x.jsonl", collapse_nll=5.0)

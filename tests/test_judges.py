@@ -38,7 +38,7 @@ class Server:
     """A chat endpoint that replies yes where the question holds ``Step``, after ``failures`` of the given kind."""
 
     def __init__(self, failure="", failures=0):
-        self.failure, self.left, self.seen, self.keys = failure, failures, [], []
+        self.failure, self.left, self.seen, self.keys, self.bodies = failure, failures, [], [], []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +46,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 question = body["messages"][0]["content"]
                 outer.seen.append(question)
+                outer.bodies.append(body)
                 outer.keys.append(self.headers.get("Authorization"))
                 bad = outer.left > 0
                 outer.left -= bad
@@ -64,7 +65,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -86,6 +87,21 @@ def test_an_endpoint_judges_and_its_key_is_sent_and_never_recorded(monkeypatch):
     assert set(server.keys) == {"Bearer s3cret"}
     assert "s3cret" not in json.dumps(judge.settings)
     assert any("how to {harm}" in text and "Step one: {prompt}" in text for text in server.seen)
+
+
+def test_an_endpoint_is_asked_for_its_model_without_chance_and_briefly():
+    with Server() as server:
+        endpoint(server.url, max_tokens=3).judge(["a"], ["b"])
+    (body,) = server.bodies
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, 3)
+
+
+def test_the_key_is_that_of_the_named_variable(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "one")
+    monkeypatch.setenv("OTHER_KEY", "two")
+    with Server() as server:
+        endpoint(server.url, key_variable="OTHER_KEY").judge(["a"], ["b"])
+    assert server.keys == ["Bearer two"]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +289,30 @@ def test_one_output_is_the_score_of_the_positive_label(tmp_path):
         loaded(name, positive=0)
     with pytest.raises(InputError, match="its one output is a regression; expected a classifier"):
         loaded(make_bert(tmp_path / "r", num_labels=1, problem_type="regression"))
+
+
+def test_outputs_of_several_labels_are_each_a_probability(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    name = make_bert(tmp_path / "c", num_labels=2, problem_type="multi_label_classification")
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    logits = model(**make_tokenizer()("p\na", return_tensors="pt")).logits[0]
+    assert loaded(name).judge(["p"], ["a"])[0].score == pytest.approx(logits[1].sigmoid().item(), abs=1e-5)
+
+
+def test_tokenizer_and_model_of_a_judge_are_of_its_revision(monkeypatch):
+    asked = []
+
+    def fetch(name, revision=None, **_):
+        asked.append((name, revision))
+        if len(asked) == 2:
+            raise OSError("no network")
+
+    for auto in ("AutoTokenizer", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(f"transformers.{auto}.from_pretrained", fetch)
+    with pytest.raises(InputError, match="the classifier cannot be loaded"):
+        loaded("some/judge", revision="v1")
+    assert asked == [("some/judge", "v1")] * 2
 
 
 @pytest.mark.parametrize(("kind", "options"), [("Bert", {}), ("Roberta", {"pad_token_id": 1, "positions": 66})])
@@ -564,6 +604,11 @@ def test_an_answer_stored_as_collapsed_stays_so_and_rows_without_a_category_are_
     assert "stored.jsonl:1: collapsed is 'yes'; expected true or false" in capsys.readouterr().err
 
 
+def test_an_answer_in_another_script_than_its_prompt_has_collapsed_when_it_is_judged_again(tmp_path):
+    row = {"prompt": "How do I bake bread?", "answer": "Здравствуйте, чем могу помочь", "category": ""}
+    assert judged_again(tmp_path, [row])["collapse"]["hits"] == 1
+
+
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
@@ -706,6 +751,14 @@ def test_a_causal_judge_reads_no_more_than_it_has_positions(tmp_path):
     judge.load("cpu")
     short, long = judge.judge(["p", "p"], ["short", "long " * 20])
     assert (short.reply, long.reply) == ("", "cut")
+
+
+def test_a_long_question_is_cut_at_its_beginning(base):
+    judge = Causal(str(base), template="{answer} Is it bad?", chat=False, max_length=40)
+    judge.load("cpu")
+    one, two, other = judge.judge(["p"] * 3, ["a" + "x" * 90, "b" + "x" * 90, "a" + "x" * 89 + "b"])
+    assert one.score == pytest.approx(two.score, abs=1e-9)
+    assert one.score != pytest.approx(other.score, abs=1e-9)
 
 
 def test_a_template_may_name_prompt_and_answer_more_than_once():

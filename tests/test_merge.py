@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from src.adapters.pairs import weighted_sum
-from src.adapters.peft_files import read_adapter
+from src.adapters.peft_files import read_adapter, write_adapter
 from src.errors import InputError
 from src.gevp.pencil import make_pencil
 from src.gevp.solve import solve
@@ -172,6 +172,17 @@ def test_a_merge_records_its_inputs(adapters, fisher_folder, tmp_path):
     assert manifest["settings"]["rho_s"] == 10.0
     assert read_adapter(tmp_path / "m").seen == {"safety-prompt", "utility-prompt"}
     assert "SST soft" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_a_merge_records_the_weights_of_its_adapters_and_what_they_were_trained_on(base, adapters, tmp_path):
+    trained_on = {"name": str(base), "fingerprint": "f0"}
+    pairs = read_adapter(adapters["utility"]).pairs
+    write_adapter(tmp_path / "a", pairs, base=str(base), manifest={"base": trained_on}, seen=frozenset(), card="c")
+    given = [str(tmp_path / "a"), str(adapters["safety"])]
+    merge(utility=given, utility_weights=[0.5, 2.0], output=str(tmp_path / "m"))
+    manifest = read_adapter(tmp_path / "m").manifest
+    assert [each["weight"] for each in manifest["utility"]] == [0.5, 2.0]
+    assert manifest["base"] == trained_on
 
 
 def test_equal_inputs_give_equal_bytes(adapters, fisher_folder, tmp_path):

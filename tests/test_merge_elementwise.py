@@ -253,6 +253,21 @@ def test_masks_depend_on_seed_expert_and_module_only():
     assert bernoulli(1.0, 0, "a", "m", slice(0, 50), 50).all()
 
 
+def resta(seed, one, two):
+    return matrix(Resta(density=0.5, seed=seed).patch({"m": DenseDelta(one)}, {"m": DenseDelta(two)}, None).pairs["m"])
+
+
+def della(seed, *given):
+    return merged(Della(0.5, 0.3, seed=seed), given)
+
+
+@pytest.mark.parametrize("make", [della, resta])
+def test_another_seed_drops_other_elements(make):
+    given = tensors(2)
+    assert torch.equal(make(1, *given), make(1, *given))
+    assert not torch.equal(make(0, *given), make(1, *given))
+
+
 def test_an_expert_keeps_its_mask_at_any_position():
     one, two = tensors(2)
     experts = [Expert("one", 1.0, {"m": DenseDelta(one)}), Expert("two", 1.0, {"m": DenseDelta(two)})]

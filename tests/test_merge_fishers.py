@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from src.fisher.files import load_fisher
 from src.gevp.overlap import overlap
 from src.merge.base import FisherPair, PatchedFisher
 from src.merge.fisher_passes import Pass
+from src.merge.fishers import _calibration, read_pair
 from src.merge.sst import Sst
 from src.merge.stage import merge
 from tests.commands import measured_once
@@ -133,7 +135,7 @@ def test_several_utility_fishers_are_their_weighted_mean(adapters, measured, row
     folders, weights = f"[{one},{two}]", ["--fisher_weights", "[3,1]"]
     assert run(adapters, folders, tmp_path / "m", "--method", "Sst", *weights) == 0
     assert_equal(tmp_path / "m", expected(Sst(), adapters, one, two, weights=(3.0, 1.0)))
-    assert read_adapter(tmp_path / "m").manifest["fisher"][2]["weight"] == 1.0
+    assert [each["weight"] for each in read_adapter(tmp_path / "m").manifest["fisher"]] == [1.0, 3.0, 1.0]
     assert run(adapters, folders, tmp_path / "n", "--method", "Sst", "--fisher_weights", "[1,2,3]") == 2
     assert "3 weights for 2 directories" in capsys.readouterr().err
     union = measured("union", "--model.basis", "union")
@@ -193,12 +195,13 @@ def test_a_path_costs_one_solve_of_all_rows(adapters, base, tmp_path, monkeypatc
     assert len(calls) == 3
 
 
-def test_other_ridges_are_solved_anew(adapters, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ridges", [{"rho": [0.1, 0.2]}, {"rho_s": [0.5, 10.0]}])
+def test_other_ridges_are_solved_anew(adapters, base, tmp_path, monkeypatch, ridges):
     calls = counted(monkeypatch)
     monkeypatch.setattr("src.merge.stage.plot_pencil", lambda *_: None)
     fisher = str(write_fishers(tmp_path / "fisher", adapters, base))
     given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "fisher": fisher}
-    merge(**given, method=Sst(), sweep={"rho": [0.1, 0.2], "t": [1.0, 2.0]}, output=str(tmp_path / "m"))
+    merge(**given, method=Sst(), sweep=ridges | {"t": [1.0, 2.0]}, output=str(tmp_path / "m"))
     assert len(calls) == 6
 
 
@@ -295,3 +298,18 @@ def test_passes_in_weight_coordinates_are_of_one_space_whatever_basis_they_name(
     one, two = (Pass(folder, load_fisher(folder / "safety.safetensors")) for folder in folders)
     assert one.file.record["basis_sha256"] != two.file.record["basis_sha256"]
     two.check_coordinates(one)
+
+
+def test_every_pass_of_a_directory_has_the_directorys_weight(adapters, monkeypatch):
+    asked = []
+    monkeypatch.setattr("src.merge.fishers.read_pass", lambda f, name, _, w=1.0: asked.append((f, name, w)))
+    given = [read_adapter(adapters["utility"])], read_adapter(adapters["safety"])
+    with pytest.raises(AttributeError, match="check_adapters"):  # what is read here is None
+        read_pair(["a", "b"], [3.0, 1.0], *given, Sst(coefficients="relearn"))
+    for kind in ("utility", "benign"):
+        assert [(f, w) for f, name, w in asked if name == kind] == [("a", 3.0), ("b", 1.0)]
+
+
+def test_prompts_of_every_pass_have_been_seen():
+    passes = [SimpleNamespace(file=SimpleNamespace(record={"seen": [prompt]}), entry={}) for prompt in "abc"]
+    assert _calibration(passes).seen == {"a", "b", "c"}

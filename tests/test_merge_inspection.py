@@ -7,7 +7,7 @@ import torch
 
 from src.adapters.constant_input import with_bias
 from src.adapters.deltas import DenseDelta
-from src.adapters.geometry import cosine, inner, principal_angles, principal_cosines
+from src.adapters.geometry import cosine, inner, principal_angles, principal_cosines, whole_cosine
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_config import Layout
 from src.adapters.peft_files import read_adapter, write_adapter
@@ -29,6 +29,12 @@ def test_inner_products_need_no_dense_update():
     for pair in ((one, dense), (dense, one), (DenseDelta(one.dense()), dense)):
         assert inner(*pair) == pytest.approx(expected)
         assert cosine(*pair) == pytest.approx(cosine(one, two))
+
+
+def test_a_module_that_one_adapter_lacks_counts_in_the_norm():
+    pair = LowRankPair(drawn(2, 5), drawn(4, 2, seed=1))
+    for given in (({"a": pair}, {"a": pair, "b": pair}), ({"a": pair, "b": pair}, {"a": pair})):
+        assert whole_cosine(*given) == pytest.approx(0.5**0.5)
 
 
 def test_the_effective_rank_of_a_flat_spectrum_is_its_rank():
@@ -59,6 +65,7 @@ def test_an_adapter_is_parallel_to_its_multiple_and_opposite_to_its_negative(ada
     assert summaries[1].norm == pytest.approx(2 * summaries[0].norm)
     assert summaries[0].ranks == (3, 3)
     assert summaries[0].modules == 14
+    assert summaries[0].largest == max(utility.pairs, key=lambda name: utility.pairs[name].squared_norm())
 
 
 def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, capsys):
@@ -76,6 +83,11 @@ def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, cap
         for name in pair["columns"]
     ]
     assert found["columns"][0][1] == pytest.approx(torch.stack([c.square().mean() for c in by_hand]).mean().item())
+    rows = [
+        principal_cosines(*(torch.linalg.qr(read_adapter(folder).pairs[name].a.double().T).Q for folder in given))
+        for name in pair["rows"]
+    ]
+    assert found["rows"][0][1] == pytest.approx(torch.stack([c.square().mean() for c in rows]).mean().item())
     assert pair["columns"] == {
         name: pytest.approx(cosines.acos().rad2deg().tolist(), abs=1e-5)
         for name, cosines in zip(pair["columns"], by_hand, strict=True)

@@ -25,6 +25,7 @@ from src.merge.combinations.knots import Knots
 from src.merge.combinations.magnitude_prune import MagnitudePrune
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
+from src.merge.forms import Form
 from src.merge.led import Led
 from src.merge.sst import Sst
 from src.merge.sst_diagonal import SstDiagonal
@@ -175,6 +176,13 @@ def test_a_kept_energy_under_the_threshold_warns(adapters, tmp_path, caplog, mon
     monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
     merge(utility=both(adapters), combine=Ties(), rank=1, warn_below=0.9, output=str(tmp_path / "m"))
     assert "of the merged update's energy is kept" in caplog.text
+
+
+def test_kept_energy_is_a_share_of_all_modules_together_and_of_each():
+    updates = {"a": DenseDelta(torch.diag(torch.tensor([3.0, 1.0]))), "b": DenseDelta(torch.eye(2))}
+    _, report = Form(rank=1, warn_below=0.0).adapter(updates, 1)
+    assert report["kept_energy"] == pytest.approx(10 / 12)
+    assert report["kept_energy_by_module"] == pytest.approx({"a": 0.9, "b": 0.5})
 
 
 def test_a_full_rank_merge_cannot_be_an_exact_adapter(adapters, tmp_path):
@@ -330,6 +338,9 @@ def test_a_full_model_is_the_base_plus_the_update(adapters, tmp_path, shard_size
     merge(utility=both(adapters), full_model=True, shard_size=shard_size, output=str(tmp_path / "m"))
     files = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
     assert (len(files) > 1) == (shard_size < 1)
+    held = [list(load_file(tmp_path / "m" / name).values()) for name in files]
+    assert len(files) < sum(map(len, held))
+    assert all(sum(weight.nbytes for weight in each) <= shard_size * 1e9 for each in held if len(each) > 1)
     expected = make_model()
     total = weighted_sum([read_adapter(p).pairs for p in both(adapters)], [1.0, 1.0])
     for name, pair in total.items():

@@ -21,7 +21,7 @@ from src.merge.sst_diagonal import SstDiagonal, sst_diagonal
 from src.merge.sst_m import SstM
 from src.merge.sst_v import SstV
 from src.merge.stage import merge
-from tests.merging import weight_space_fishers
+from tests.merging import matching_fishers, weight_space_fishers
 from tests.tiny import make_model, random_pairs
 
 
@@ -183,6 +183,13 @@ def test_the_closest_safe_update_minimises_its_objective(updates):
         assert gradient.abs().max() < 1e-8
 
 
+def test_what_lies_outside_the_safe_subspace_is_reported_as_a_share_of_energy():
+    utility = {"m": LowRankPair(torch.eye(2), torch.diag(torch.tensor([1.0, 2.0])))}
+    safety = {"m": LowRankPair(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]]))}
+    findings = ClosestSafeUpdate().patch(utility, safety, None).findings
+    assert findings["energy_outside"]["m"] == pytest.approx(0.8)
+
+
 def test_resta_adds_the_safety_vector_and_thins_the_task_vector(updates):
     utility, safety = updates
     plain = merged(utility, Resta(gamma=0.5).patch(utility, safety, None))
@@ -259,6 +266,17 @@ def test_the_diagonal_variant_ranks_by_the_ratio_of_fishers(updates):
     assert set(without) == set(safety) - {name}
     with pytest.raises(ValueError, match="no diagonal Fisher"):
         sst_diagonal(utility, safety, {}, {}, masking, epsilon=0.1)
+
+
+def test_the_diagonal_method_hands_its_settings_on(updates):
+    utility, safety = updates
+    fisher, name = matching_fishers(SstDiagonal(), utility, safety), next(iter(safety))
+    f_s, f_u = (one.module_diagonal(name).view(safety[name].shape) for one in (fisher.safety, fisher.utility))
+    ratio = f_s / (f_u + 0.1 * fisher.utility.trace() / fisher.utility.dim)
+    method = SstDiagonal("soft", tau=1.5, gamma=0.5, form="interpolating", rho=0.1, layer_weights={name: 0.5})
+    found = method.patch(utility, safety, fisher).pairs[name].dense()
+    expected = 0.5 * (safety[name].dense() - utility[name].dense()) * torch.sigmoid((ratio - 1.5) / 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, check_dtype=False)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from src.metrics.exact import is_exact, last_number
 from src.metrics.intervals import wilson
 from src.metrics.perplexity import AnswerPerplexity
 from src.metrics.refusal import is_refusal
-from src.metrics.refusal_lists import matches
+from src.metrics.refusal_lists import ANYWHERE, XSTEST, matches
 from src.metrics.rouge import rouge_l
 from src.models.grading import graded_answer
 from tests.evaluations import read_rows, write_jsonl
@@ -40,6 +40,18 @@ def test_the_labelled_answers_are_many_distinct_and_of_both_kinds():
     assert len(rows) >= 200
     assert len({row["answer"] for row in rows}) == len(rows)
     assert min(sum(row["label"] == label for row in rows) for label in ("refusal", "answer")) >= 90
+
+
+def test_published_lists_have_as_many_phrases_as_their_authors():
+    sizes = {name: len(set(phrases)) for name, phrases in ANYWHERE.items()} | {"xstest": len(set(XSTEST.split("|")))}
+    assert sizes == {"xstest": 21, "jailbreakbench": 12, "gcg": 10, "gcg_long": 29}
+
+
+def test_xstest_matches_openings_and_the_other_published_lists_match_anywhere():
+    assert matches("I\u2019m sorry, no.", "xstest")
+    assert not matches("Well, I'm sorry.", "xstest")
+    assert all(matches("Well, I'm sorry.", name) for name in ANYWHERE)
+    assert matches("That is not legal.", "gcg_long")
 
 
 # In-sample for "openings": the labelled answers were written beside it, so its 218 of 218 say that it does what was

@@ -1,6 +1,8 @@
 """Re-learned coefficients start where mean scores were measured: at a first step, in the patch, at a difference."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
 from src.data.sources import load_rows
 from src.fisher.files import load_fisher
+from src.merge.fisher_passes import Pass
 from src.merge.sst import Sst
 from tests.commands import fisher_flags, measured_once
 from tests.oracles import dense_kronecker_ridge, dense_relearned
@@ -238,6 +241,12 @@ def test_a_second_step_on_rows_that_the_experts_were_trained_on_holds_nothing_ou
     assert load_fisher(second / "safety.safetensors").record["fitted_before"]
     assert merge(trained, second, tmp_path / "m", *FREE) == 0
     assert read_adapter(tmp_path / "m").manifest["findings"]["held_out"] is None
+
+
+def test_a_record_that_does_not_say_so_holds_rows_that_made_its_point_where_an_adapter_names_it():
+    points = "utility", {"utility": 1.0, "safety": 0.5}, {"/some/merge": 1.0}
+    passes = [Pass(Path("safety.safetensors"), SimpleNamespace(record={"reference": at})) for at in points]
+    assert [one.fitted_before for one in passes] == [False, False, True]
 
 
 def hashes(path):
