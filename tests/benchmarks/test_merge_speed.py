@@ -158,13 +158,22 @@ for name in ("utility", "safety"):
              torch.randn(s[0], rank, generator=draw) * .01) for i in range(layers) for m, s in shapes.items()}
     write_adapter(root / name, pairs, base="llama", manifest={}, seen=frozenset(), card="c")
 utility, safety = read_adapter(root / "utility"), read_adapter(root / "safety")
-core = core_basis([safety.pairs])
-for name in ("safety", "utility"):
-    record = {"pass": name, "base": {"name": "llama", "fingerprint": None}, "seen": [],
-              "safety": {"path": "s", "sha256": safety.sha256},
-              "utility": [{"path": "u", "sha256": utility.sha256, "weight": 1.0}], "basis_sha256": "x"}
-    scores = torch.randn(512, core.dim, generator=draw)
-    FisherFile(LowRankFisher(scores, 512), core.u, core.v, record).save(root / "fisher" / f"{name}.safetensors")
+step = sys.argv[3] == "step"
+core = core_basis([utility.pairs, safety.pairs] if step else [safety.pairs])
+between = {"utility": 1.0, "safety": 0.45}
+start = 0.45 * core.coordinates(safety.pairs)
+rows = {"safety": 256, "utility": 768, "benign": 768} if step else {"safety": 512, "utility": 512}
+for name, n in rows.items():
+    record = {"pass": name, "base": {"name": "llama", "fingerprint": None}, "seen": [], "labels": "model",
+              "safety": {"path": "s", "sha256": safety.sha256}, "basis_sha256": "x",
+              "reference": "utility" if name == "utility" else between,
+              "utility": [{"path": "u", "sha256": utility.sha256, "weight": 1.0}]}
+    scores = torch.randn(n, core.dim, generator=draw)
+    more = {}
+    if step and name != "utility":
+        mean = scores.double().mean(0)
+        more = {"mean": mean, "half_means": torch.stack([mean, mean]), "start": start}
+    FisherFile(LowRankFisher(scores, n), core.u, core.v, record, **more).save(root / "fisher" / f"{name}.safetensors")
 """
 MERGE = """
 import resource, sys, time
@@ -174,17 +183,24 @@ from src.merge.stage import merge
 root = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-merge(utility=str(root / "utility"), safety=str(root / "safety"), fisher=str(root / "fisher"), method=Sst(),
-      alpha=[0.5, 1.0], output=str(root / "merged"))
+step = {"method": Sst(coefficients="relearn", ridge="kronecker", radius=0.3), "sweep": {"t": [20.0, 10.0]}}
+given = step if sys.argv[2] == "step" else {"method": Sst(), "alpha": [0.5, 1.0]}
+merge(utility=str(root / "utility"), safety=str(root / "safety"), fisher=str(root / "fisher"),
+      output=str(root / "merged"), **given)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"{time.perf_counter() - start:.1f} s, peak memory {peak / 2**20:.2f} GiB (before: {before / 2**20:.2f})")
 """
 
 
-def test_a_whole_sst_merge(tmp_path):
-    subprocess.run([sys.executable, "-c", WHOLE, tmp_path, str(LAYERS)], check=True, cwd=ROOT)
-    done = subprocess.run([sys.executable, "-c", MERGE, tmp_path], check=True, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("kind", "rows", "last"), [("filter", "512 + 512", "alpha-1"), ("step", "256 + 768 + 768", "t-10")]
+)
+def test_a_whole_sst_merge(tmp_path, kind, rows, last):
+    """The filter in the safety expert's space, and a step from between in that of both experts."""
+    subprocess.run([sys.executable, "-c", WHOLE, tmp_path, str(LAYERS), kind], check=True, cwd=ROOT)
+    command = [sys.executable, "-c", MERGE, tmp_path, kind]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     sys.stdout.write(
-        f"\nSST merge at two strengths, {LAYERS} layers of 7B shapes, n = 512 + 512: {done.stdout.strip()}"
+        f"\nSST merge ({kind}) at two strengths, {LAYERS} layers of 7B shapes, n = {rows}: {done.stdout.strip()}"
     )
-    assert (tmp_path / "merged" / "alpha-1" / "adapter_config.json").exists()
+    assert (tmp_path / "merged" / last / "adapter_config.json").exists()
