@@ -486,6 +486,14 @@ def test_what_stands_between_the_opening_of_a_turn_and_its_answer_is_of_the_prom
         "<|im_start|>user:hello<|im_end|><|im_start|>assistant<|im_start|>final:yes<|im_end|>"
     )
     assert channelled.decode(row.ids[row.answer_start :]) == "yes<|im_end|>"
+    # A thought that is opened whatever was asked, and stands empty before an answer, is closed once.
+    thinking = copy.deepcopy(tokenizer)
+    thinking.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    thinking.chat_template = (
+        "{{ messages[0].content }}:<think>\n"
+        "{% if messages|length > 1 %}\n</think>\n\n{{ messages[1].content }}{% endif %}"
+    )
+    assert Encoder(thinking).prompt_text("hello") == "hello:<think>\n\n</think>\n\n"
     # White space that only the whole turn has is the tokenizer's own affair (Llama 2).
     spaced = copy.deepcopy(tokenizer)
     spaced.chat_template = (

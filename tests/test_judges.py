@@ -451,6 +451,24 @@ def test_a_causal_judge_of_conversations_reads_two_turns_and_the_word_behind_its
     assert Causal(str(base)).key != Causal(str(base), conversation=True).key
 
 
+IN_PARTS = (
+    "{% for m in messages %}<|im_start|>{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def test_a_conversation_reaches_templates_that_read_parts_and_no_template_drops_it(base):
+    """Over a string the loop of Llama Guard 3's small models yields nothing, and says nothing."""
+    judge = Causal(str(base), conversation=True, dtype="float64")
+    judge.load("cpu")
+    judge._chat_template = IN_PARTS
+    judge._check_conversation()
+    assert judge._ids("How?", "Thus.") == make_tokenizer()("<|im_start|>How?<|im_start|>Thus.").input_ids
+    judge._chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InputError, match="its chat template leaves prompt or answer out of a conversation"):
+        judge._check_conversation()
+
+
 @pytest.mark.parametrize(("bias", "warned"), [(30.0, False), (-30.0, True)])
 def test_a_causal_judge_that_would_say_neither_word_is_warned_of(base, caplog, bias, warned):
     judge = Causal(str(base), dtype="float64")

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
+from src.adapters.base_weights import EARLIER, LATER
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 
@@ -26,7 +27,11 @@ def check_fits(model: torch.nn.Module, pairs: Mapping[str, LowRankPair], name: s
     for key, pair in pairs.items():
         module = modules.get(key)
         if module is None:
-            raise InputError(f"{name}: updates the module {key}, which the base model does not have")
+            later = LATER + key.removeprefix(EARLIER)
+            hint = (
+                f" (it has {later}: load the adapter with PEFT and save it, which renames)" if later in modules else ""
+            )
+            raise InputError(f"{name}: updates the module {key}, which the base model does not have{hint}")
         shape = layer_shape(module)
         if shape != pair.shape and not _constant_input(module, pair):
             raise InputError(f"{name}: {key} has an update of shape {pair.shape}; the base model's layer is {shape}")

@@ -68,15 +68,22 @@ def _shard_name(index: int, count: int) -> str:
 
 def _biases(base: BaseWeights, updates: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The updates of biases by their key in the base."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for module, update in updates.items():
         key = (base.key_of(module) or module).removesuffix(".weight") + ".bias"
         if key not in base.handles:
             raise InputError(
                 f"{base.folder}: {module} has no bias that could take up the adapter's LoRA bias; write an adapter"
             )
+        _check_once(base, key, found)
         found[key] = update
     return found
+
+
+def _check_once(base: BaseWeights, key: str, known: Mapping[str, object]) -> None:
+    """Stop where two updates are of one weight: they come from adapters that know a module by two names."""
+    if key in known:
+        raise InputError(f"{base.folder}: two modules of these adapters are {key} here; expected one name of a module")
 
 
 def _entries(
@@ -96,6 +103,7 @@ def _entries(
         elif key is None:
             raise InputError(f"{base.folder}: no weight of the module {module}, which the adapter updates")
         else:
+            _check_once(base, key, by_key)
             by_key[key] = delta
             flipped |= {key} if transposed or module in parts.transposed else set()
     if embedding in by_key and tied and not extra:

@@ -19,7 +19,6 @@ from src.adapters.base_weights import BaseWeights
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
-from src.adapters.module_names import weights_by_later_names, with_later_names
 from src.adapters.pairs import LowRankPair, Pairs, finite
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
@@ -95,8 +94,6 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         # The table's rows are looked up, so its factors are stored for the transposed weight.
         pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
     _add_biases(file, found, pairs, config)
-    # Only now: the patterns of ranks and alphas are of the names in the file.
-    found, pairs = weights_by_later_names(file, found), with_later_names(file, pairs)
     # A fully trained embedding is one too; only the base knows which module that is.
     tables = read_architecture(base.folder).embeddings & set(found.saved) if base is not None and found.saved else set()
     embeddings = frozenset(found.embeddings | tables)

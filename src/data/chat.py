@@ -123,7 +123,7 @@ class Encoder:
 
         The opening of gpt-oss stops in front of the channel, which the model would fill with thoughts.
         """
-        opened = self._render([QUESTION], generation=True)
+        opened = without_thought(self._render([QUESTION], generation=True))
         text = self._render([QUESTION, ANSWER], generation=False)
         if not text.startswith(opened):
             return ""

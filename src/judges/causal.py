@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from math import isfinite
 
 import torch
+from jinja2 import TemplateError
 
 from src.data.chat import NO_THOUGHTS, TODAY, dated, text_ids, without_thought
 from src.errors import InputError
@@ -69,7 +71,7 @@ class Causal(ModelJudge):
         self.conversation, self.opening = conversation, opening
         self._question = Question(template, yes, no)
         self._words: tuple[list[int], list[int]]
-        self._warned = False
+        self._warned = self._in_parts = False
         self._batch_size, self._limit = batch_size, max_length
         for setting, value in (("batch_size", batch_size), ("max_length", max_length)):
             check_least(setting, value, 1)
@@ -99,6 +101,8 @@ class Causal(ModelJudge):
             raise InputError(f"judge {self.name}: its tokenizer has no chat template; set chat: false")
         self._chat_template = dated(self._tokenizer.get_chat_template()) if self.chat else None
         self._words = self._first_tokens()
+        if self.conversation:
+            self._check_conversation()
         self._limit = min(self.max_length, positions(model))
         self._model = self._placed(model, device)
 
@@ -118,12 +122,26 @@ class Causal(ModelJudge):
     def _ids(self, prompt: str, answer: str) -> list[int]:
         text = self._question.filled(prompt, answer)
         if self.chat:
-            messages = [{"role": "user", "content": text}]
-            if self.conversation:
-                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            form = {"chat_template": self._chat_template, "tokenize": False, "add_generation_prompt": True}
-            text = without_thought(self._tokenizer.apply_chat_template(messages, **form, **NO_THOUGHTS))
+            turns = {"user": prompt, "assistant": answer} if self.conversation else {"user": text}
+            text = self._rendered(turns)
         return text_ids(self._tokenizer, text + self.opening, special=not self.chat)
+
+    def _rendered(self, turns: dict[str, str]) -> str:
+        """Turns in the chat template, as strings or, where it reads them so, as lists of parts."""
+        contents = {role: [{"type": "text", "text": said}] if self._in_parts else said for role, said in turns.items()}
+        messages = [{"role": role, "content": content} for role, content in contents.items()]
+        form = {"chat_template": self._chat_template, "tokenize": False, "add_generation_prompt": True}
+        return without_thought(self._tokenizer.apply_chat_template(messages, **form, **NO_THOUGHTS))
+
+    def _check_conversation(self) -> None:
+        """Find out whether the template reads turns as strings or as lists of parts (Llama Guard 3's small ones)."""
+        turns = {"user": "[[QUESTION]]", "assistant": "[[ANSWER]]"}
+        for in_parts in (False, True):
+            self._in_parts = in_parts
+            with suppress(TemplateError, TypeError):
+                if all(said in self._rendered(turns) for said in turns.values()):
+                    return
+        raise InputError(f"judge {self.name}: its chat template leaves prompt or answer out of a conversation")
 
     @torch.inference_mode()
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
