@@ -50,7 +50,7 @@ OF_THE_MACHINE = (
 """System errors that a user's disk or paths cause."""
 INTERRUPTED = (
     "interrupted; what was finished is kept: the same command goes on from there (fisher, test, predict, "
-    "fit --resume true) or starts again (the others)"
+    "experiment, fit --resume true; judge keeps its verdicts) or starts again (the others)"
 )
 
 CHATTER = (

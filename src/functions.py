@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from src.cli import COMMANDS
+from src.errors import InputError
 from src.parsing import run_function
 
 
@@ -28,18 +29,27 @@ def inspect(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """Run ``python -m src report``: of a study's folder named without a flag, or of an evaluation."""
+    """Run ``python -m src report``: of a study's folder named without a flag, or of an evaluation.
+
+    Raises:
+        InputError: options stand beside a study's folder.
+    """
     from src.report.html import SOURCE
     from src.report.html import write_report as write_study_report
     from src.report.stage import report as write_report
 
     front = 2 if arguments[:1] == ["--config"] else 0
     if len(arguments) > front and not arguments[front].startswith("-"):
-        folder = Path(arguments[front])
-        if (folder / SOURCE).is_file():
+        folder, more = Path(arguments[front]), arguments[front + 1 :]
+        if (folder / SOURCE).is_file() and not {"--help", "-h"} & set(more):
+            if more:
+                raise InputError(
+                    f"report {folder}: {more[0]} is for evaluations; expected a study's folder alone, where its page "
+                    "is written"
+                )
             write_study_report(folder)
             return
-        arguments = [*arguments[:front], "--results", str(folder), *arguments[front + 1 :]]
+        arguments = [*arguments[:front], "--results", str(folder), *more]
     run_function(write_report, "report", COMMANDS["report"], arguments)
 
 

@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError
 
 from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
-from src.cli import COMMANDS, main
+from src.cli import COMMANDS, INTERRUPTED, main
 from src.errors import InputError
 from tests.commands import clean_environment
 
@@ -108,6 +108,12 @@ def test_the_demos_merge_does_not_get_into_one_of_other_adapters(adapters, tmp_p
     both = f"[{adapters['utility']}, {adapters['safety']}]"
     given = ["merge", "--combine", "Ties", "--utility", both, "--rank", "32"]
     assert main([*given, "--output", str(tmp_path / "m")]) == 0
+
+
+def test_an_interrupt_names_every_command_that_goes_on():
+    before, _, others = INTERRUPTED.partition(" or starts again")
+    assert others == " (the others)"
+    assert all(name in before for name in ("fisher", "test", "predict", "experiment", "fit --resume true", "judge"))
 
 
 def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):

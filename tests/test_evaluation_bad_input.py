@@ -37,6 +37,10 @@ from tests.tiny import write_rows
         ({"kind": "code", "collapse_nll": 3.0}, "collapse_nll needs generated answers, not choices or code"),
         ({"generate": False, "collapse_nll": 3.0}, "collapse_nll needs generated answers"),
         ({"k": [5]}, "k is [5]; it needs kind code, not harmful"),
+        ({"kind": "utility", "style": "primed"}, "style primed needs kind choice, not utility"),
+        ({"kind": "choice", "temperature": 0.7}, "max_new_tokens and temperature need generated answers"),
+        ({"kind": "choice", "max_new_tokens": 99}, "max_new_tokens and temperature need generated answers"),
+        ({"generate": False, "max_new_tokens": 99}, "max_new_tokens and temperature need generated answers"),
     ],
 )
 def test_settings_that_give_no_meaningful_number_are_refused(settings, message):

@@ -7,15 +7,28 @@ import pytest
 
 from src.data.suite import Suite
 from src.errors import InputError
+from src.experiments.ablations import Ablations, Axis
 from src.experiments.cell import Cell
 from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
 from src.experiments.costs import cost_table
 from src.experiments.grid import Grid, Model, seeded
+from src.experiments.interference import Interference, TaskExperts
 from src.experiments.kept import nothing_alone
 from src.experiments.safety_tax import SafetyTax
-from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe, Strengths
+from src.experiments.settings import (
+    FULL_RANK,
+    EvaluationSpec,
+    ExpertSpec,
+    FirstStep,
+    FisherSpec,
+    MethodSpec,
+    Recipe,
+    Strengths,
+)
+from src.experiments.stage import experiment
 from src.experiments.store import Store
+from src.merge.base import MergeMethod
 from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
@@ -23,6 +36,7 @@ from src.merge.resta import Resta
 from src.merge.sst import Sst
 from src.models.base import BaseSpec
 from tests.known_answers import KnownAnswers, model
+from tests.registries import concrete
 from tests.tiny import write_rows
 
 
@@ -129,7 +143,133 @@ def test_a_suite_that_cannot_be_asked_stops_before_any_training(suite, message, 
 def test_a_swept_option_that_is_none_stops_before_any_training(spec, message):
     with pytest.raises(InputError, match=message):
         spec.check()
-    MethodSpec("A", Sst(), Ties(), Strengths("combine.density", [0.5, 0.7])).check()
+    MethodSpec("A", Sst(), Ties(), Strengths("combine.density", [0.5, 0.7]), rank=8).check()
+
+
+ALPHA = Strengths("alpha", [0.5])
+MIXED = {"train": "mixed", "strength": Strengths("safety_rows", [2.0, 4.0])}
+BESIDE = {"train": "beside_safety", "strength": Strengths("none", [1.0])}
+GUARD = {"model": {"regularizer": {"class_path": "AlignGuard"}}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"train": "utility", "strength": Strengths("safety_rows", [2.0])},
+            "strength safety_rows is for train mixed, not ",
+        ),
+        (BESIDE | {"strength": Strengths("safety_rows", [2.0])}, "strength safety_rows is for train mixed, not "),
+        ({"train": "mixed"}, "strength alpha: train mixed has none; expected safety_rows, none or a dotted key"),
+        ({"train": "utility"}, "strength alpha: train utility has none; expected none or a dotted key of settings"),
+        ({"method": TaskArithmetic(), "settings": {"trainer": {}}}, "settings are those of a training; expected train"),
+        ({"method": TaskArithmetic(), "fisher": {"model": {}}}, "fisher is for a method that needs Fisher files, or"),
+        (MIXED | {"fisher": {"model": {}}}, "fisher is for a method that needs Fisher files, or train beside_safety"),
+        (BESIDE | {"fisher": {"model": {}}}, "fisher is for .* with model.regularizer in settings"),
+        (MIXED | {"rank": 8}, "rank and energy are for merges, not for train mixed"),
+        (BESIDE | {"energy": 0.9}, "rank and energy are for merges, not for train beside_safety"),
+        ({"method": Ties()}, "Ties gives full-rank updates; expected rank or energy"),
+        ({"method": TaskArithmetic(), "combine": Ties()}, "Ties gives full-rank updates; expected rank or energy"),
+        ({"method": Ties(), "rank": 8, "energy": 0.9}, "rank, energy and full_model exclude each other"),
+        ({"method": Ties(), "rank": 0}, "rank is 0; expected at least 1"),
+        ({"method": TaskArithmetic(), "energy": 1.5}, "energy is 1.5; expected a number above 0 to 1"),
+        (
+            {"method": TaskArithmetic(), "strength": Strengths("alpha", [-0.5, 1.0])},
+            "strength alpha is -0.5; expected a",
+        ),
+        (
+            {"method": TaskArithmetic(), "train": "core", "strength": Strengths("alpha", [float("inf")])},
+            "strength alpha is inf; expected a finite number",
+        ),
+    ],
+)
+def test_what_nothing_reads_or_merge_and_fit_refuse_stops_before_any_training(options, message):
+    with pytest.raises(InputError, match=f"^method A: {message}"):
+        MethodSpec("A", **options).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        MIXED,
+        BESIDE | {"settings": GUARD, "fisher": {"model": {}}},
+        BESIDE | {"strength": Strengths("model.regularizer.init_args.align", [1.0]), "fisher": {"model": {}}},
+        {"method": Sst(), "fisher": {"model": {}}, "rank": 8},
+        {"method": Ties(), "train": "core", "settings": {"trainer": {}}, "energy": 0.9},
+    ],
+)
+def test_what_is_read_is_taken(options):
+    MethodSpec("A", **options).check()
+
+
+def test_methods_that_say_so_are_known_to_give_full_rank_updates():
+    said = {kind for kind in concrete(MergeMethod) if "full rank" in kind.__doc__.lower()}
+    assert {Dare, Ties} <= said
+    assert said == {kind for kind in concrete(MergeMethod) if issubclass(kind, FULL_RANK)}
+
+
+def test_settings_of_a_method_reach_the_passes_of_a_first_step_that_has_any(recipe):
+    relearn = Sst(coefficients="relearn")
+    over = {"model": {"basis": "union"}}
+    steps = FirstStep(relearn, first=FirstStep(TaskArithmetic(), 0.5))
+    spec = MethodSpec("A", relearn, strength=ALPHA, fisher=over, first=steps)
+    grid = Grid(recipe())
+    ((_, merge),) = grid.merges(spec, [grid.utility(0)], grid.safety(0), 0)
+    while merge.needs.get("fisher"):
+        (fisher,) = merge.needs["fisher"]
+        assert fisher.settings["model"]["basis"] == "union"
+        (merge,) = fisher.needs["first"]
+    assert merge.label == "A, first step, first step, alpha = 0.5, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("spec", "axes", "message"),
+    [
+        (
+            MethodSpec("A", TaskArithmetic(), strength=ALPHA, train="core"),
+            [],
+            "method A: the reference merges the safety",
+        ),
+        (
+            MethodSpec("A", Sst(), strength=Strengths("t", [5.0])),
+            [Axis("method.t", [3.0])],
+            "axis method.t: the streng",
+        ),
+        (
+            MethodSpec("A", TaskArithmetic(), strength=ALPHA),
+            [Axis("fisher.model.labels", ["data"])],
+            "axis fisher.model.labels: the reference needs no Fisher files",
+        ),
+    ],
+)
+def test_ablations_refuse_what_a_reference_does_not_read(spec, axes, message):
+    with pytest.raises(InputError, match=message):
+        Ablations(spec, axes)
+
+
+def test_interference_trains_no_cores():
+    spec = MethodSpec("A", TaskArithmetic(), TaskArithmetic(), ALPHA, train="core")
+    with pytest.raises(InputError, match="method A: this study merges experts as they are; leave train out"):
+        Interference("tasks", [2], [spec])
+
+
+@pytest.mark.parametrize("option", ["limit", "max_new_tokens"])
+def test_tasks_that_cannot_be_asked_stop_before_any_training(option):
+    with pytest.raises(InputError, match=f"study.experts.{option} is 0; expected at least 1"):
+        TaskExperts(**{option: 0})
+
+
+@pytest.mark.parametrize("seconds", [10.0, 39.0, float("nan")])
+def test_claims_of_living_machines_cannot_be_left_behind(recipe, seconds):
+    with pytest.raises(InputError, match=f"stale_after is {seconds}; expected at least 40 seconds"):
+        experiment(name="x", study=None, recipe=recipe(), seeds=[0], stale_after=seconds)
+
+
+def test_rows_behind_others_are_drawn_anew_where_experts_are(recipe, tmp_path):
+    given = [part(write_rows(tmp_path / "own.jsonl", 9, what="own"), skip, 4) for skip in (0, 4)]
+    drawn = {redraw: Grid(recipe(redraw)).drawn_anew(given, 2) for redraw in ("calibration", "experts")}
+    seeds = {redraw: [source["seed"] for source in found] for redraw, found in drawn.items()}
+    assert seeds == {"calibration": [2, 0], "experts": [2, 2]}
 
 
 @pytest.mark.parametrize("key", ["reference_safety", "reference_utility", "beside"])

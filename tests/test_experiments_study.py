@@ -349,7 +349,9 @@ def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, c
 
 
 def test_a_method_that_cannot_work_is_reported_and_the_rest_stands(folder, base, rows, capsys):
-    bad = {"name": "TIES", "method": {"class_path": "Ties"}, "strength": {"values": [0.5, 1.0]}}  # full rank, no rank
+    # Full rank before KnOTS: only merge says that it takes none.
+    bad = {"name": "TIES", "combine": {"class_path": "Ties"}, "method": {"class_path": "Knots"}, "rank": 4}
+    bad |= {"strength": {"values": [0.5, 1.0]}}
     arguments = {"methods": [*METHODS, bad], "ours": "SST"}
     assert run_study(folder, recipe(base, rows), "Comparison", arguments) == 2
     error = capsys.readouterr().err

@@ -18,18 +18,22 @@ from src.merge.combinations.compress_then_merge import CompressThenMerge
 from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
+from src.merge.resta import Resta
 from src.merge.sst import Sst
+from src.merge.sst_diagonal import SstDiagonal
+from src.merge.sst_m import SstM
+from src.merge.sst_v import SstV
 from src.merge.stage import merge
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    """A function that gives what was logged since it was last called."""
+def said(caplog, capsys, monkeypatch):
+    """A function that gives what was logged, and then what was printed, since it was last called."""
     monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
     caplog.set_level(logging.INFO, "src")
 
     def taken():
-        text = caplog.text
+        text = caplog.text + capsys.readouterr().out
         caplog.clear()
         return text
 
@@ -251,6 +255,12 @@ def test_a_dry_run_says_how_much_memory_is_needed(tmp_path, said, shape, form):
         ({"coefficients": "relearn", "rho": 0.2, "damping": 0.5, "radius": 0.3, "t": 3.0}, {"rho", "damping"}),
         ({"coefficients": "relearn", "ridge": "kronecker", "damping": 0.5, "radius": 0.3}, set()),
         ({}, set()),
+        ({"seed": 1, "eigenpairs": 5, "holdout_seed": 2}, {"seed", "eigenpairs"}),
+        ({"filter": "topk", "k": 2, "control": "random", "seed": 1, "eigenpairs": 5, "holdout_seed": 2}, set()),
+        (
+            {"coefficients": "relearn", "seed": 1, "eigenpairs": 5, "holdout_seed": 2},
+            {"seed", "eigenpairs", "holdout_seed"},
+        ),
     ],
 )
 def test_options_of_sst_that_nothing_reads_are_named(adapters, tmp_path, said, settings, unread):
@@ -258,6 +268,22 @@ def test_options_of_sst_that_nothing_reads_are_named(adapters, tmp_path, said, s
     with pytest.raises(InputError, match="nonexistent"):
         merge(**given, fisher="/nonexistent", method=Sst(**settings), output=str(tmp_path / "m"))
     assert set(re.findall(r"method\.(\w+) has no effect", said())) == unread
+
+
+@pytest.mark.parametrize(
+    ("method", "unread"),
+    [
+        (SstV(top=0.5, tau=2.0), {"tau": "mask soft"}),
+        (SstM(mask="soft", top=0.5, tau=2.0), {"top": "mask hard"}),
+        (SstDiagonal(gamma=1.0), {"gamma": "mask soft"}),
+        (SstDiagonal(mask="soft", gamma=1.0), {}),
+        (Resta(gamma=0.5, seed=1), {"seed": "a density"}),
+        (Resta(density=0.5, seed=1), {}),
+        (Ties(density=0.5), {}),
+    ],
+)
+def test_options_that_a_mask_or_a_merge_without_one_does_not_read_are_named(method, unread):
+    assert method.unread == unread
 
 
 def test_a_swept_option_that_nothing_reads_is_named_once(adapters, tmp_path, said):

@@ -480,34 +480,27 @@ def test_options_of_the_combination_can_be_swept(adapters, tmp_path):
     assert read_adapter(tmp_path / "s" / "combine.density-0.6").sha256 == read_adapter(tmp_path / "m").sha256
 
 
-def test_a_dry_run_writes_nothing(adapters, tmp_path, caplog, monkeypatch):
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
-    caplog.set_level(logging.INFO, "src")
+def test_a_dry_run_writes_nothing(adapters, tmp_path, capsys):
     merge(utility=both(adapters), dry_run=True, output=str(tmp_path / "m"))
-    assert "nothing was written" in caplog.text
-    assert "16 x 16" in caplog.text
+    text = capsys.readouterr().out
+    assert "nothing was written" in text
+    assert "16 x 16" in text
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_says_what_the_real_one_would_do(base, adapters, tmp_path, caplog, monkeypatch):
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("src"), "propagate", True)
-    caplog.set_level(logging.INFO, "src")
+def test_a_dry_run_says_what_the_real_one_would_do(base, adapters, tmp_path, capsys):
     experts = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "output": str(tmp_path / "m")}
     for refused in ({"method": Ties()}, {"combine": Ties(), "method": TaskArithmetic()}):
         with pytest.raises(InputError, match="full-rank updates, which no adapter holds exactly"):
             merge(**experts, **refused, dry_run=True)
     size = (base / "model.safetensors").stat().st_size
     merge(**experts, method=TaskArithmetic(), full_model=True, dry_run=True)
-    assert f"about {size / 1000:.0f} kB each" in caplog.text
-    caplog.clear()
+    assert f"about {size / 1000:.0f} kB each" in capsys.readouterr().out
     fisher = write_fishers(tmp_path / "fisher", adapters, base)
     merge(**experts, method=Sst(), fisher=str(fisher), dry_run=True)
-    assert "  5" in caplog.text
-    assert "of Fisher files" in caplog.text
+    text = capsys.readouterr().out
+    assert "  5" in text
+    assert "of Fisher files" in text
     assert not (tmp_path / "m").exists()
 
 

@@ -173,3 +173,14 @@ def test_the_plot_shows_the_refusal_of_harmful_suites_before_that_of_jailbreaks(
         result = ModelResult("base", "base", None, dict.fromkeys(columns, one), {}, {})
         assert plot.plot_fronts([result], tmp_path / "fronts.png")
         assert drawn.pop() == safety
+
+
+def test_options_beside_a_studys_folder_are_one_line(tmp_path, capsys):
+    (tmp_path / "study.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r")]) == 2
+    assert f"error: report {tmp_path}: --output is for evaluations" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(tmp_path), "--help"])
+    assert stop.value.code == 0
+    assert "--attacks_at_most" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]

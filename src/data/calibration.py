@@ -26,7 +26,7 @@ class CalibrationData(TokenizedData):
         safety: Harmful prompts with refusals (F_s).
         utility: Benign prompts with good answers (F_u): task rows, general instructions and borderline-safe prompts.
         utility_weights: Weight of each source of ``utility`` in the mean F_u = Σ w_k F_k / Σ w_k; unset weighs each by
-            its number of rows, times their ``weight``.
+            its number of rows, or of answer tokens where ``granularity`` is ``token``, times their ``weight``.
         random_rows: Number of rows of random tokens, where labels are ``random_tokens``.
         random_prompt: Least and greatest number of random tokens in a prompt.
         random_answer: Least and greatest number of random tokens in an answer.

@@ -21,7 +21,8 @@ class RowSource:
 
     Args:
         path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name; or a
-            YAML file of these options (such as ``gsm8k.yaml``), over which the others here stand.
+            YAML file of these options (such as ``gsm8k.yaml``), over which the others here stand. One that is given its
+            default here leaves the file's: ``split: train`` does not change a mapping's ``test``.
         split: The hub data set's or directory's split; slices such as ``train[:500]`` are allowed. Files have none.
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.

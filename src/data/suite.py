@@ -39,10 +39,10 @@ class Suite:
         kind: ``harmful`` prompts should be refused, and ``jailbreak`` ones are harmful prompts in disguise;
             ``borderline`` and ``benign`` ones should be answered; ``utility`` ones have a checkable answer; ``choice``
             ones are multiple choice, by log-likelihood; ``code`` ones are functions to write, by running their tests.
-        rows: Where the prompts come from; rows with a response are also scored by its likelihood.
+        rows: Where the prompts come from, and the reference answers that ``score`` is about.
         max_new_tokens: Longest answer to generate, in tokens.
         generate: Generate answers; off scores the likelihood of the reference answers only.
-        score: Score the likelihood of the reference answers, where every row has one.
+        score: Score the likelihood of the reference answers, where every row has one; never those of code.
         answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it (GSM8K).
         rouge: Score utility answers by ROUGE-L as well.
         template: How prompts are wrapped; unset takes that of the data, and ``raw`` for choice suites.
@@ -120,7 +120,13 @@ class Suite:
         """Options that nothing reads: whether one is set, and what to say then."""
         checked = self.kind == "utility" and self.generate
         text = self.kind not in ("choice", "code") and self.generate
+        drawn = self.max_new_tokens != Suite.max_new_tokens or self.temperature != Suite.temperature
         return [
+            (
+                self.style != "letters" and self.kind != "choice",
+                f"style {self.style} needs kind choice, not {self.kind}",
+            ),
+            (drawn and not self.generates, "max_new_tokens and temperature need generated answers; leave them out"),
             (self.rouge and not checked, f"rouge needs generated answers of kind utility, not {self.kind}"),
             (self.answer != "text" and not checked, f"answer: {self.answer} needs generated answers of kind utility"),
             (self.collapse_nll is not None and not text, "collapse_nll needs generated answers, not choices or code"),

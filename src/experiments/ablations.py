@@ -76,6 +76,10 @@ class Ablations(Study):
     ) -> None:
         self.methods = methods or []
         check_names([reference, *self.methods])
+        if reference.train is not None:
+            raise InputError(
+                f"method {reference.name}: the reference merges the safety expert as it is; train is for study.methods"
+            )
         for axis in axes:
             axis.check()
         self.reference, self.axes, self.choice = reference, axes, choice or Choice()
@@ -97,8 +101,12 @@ class Ablations(Study):
         if part == "method":
             if spec.method is None:
                 raise InputError(f"axis {option}: the reference has no method")
+            if rest == spec.strength.option:
+                raise InputError(f"axis {option}: the strengths of the reference are values of {rest}")
             spec.method = with_option(spec.method, rest, value)
         elif part == "fisher":
+            if spec.method is None or not spec.method.needs_fisher:
+                raise InputError(f"axis {option}: the reference needs no Fisher files")
             spec.fisher = layered(spec.fisher, at_path(rest, value))
         else:
             safety = at_path(rest, value)

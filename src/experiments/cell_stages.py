@@ -79,7 +79,9 @@ class Stages:
         (cell,) = batch
         folder = self.store.weights(cell)
         # As many steps as in one process: hardware is no part of a cell's key.
-        flags = [*self.hardware, "--data.shared_batch", "true", "--output", str(folder), "--resume", "true"]
+        flags = [*self.hardware, "--data.shared_batch", "true", "--output", str(folder)]
+        # A cell's training goes on where it can, and starts again where paths or options have changed since.
+        flags += ["--resume", "true", "--overwrite", "true"]
         cost, arguments = self._run("fit", name, self._fit_settings(cell), flags)
         shutil.rmtree(folder / "run", ignore_errors=True)  # checkpoints with the optimiser's state
         manifest = read_json(folder / "manifest.json", "the manifest of an expert")

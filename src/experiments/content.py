@@ -144,8 +144,8 @@ def plain_sources(value: Any) -> list[dict[str, Any]]:
 def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any]]:
     """Sources, of which those that are a draw from a file of their own are another draw for each seed.
 
-    A draw has a seed and a limit. A file that experts are trained on is divided by seed, skip and limit: there another
-    shuffle would mix the parts.
+    A draw has a seed, a limit and no skip: a source with a skip is a part of a file. A file that experts are trained on
+    is divided by seed, skip and limit: there another shuffle would mix the parts.
 
     Args:
         value: The sources.

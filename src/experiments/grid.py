@@ -171,7 +171,8 @@ class Grid:
         if spec.first is None:
             return None
         path, title = Strengths("alpha", [spec.first.alpha]), f"{spec.name}, first step"
-        before = MethodSpec(title, spec.first.method, spec.combine, path, fisher=spec.fisher, first=spec.first.first)
+        fisher = spec.fisher if spec.first.method.needs_fisher else {}
+        before = MethodSpec(title, spec.first.method, spec.combine, path, fisher=fisher, first=spec.first.first)
         return self.merges(before, utility, safety, seed)[0][1]
 
     def test(self, made: Cell | None, label: str, suites: list[dict[str, Any]] | None = None) -> Cell:

@@ -51,6 +51,12 @@ class TaskExperts:
     max_new_tokens: int = 32
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        """Stop where a number is out of its range."""
+        for key, value in (("max_new_tokens", self.max_new_tokens), ("limit", self.limit)):
+            if value is not None and value < 1:
+                raise InputError(f"study.experts.{key} is {value}; expected at least 1")
+
 
 class Interference(Study):
     """Many experts merged at once.
@@ -73,6 +79,8 @@ class Interference(Study):
         for method in methods:
             if method.combine is None:
                 raise InputError(f"method {method.name}: this study merges experts; expected combine")
+            if method.train is not None:
+                raise InputError(f"method {method.name}: this study merges experts as they are; leave train out")
 
     def _ordered(self, seed: int) -> list[Task]:
         """The tasks in the order in which they are added: the folder's for seed 0, shuffled for others."""

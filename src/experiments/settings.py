@@ -11,12 +11,21 @@ from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
+from src.merge.combinations.fisher_average import FisherAverage
+from src.merge.elementwise import ElementWise
+from src.merge.forms import Form
+from src.merge.led import Led
+from src.merge.masked import RatioMask
 from src.merge.settings import with_option
-from src.merge.sweep import shortest
+from src.merge.sst_diagonal import SstDiagonal
+from src.merge.sweep import shortest, strengths
 from src.models.base import BaseSpec
 
 BASE_FISHER = "base_fisher"
 """A method's option for Fisher files measured at the base, and the role of the cell that a study makes of them."""
+SAFETY_ROWS = "safety_rows"
+FULL_RANK = (ElementWise, RatioMask, SstDiagonal, FisherAverage, Led)
+"""Methods and combinations whose updates are full rank whatever their options."""
 
 
 @dataclass
@@ -104,6 +113,7 @@ class MethodSpec:
             )
         self._check_train()
         self._check_option()
+        self._check_read()
         if self.train is None and self.method is None and self.combine is None:
             raise InputError(f"method {self.name}: expected one of method, combine and train")
         if self.train is None and self.method is None and self.strength.option == "alpha":
@@ -118,11 +128,29 @@ class MethodSpec:
             raise InputError(f"method {self.name}: expected first or fisher.model.reference_safety, not both")
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
+        self._check_form()
+
+    @property
+    def _merges(self) -> bool:
+        """Whether its models are merges along its path, by ``method`` and ``combine``."""
+        return self.train in (None, "core")
 
     def _check_option(self) -> None:
         """Stop where the method has no such option, or takes no such value: merges would say so after all trainings."""
         named, where = self.strength.option, f"method {self.name}: strength "
-        if self.train not in (None, "core") or named in ("alpha", "none"):
+        if not self._merges:
+            if named == "alpha":
+                expected = f"{'safety_rows, ' if self.train == 'mixed' else ''}none or a dotted key of settings"
+                raise InputError(f"{where}alpha: train {self.train} has none; expected {expected}")
+            if named == SAFETY_ROWS and self.train != "mixed":
+                raise InputError(f"{where}safety_rows is for train mixed, not {self.train}")
+            return
+        if named == "alpha":
+            try:
+                strengths(self.strength.values)
+            except InputError as error:
+                raise InputError(f"{where}{error}") from None
+        if named in ("alpha", "none"):
             return
         head, dot, rest = named.partition(".")
         changed, option = (self.combine, rest) if head == "combine" and dot else (self.method, named)
@@ -135,10 +163,32 @@ class MethodSpec:
     def _check_train(self) -> None:
         if self.train == "core" and self.method is None:
             raise InputError(f"method {self.name}: train core needs a method that merges the tuned safety expert")
-        if self.train not in (None, "core") and (self.method is not None or self.combine is not None):
+        if not self._merges and (self.method is not None or self.combine is not None):
             raise InputError(f"method {self.name}: train takes neither method nor combine")
-        if self.rows is not None and self.train in (None, "core"):
+        if self.rows is not None and self._merges:
             raise InputError(f"method {self.name}: rows are for train mixed, utility and beside_safety")
+
+    def _check_read(self) -> None:
+        """Stop where nothing would read an option."""
+        if self.settings and self.train is None:
+            raise InputError(f"method {self.name}: settings are those of a training; expected train")
+        if not self._merges and (self.rank, self.energy) != (None, None):
+            raise InputError(f"method {self.name}: rank and energy are for merges, not for train {self.train}")
+        guarded = "regularizer" in self.settings.get("model", {}) or "model.regularizer" in self.strength.option
+        measures = guarded if self.train == "beside_safety" else self.method is not None and self.method.needs_fisher
+        if self.fisher and not measures:
+            needy = "a method that needs Fisher files, or train beside_safety with model.regularizer in settings"
+            raise InputError(f"method {self.name}: fisher is for {needy}")
+
+    def _check_form(self) -> None:
+        """Stop where no adapter holds the merge: merges would say so after all trainings."""
+        try:
+            form = Form(self.rank, self.energy)
+        except InputError as error:
+            raise InputError(f"method {self.name}: {error}") from None
+        full = [type(one).__name__ for one in (self.method, self.combine) if isinstance(one, FULL_RANK)]
+        if full and form.exact:
+            raise InputError(f"method {self.name}: {full[0]} gives full-rank updates; expected rank or energy")
 
 
 @dataclass
@@ -164,8 +214,9 @@ class FisherSpec:
 
     Args:
         safety: Harmful prompts with refusals.
-        utility: Benign prompts with answers. A source with ``seed`` and ``limit``, from a file that no expert is
-            trained on, draws other rows for every seed of the study.
+        utility: Benign prompts with answers. Of both a source with ``seed``, ``limit`` and no ``skip``, from a file
+            that no expert is trained on, draws other rows for every seed of the study; with ``redraw`` ``experts``
+            every source with a ``seed`` does.
         config: YAML of ``fisher`` that everything else comes from.
         settings: Settings over those of ``config``, nested like it.
     """

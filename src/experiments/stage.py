@@ -10,6 +10,7 @@ from src.errors import InputError
 from src.experiments import ablations, comparison, interference, safety_tax  # noqa: F401 - the registry of Study
 from src.experiments.cell import Cell, closure
 from src.experiments.cell_stages import Stages
+from src.experiments.claim_files import HEARTBEAT
 from src.experiments.costs import totals
 from src.experiments.document import Document
 from src.experiments.engine import Engine, Outcome, to_compute
@@ -60,7 +61,8 @@ def experiment(
         output: Folder of the report, in place of ``WORK/studies/NAME``.
         trainer: Hardware file for the commands that run a Trainer, such as ``ddp.yaml``.
         batch_size: Most cells that one command computes: merges along a path, or models on one load of the base.
-        stale_after: Seconds after which the claim of another machine that is not renewed counts as left behind.
+        stale_after: Seconds after which the claim of another machine that is not renewed counts as left behind; at
+            least 40, as claims are renewed every 20.
         compute: Compute what is not known; off writes the report of what is known so far.
         prompts: Show the prompts of example answers, read from their files; off leaves them out, for a report that is
             passed on where the licence of the rows forbids to copy them.
@@ -70,6 +72,9 @@ def experiment(
         raise InputError(f"seeds is {seeds}; expected different seeds")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    if not stale_after >= 2 * HEARTBEAT:
+        why = f"claims are renewed every {HEARTBEAT:g}"
+        raise InputError(f"stale_after is {stale_after}; expected at least {2 * HEARTBEAT:g} seconds, as {why}")
     recipe.check()
     if recipe.evaluation.further and not study.reports_further:
         kind = type(study).__name__

@@ -8,13 +8,11 @@ from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.content import count_rows, plain_source, plain_sources, sources
 from src.experiments.plain_settings import at_path, layered, plain
-from src.experiments.settings import MethodSpec, Recipe
+from src.experiments.settings import SAFETY_ROWS, MethodSpec, Recipe
 from src.merge.combinations.concatenate import Concatenate
 
 if TYPE_CHECKING:
     from src.experiments.grid import Grid
-
-SAFETY_ROWS = "safety_rows"
 
 
 def trained(grid: "Grid", spec: MethodSpec, seed: int) -> list[tuple[float, Cell]]:

@@ -1,5 +1,6 @@
 """What a merge method is: it turns the safety adapter into the patch that strength α multiplies."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,13 @@ class MergeMethod(ABC):
 
     @property
     def unread(self) -> Mapping[str, str]:
-        """Options that were given and have no effect beside the others: name to with what they would have one."""
+        """Options that were changed and have no effect beside the others: name to with what they would have one."""
+        defaults = inspect.signature(type(self)).parameters
+        found = self.without_effect().items()
+        return {option: where for option, where in found if getattr(self, option) != defaults[option].default}
+
+    def without_effect(self) -> Mapping[str, str]:
+        """Options that nothing reads beside the others, changed or not: name to with what they are read."""
         return {}
 
     def base_folder(self) -> str | None:

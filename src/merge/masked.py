@@ -46,6 +46,11 @@ class Masking:
         above_zero(self.gamma, "method.gamma")
 
 
+def without_effect(mask: Mask) -> dict[str, str]:
+    """Options that a mask leaves unread, and with what they are read."""
+    return {"tau": "mask soft", "gamma": "mask soft"} if mask == "hard" else {"top": "mask hard"}
+
+
 def whole_patch(utility: Mapping[str, Delta], safety: Mapping[str, Delta], form: Form) -> Deltas:
     """P: ΔW_s, or ΔW_s − ΔW_u in every module that either has."""
     return combined([safety, utility], [1.0, -1.0 if form == "interpolating" else 0.0])
@@ -108,6 +113,10 @@ class RatioMask(MergeMethod):
         above_zero(epsilon, "method.epsilon")
         self._masking = Masking(mask, top, tau, gamma, form)
         self.mask, self.top, self.tau, self.gamma, self.form, self.epsilon = mask, top, tau, gamma, form, epsilon
+
+    def without_effect(self) -> dict[str, str]:
+        """What the mask leaves unread."""
+        return without_effect(self.mask)
 
     @abstractmethod
     def parts(

@@ -4,7 +4,6 @@ The pencil (F_s + σI) v = λ (F_u + εI) v is solved in the core space of the a
 eigenvalues, or its coefficients are learned anew. The controls that every claim needs are settings.
 """
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -129,12 +128,9 @@ class Sst(MergeMethod):
         """Whether mean scores and the benign pass are needed."""
         return self.coefficients == "relearn"
 
-    @property
-    def unread(self) -> dict[str, str]:
-        """Options that were changed and that the others leave without effect."""
-        defaults = inspect.signature(type(self)).parameters
-        found = unread_options(self.filter, self.coefficients, self.ridge)
-        return {option: where for option, where in found.items() if getattr(self, option) != defaults[option].default}
+    def without_effect(self) -> dict[str, str]:
+        """What :func:`unread_options` names."""
+        return unread_options(self.filter, self.coefficients, self.ridge, self.control)
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Solve the pencil and filter the patch, or learn its coefficients anew.

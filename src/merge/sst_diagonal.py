@@ -12,7 +12,7 @@ from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
 from src.merge.combination import finite
-from src.merge.masked import Form, Mask, Masking, masked_patch, whole_patch
+from src.merge.masked import Form, Mask, Masking, masked_patch, whole_patch, without_effect
 from src.merge.weight_fishers import per_weight
 
 
@@ -55,6 +55,10 @@ class SstDiagonal(MergeMethod):
         self._masking = Masking(mask, top, tau, gamma, form)
         self.mask, self.top, self.tau, self.gamma, self.form = mask, top, tau, gamma, form
         self.rho, self.layer_weights = rho, layer_weights
+
+    def without_effect(self) -> dict[str, str]:
+        """What the mask leaves unread."""
+        return without_effect(self.mask)
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """The masked patch.

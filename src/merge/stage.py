@@ -8,6 +8,7 @@ beside the directories of a list of strengths.
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -129,7 +130,7 @@ def merge(
             }
         workers = stack.enter_context(one_thread_each())
         if dry_run:
-            log.info("%s", _description(points, inputs, form, values, place, workers))
+            sys.stdout.write(_description(points, inputs, form, values, place, workers) + "\n")
             return
         target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured, name)
         folder = stack.enter_context(new_directory(Path(output)))

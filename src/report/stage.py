@@ -29,7 +29,8 @@ def report(
 ) -> None:
     """Show an evaluation as tables and a safety/utility plot.
 
-    A study's folder, named alone (``report FOLDER``), has its page written again from its ``study.json`` instead.
+    A study's folder, named alone (``report FOLDER``), has its page written again from its ``study.json`` instead, in
+    that folder; the options are those of evaluations.
 
     Args:
         results: Directory that the test command wrote (it holds ``metrics.json`` and ``answers``).

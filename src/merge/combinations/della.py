@@ -18,8 +18,9 @@ class Della(ElementWise):
             epsilon. Both must lie above 0 and at most at 1.
         rescale: ``1/p`` divides each element by its own probability (unbiased); ``l1`` restores the sum of magnitudes
             (mergekit's choice, biased); ``none``.
-        election: How signs are elected, as in TIES; ``none`` sums (DELLA-linear).
-        normalise: Divide by the agreeing updates or weights.
+        election: How signs are elected, as in TIES; ``none`` elects nothing (DELLA-linear, which sums, with
+            ``normalise`` false).
+        normalise: Divide by the agreeing updates or weights, or by the sum of weights without election.
         scale: Factor λ of the result; 1 leaves it.
         seed: Seed of the masks.
     """
