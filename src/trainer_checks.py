@@ -31,6 +31,10 @@ def check_training_length(trainer: Namespace) -> None:
         value = trainer.get(key)
         if value is not None and value < 1:
             raise InputError(f"trainer.{key} is {value}; expected at least 1")
+    every = trainer.get("val_check_interval")
+    if isinstance(every, int) and every < 1:
+        none = "limit_val_batches 0 leaves validation out"
+        raise InputError(f"trainer.val_check_interval is {every}; expected at least 1 batch ({none})")
     if trainer.get("limit_train_batches") == 0:
         raise InputError("trainer.limit_train_batches is 0; expected something to train on")
     if trainer.get("overfit_batches"):
@@ -65,6 +69,15 @@ def fitting() -> Iterator[None]:
         if "val_check_interval" not in str(error):
             raise
         raise InputError(f"trainer.val_check_interval: {one_line(error)}") from None
+
+
+def difference(before: Any, now: Any, name: str = "") -> str:
+    """The first of the settings that two runs do not share, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = {key: (before.get(key, "unset"), now.get(key, "unset")) for key in before | now}
+        key = next(key for key, (one, two) in pairs.items() if one != two)
+        return difference(*pairs[key], f"{name}.{key}".lstrip("."))
+    return f"{name} is {before!r} there, {now!r} here"
 
 
 def recorded(folder: str, name: str) -> type[SaveConfigCallback]:

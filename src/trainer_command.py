@@ -26,13 +26,13 @@ from src.errors import InputError
 from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.models.base import load_tokenizer
-from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, can_go_on, check_checkpoint
+from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, check_checkpoint, newest_checkpoint
 from src.models.fisher_output import remove_done
 from src.models.sharding import make_patient
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
 from src.processes import end_with_first, tell_of_first
-from src.trainer_checks import check_training_length, making_trainer, recorded
+from src.trainer_checks import check_training_length, difference, making_trainer, recorded
 from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
 
@@ -50,6 +50,7 @@ STARTED = "SST_MERGE_STARTED"
 """Environment variable: when the run began, for the processes that its first one starts."""
 SAME = ("model", "data", "seed_everything")
 """Settings in which a run that goes on and the run before it agree."""
+FINISHED = "that was finished"
 
 
 class TrainerCommand(LightningCLI):
@@ -102,19 +103,11 @@ class TrainerCommand(LightningCLI):
                 "--dry_run", type=bool, default=False, help="print sizes (rows, D, disk, memory) and load no weights"
             )
         if self.command in ("fit", "validate"):
-            parser.add_argument(
-                "--ckpt_path",
-                type=str | None,
-                default=None,
-                help="checkpoint of a run to go on from (fit) or to measure",
-            )
+            text = "checkpoint of a run to go on from (fit) or to measure"
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help=text)
         if self.command == "fit":
-            parser.add_argument(
-                "--resume",
-                type=bool,
-                default=False,
-                help="go on from the last checkpoint in the output, if there is one",
-            )
+            text = "go on from the newest checkpoint in the output, if there is one; replaces a finished run"
+            parser.add_argument("--resume", type=bool, default=False, help=text)
 
     def before_instantiate_classes(self) -> None:
         """Settle and check the output before anything is loaded."""
@@ -152,6 +145,9 @@ class TrainerCommand(LightningCLI):
         allowed = self.config.overwrite or self.resumes or not is_first_process()
         # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
         kept = self.command == "fit" and (trained or any(self.output.glob(OF_SLURM)))
+        spared = kept and self.resumes and not self.config.overwrite and is_first_process()
+        if (why := self._other_run() if spared else "") not in ("", FINISHED):
+            raise InputError(f"--output {self.output}: holds a run {why}; pass --overwrite true to replace it")
         going_on = not kept and is_begun(self.output, self.shared_settings)
         check_output(self.output, overwrite=allowed or going_on, beside=frozenset() if kept else frozenset({RUN}))
         self._own = going_on or not has_results(self.output, frozenset({RUN}))
@@ -188,7 +184,7 @@ class TrainerCommand(LightningCLI):
     def _clear_run(self) -> None:
         """Make room for the Trainer's files: a run that goes on keeps its checkpoints and sets its metrics aside."""
         run = self.output / RUN
-        if self.checkpoint is None:
+        if not self._stays:
             shutil.rmtree(run, ignore_errors=True)
         elif (run / "metrics.csv").exists():
             before = len(list(run.glob("metrics.before-*.csv")))
@@ -203,18 +199,24 @@ class TrainerCommand(LightningCLI):
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the one named, or where the run resumes the newest of the output."""
-        named: str | None = self.config.get("ckpt_path")
-        if named is not None or not self.resumes:
-            return named
+        """The checkpoint to go on from: the newest of the output where the run resumes, else the one named."""
+        return (self._newest() if self.resumes else None) or self.config.get("ckpt_path")
+
+    @property
+    def _stays(self) -> bool:
+        """Whether that lies in the output, so that the run goes on with its files."""
+        given = self.checkpoint
+        return given is not None and Path(given).parent.resolve().is_relative_to(self.output.resolve())
+
+    def _newest(self) -> str | None:
+        """The newest checkpoint of this run in the output; says where there is none."""
         folder = self.output / CHECKPOINTS
         found = [*folder.glob("last*.ckpt"), folder / RECENT, *self.output.glob(OF_SLURM)]
-        whole = sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        # Weights alone are nothing to go on from, however new; where there is nothing else, it is said.
-        newest = next(filter(can_go_on, whole), whole[0] if whole else None)
+        # Where there is nothing else to go on from, it is said that weights alone are none.
+        newest = newest_checkpoint(found, weights_too=self.config.ckpt_path is None)
         if newest is None:
             if (self.output / RUN).is_dir():
-                log.info("no checkpoint in %s to go on from: starting at the first step", self.output)
+                log.info("no checkpoint in %s to go on from: starting over", self.output)
         elif why := self._other_run():
             log.info("%s is of a run %s: starting over", newest, why)
         else:
@@ -229,9 +231,10 @@ class TrainerCommand(LightningCLI):
             return "that has left no configuration"
         # The adapter of a run before that one stays until it is replaced.
         if adapter.exists() and adapter.stat().st_mtime_ns >= record.stat().st_mtime_ns:
-            return "that was finished"
-        before, now = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
-        return "" if all(before.get(key) == now.get(key) for key in SAME) else "with other settings"
+            return FINISHED
+        both = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
+        before, now = ({key: settings.get(key) for key in SAME} for settings in both)
+        return "" if before == now else f"with other settings ({difference(before, now)})"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""
@@ -271,7 +274,7 @@ class TrainerCommand(LightningCLI):
             self._held.enter_context(held_output(self.output))
             self._check_output()  # a run that held it until now may have written results
             self._clear_run()
-        if self.checkpoint is None:
+        if not self._stays:
             # Each process by itself: Lightning would go on from such a file, and srun starts them in no order.
             for stale in self.output.glob(OF_SLURM):
                 stale.unlink(missing_ok=True)

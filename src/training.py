@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,10 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     Raises:
         InputError: its weights or its loss are not finite.
     """
-    weights = _best_weights(trainer)
+    weights, measured = _kept(trainer, module)
     if not trainer.is_global_zero:
         return
-    measured = _val_loss(trainer)
-    tensors = [*weights.values(), *([] if measured is None else [torch.as_tensor(measured)])]
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not (isfinite(measured or 0.0) and all(tensor.isfinite().all() for tensor in weights.values())):
         raise InputError(
             "training diverged: the adapter or its validation loss is not finite, and no adapter was written; "
             "lower model.optimizer.lr or set trainer.gradient_clip_val"
@@ -68,7 +67,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "rows": {split: len(rows) for split, rows in data.rows.items()},
         "rows_sha256": {split: rows_sha256(rows) for split, rows in data.rows.items()},
         "steps": trainer.global_step,
-        "val_loss": None if measured is None else float(measured),
+        "val_loss": measured,
         "others": [{"path": one.name, "sha256": one.sha256} for one in module.others],
         "regularizer": list(module.regularizer.sources) if module.regularizer is not None else [],
         "versions": versions(),
@@ -79,30 +78,28 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     (folder / CONFIG).unlink(missing_ok=True)
     write_provenance(folder, manifest=manifest, seen=seen, card=expert_card(manifest))
     module.write_adapter(folder, weights)
-    found = "not measured" if measured is None else f"{float(measured):.4f}"
+    found = "not measured" if measured is None else f"{measured:.4f}"
     log.info("adapter written to %s (validation loss %s)", folder, found)
 
 
-def _val_loss(trainer: Trainer) -> torch.Tensor | None:
-    """Validation loss of the adapter that is written: nothing where its checkpoint was chosen by something else."""
+def _kept(trainer: Trainer, module: ExpertModule) -> tuple[dict[str, torch.Tensor], float | None]:
+    """LoRA weights of the best checkpoint (of the last step without one), gathered from all shards, and their loss.
+
+    The loss is that of a validation at their step: nothing where there was none, or where the checkpoint was chosen by
+    something else.
+    """
     chosen = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-    if chosen is None or chosen.best_model_score is None or not Path(chosen.best_model_path).exists():
-        return trainer.callback_metrics.get("val_loss")
-    return chosen.best_model_score if chosen.monitor == "val_loss" else None
-
-
-def _best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """LoRA weights of the best checkpoint, gathered from all shards."""
-    best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), "")
-    if best and Path(best).is_file():
-        state = torch.load(best, map_location="cpu", weights_only=False)["state_dict"]
+    best, step, by_loss = "" if chosen is None else chosen.best_model_path, trainer.global_step, True
+    if chosen is not None and best and Path(best).is_file():
+        found = torch.load(best, map_location="cpu", weights_only=False)
+        state, step, by_loss = found["state_dict"], found["global_step"], chosen.monitor in (None, "val_loss")
     elif best and isinstance(trainer.strategy, ModelParallelStrategy):
         raise InputError(f"{best}: sharded checkpoints are not joined yet; set save_distributed_checkpoint: false")
     else:
         if best:
             log.warning("%s is not there any more: the adapter is that of the last step", best)
         state = trainer.strategy.lightning_module_state_dict()
-    return trained_weights(state)
+    return trained_weights(state), module.validated.get(step) if by_loss else None
 
 
 def validate(arguments: list[str]) -> None:

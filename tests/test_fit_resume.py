@@ -1,10 +1,12 @@
 """Trainings that end early and go on: every batch once, and the same weights bit for bit."""
 
+import copy
 import csv
 import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ import torch
 from lightning import Callback
 
 from src.cli import main
-from src.models.checkpoints import GOING_ON, RecentCheckpoint
+from src.errors import InputError
+from src.models.checkpoints import GOING_ON, RecentCheckpoint, check_processes, rewind_to_step
 from tests.commands import fit_flags, run_processes
 
 BATCHES = 5
@@ -142,6 +145,73 @@ def test_a_terminated_training_leaves_a_checkpoint_of_its_last_batch(base, rows,
     check_equal(whole(*more), tmp_path / "parts", 3 if accumulated == 1 else 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # at the end of the epoch that is over
+def test_a_training_with_a_limit_of_steps_loses_no_epoch(base, rows, whole, tmp_path):
+    """It ends in the middle of the second epoch."""
+    more = ["--trainer.max_steps", str(2 * BATCHES - 1)]
+    assert main(flags(base, rows, tmp_path / "parts", *more, stop=BATCHES + 2)) == 2
+    assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
+    check_equal(whole(*more), tmp_path / "parts", BATCHES)
+    assert result(tmp_path / "parts")[1] == 2 * BATCHES - 1
+
+
+@pytest.mark.parametrize("completed", [1, 2])
+def test_an_epoch_that_is_over_is_counted_once(completed):
+    """Whether its checkpoint was saved before the epoch was completed or after."""
+    batches = {"is_last_batch": True, "current": {"processed": BATCHES}}
+    counts = {"ready": 2, "started": 2, "processed": 2, "completed": completed}
+    loop = {"epoch_progress": {"current": counts, "total": dict(counts)}, "epoch_loop.batch_progress": batches}
+    checkpoint = {"loops": {"fit_loop": loop}}
+    before = copy.deepcopy(checkpoint)
+    rewind_to_step(checkpoint, 1)
+    assert checkpoint == before
+    rewind_to_step(checkpoint, 1, limited=True)
+    within = {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+    assert loop["epoch_progress"] == {"current": within, "total": within}
+
+
+def test_a_training_goes_on_with_as_many_processes_within_its_epoch(base, rows, tmp_path, capsys):
+    assert main(flags(base, rows, tmp_path / "parts", stop=2, every=0.0)) == 2
+    path = tmp_path / "parts" / "expert" / RECENT
+    found = torch.load(path, weights_only=False)
+    assert found["world_size"] == 1
+    torch.save(found | {"world_size": 2}, path)
+    capsys.readouterr()
+    assert main(flags(base, rows, tmp_path / "parts", "--resume", "true")) == 2
+    assert f"error: {path}: processes of its training: 2, here: 1; expected 2" in capsys.readouterr().err
+    assert len(seen(tmp_path / "parts")) == 1
+
+
+@pytest.mark.parametrize(
+    ("within", "same_steps", "refused"), [(True, True, "dealt out"), (False, False, "learning rate"), (False, True, "")]
+)
+def test_other_processes_may_begin_an_epoch_where_steps_stay_the_same(within, same_steps, refused):
+    batches = {"is_last_batch": not within, "current": {"processed": 3}}
+    checkpoint = {"world_size": 2, "loops": {"fit_loop": {"epoch_loop.batch_progress": batches}}}
+    check_processes("last.ckpt", checkpoint, 2, same_steps=same_steps)
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        check_processes("last.ckpt", checkpoint, 4, same_steps=same_steps)
+    del checkpoint["world_size"]  # an older one
+    check_processes("last.ckpt", checkpoint, 4, same_steps=same_steps)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_a_run_from_the_checkpoint_of_another_goes_on_from_its_own_and_writes_its_own(base, rows, whole, tmp_path):
+    """Without a validation there is no best checkpoint but that of the other run."""
+    other = whole()
+    last = other / "expert" / "run" / "checkpoints" / "last.ckpt"
+    more = ["--ckpt_path", str(last), "--resume", "true", "--trainer.max_epochs", "3"]
+    more += ["--trainer.limit_val_batches", "0"]
+    assert main(flags(base, rows, tmp_path / "parts", *more, stop=2 * BATCHES + 3, every=0.0)) == 2
+    assert main(flags(base, rows, tmp_path / "parts", *more)) == 0
+    first, second = seen(tmp_path / "parts")
+    assert [batch[:2] for batch in first] == [[2, 0], [2, 1], [2, 2]]
+    assert [batch[:2] for batch in second] == [[2, 3], [2, 4]]
+    weights, steps, loss = result(tmp_path / "parts")
+    assert weights != result(other)[0]
+    assert (steps, loss) == (3 * BATCHES, None)
+
+
 def test_resume_says_that_there_is_no_checkpoint(base, rows, tmp_path, capsys):
     assert main(flags(base, rows, tmp_path / "parts", stop=3)) == 2
     assert main(flags(base, rows, tmp_path / "parts", "--resume", "true")) == 0
@@ -237,6 +307,21 @@ def test_a_validation_loss_is_none_where_checkpoints_are_chosen_by_something_els
     given[given.index("expert.yaml")] = str(config)
     assert main(given) == 0
     assert json.loads((tmp_path / "expert" / "manifest.json").read_text())["val_loss"] is None
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(2 * BATCHES - 1, False), (2 * BATCHES, True)])
+def test_a_validation_loss_is_that_of_the_step_that_is_written(base, rows, tmp_path, steps, measured):
+    """Lightning's own checkpoints, of the last step."""
+    config = tmp_path / "expert.yaml"
+    config.write_text("{}\n")
+    given = fit_flags(base, rows, tmp_path / "expert", "--trainer.max_steps", str(steps))
+    given[given.index("expert.yaml")] = str(config)
+    assert main(given) == 0
+    manifest = json.loads((tmp_path / "expert" / "manifest.json").read_text())
+    lines = csv.DictReader((tmp_path / "expert" / "run" / "metrics.csv").read_text().splitlines())
+    last = [float(line["val_loss"]) for line in lines if line["val_loss"]][-1]
+    assert manifest["steps"] == steps
+    assert manifest["val_loss"] == (pytest.approx(last, rel=1e-6) if measured else None)
 
 
 def test_several_processes_ask_about_once_a_minute_however_long_batches_take(monkeypatch):

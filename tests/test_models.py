@@ -59,6 +59,18 @@ def test_packing_is_recognised_as_exact(model, batch):
     assert can_pack(model, batch)
 
 
+def test_dropout_of_the_adapter_does_not_keep_from_packing(model, batch):
+    """As in a training that goes on: B is no longer zero. Dropout within attention does."""
+    config = LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    peft = get_peft_model(model, config).double().train()
+    assert can_pack(peft, batch)
+    assert all(module.training for module in peft.modules())
+    for layer in peft.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    assert not can_pack(peft, batch)
+    assert all(module.training for module in peft.modules())
+
+
 @pytest.mark.parametrize("ignored", ["packed", "position_ids"])
 def test_packing_is_not_used_where_the_model_ignores_its_inputs(model, batch, ignored):
     original = model.forward

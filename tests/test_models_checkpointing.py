@@ -10,6 +10,7 @@ from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.models.checkpointing import checkpoint_layers
+from src.models.checkpoints import ADAPTER, check_adapter
 from tests.commands import fisher_flags, fit_flags
 
 CHECKPOINT = ["--model.gradient_checkpointing", "true"]
@@ -51,6 +52,19 @@ def test_training_gives_the_same_adapter(base, rows, tmp_path, forwards):
     one, two = (read_adapter(tmp_path / name).pairs for name in ("plain", "again"))
     for module, pair in one.items():
         torch.testing.assert_close(two[module].dense(), pair.dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_that_does_not_tell_is_judged_by_its_weights():
+    """An earlier version kept no scaling, and a quantised base has no fingerprint."""
+    weight = "model.layer.lora_A.default.weight"
+    facts = {weight: [2, 3], "lora_alpha": 8, "use_rslora": False, "core": None, "fingerprint of the base": "a"}
+    check_adapter("a.ckpt", {"state_dict": {weight: torch.zeros(2, 3)}}, facts)
+    check_adapter("a.ckpt", {ADAPTER: facts | {"fingerprint of the base": ""}}, facts)
+    check_adapter("a.ckpt", {}, facts)  # a sharded one
+    with pytest.raises(InputError, match=r"weight is \[4, 3\] there, \[2, 3\] in the model"):
+        check_adapter("a.ckpt", {"state_dict": {weight: torch.zeros(4, 3)}}, facts)
+    with pytest.raises(InputError, match=r"a.ckpt: use_rslora is True there, False in the model"):
+        check_adapter("a.ckpt", {ADAPTER: facts | {"use_rslora": True}}, facts)
 
 
 def test_a_model_that_cannot_is_named():

@@ -118,6 +118,17 @@ def test_processes_of_another_launcher_are_given_an_output(
     assert "--output: name a directory" in one_error(capsys)
 
 
+def test_the_first_setting_that_runs_do_not_share_is_named():
+    from src.trainer_checks import difference
+
+    before = {"model": {"rank": 2, "seed": 0}, "data": {"train": ["a"]}}
+    assert difference(before, before | {"data": {"train": ["b"]}}) == "data.train is ['a'] there, ['b'] here"
+    assert difference(before, before | {"model": {"rank": 2}}) == "model.seed is 0 there, 'unset' here"
+    more = before | {"data": {"train": ["a"], "new": None}}
+    assert difference(before, more) == "data.new is 'unset' there, None here"
+    assert difference(before, before | {"data": None}) == "data is {'train': ['a']} there, None here"
+
+
 def test_one_command_after_another_takes_a_time_of_its_own(base, rows, tmp_path, monkeypatch):
     import src.trainer_command as command
 
@@ -209,6 +220,12 @@ def test_a_training_that_diverged_is_one_line_and_writes_no_adapter(base, rows, 
 def test_a_training_without_a_number_of_steps_is_one_line(base, rows, tmp_path, capsys, length):
     assert main(fit_flags(base, rows, tmp_path / "out", *length)) == 2
     assert "neither max_epochs nor max_steps" in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_after_every_0_batches_is_one_line(base, rows, tmp_path, capsys):
+    assert main(fit_flags(base, rows, tmp_path / "out", "--trainer.val_check_interval", "0")) == 2
+    assert "trainer.val_check_interval is 0; expected at least 1 batch (limit_val_batches 0" in one_error(capsys)
     assert not (tmp_path / "out").exists()
 
 

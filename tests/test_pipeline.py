@@ -87,7 +87,13 @@ def test_a_finished_or_different_run_is_not_resumed(expert, base, rows, tmp_path
     assert "starting over" in capsys.readouterr().err
     assert len(losses(folder)) == 1
     (folder / "adapter_config.json").unlink()
-    assert main(fit_flags(base, rows, folder, "--resume", "true", "--model.seed", "9")) == 0
+    checkpoint = folder / "run" / "checkpoints" / "last.ckpt"
+    before, other = checkpoint.read_bytes(), ["--resume", "true", "--model.seed", "9"]
+    assert main(fit_flags(base, rows, folder, *other)) == 2
+    said = capsys.readouterr().err
+    assert f"error: --output {folder}: holds a run with other settings (model.seed is 0 there, 9 here)" in said
+    assert checkpoint.read_bytes() == before
+    assert main(fit_flags(base, rows, folder, *other, "--overwrite", "true")) == 0
     assert "starting over" in capsys.readouterr().err
 
 
@@ -171,6 +177,32 @@ def test_validate_measures_a_checkpoint(expert, base, rows, tmp_path, capsys):
     assert f"{losses(expert)[-1]:.4f}"[:5] in capsys.readouterr().out
     assert main([*flags, "--overwrite", "true"]) == 2
     assert "needs --ckpt_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (["--model.lora.targets", "[q_proj]"], "k_proj.lora_A.default.weight is [2, 16] there, absent in the model"),
+        (["--model.lora.rank", "4"], "q_proj.lora_A.default.weight is [2, 16] there, [4, 16] in the model"),
+        (["--model.lora.alpha", "3"], "lora_alpha is 16.0 there, 3.0 in the model"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_one_line(expert, base, rows, tmp_path, capsys, other, said):
+    last = expert / "run" / "checkpoints" / "last.ckpt"
+    flags = fit_flags(base, rows, tmp_path / "out", "--ckpt_path", str(last), *other)
+    for command in ("validate", "fit"):
+        assert main([command, *flags[1:]]) == 2
+        found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(found) == 1
+        assert found[0].startswith(f"error: {last}: ")
+        assert said in found[0]
+
+
+def test_a_checkpoint_of_another_base_is_one_line(expert, rows, tmp_path, capsys):
+    last = expert / "run" / "checkpoints" / "last.ckpt"
+    flags = fit_flags(make_base(tmp_path / "other", seed=3), rows, tmp_path / "out", "--ckpt_path", str(last))
+    assert main(["validate", *flags[1:]]) == 2
+    assert "fingerprint of the base is" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

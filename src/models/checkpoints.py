@@ -3,6 +3,7 @@
 import pickle
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from src.adapters.peft_files import is_trained
 from src.errors import InputError
 from src.files import write_atomically
 
 GOING_ON = frozenset({"optimizer_states", "loops"})
 """What a checkpoint holds beside weights."""
+ADAPTER = "adapter"
+"""Entry of a checkpoint: shapes of the trained weights by name, their scaling, and what they stand on."""
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -79,21 +83,94 @@ class RecentCheckpoint(Callback):
             self._saved = time.monotonic()
 
 
-def rewind_to_step(checkpoint: dict[str, Any], accumulated: int) -> None:
+def check_adapter(path: str, checkpoint: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Check that a checkpoint is of the adapter that is built: torch would leave out what has another name.
+
+    Args:
+        path: Its name, for the message.
+        checkpoint: As loaded; one of an earlier version tells shapes alone, and nothing where it was sharded.
+        facts: What the model has as :data:`ADAPTER`.
+
+    Raises:
+        InputError: a weight has another name or shape, or what both tell is not the same.
+    """
+    weights = checkpoint.get("state_dict", {})
+    there = checkpoint.get(ADAPTER) or {key: list(value.shape) for key, value in weights.items()}
+    for key in facts | there if there else ():
+        one, two = ("absent" if value in (None, "") else value for value in (there.get(key), facts.get(key)))
+        if one != two and (is_trained(key) or "absent" not in (one, two)):
+            raise InputError(
+                f"{path}: {key} is {one} there, {two} in the model; expected a checkpoint of the same model.base, "
+                "model.lora and model.core"
+            )
+
+
+def check_processes(path: str, checkpoint: dict[str, Any], processes: int, *, same_steps: bool) -> None:
+    """Check that a training goes on with as many processes as it had; an earlier version's checkpoint does not tell.
+
+    Others would deal the rest of an epoch's rows anew, and go through the schedule in another number of steps.
+
+    Args:
+        path: Its name, for the message.
+        checkpoint: Of a training, rewound to its last optimiser step.
+        processes: Those of this run.
+        same_steps: Whether the learning rate stays right from one epoch's end on, however many processes there are.
+
+    Raises:
+        InputError: it had another number.
+    """
+    before = checkpoint.get("world_size", processes)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    within = progress["current"]["processed"] > 0 and not progress["is_last_batch"]
+    if before != processes and (within or not same_steps):
+        why = "the rows of its epoch are dealt out" if within else "the learning rate follows the number of steps"
+        raise InputError(f"{path}: processes of its training: {before}, here: {processes}; expected {before}, as {why}")
+
+
+def rewind_to_step(checkpoint: dict[str, Any], accumulated: int, *, limited: bool = False) -> None:
     """Count the batches after the last optimiser step as not done: their gradients are not in a checkpoint.
 
     Args:
         checkpoint: Of a training, as loaded; its progress is changed.
         accumulated: Batches per optimiser step.
+        limited: Whether the training has a ``max_steps``. Lightning (2.6) then goes back into any epoch, also one that
+            is over, and would count that one twice.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, progress = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if limited and epoch["current"]["ready"] == epoch["current"]["processed"] > 0:
+        for counts in (epoch["current"], epoch["total"]):
+            counts.update(dict.fromkeys(("processed", "completed"), counts["ready"] - 1))
     pending = 0 if progress["is_last_batch"] else progress["current"]["processed"] % accumulated
     if pending:
         for counts in (progress["current"], progress["total"]):
             counts.update(dict.fromkeys(counts, counts["processed"] - pending))
 
 
-def bring_home(checkpoint: dict[str, Any], folder: Path) -> None:
+def bring_home(checkpoint: dict[str, Any], trainer: Trainer) -> bool:
+    """Keep what callbacks know of their checkpoints where a run goes on in its own output; forget those of another run.
+
+    Args:
+        checkpoint: Of a training, as loaded; the state of its callbacks is changed.
+        trainer: That of the run.
+
+    Returns:
+        Whether it is the run's own checkpoint.
+    """
+    given, output = Path(str(trainer.ckpt_path)).resolve(), Path(trainer.default_root_dir).resolve()
+    folders = [Path(str(getattr(callback, "dirpath", "") or "")) for callback in trainer.checkpoint_callbacks]
+    own = output in (given.parent, *given.parents[2:3]) or given.parent in folders
+    if own:
+        for folder in folders:
+            _find_moved(checkpoint, folder)
+    else:
+        # Lightning would keep the best of them, and its weights would be written as those of this run.
+        states = checkpoint.get("callbacks", {}).items()
+        checkpoint["callbacks"] = {key: state for key, state in states if "best_model_path" not in state}
+    return own
+
+
+def _find_moved(checkpoint: dict[str, Any], folder: Path) -> None:
     """Let callbacks find their checkpoints in a folder that was moved, or is named otherwise now.
 
     Lightning forgets which one is the best where the folder has another name than before; here it forgets only those
@@ -131,6 +208,17 @@ def can_go_on(path: Path) -> bool:
     except (RuntimeError, pickle.UnpicklingError):
         return True  # what is wrong with it is said where it is checked
     return not isinstance(found, dict) or set(found) >= GOING_ON
+
+
+def newest_checkpoint(paths: Iterable[Path], *, weights_too: bool) -> Path | None:
+    """The newest of these files that a training can go on from, for which weights alone are too little, however new.
+
+    Args:
+        paths: The files; any may be absent.
+        weights_too: Take the newest of weights alone where there is nothing else.
+    """
+    found = sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next(filter(can_go_on, found), found[0] if found and weights_too else None)
 
 
 def check_checkpoint(path: str, *, goes_on: bool) -> None:

@@ -56,7 +56,8 @@ class EvaluationModule(KeptBuffers):
         allow_code_execution: Run the programs of code suites even where this machine cannot isolate them.
         baseline: Name of the model that differences are taken to; unset is the first.
         all_pairs: Take the differences of all pairs of models, and not to the baseline alone.
-        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
+        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures, and on a GPU takes TF32 where
+            the error below admits 1e-3, except to generate.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts. Choices do not hang on it: what
             is close is computed again exactly.
     """

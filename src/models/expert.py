@@ -22,7 +22,7 @@ from src.data.batches import Batch
 from src.errors import InputError, one_line
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
-from src.models.checkpoints import bring_home, rewind_to_step
+from src.models.checkpoints import ADAPTER, bring_home, check_adapter, check_processes, rewind_to_step
 from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.kept_buffers import KeptBuffers
@@ -80,8 +80,9 @@ class ExpertModule(KeptBuffers):
         gradient_checkpointing: Compute each layer's activations again in the backward pass: less memory, more time.
             Nothing is packed then.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` takes ``bfloat16`` where the processor
-            has instructions for it, and measures elsewhere. ``bfloat16`` multiplies by bfloat16 copies of the frozen
-            weights, and within attention; residuals, norms, the adapter and the logits stay float32.
+            has instructions for it, and measures on other CPUs; on a GPU it takes TF32 where the error below admits
+            1e-3. ``bfloat16`` multiplies by bfloat16 copies of the frozen weights, and within attention; residuals,
+            norms, the adapter and the logits stay float32.
         max_matmul_error: Largest relative error of a product that ``auto`` accepts (bfloat16 rounding is 0.003).
     """
 
@@ -120,9 +121,9 @@ class ExpertModule(KeptBuffers):
         if self.core is not None and regularizer is not None:
             raise InputError("model.core and model.regularizer: one at a time; the regulariser takes a new adapter")
         self._can_pack: bool | None = None
-        self._narrow = False
+        self._narrow = self.strict_loading = False
+        self.validated: dict[int, float] = {}  # loss after so many optimiser steps
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
-        self.strict_loading = False
         self.model: Any = None
         self.base_fingerprint = ""
 
@@ -235,6 +236,11 @@ class ExpertModule(KeptBuffers):
         weight = tokens * self.trainer.world_size
         self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=weight, sync_dist=True)
 
+    def on_validation_epoch_end(self) -> None:
+        """Note whose loss it is, before a checkpoint is written."""
+        if not self.trainer.sanity_checking:
+            self.validated[self.trainer.global_step] = float(self.trainer.callback_metrics["val_loss"])
+
     def configure_optimizers(self) -> Any:
         """The optimiser, with warm-up and schedule stepped after every optimiser step."""
         from transformers import get_scheduler
@@ -258,22 +264,29 @@ class ExpertModule(KeptBuffers):
         write_trained(folder, config, weights if self.core is None else self.core.factors(weights))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the last optimiser step."""
-        if self.trainer.training and "loops" in checkpoint:
-            rewind_to_step(checkpoint, self.trainer.accumulate_grad_batches)
-            self._bring_home(checkpoint)
+        """Check that it is of this adapter; a training goes on from the last optimiser step."""
+        trainer: Any = self.trainer
+        check_adapter(trainer.ckpt_path, checkpoint, self._facts)
+        if trainer.training and "loops" in checkpoint:
+            rewind_to_step(checkpoint, trainer.accumulate_grad_batches, limited=trainer.max_steps != -1)
+            same_steps = self.schedule == "constant" or trainer.datamodule.shared_batch
+            check_processes(trainer.ckpt_path, checkpoint, trainer.world_size, same_steps=same_steps)
+            if bring_home(checkpoint, trainer):
+                self.validated = dict(checkpoint.get("validated", {}))
 
-    def _bring_home(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is known of the best checkpoint where the run goes on in its own output."""
-        given = Path(str(self.trainer.ckpt_path)).resolve()
-        for callback in self.trainer.checkpoint_callbacks:
-            folder = Path(str(getattr(callback, "dirpath", "") or ""))
-            if given.parent in (folder, *list(folder.parents)[1:2]):
-                bring_home(checkpoint, folder)
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint and the model that takes it agree in: shapes by name, scaling and what they stand on."""
+        config = self.model.peft_config["default"]
+        shapes = {key: list(value.shape) for key, value in self.state_dict().items() if is_trained(key)}
+        core = None if self.core is None else self.core.adapter.identity
+        scaling = {"lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+        return shapes | scaling | {"core": core, "fingerprint of the base": self.base_fingerprint}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's weights only: the base is not ours to store."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_trained(k)}
+        checkpoint |= {ADAPTER: self._facts, "world_size": self.trainer.world_size, "validated": dict(self.validated)}
 
 
 def beside_the_decoder(model: Any) -> list[str]:

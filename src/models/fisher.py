@@ -80,11 +80,11 @@ class FisherModule(KeptBuffers):
         relearn: Measure as well what re-learned coefficients need: F_u at the patched point, and mean signed scores of
             refusals and of benign answers there (one more pass).
         halves: Keep two halves of the rows apart, for diagnostics on held-out rows; twice the size of the sums.
-            ``lowrank`` can always be split.
+            ``lowrank`` can always be split, but not its mean scores (``relearn``).
         shard_rows: Rows after which a process writes what it has: a killed pass goes on from there.
         gradient_checkpointing: Compute each layer's activations again in the backward pass: less memory, more time.
-        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures.
-        max_matmul_error: Largest relative error of a product that ``auto`` accepts.
+        matmul: How float32 matrices are multiplied on this processor; ``auto`` measures on a CPU.
+        max_matmul_error: Largest relative error of a product that ``auto`` accepts; on a GPU that is TF32 from 1e-3 on.
     """
 
     def __init__(
