@@ -25,8 +25,8 @@ from src.data.modules import TokenizedData
 from src.errors import InputError
 from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
+from src.models import checkpoints
 from src.models.base import load_tokenizer
-from src.models.checkpoints import AtomicCheckpoints, RecentCheckpoint, check_checkpoint, newest_checkpoint
 from src.models.fisher_output import remove_done
 from src.models.sharding import make_patient
 from src.models.speed import default_accelerator, keep_freed_memory
@@ -50,7 +50,7 @@ STARTED = "SST_MERGE_STARTED"
 """Environment variable: when the run began, for the processes that its first one starts."""
 SAME = ("model", "data", "seed_everything")
 """Settings in which a run that goes on and the run before it agree."""
-FINISHED = "that was finished"
+FINISHED, OTHER_SETTINGS = "that was finished", "with other settings"
 
 
 class TrainerCommand(LightningCLI):
@@ -126,7 +126,7 @@ class TrainerCommand(LightningCLI):
                 remove_done(self.output)
         self._check_output()
         if self.config.get("ckpt_path"):
-            check_checkpoint(self.config.ckpt_path, goes_on=self.command == "fit")
+            checkpoints.check_checkpoint(self.config.ckpt_path, goes_on=self.command == "fit")
         self.config.trainer.default_root_dir = str(self.output)
         if self.command == "fisher":
             self.config.trainer.inference_mode = False  # inference tensors cannot carry gradients
@@ -145,8 +145,9 @@ class TrainerCommand(LightningCLI):
         allowed = self.config.overwrite or self.resumes or not is_first_process()
         # What an interrupted pass leaves is no result; an interrupted training is: its checkpoints are hours of work.
         kept = self.command == "fit" and (trained or any(self.output.glob(OF_SLURM)))
-        spared = kept and self.resumes and not self.config.overwrite and is_first_process()
-        if (why := self._other_run() if spared else "") not in ("", FINISHED):
+        why = self._other_run() if kept and self.resumes and not self.config.overwrite else ""
+        # What else may be wrong with it changes while the first process clears the output.
+        if why not in ("", FINISHED) and (is_first_process() or why.startswith(OTHER_SETTINGS)):
             raise InputError(f"--output {self.output}: holds a run {why}; pass --overwrite true to replace it")
         going_on = not kept and is_begun(self.output, self.shared_settings)
         check_output(self.output, overwrite=allowed or going_on, beside=frozenset() if kept else frozenset({RUN}))
@@ -205,22 +206,24 @@ class TrainerCommand(LightningCLI):
     @property
     def _stays(self) -> bool:
         """Whether that lies in the output, so that the run goes on with its files."""
-        given = self.checkpoint
-        return given is not None and Path(given).parent.resolve().is_relative_to(self.output.resolve())
+        return self.checkpoint is not None and checkpoints.lies_with(Path(self.checkpoint), self.output, self.trainer)
 
     def _newest(self) -> str | None:
         """The newest checkpoint of this run in the output; says where there is none."""
         folder = self.output / CHECKPOINTS
         found = [*folder.glob("last*.ckpt"), folder / RECENT, *self.output.glob(OF_SLURM)]
+        overwrite, steady = self.config.overwrite, checkpoints.keeps_schedule(self.model, self.datamodule)
+        if overwrite:
+            found = [one for one in found if checkpoints.goes_on_with(one, self.trainer.world_size, same_steps=steady)]
         # Where there is nothing else to go on from, it is said that weights alone are none.
-        newest = newest_checkpoint(found, weights_too=self.config.ckpt_path is None)
+        newest = checkpoints.newest_checkpoint(found, weights_too=not (overwrite and self.config.ckpt_path))
         if newest is None:
             if (self.output / RUN).is_dir():
                 log.info("no checkpoint in %s to go on from: starting over", self.output)
         elif why := self._other_run():
             log.info("%s is of a run %s: starting over", newest, why)
         else:
-            check_checkpoint(str(newest), goes_on=True)
+            checkpoints.check_checkpoint(str(newest), goes_on=True)
             return str(newest)
         return None
 
@@ -234,7 +237,7 @@ class TrainerCommand(LightningCLI):
             return FINISHED
         both = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
         before, now = ({key: settings.get(key) for key in SAME} for settings in both)
-        return "" if before == now else f"with other settings ({difference(before, now)})"
+        return "" if before == now else f"{OTHER_SETTINGS} ({difference(before, now)})"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""
@@ -247,12 +250,12 @@ class TrainerCommand(LightningCLI):
         if trainer.strategy.launcher is not None:
             tell_of_first(trainer.num_devices * trainer.num_nodes)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
-            trainer.strategy.checkpoint_io = AtomicCheckpoints()
+            trainer.strategy.checkpoint_io = checkpoints.AtomicCheckpoints()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.output / CHECKPOINTS).resolve())
         if self.command == "fit" and config.trainer.enable_checkpointing is not False:
-            recent = RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
+            recent = checkpoints.RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
             trainer.callbacks.insert(0, recent)  # type: ignore[attr-defined]
         return trainer
 

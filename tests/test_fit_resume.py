@@ -17,7 +17,15 @@ from lightning import Callback
 
 from src.cli import main
 from src.errors import InputError
-from src.models.checkpoints import GOING_ON, RecentCheckpoint, check_processes, rewind_to_step
+from src.models.checkpoints import (
+    GOING_ON,
+    RecentCheckpoint,
+    check_processes,
+    goes_on_with,
+    keeps_schedule,
+    lies_with,
+    rewind_to_step,
+)
 from tests.commands import fit_flags, run_processes
 
 BATCHES = 5
@@ -193,6 +201,41 @@ def test_other_processes_may_begin_an_epoch_where_steps_stay_the_same(within, sa
         check_processes("last.ckpt", checkpoint, 4, same_steps=same_steps)
     del checkpoint["world_size"]  # an older one
     check_processes("last.ckpt", checkpoint, 4, same_steps=same_steps)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_run_that_may_start_over_leaves_out_what_other_processes_have_begun(tmp_path, within):
+    """As a study's training does that another machine takes over, with ``--overwrite true``."""
+    batches = {"is_last_batch": not within, "current": {"processed": 3}}
+    given = {"world_size": 2, "optimizer_states": [], "loops": {"fit_loop": {"epoch_loop.batch_progress": batches}}}
+    torch.save(given, tmp_path / "last.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"PK")
+    assert goes_on_with(tmp_path / "last.ckpt", 2, same_steps=True)
+    assert goes_on_with(tmp_path / "last.ckpt", 4, same_steps=True) is not within
+    assert not goes_on_with(tmp_path / "last.ckpt", 4, same_steps=False)
+    for other in ("weights.ckpt", "broken.ckpt", "absent.ckpt"):
+        assert goes_on_with(tmp_path / other, 4, same_steps=False)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "shared", "kept"),
+    [
+        ("constant", 0.0, False, True),
+        ("constant", 0.1, False, False),
+        ("cosine", 0.0, False, False),
+        ("cosine", 0.1, True, True),
+    ],
+)
+def test_a_rate_hangs_on_the_processes_by_warm_up_and_by_fall(schedule, warmup, shared, kept):
+    module, data = SimpleNamespace(schedule=schedule, warmup=warmup), SimpleNamespace(shared_batch=shared)
+    assert keeps_schedule(module, data) is kept
+
+
+def test_a_checkpoint_lies_with_a_run_in_its_output_and_where_its_callbacks_write(tmp_path):
+    trainer = SimpleNamespace(checkpoint_callbacks=[SimpleNamespace(dirpath=str(tmp_path / "scratch"))])
+    for place, own in (("out/run/checkpoints", True), ("out", True), ("scratch", True), ("other", False)):
+        assert lies_with(tmp_path / place / "last.ckpt", tmp_path / "out", trainer) is own
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")

@@ -48,12 +48,12 @@ def warn_of_other_weights(cell: Cell, before: Record, now: Record) -> None:
     known = "trained" if "trained" in before else "found"
     if before[known] == now[known]:
         return
+    losses = [one["found"]["val_loss"] for one in (now, before)]
     log.warning(
-        "%s: trained again, and the weights differ from before (validation loss %.6g, was %.6g), as they do on another "
+        "%s: trained again, and the weights differ from before (validation loss %s, was %s), as they do on another "
         "processor; cells computed earlier are of the old ones",
         cell.label,
-        now["found"]["val_loss"],
-        before["found"]["val_loss"],
+        *("not measured" if loss is None else f"{loss:.6g}" for loss in losses),
     )
 
 

@@ -27,10 +27,6 @@ class Resta(MergeMethod):
         self.gamma, self.seed = finite(gamma, "method.gamma"), seed
         self.density = None if density is None else share(density, "method.density")
 
-    def without_effect(self) -> dict[str, str]:
-        """The seed, where nothing is thinned."""
-        return {"seed": "a density"} if self.density is None else {}
-
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """``γ ΔW_s``, and ``DARE(ΔW_u) − ΔW_u`` where a density is given."""
         if self.density is None:

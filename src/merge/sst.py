@@ -130,7 +130,7 @@ class Sst(MergeMethod):
 
     def without_effect(self) -> dict[str, str]:
         """What :func:`unread_options` names."""
-        return unread_options(self.filter, self.coefficients, self.ridge, self.control)
+        return unread_options(self.filter, self.coefficients, self.ridge)
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Solve the pencil and filter the patch, or learn its coefficients anew.

@@ -10,7 +10,7 @@ Coefficients = Literal["filter", "relearn"]
 Ridge = Literal["identity", "kronecker"]
 
 
-def unread_options(filter: FilterName, coefficients: Coefficients, ridge: Ridge, control: Control) -> dict[str, str]:
+def unread_options(filter: FilterName, coefficients: Coefficients, ridge: Ridge) -> dict[str, str]:
     """Options that nothing reads under these settings, and with what they are read."""
     relearn = coefficients == "relearn"
     read = {
@@ -20,7 +20,6 @@ def unread_options(filter: FilterName, coefficients: Coefficients, ridge: Ridge,
         "radius": (relearn, "coefficients relearn"),
         "damping": (ridge == "kronecker", "ridge kronecker"),
         "eigenpairs": (filter != "soft", "filter topk, energy or threshold"),
-        "seed": (control == "random", "control random"),
         "holdout_seed": (not relearn, "coefficients filter"),
     }
     return {option: where for option, (is_read, where) in read.items() if not is_read}

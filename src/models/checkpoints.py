@@ -127,6 +127,31 @@ def check_processes(path: str, checkpoint: dict[str, Any], processes: int, *, sa
         raise InputError(f"{path}: processes of its training: {before}, here: {processes}; expected {before}, as {why}")
 
 
+def goes_on_with(path: Path, processes: int, *, same_steps: bool) -> bool:
+    """Whether :func:`check_processes` lets a training go on; a file that is no such checkpoint is judged elsewhere."""
+    if not (path.is_file() and can_go_on(path)):
+        return True
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        check_processes(str(path), found, processes, same_steps=same_steps)
+    except InputError:
+        return False
+    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError):
+        return True
+    return True
+
+
+def lies_with(path: Path, output: Path, trainer: Trainer) -> bool:
+    """Whether a checkpoint lies in a run's output, or where the callbacks of its trainer put theirs."""
+    folders = [output, *(Path(str(getattr(one, "dirpath", "") or output)) for one in trainer.checkpoint_callbacks)]
+    return any(path.parent.resolve().is_relative_to(folder.resolve()) for folder in folders)
+
+
+def keeps_schedule(module: Any, data: Any) -> bool:
+    """Whether the learning rate stays right from an epoch's end on, however many processes there are."""
+    return bool(data.shared_batch) or (module.schedule == "constant" and not module.warmup)
+
+
 def rewind_to_step(checkpoint: dict[str, Any], accumulated: int, *, limited: bool = False) -> None:
     """Count the batches after the last optimiser step as not done: their gradients are not in a checkpoint.
 

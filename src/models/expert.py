@@ -22,7 +22,7 @@ from src.data.batches import Batch
 from src.errors import InputError, one_line
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
-from src.models.checkpoints import ADAPTER, bring_home, check_adapter, check_processes, rewind_to_step
+from src.models.checkpoints import ADAPTER, bring_home, check_adapter, check_processes, keeps_schedule, rewind_to_step
 from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.kept_buffers import KeptBuffers
@@ -269,7 +269,7 @@ class ExpertModule(KeptBuffers):
         check_adapter(trainer.ckpt_path, checkpoint, self._facts)
         if trainer.training and "loops" in checkpoint:
             rewind_to_step(checkpoint, trainer.accumulate_grad_batches, limited=trainer.max_steps != -1)
-            same_steps = self.schedule == "constant" or trainer.datamodule.shared_batch
+            same_steps = keeps_schedule(self, trainer.datamodule)
             check_processes(trainer.ckpt_path, checkpoint, trainer.world_size, same_steps=same_steps)
             if bring_home(checkpoint, trainer):
                 self.validated = dict(checkpoint.get("validated", {}))
