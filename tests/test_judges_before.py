@@ -151,4 +151,6 @@ def test_what_identifies_a_judge_has_not_changed(tmp_path):
     assert list(Classifier(name).settings) == [
         "judge", "name", "positive", "finds", "text", "threshold", "max_length", "revision",
     ]  # fmt: skip
-    assert json.dumps(Causal(name).settings, sort_keys=True).startswith('{"chat": true, "dtype": "auto", "finds"')
+    # It has judged in any capitals since it takes conversations: what it said before is asked again.
+    causal = '{"chat": true, "conversation": false, "dtype": "auto", "finds"'
+    assert json.dumps(Causal(name).settings, sort_keys=True).startswith(causal)
