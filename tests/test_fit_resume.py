@@ -236,6 +236,7 @@ def test_a_checkpoint_lies_with_a_run_in_its_output_and_where_its_callbacks_writ
     trainer = SimpleNamespace(checkpoint_callbacks=[SimpleNamespace(dirpath=str(tmp_path / "scratch"))])
     for place, own in (("out/run/checkpoints", True), ("out", True), ("scratch", True), ("other", False)):
         assert lies_with(tmp_path / place / "last.ckpt", tmp_path / "out", trainer) is own
+    assert not lies_with(tmp_path / "out" / "another" / "run" / "checkpoints" / "last.ckpt", tmp_path / "out", trainer)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")

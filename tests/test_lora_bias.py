@@ -16,7 +16,7 @@ from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_config import Layout
 from src.adapters.peft_files import read_adapter, write_adapter
-from src.adapters.read_together import read_adapters, same_inputs
+from src.adapters.read_together import in_common_terms, read_adapters
 from src.cli import main, start_logging
 from src.errors import InputError
 from src.fisher.files import load_fisher
@@ -194,7 +194,7 @@ def test_a_point_may_name_an_adapter_that_lacks_biases_or_has_more_of_them(pair_
         assert main(fisher_flags(base, adapters, rows, tmp_path / str(place), *flags)) == 0
     same, half, patched = (load_fisher(tmp_path / str(i) / "safety.safetensors") for i in range(3))
     torch.testing.assert_close(same.fisher.dense(), patched.fisher.dense(), rtol=1e-5, atol=1e-7)
-    whole = CoreBasis(half.u, half.v).coordinates(same_inputs(read_adapters([pair_of["biased"]]))[0].pairs)
+    whole = CoreBasis(half.u, half.v).coordinates(in_common_terms(read_adapters([pair_of["biased"]]))[0].pairs)
     torch.testing.assert_close(half.start, 0.5 * whole, rtol=1e-5, atol=1e-7)
     turned = {"utility": pair_of["plain"], "safety": pair_of["plain"]}
     flags = ["--model.relearn", "true", "--model.reference_safety", f"{{utility: 1.0, {pair_of['biased']}: 0.5}}"]

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
-from src.adapters.base_weights import EARLIER, LATER
+from src.adapters.base_weights import EARLIER_PREFIX, LATER_PREFIX
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 
@@ -27,7 +27,7 @@ def check_fits(model: torch.nn.Module, pairs: Mapping[str, LowRankPair], name: s
     for key, pair in pairs.items():
         module = modules.get(key)
         if module is None:
-            later = LATER + key.removeprefix(EARLIER)
+            later = LATER_PREFIX + key.removeprefix(EARLIER_PREFIX)
             hint = (
                 f" (it has {later}: load the adapter with PEFT and save it, which renames)" if later in modules else ""
             )

@@ -17,7 +17,7 @@ from src.files import read_json
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-EARLIER, LATER = "language_model.model.", "model.language_model."
+EARLIER_PREFIX, LATER_PREFIX = "language_model.model.", "model.language_model."
 """How names of text layers begin in many models that also see or hear, before transformers 4.52 and since."""
 SAMPLES = 64
 
@@ -82,8 +82,8 @@ class BaseWeights:
         """
         _, _, rest = module.partition(".")
         names = [module, rest, f"model.{module}", f"transformer.{module}", f"language_model.{module}"]
-        names += [module.replace(LATER, EARLIER, 1), LATER + module.removeprefix("model.")]
-        names += [module.replace(LATER, "model.", 1)]
+        names += [module.replace(LATER_PREFIX, EARLIER_PREFIX, 1), LATER_PREFIX + module.removeprefix("model.")]
+        names += [module.replace(LATER_PREFIX, "model.", 1)]
         return next((f"{name}.weight" for name in names if f"{name}.weight" in self.handles), None)
 
 

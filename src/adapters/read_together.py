@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from src.adapters.base_weights import EARLIER, LATER, BaseWeights
+from src.adapters.base_weights import EARLIER_PREFIX, LATER_PREFIX, BaseWeights
 from src.adapters.constant_input import without_bias
 from src.adapters.deltas import lowrank
 from src.adapters.peft_files import Adapter, read_adapter
@@ -21,11 +21,11 @@ def read_adapters(folders: Sequence[str | Path], base: BaseWeights | None = None
     Raises:
         InputError: one cannot be read, or updates a module under two names.
     """
-    return same_inputs([read_adapter(folder, base) for folder in folders])
+    return in_common_terms([read_adapter(folder, base) for folder in folders])
 
 
-def same_inputs(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters, with a constant input for the updates of each module that has a LoRA bias in one of them."""
+def in_common_terms(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters with one name for a module, and a constant input where one of them has a LoRA bias there."""
     adapters = _same_names(adapters)
     constant = frozenset[str]().union(*(adapter.layout.constant for adapter in adapters))
     return [_given(adapter, constant - adapter.layout.constant) if constant else adapter for adapter in adapters]
@@ -33,16 +33,16 @@ def same_inputs(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def _same_names(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters by later names of text layers, where one of them has those; else by their own."""
-    if not any(module.startswith(LATER) for adapter in adapters for module in adapter.updates):
+    if not any(module.startswith(LATER_PREFIX) for adapter in adapters for module in adapter.updates):
         return list(adapters)
-    return [_renamed(one) if any(m.startswith(EARLIER) for m in one.updates) else one for one in adapters]
+    return [_renamed(one) if any(m.startswith(EARLIER_PREFIX) for m in one.updates) else one for one in adapters]
 
 
 def _renamed(adapter: Adapter) -> Adapter:
     def later(module: str) -> str:
         if module == "language_model.lm_head":
             return "lm_head"
-        return LATER + module.removeprefix(EARLIER) if module.startswith(EARLIER) else module
+        return LATER_PREFIX + module.removeprefix(EARLIER_PREFIX) if module.startswith(EARLIER_PREFIX) else module
 
     names = [later(module) for module in adapter.updates]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -142,9 +142,16 @@ def goes_on_with(path: Path, processes: int, *, same_steps: bool) -> bool:
 
 
 def lies_with(path: Path, output: Path, trainer: Trainer) -> bool:
-    """Whether a checkpoint lies in a run's output, or where the callbacks of its trainer put theirs."""
-    folders = [output, *(Path(str(getattr(one, "dirpath", "") or output)) for one in trainer.checkpoint_callbacks)]
-    return any(path.parent.resolve().is_relative_to(folder.resolve()) for folder in folders)
+    """Whether a checkpoint is a run's own: in its output or ``run/checkpoints`` there, or where its callbacks write."""
+    given = path.resolve()
+    in_output = output.resolve() in (given.parent, *given.parents[2:3])
+    return in_output or given.parent in [folder.resolve() for folder in _folders(trainer)]
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Where the callbacks of a trainer put their checkpoints."""
+    found = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(folder) for folder in found if folder]
 
 
 def keeps_schedule(module: Any, data: Any) -> bool:
@@ -182,11 +189,9 @@ def bring_home(checkpoint: dict[str, Any], trainer: Trainer) -> bool:
     Returns:
         Whether it is the run's own checkpoint.
     """
-    given, output = Path(str(trainer.ckpt_path)).resolve(), Path(trainer.default_root_dir).resolve()
-    folders = [Path(str(getattr(callback, "dirpath", "") or "")) for callback in trainer.checkpoint_callbacks]
-    own = output in (given.parent, *given.parents[2:3]) or given.parent in folders
+    own = lies_with(Path(str(trainer.ckpt_path)), Path(trainer.default_root_dir), trainer)
     if own:
-        for folder in folders:
+        for folder in _folders(trainer):
             _find_moved(checkpoint, folder)
     else:
         # Lightning would keep the best of them, and its weights would be written as those of this run.

@@ -18,7 +18,7 @@ from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.checks import check_compatible, check_no_embeddings
 from src.adapters.pairs import Pairs
 from src.adapters.peft_files import Adapter
-from src.adapters.read_together import read_adapters, same_inputs
+from src.adapters.read_together import in_common_terms, read_adapters
 from src.data.batches import Batch
 from src.data.calibration import CalibrationData
 from src.errors import InputError
@@ -133,7 +133,7 @@ class FisherModule(KeptBuffers):
             raise InputError("model.coordinates weight: a LoRA bias (lora_bias) is no entry of a weight; expected core")
         self.adapters = [*self.utility, self.safety, *named_by(self.references.values())]
         check_trained_on(self.adapters, base)
-        check_compatible(same_inputs(self.adapters), [base.name, *base.aliases], "--model.base.aliases")
+        check_compatible(in_common_terms(self.adapters), [base.name, *base.aliases], "--model.base.aliases")
         self.core = self._core_basis([self.safety] if basis == "safety" else [*self.utility, self.safety])
         self.start: torch.Tensor | None = None
         self.passes = {"safety": "safety", "utility": "utility"}

@@ -14,7 +14,7 @@ import torch
 from src.adapters.basis import CoreBasis
 from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import Adapter
-from src.adapters.read_together import same_inputs
+from src.adapters.read_together import in_common_terms
 from src.models.reference import NAMED, Reference, named_adapters, reference_weights
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def patch_at(
     parts = [(adapter, beyond * weight) for adapter, weight in zip(utility, weights, strict=True)]
     parts += [(named[name], weight) for name, weight in at.items()]
     # All are read together, the safety adapter too: biases make one more input, which the core space may have.
-    *adapters, _ = same_inputs([*(adapter for adapter, _ in parts), safety])
+    *adapters, _ = in_common_terms([*(adapter for adapter, _ in parts), safety])
     moved = [(adapter, weight) for adapter, (_, weight) in zip(adapters, parts, strict=True) if weight]
     update = weighted_sum([one.pairs for one, _ in moved], [weight for _, weight in moved]) if moved else {}
     fits = all(basis.v[name].shape[0] == pair.shape[1] for name, pair in update.items() if name in basis.v)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from src.adapters.pairs import Pairs, weighted_sum
 from src.adapters.peft_files import Adapter, read_adapter
-from src.adapters.read_together import same_inputs
+from src.adapters.read_together import in_common_terms
 from src.errors import InputError
 
 Reference = Literal["base", "utility", "patched"] | dict[str, float]
@@ -46,7 +46,7 @@ def reference_update(
             parts += [(adapter, weight * own) for adapter, own in zip(utility, weights, strict=True)]
         else:
             parts.append((safety if name == "safety" else read_adapter(name), weight))
-    adapters = same_inputs([adapter for adapter, _ in parts])
+    adapters = in_common_terms([adapter for adapter, _ in parts])
     return weighted_sum([adapter.pairs for adapter in adapters], [weight for _, weight in parts])
 
 
