@@ -64,5 +64,6 @@ def judge(arguments: list[str]) -> None:
 def experiment(arguments: list[str]) -> None:
     """Run ``python -m src experiment``."""
     from src.experiments.stage import experiment as compute_study
+    from src.single_values import StudyParser
 
-    run_function(compute_study, "experiment", COMMANDS["experiment"], arguments)
+    run_function(compute_study, "experiment", COMMANDS["experiment"], arguments, StudyParser)

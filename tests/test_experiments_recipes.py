@@ -35,6 +35,8 @@ from src.merge.combinations.ties import Ties
 from src.merge.resta import Resta
 from src.merge.sst import Sst
 from src.models.base import BaseSpec
+from src.single_values import StudyParser
+from src.whole_values import ConfigFile
 from tests.known_answers import KnownAnswers, model
 from tests.registries import concrete
 from tests.tiny import write_rows
@@ -346,3 +348,42 @@ def test_a_task_of_which_its_expert_knows_nothing_is_named():
     (note,) = nothing_alone([model("A (2)")], alone)
     assert note.startswith("Left out: b (seed 0); the expert scores 0 there")
     assert nothing_alone([model("A (2)")], {("a", 0): found}) == []
+
+
+@pytest.mark.parametrize("epochs", ["2", "two", 2.5, float("inf"), True, [2]])
+def test_epochs_that_are_no_number_are_named_before_any_training(recipe, epochs):
+    asked = recipe()
+    asked.utility.settings = {"trainer": {"max_epochs": epochs}}
+    with pytest.raises(InputError, match=r"^settings of utility: trainer.max_epochs is .*; expected a whole number"):
+        Grid(asked).utility(0)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "units"),
+    [({"max_epochs": 3}, 24.0), ({"max_epochs": None, "max_steps": 5}, None), ({"max_epochs": -1}, None)],
+)
+def test_the_size_of_a_training_is_known_where_epochs_end_it(recipe, trainer, units):
+    asked = recipe()
+    asked.utility.settings = {"trainer": trainer}
+    assert Grid(asked).utility(0).units == units
+
+
+def test_a_flag_changes_one_value_of_nested_settings_and_is_no_text(tmp_path):
+    parser = StudyParser()
+    parser.add_argument("--config", action=ConfigFile)
+    parser.add_class_arguments(ExpertSpec, "safety")
+    parser.add_argument("--utility", type=ExpertSpec | None)
+    parser.add_argument("--experts", type=TaskExperts | None)
+    settings = "{data: {window: 16, max_length: 128}, trainer: {max_epochs: 2, precision: '32'}}"
+    spec = f"{{train: a.jsonl, val: b.jsonl, settings: {settings}}}"
+    (tmp_path / "study.yaml").write_text(f"safety: {spec}\nutility: {spec}\n")
+    given = ["data.max_length 256", "model.optimizer.init_args.lr 1e-3", "trainer.logger false", "model.x '2'"]
+    given = [one.replace(" ", "=") for one in given]
+    flags = [f"--{name}.settings.{one}" for name in ("safety", "utility", "experts") for one in given]
+    found = parser.parse_args(["--config", str(tmp_path / "study.yaml"), *flags])
+    model = {"optimizer": {"init_args": {"lr": 1e-3}}, "x": "2"}
+    own = {"model": model, "data": {"max_length": 256}, "trainer": {"logger": False}}
+    assert found.experts.settings == own
+    trainer = {"max_epochs": 2, "precision": "32", "logger": False}
+    for name in ("safety", "utility"):
+        assert found[name].settings == own | {"data": {"window": 16, "max_length": 256}, "trainer": trainer}

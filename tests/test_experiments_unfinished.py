@@ -1,9 +1,11 @@
 """What reports say where something was not measured, or where paths begin elsewhere; on answers that are made up."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from src.cli import main
 from src.experiments import ablations
 from src.experiments.interference import Interference
 from src.experiments.safety_tax import SafetyTax
@@ -69,3 +71,11 @@ def test_a_merge_without_one_of_its_seeds_is_left_out_of_interference():
         "expert one @ None, seed 1 is left out: not computed or failed (1 of 4 points).",
     ]
     assert "B" not in found["summary"][0]
+
+
+def test_what_is_written_again_is_named_and_a_picture_that_is_none_is_not(tmp_path, capsys):
+    provenance = {"asked": {}, "versions": {}, "source": "s", "cells": []}
+    empty = {key: [] for key in ("summary", "notes", "fronts", "tables", "examples")}
+    (tmp_path / "study.json").write_text(json.dumps({"title": "t", "provenance": provenance} | empty))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"report in {tmp_path}: index.html, tables.csv, study.json\n"

@@ -92,8 +92,8 @@ class Grid:
         settings = layered(layered(lower, fixed), over)
         for key in over.get("data", {}).keys() & {"train", "val"}:
             settings["data"][key] = self.rows(settings["data"][key], seed)
-        rows = count_rows(settings["data"]["train"])
-        units = None if rows is None else float(rows * settings.get("trainer", {}).get("max_epochs", 1))
+        rows, epochs = count_rows(settings["data"]["train"]), _epochs(settings, label)
+        units = None if rows is None or epochs is None else float(rows * epochs)
         return Cell("fit", f"{label}, seed {seed}", settings, needs or {}, units=units)
 
     def utility(self, seed: int) -> Cell:
@@ -218,6 +218,21 @@ def seeded(method: MergeMethod, seed: int) -> MergeMethod:
     """The method with its own draws (masks, random subspaces) for this seed, where it has any."""
     own = getattr(method, "seed", None)
     return method if own is None else with_option(method, "seed", own + seed)
+
+
+def _epochs(settings: Mapping[str, Any], label: str) -> int | None:
+    """Epochs of a training; unknown where something else ends it.
+
+    Raises:
+        InputError: they are no number.
+    """
+    trainer = settings.get("trainer")
+    found = trainer.get("max_epochs", 1) if isinstance(trainer, Mapping) else 1
+    if found in (None, -1):
+        return None
+    if type(found) is not int:
+        raise InputError(f"settings of {label}: trainer.max_epochs is {found!r}; expected a whole number")
+    return found
 
 
 def _answers(suites: Sequence[Mapping[str, Any]]) -> float | None:

@@ -1,6 +1,5 @@
 """The experiment command: a study's grid is computed as far as it is not known, then its report is written."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from src.errors import InputError
 from src.experiments import ablations, comparison, interference, safety_tax  # noqa: F401 - the registry of Study
 from src.experiments.cell import Cell, closure
 from src.experiments.cell_stages import Stages
+from src.experiments.checks import check_first
 from src.experiments.claim_files import HEARTBEAT
 from src.experiments.costs import totals
 from src.experiments.document import Document
@@ -24,8 +24,6 @@ from src.experiments.timing import listing
 from src.files import write_json
 from src.provenance import versions
 from src.report.html import write_report
-
-log = logging.getLogger(__name__)
 
 
 def experiment(
@@ -48,7 +46,8 @@ def experiment(
     """Compute a study, cell by cell, and write its report.
 
     Cells that are known are not computed again, whichever study, process or machine computed them. A killed study goes
-    on; several processes may work on one study, on one machine or on a shared folder.
+    on; several processes may work on one study, on one machine or on a shared folder. Rows and settings of what is left
+    to compute are read first: a wrong column or key stops it before the first cell.
 
     Args:
         name: The study's name; its report goes to ``WORK/studies/NAME``.
@@ -80,9 +79,13 @@ def experiment(
         kind = type(study).__name__
         raise InputError(f"recipe.evaluation.further: {kind} asks no suites that only report; expected none")
     store = Store(Path(results), Path(work))
-    plan = study.plan(Grid(recipe), seeds)
+    grid = Grid(recipe)
+    plan = study.plan(grid, seeds)
+    todo = to_compute(plan.cells, store)
+    if dry_run or compute:
+        check_first(todo, grid, seeds[0])
     if dry_run:
-        sys.stdout.write(listing(closure(plan.cells), to_compute(plan.cells, store), store) + "\n")
+        sys.stdout.write(listing(closure(plan.cells), todo, store) + "\n")
         return
     outcome = Outcome()
     if compute:
@@ -95,7 +98,6 @@ def experiment(
         document["examples"] = [example | {"prompt": None} for example in document["examples"]]
     write_json(folder / "study.json", document)
     write_report(folder)
-    log.info("report in %s: index.html, fronts.png, tables.csv, study.json", folder)
     if outcome.failed:
         raise InputError(failures(outcome, plan.cells))
 

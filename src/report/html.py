@@ -6,6 +6,7 @@ The page, ``tables.csv`` and ``study.json`` hold the same numbers; the page embe
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,11 +20,12 @@ from src.report.html_png import draw_fronts
 from src.report.html_style import SCRIPT, STYLE
 from src.report.html_tables import table_section
 
+log = logging.getLogger(__name__)
 SOURCE, PAGE, CSV, PNG = "study.json", "index.html", "tables.csv", "fronts.png"
 
 
 def write_report(folder: Path) -> None:
-    """Write the page, the CSV and the picture beside a study's JSON.
+    """Write the page, the CSV and the picture beside a study's JSON, and say which there are.
 
     Args:
         folder: Folder that holds ``study.json``, as the experiment command wrote it.
@@ -36,6 +38,8 @@ def write_report(folder: Path) -> None:
     write_text(folder / CSV, tables_csv([*document["tables"], *fronts, *pencil_tables(document.get("pencils", ()))]))
     write_text(folder / PAGE, page(document))
     draw_fronts(document["fronts"], folder / PNG)
+    there = [name for name in (PAGE, PNG, CSV, SOURCE) if (folder / name).is_file()]
+    log.info("report in %s: %s", folder, ", ".join(there))
 
 
 def page(document: Mapping[str, Any]) -> str:

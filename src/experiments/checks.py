@@ -1,0 +1,175 @@
+"""What cells are told, read before the first is computed: rows as their commands read them, settings by their parsers.
+
+A command would refuse them only once it is reached: an evaluation after all trainings.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+from src.data.row_source import RowSource, find_file
+from src.data.sources import load_rows, refuse_options
+from src.data.suite import Suite
+from src.errors import InputError
+from src.experiments.cell import Cell, digest
+from src.experiments.cell_stages import Stages
+from src.experiments.content import ROWS, SUITE_ROWS, sources
+from src.experiments.grid import Grid
+from src.experiments.plain_settings import plain
+from src.experiments.settings import Recipe
+from src.experiments.store import Store
+
+TOLD = ("fit", "fisher", "test")
+"""Stages that are told rows, and settings nested as in their YAML; those of the others are typed."""
+Rows = RowSource | dict[str, Any]
+"""A source without its seed, or a suite as plain values."""
+
+
+class _Taken(Exception):
+    """A parser has taken its arguments."""
+
+
+def check_first(todo: Sequence[Cell], grid: Grid, seed: int) -> None:
+    """Stop at rows and settings that a command would refuse.
+
+    Rows are read where their file is here: data sets of the hub are not fetched. Of cells that differ in nothing but
+    rows and seeds one is parsed.
+
+    Args:
+        todo: Cells to compute, what is needed first.
+        grid: What made them.
+        seed: One of its seeds.
+
+    Raises:
+        InputError: a command would refuse some; the message begins with their place in the study.
+    """
+    told = [cell for cell in todo if cell.stage in TOLD]
+    _check_rows(told, todo, grid.recipe)
+    _check_settings(told, todo, grid, seed)
+
+
+def _check_rows(told: Sequence[Cell], todo: Sequence[Cell], recipe: Recipe) -> None:
+    seen: set[str] = set()
+    for cell in told:
+        for rows in _rows(cell):
+            if f"{cell.stage} {rows}" in seen:
+                continue
+            seen.add(f"{cell.stage} {rows}")
+            try:
+                _read(cell.stage, rows)
+            except InputError as error:
+                place = next((name for name, known in _named(recipe) if known == rows), _user(cell, todo))
+                raise InputError(f"{place}: {error}") from None
+
+
+def _check_settings(told: Sequence[Cell], todo: Sequence[Cell], grid: Grid, seed: int) -> None:
+    distinct = {_alike(cell): cell for cell in reversed(told)}
+    with TemporaryDirectory() as folder:
+        for alike, cell in reversed(distinct.items()):
+            try:
+                Stages(Store(Path(folder), Path(folder)), None, _parse)([cell])
+            except _Taken:
+                continue
+            except InputError as error:
+                other = f"{_user(cell, todo)}: settings of {cell.stage}"
+                place = next((f"{name}.settings" for name, own in _own(grid, seed) if _alike(own) == alike), other)
+                raise InputError(f"{place}: {error}") from None
+
+
+def _rows(cell: Cell) -> Iterator[Rows]:
+    """The sources and suites of a cell."""
+    data = cell.settings["data"]
+    for key in ROWS[cell.stage]:
+        yield from _sources(data.get(key))
+    yield from data.get("suites", ())
+
+
+def _sources(value: Any) -> list[RowSource]:
+    return [replace(source, seed=None) for source in sources(value)] if value is not None else []
+
+
+def _here(value: Any) -> list[RowSource]:
+    """Sources whose file is here."""
+    found = [(source, find_file(source.path)) for source in _sources(value)]
+    return [source for source, path in found if path is not None and path.is_file()]
+
+
+def _read(stage: str, rows: Rows) -> None:
+    """Read rows as the command of a stage does."""
+    if isinstance(rows, RowSource):
+        if stage == "fit":
+            refuse_options(rows, "Fisher passes", "weight")
+        if _here(rows):
+            load_rows(rows, need_response=True)
+        return
+    options = {key: value for key, value in rows.items() if key not in ("judge", *SUITE_ROWS)}
+    examples = rows.get("few_shot")
+    suite = Suite(**options, rows=[*_here(rows["rows"])], few_shot=None if examples is None else [*_sources(examples)])
+    if suite.rows:
+        found = suite.load()
+        if suite.kind == "choice" and len(_here(examples)) == len(_sources(examples)):
+            suite.worked(found)
+
+
+def _parse(arguments: Sequence[str], _log_file: Path) -> NoReturn:
+    """Let a command's parser read its arguments, as ``--print_config`` does: nothing is made of them.
+
+    Raises:
+        InputError: it refuses some.
+        _Taken: it does not.
+    """
+    # By its name, as where it is run: a study knows commands from outside.
+    runner = import_module("src.cli").runner
+    try:
+        with redirect_stdout(StringIO()):
+            runner(arguments[0])([*arguments[1:], "--print_config"])
+    except SystemExit:
+        pass
+    raise _Taken
+
+
+def _alike(cell: Cell) -> str:
+    """Digest of a cell's settings without rows and seeds."""
+    settings = dict(cell.settings)
+    rows = ("suites", *ROWS[cell.stage])
+    settings["data"] = _steady({key: value for key, value in settings["data"].items() if key not in rows})
+    settings["model"] = _steady(settings["model"])
+    return digest([cell.stage, _steady(settings)])
+
+
+def _steady(settings: Mapping[str, Any]) -> dict[str, Any]:
+    seeds = ("seed", "seed_everything")
+    return {key: value for key, value in settings.items() if not (key in seeds and isinstance(value, int))}
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, Rows]]:
+    """Rows of a recipe with their places."""
+    for name, spec in (("utility", recipe.utility), ("safety", recipe.safety), ("fisher", recipe.fisher)):
+        for key in () if spec is None else ROWS["fisher" if name == "fisher" else "fit"]:
+            yield from ((f"recipe.{name}.{key}", source) for source in _sources(getattr(spec, key)))
+    for suite in (*recipe.evaluation.suites, *recipe.evaluation.further):
+        yield "recipe.evaluation", plain(suite)
+
+
+def _own(grid: Grid, seed: int) -> Iterator[tuple[str, Cell]]:
+    """Cells with the settings of a recipe alone, with their places."""
+    recipe, safety = grid.recipe, grid.safety(seed)
+    if recipe.utility is not None:
+        yield "recipe.utility", grid.utility(seed)
+    yield "recipe.safety", safety
+    if recipe.fisher is not None:
+        yield "recipe.fisher", grid.fisher([], safety, seed, {})
+    yield "recipe.evaluation", grid.test(None, "base")
+
+
+def _user(cell: Cell, todo: Sequence[Cell]) -> str:
+    """The label of what a cell is computed for: of a merge or an evaluation."""
+    for other in todo:
+        if cell.stage in ("fit", "fisher") and cell.key in [parent.key for parent in other.parents]:
+            return _user(other, todo)
+    return cell.label
