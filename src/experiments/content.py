@@ -12,6 +12,7 @@ from src.data.tables import FILE_READERS
 from src.errors import InputError
 from src.experiments.plain_settings import plain
 from src.files import sha256_file
+from src.own_classes import with_sources
 
 ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "merge": (), "inspect": ()}
 """Keys of ``data`` that name rows."""
@@ -27,10 +28,10 @@ RUNNING = frozenset(("batch_size", "retries", "wait", "timeout", "parallel", "ke
 
 
 def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with files replaced by their content.
+    """The settings with files replaced by their content, and classes of a user's own beside that of their source.
 
     Raises:
-        InputError: a file of rows is missing.
+        InputError: a file of rows is missing, or a class has no file.
     """
     found = dict(settings)
     if "data" in found:
@@ -45,12 +46,16 @@ def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         found["model"] = _model_content(found["model"])
     if isinstance(found.get("method"), Mapping):
         found["method"] = _object_content(found["method"])
+    if "combine" in found:
+        found["combine"] = with_sources(found["combine"])
     return found
 
 
 def _model_content(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's settings, local bases and adapters by their files' content."""
     found = dict(model)
+    if "regularizer" in found:
+        found["regularizer"] = with_sources(found["regularizer"])
     if found.get("base") is not None:
         found["base"] = found["base"] | {"name": base_content(str(found["base"]["name"]))}
     for key in ADAPTERS:
@@ -67,9 +72,11 @@ def _suite_content(suite: Mapping[str, Any]) -> dict[str, Any]:
 
 def _object_content(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """A method or a judge without how it is run, its local models replaced by their files' content."""
-    given = {key: value for key, value in (chosen.get("init_args") or {}).items() if key not in RUNNING}
+    found = with_sources(chosen)
+    # What options of these names mean to a user's own class is not known.
+    apart = frozenset[str]() if "source" in found else RUNNING
+    given = {key: value for key, value in (found.pop("init_args", None) or {}).items() if key not in apart}
     given |= {key: base_content(given[key]) for key in MODELS if isinstance(given.get(key), str)}
-    found = {key: value for key, value in chosen.items() if key != "init_args"}
     return found | ({"init_args": given} if given else {})
 
 

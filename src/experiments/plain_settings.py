@@ -3,7 +3,6 @@
 What is left at its default is left out, so a new option of a command changes no key.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -16,10 +15,15 @@ from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.metrics.judging import Judge
 from src.models.base import BaseSpec
+from src.own_classes import named_options
 
 
 def plain(value: Any) -> Any:
-    """Plain values of settings: methods and judges as ``class_path`` and ``init_args``, without what is default."""
+    """Plain values of settings: methods and judges as ``class_path`` and ``init_args``, without what is default.
+
+    Raises:
+        InputError: a method or a judge does not keep an option.
+    """
     if isinstance(value, MergeMethod | Judge):
         return _plain_object(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -38,12 +42,13 @@ def plain(value: Any) -> Any:
 def _plain_object(value: Any) -> dict[str, Any]:
     kind = type(value)
     found = {}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        if name == "self" or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            continue
+    for name, parameter in named_options(kind).items():
         # Judges keep apart, with an underscore, what only says how they are run. An option that is kept nowhere would
         # be left out of the key.
-        given = getattr(value, name) if hasattr(value, name) else getattr(value, f"_{name}")
+        attribute = next((key for key in (name, f"_{name}") if hasattr(value, key)), None)
+        if attribute is None:
+            raise InputError(f"{kind.__name__} keeps no {name}; expected self.{name} = {name} in its __init__")
+        given = getattr(value, attribute)
         if given != parameter.default:
             found[name] = plain(given)
     spec = {"class_path": f"{kind.__module__}.{kind.__name__}"}

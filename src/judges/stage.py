@@ -16,7 +16,7 @@ from src.metrics.agreement import count_pairs, kappa
 from src.metrics.categories import category_text, each_category, named_categories
 from src.metrics.collapse import is_collapsed
 from src.metrics.counters import FlagRate, share
-from src.metrics.judging import UNDECIDED, Judge, Judgement
+from src.metrics.judging import UNDECIDED, Judge, Judgement, check_finds
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def judge(
     if (predictions is None) == (labels is None):
         raise InputError("judge: name either --predictions (answers to judge) or --labels (answers with human labels)")
     folder, found = Path(output), judge or Refusal()
+    check_finds(found)
     check_output(folder, overwrite=overwrite)
     check_apart(folder, [str(predictions if labels is None else labels)])
     cache = folder.parent / CACHE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
-from src.metrics.judging import UNDECIDED, Judge, Judgement, Unfinished
+from src.metrics.judging import UNDECIDED, Judge, Judgement, Unfinished, judgements
 
 CHUNK = 64
 """Answers judged between two writes."""
@@ -89,11 +89,15 @@ def _name(item: Sequence[str]) -> str:
 def judged(
     judge: Judge, prompts: Sequence[str], answers: Sequence[str], *, folder: Path | Verdicts, device: str = "cpu"
 ) -> list[Judgement]:
-    """Judgements of answers, from the store (or the one in a folder) where they are known."""
+    """Judgements of answers, from the store (or the one in a folder) where they are known.
+
+    Raises:
+        InputError: the judge failed, or says something else than one judgement per answer.
+    """
 
     def compute(items: list[Sequence[str]]) -> list[Any]:
         judge.load(device)
-        return [vars(found) for found in judge.judge([item[0] for item in items], [item[1] for item in items])]
+        return [vars(found) for found in judgements(judge, [item[0] for item in items], [item[1] for item in items])]
 
     pairs = list(zip(prompts, answers, strict=True))
     store = folder if isinstance(folder, Verdicts) else Verdicts(folder, judge.key)

@@ -67,7 +67,10 @@ class Patch:
 
 
 class MergeMethod(ABC):
-    """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly."""
+    """A way to derive the patch. The merged model is ``θ0 + ΔW_u + α · patch``, exactly.
+
+    Options are kept as they are given, as plain attributes of their own names: so they reach manifests and sweeps.
+    """
 
     USE: ClassVar[str] = "alpha multiplies the patch that the method adds; 0 gives base and utility adapters alone."
     """What the command line says of every method of a kind."""

@@ -16,6 +16,7 @@ from src.merge.evaluation import Evaluation
 from src.merge.forms import Form
 from src.merge.inputs import Inputs
 from src.models.base import weights_folder
+from src.own_classes import check_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
         inputs: The adapters that it was made from.
         record: Manifest, to which the form is added.
         target: The form.
+
+    Raises:
+        InputError: a finding of the method or the combination has no form in JSON.
     """
+    for made in (record, record["combine"]):
+        check_json(made["findings"], f"method {made['method']}: its finding")
     if target.form.full_model:
         with open_base(weights_folder(target.base)) as base:
             write_model(

@@ -10,9 +10,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args
+from uuid import uuid4
 
 from src.errors import InputError
+from src.own_classes import UNDERSCORE, check_json, is_own, own_sources
 
 Property = Literal["refusal", "harmful"]
 UNDECIDED = "undecided"
@@ -52,12 +55,16 @@ class Judge(ABC):
     def check(self) -> None:
         """Try whether this judge can judge, and keep nothing: answers are generated for hours before it is needed.
 
-        A model is loaded on the CPU and let go, so that it takes no memory while answers are generated.
+        A model is loaded on the CPU and let go, so that it takes no memory while answers are generated. A judge of a
+        user's own judges a made-up answer, too.
 
         Raises:
             InputError: it cannot.
         """
-        self.load("cpu")
+        if is_own(type(self)):
+            _try(self)
+        else:
+            self.load("cpu")
         self.unload()
 
     @property
@@ -72,9 +79,19 @@ class Judge(ABC):
 
     @property
     def key(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of settings and content: verdicts are kept under it."""
+        """First 16 hexadecimal digits of the SHA-256 of settings and content: verdicts are kept under it.
+
+        The source of a judge of a user's own is a part of them.
+
+        Raises:
+            InputError: a setting has no form in JSON.
+        """
+        check_json(self.settings, f"judge {type(self).__name__}: its attribute", UNDERSCORE)
         given = {name: value for name, value in self.settings.items() if name not in self.counting}
         identity = given | ({"content": self.content} if self.content else {})
+        if is_own(type(self)):
+            # No attribute has a name with spaces.
+            identity["source of the class"] = _sources(type(self))
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def stands(self, verdict: Mapping[str, Any]) -> bool:
@@ -88,3 +105,57 @@ class Judge(ABC):
         Raises:
             Unfinished: the judge failed on the way.
         """
+
+
+@cache
+def _sources(kind: type) -> list[str]:
+    """The sources of a user's judge, as they are when they are first asked for: later they may not be what runs.
+
+    Of one in a notebook nothing tells two definitions apart but that they are two: its verdicts serve no other.
+    """
+    return own_sources(kind) or [uuid4().hex]
+
+
+def _try(judge: Judge) -> None:
+    """Let a user's judge judge a made-up answer; a shipped one's model is not asked what it is known to give."""
+    before = judge.key
+    judge.load("cpu")
+    judgements(judge, ["Say hello."], ["Hello!"])
+    if judge.key != before:
+        expected = "expected a leading underscore where one is no setting"
+        raise InputError(f"judge {type(judge).__name__}: its attributes change as it loads or judges; {expected}")
+
+
+def judgements(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
+    """What a judge says of answers.
+
+    Raises:
+        InputError: it says something else than one judgement per answer.
+    """
+    check_finds(judge)
+    found, name = judge.judge(prompts, answers), type(judge).__name__
+    expected = "expected a list with one Judgement per answer"
+    if not isinstance(found, list):
+        raise InputError(f"judge {name}: judge() gave a value of type {type(found).__name__}; {expected}")
+    if len(found) != len(answers):
+        raise InputError(f"judge {name}: judge() gave {len(found)} judgements on {len(answers)} answers; {expected}")
+    for one in found:
+        if type(one) is not Judgement:
+            raise InputError(f"judge {name}: judge() gave a list with a {type(one).__name__}; {expected}")
+        for key, kind in (("positive", bool), ("score", float | int | None), ("reply", str)):
+            if not isinstance(getattr(one, key), kind):
+                given = f"a Judgement whose {key} is of type {type(getattr(one, key)).__name__}"
+                raise InputError(f"judge {name}: judge() gave {given}; expected {getattr(kind, '__name__', kind)}")
+    return found
+
+
+def check_finds(judge: Judge) -> None:
+    """Stop at a judge that does not say what it finds.
+
+    Raises:
+        InputError: its attribute ``finds`` is missing, or no property.
+    """
+    found = getattr(judge, "finds", None)
+    if found not in get_args(Property):
+        name, expected = type(judge).__name__, " or ".join(map(repr, get_args(Property)))
+        raise InputError(f"judge {name}: its attribute finds is {found!r}; expected {expected}")
