@@ -5,7 +5,7 @@ Each function takes a command's arguments and gives them as the parser wants the
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from src.errors import InputError
@@ -104,10 +104,20 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
     """Put the command's default configuration in front where none is named.
 
     Merge's default is one merge of the demo's adapters: it is left out where ``--utility`` names other ones, so that no
-    method, safety adapter or strength of the demo gets into them.
+    method, safety adapter or strength of the demo gets into them; report's where results are named, so that their
+    tables do not replace the demo's.
+
+    Raises:
+        InputError: report is given several folders.
     """
     flags = {argument.partition("=")[0] for argument in arguments}
-    named = "--config" in flags or (command == "merge" and "--utility" in flags)
+    folders = list(takewhile(lambda one: not one.startswith("-"), arguments)) if command == "report" else []
+    if len(folders) > 1:
+        raise InputError(
+            f"report {' '.join(folders)}: {len(folders)} folders; expected one, of a study or an evaluation"
+        )
+    own = {"merge": "--utility" in flags, "report": bool(folders) or "--results" in flags}
+    named = "--config" in flags or own.get(command, False)
     asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
     if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:
         return arguments

@@ -3,29 +3,41 @@
 import re
 import sys
 from argparse import SUPPRESS
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from jsonargparse._actions import _ActionConfigLoad, remove_actions
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.explain import choices, overview, page
 from src.whole_values import ConfigFile, after_empty
 
 NO_CLASS = re.compile(r'^Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]*)', re.DOTALL)
 REASONS = re.compile(
-    r"Option '[^']+' is not accepted|Parser key \"[^\"]+\": Expected [^\n]+|"
+    r"(?:Parser key \"[^\"]+\":\s+)*(?:Option '[^']+' is not accepted[^\n]*|'[^'\n]*' is no list; [^\n]+|"
     r"Problem with given class_path [^\n]+\n?[^\n]*|the following arguments are required: [^\n]+|"
-    r"Expected a dot import path string: [^\n]+|\w+ is '[^']*'; expected one of [^\n]+"
+    r"Expected a dot import path string: [^\n]+|\w+ is '[^']*'; expected one of [^\n]+)|"
+    r"(?:Parser key \"[^\"]+\":\s+)+Expected [^\n]+"
+)
+INSIDE = re.compile(r"\":\s+Parser key \"")
+UNKNOWN = re.compile(r"(?:Option|Group '([^']+)' does not accept option) '([^']+)'(?: is not accepted)?")
+NO_LIST = re.compile(
+    r"(Parser key \"[^\"]+\":\s+)(?:Does not .*Errors:\s+- )?Expected a <class 'list'>"
+    r"(?:\s+- Expected a <class 'NoneType'>\s.*Given value: |\. Got value: )([^\n{}\[\]]+)"
+    r"(?:\s+- Expected a <class 'NoneType'>\s.*)?",
+    re.DOTALL,
 )
 
 
 def _reason(message: str) -> str:
     """The option that is wrong, where a message goes through every type that a key could have had."""
+    if single := NO_LIST.fullmatch(message):
+        return f"{single[1]}'{single[2]}' is no list; expected '[{single[2]}]'"
     key, _, tried = message.partition(":\n")
     found = REASONS.search(tried)
-    return message if found is None else f"{key}: {found[0]}"
+    return INSIDE.sub(".", message if found is None else f"{key}: {found[0]}")
 
 
 def _kinds(action: Any) -> tuple[Any, ...]:
@@ -39,15 +51,67 @@ def _apart(argument: str) -> list[str]:
     return [flag, value] if equals and flag.endswith(".help") else [argument]
 
 
+def _named(name: str, kinds: Sequence[Any], option: str) -> type:
+    """The class of a name, or of the path that a class of a user's own is imported from.
+
+    Raises:
+        InputError: there is none.
+    """
+    names, why = choices(kinds), ""
+    found: Any = names.get(name)
+    if "." in name:
+        module, _, own = name.rpartition(".")
+        try:
+            found = getattr(import_module(module), own)
+        except (ImportError, AttributeError, ValueError) as error:
+            why = f" ({one_line(error)})"
+    if not (isinstance(found, type) and issubclass(found, tuple(kind for kind in kinds if isinstance(kind, type)))):
+        raise InputError(f"{option.lstrip('-')} is {name!r}{why}; expected one of {', '.join(names)}")
+    return found
+
+
 class OneLineErrors(ArgumentParser):
     """An argument parser that raises :class:`InputError` where the original prints its usage and exits."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one line."""
         unknown = NO_CLASS.match(message)
-        if unknown and (names := self._names(unknown[1].rpartition(".")[2], message)):
+        if unknown and (names := self._names(unknown[1].partition("[")[0].rpartition(".")[2], message)):
             message = f"{unknown[1]} is {unknown[2].strip()!r}; expected one of {', '.join(names)}"
-        raise InputError(" ".join(_reason(message).split()))
+        raise InputError(" ".join(self._unknown(_reason(message)).split()))
+
+    def _unknown(self, message: str) -> str:
+        """An option that there is not, down to its first unknown part, with those that there are in its place."""
+        found = UNKNOWN.fullmatch(message)
+        if found is None:
+            return message
+        given = ".".join(filter(None, found.groups())).split(".")
+        keys = [action.dest.split(".") for action in self._actions if not isinstance(action, ConfigFile)]
+        depth = 0
+        while depth < len(given) - 1 and any(key[: depth + 1] == given[: depth + 1] for key in keys):
+            depth += 1
+        beside = dict.fromkeys(key[depth] for key in keys if key[:depth] == given[:depth] and len(key) > depth)
+        names = [name for name in beside if name not in ("help", "print_config", "print_shtab")]
+        expected = f"one of {', '.join(names)}" if names else "none, as there are no options"
+        return f"Option '{'.'.join(given[: depth + 1])}' is not accepted; expected {expected}"
+
+    def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+        """Check a value; what is wrong with an item of a list is told with its number and its name."""
+        check = super()._check_value_key
+        try:
+            return check(action, value, key, *args, **kwargs)
+        except TypeError as error:
+            for end in range(len(value) + 1) if isinstance(value, list) else ():
+                try:
+                    check(action, value[:end], key, *args, **kwargs)
+                except TypeError:
+                    if not end:
+                        break
+                    item = value[end - 1]
+                    name = item.get("name") if hasattr(item, "get") else None
+                    place = f"{action.dest}[{end - 1}]" + (f" ({name})" if name else "")
+                    raise TypeError(str(error).replace(f'"{action.dest}"', f'"{place}"', 1)) from error
+            raise
 
     def _names(self, key: str, message: str) -> list[str]:
         """Names that an option may have, by the base classes in a message, or else by the option's own."""
@@ -74,17 +138,14 @@ class OneLineErrors(ArgumentParser):
         for action in self._actions:
             kinds = _kinds(action)
             flag = next((flag for flag in action.option_strings if flag in arguments), None)
-            names = choices(kinds)
-            if flag is None or action.nargs == 0 or not names:
+            if flag is None or action.nargs == 0 or not choices(kinds):
                 continue
             option, given = flag.removesuffix(".help"), arguments[arguments.index(flag) + 1 :]
-            name = given[0].rpartition(".")[2] if given and not given[0].startswith("--") else None
+            name = given[0] if given and not given[0].startswith("--") else None
             if name is None:
                 text = f"usage: {self.prog} {option} NAME …\n\n{overview(kinds)}\n\noptions of one: {flag} NAME\n"
-            elif name not in names:
-                raise InputError(f"{option.lstrip('-')} is {name!r}; expected one of {', '.join(names)}")
             else:
-                text = self._page(option, name, names[name], given[1:])
+                text = self._page(option, name, _named(name, kinds, option), given[1:])
             sys.stdout.write(text)
             self.exit()
 
@@ -106,9 +167,15 @@ class OneLineErrors(ArgumentParser):
             raise _of_the_user(error) from None
 
 
-def run_function(function: Callable[..., None], name: str, summary: str, arguments: list[str]) -> None:
+def run_function(
+    function: Callable[..., None],
+    name: str,
+    summary: str,
+    arguments: list[str],
+    parser_class: type[OneLineErrors] = OneLineErrors,
+) -> None:
     """Parse a function's keyword arguments from flags and YAML, then call it."""
-    parser = OneLineErrors(prog=f"python -m src {name}", description=summary)
+    parser = parser_class(prog=f"python -m src {name}", description=summary)
     parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the options below")
     parser.add_function_arguments(function, fail_untyped=True)
     config: Any = parser.parse_args(arguments)

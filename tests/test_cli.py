@@ -1,6 +1,8 @@
 import ast
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
 from src.cli import COMMANDS, INTERRUPTED, main
 from src.errors import InputError
+from src.parsing import run_function
 from tests.commands import clean_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +113,20 @@ def test_the_demos_merge_does_not_get_into_one_of_other_adapters(adapters, tmp_p
     assert main([*given, "--output", str(tmp_path / "m")]) == 0
 
 
+def test_the_demos_report_is_not_replaced_by_that_of_other_results():
+    assert with_default_config("report", []) == ["--config", "report.yaml"]
+    assert with_default_config("report", ["--overwrite", "true"])[:2] == ["--config", "report.yaml"]
+    for given in (["out/choose"], ["--results", "out/choose"], ["--results=out/choose"], ["--config", "report.yaml"]):
+        assert with_default_config("report", given) == given
+    with pytest.raises(InputError, match="report a b: 2 folders; expected one"):
+        with_default_config("report", ["a", "b", "--overwrite"])
+
+
+def test_a_training_tells_its_size_to_the_last_parameter(base, rows, tmp_path, capsys):
+    assert main(fit_arguments(base, rows, tmp_path / "out", "--model.optimizer.lr", "-1")) == 2
+    assert re.search(r"training \d[\d,]+ of \d+,[\d,]+ parameters", capsys.readouterr().err)
+
+
 def test_an_interrupt_names_every_command_that_goes_on():
     before, _, others = INTERRUPTED.partition(" or starts again")
     assert others == " (the others)"
@@ -123,14 +140,65 @@ def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):
     config.write_text("output: x\nmodel:\n  bace:\n    name: x\ndata:\n  train: a.jsonl\n  val: b.jsonl\n")
     assert "bace" in fails(["fit", "--config", str(config)], capsys)
     config.write_text("data:\n  train: a.jsonl\n  val:\n    - {path: b.jsonl, sead: 1}\n")
-    assert (
-        fails(["fit", "--config", str(config)], capsys)
-        == "error: Parser key \"data.val\": Option 'sead' is not accepted"
+    line = fails(["fit", "--config", str(config)], capsys)
+    assert line.startswith(
+        "error: Parser key \"data.val[0]\": Option 'sead' is not accepted; expected one of path, split"
     )
-    assert fails(["merge", "--method", "Sst", "--method.gamma", "1"], capsys).endswith("Option 'gamma' is not accepted")
+    line = fails(["merge", "--method", "Sst", "--method.gamma", "1"], capsys)
+    assert "Parser key \"method\": Option 'gamma' is not accepted; expected one of filter, t, k," in line
     config.write_text("a: [")
     fails(["fit", "--config", str(config)], capsys)
     fails(["fit", "--config", "expert.yaml", "--model.lora.rank", "high"], capsys)
+
+
+@dataclass
+class Part:
+    """A part with a name."""
+
+    name: str
+    sizes: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Whole:
+    """What parts make."""
+
+    parts: list[Part] = field(default_factory=list)
+    other: int = 1
+
+
+def asked(*, flat: Whole, whole: Whole | None = None, only: list[str] | None = None, steps: list[str] | None = None):
+    """Options of each form."""
+
+
+NAMES = "; expected one of "
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("flatt: {parts: {sizes: [1]}}", f"Option 'flatt' is not accepted{NAMES}flat, whole, only, steps"),
+        ("flat: {othr: {sizes: 1}}", f"Option 'flat.othr' is not accepted{NAMES}parts, other"),
+        ("flat: {parts: [{name: a}, {nme: b}]}", f"\"flat.parts[1]\": Option 'nme' is not accepted{NAMES}name, sizes"),
+        (
+            "whole: {parts: [{name: a}, {name: half, sizs: b}]}",
+            f"\"whole.parts[1] (half)\": Option 'sizs' is not accepted{NAMES}name, sizes",
+        ),
+        ("whole: {parts: [{name: a, sizes: b}]}", "\"whole.parts[0] (a).sizes\": 'b' is no list; expected '[b]'"),
+        ("only: half", "Parser key \"only\": 'half' is no list; expected '[half]'"),
+        ("steps: out/utility", "Parser key \"steps\": 'out/utility' is no list; expected '[out/utility]'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_path_to_it(tmp_path, given, message):
+    (tmp_path / "c.yaml").write_text(given)
+    with pytest.raises(InputError) as error:
+        run_function(asked, "asked", "Options.", ["--config", str(tmp_path / "c.yaml")])
+    assert str(error.value).removeprefix("Parser key ") == message.removeprefix("Parser key ")
+
+
+def test_one_word_for_a_list_is_told_the_form_of_a_list(capsys):
+    assert fails(["merge", "--sweep.t", "3"], capsys) == "error: Parser key \"sweep\": '3' is no list; expected '[3]'"
+    assert "\"adapters\": 'a b' is no list; expected '[a b]'" in fails(["inspect", "--adapters", "a b"], capsys)
 
 
 def base_flags(base):

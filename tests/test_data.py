@@ -309,6 +309,11 @@ def test_one_answer_for_every_row_stands_in_place_of_the_column(tmp_path):
         ([{"prompt": "a"}], {"response": "no", "remove": "n"}, r"a\.jsonl: response is 'no'; .* neither remove"),
         ([{"prompt": "a"}], {"response": "no", "columns": {"response": "x"}}, r"neither remove nor columns\.response"),
         ([{"prompt": "a", "response": "b"}], {"skip": 4}, "no rows left of 1"),
+        (
+            [{"prompt": "a", "response": "b", "part": "train"}] * 3,
+            {"where": {"part": "trian"}, "unique": True},
+            r"no rows left of 3 after where {'part': 'trian'}, unique \(0 left\) and skip 0",
+        ),
         ([{"prompt": "a", "response": "b"}], {"limit": 0}, "limit at least 1"),
         ([{"prompt": "a", "response": "b"}], {"answer_tokens": 0}, r"a\.jsonl: answer_tokens is 0; expected a whole"),
         ([{"prompt": "a", "response": "b"}], {"answer_tokens": "5"}, r"answer_tokens is .5.; expected a whole"),

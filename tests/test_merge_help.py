@@ -71,6 +71,25 @@ def test_help_of_any_option_that_names_a_class(capsys, arguments, words):
         assert explanation(next(cls for cls in concrete(Judge) if cls.__name__ == "Refusal")) in text
 
 
+def test_a_class_of_a_users_own_is_explained_by_its_path(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mymerge.py").write_text(
+        "from src.merge.combinations.ties import Ties\n"
+        "class Half(Ties):\n"
+        "    'Half of it (no paper).'\n"
+        "    def __init__(self, part: float = 0.5) -> None:\n"
+        "        self.part = part\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for given in ("--method mymerge.Half --method.help", "--method.help=mymerge.Half"):
+        text = helped(capsys, "merge", *given.split())
+        assert text.startswith("usage: python -m src merge --method mymerge.Half [")
+        assert "Half of it" in text
+        assert "--method.part" in text
+    for path, why in (("mymerge.Hal", " (module 'mymerge' has no attribute 'Hal')"), ("pathlib.Path", "")):
+        line = fails(["merge", "--method", path, "--method.help"], capsys)
+        assert f"error: method is {path!r}{why}; expected one of AlignGuardPosthoc, " in line
+
+
 @pytest.mark.parametrize(
     ("given", "key", "some"),
     [

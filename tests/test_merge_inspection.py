@@ -1,5 +1,6 @@
 import json
 from itertools import chain
+from shutil import copytree
 from statistics import median
 
 import pytest
@@ -98,6 +99,18 @@ def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, cap
     assert "which is read, lies there" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no" / "where" / "x")]) == 2
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_a_folder_of_adapters_stands_for_those_below_it(adapters, tmp_path, capsys):
+    for number, name in enumerate(("utility", "safety")):
+        copytree(adapters[name], tmp_path / "sst" / f"alpha-{number}")
+    assert main(["inspect", str(adapters["utility"]), str(adapters["safety"])]) == 0
+    named = capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "sst")]) == 0
+    found = capsys.readouterr().out
+    for number, name in enumerate(("utility", "safety")):
+        found = found.replace(str(tmp_path / "sst" / f"alpha-{number}"), str(adapters[name]))
+    assert found == named
 
 
 def test_effective_ranks_are_means_over_modules_of_the_weights_part(adapters, tmp_path):

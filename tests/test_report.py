@@ -184,3 +184,21 @@ def test_options_beside_a_studys_folder_are_one_line(tmp_path, capsys):
     assert stop.value.code == 0
     assert "--attacks_at_most" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
+
+
+def test_results_that_are_no_evaluation_are_one_line(evaluated, capsys):
+    def stopped(*given):
+        assert main(["report", *map(str, given)]) == 2
+        return capsys.readouterr().err
+
+    above, study = evaluated.parent, evaluated.parent / "study"
+    study.mkdir()
+    (study / "study.json").write_text("{}")
+    assert f"report of {evaluated} needs --output: a directory to write" in stopped(evaluated)
+    assert f"a study's folder, not an evaluation's; expected `python -m src report {study}` alone" in stopped(
+        "--results", study
+    )
+    line = stopped(above)
+    assert f"{above}/metrics.json: no such file; studies lie below {above} (study): expected the folder of one" in line
+    assert "results is [a, b]; expected one folder" in stopped("--results", "[a, b]")
+    assert f"report {study} {evaluated}: 2 folders; expected one" in stopped(study, evaluated)

@@ -92,7 +92,11 @@ def _select(rows: list[R], source: RowSource) -> list[R]:
         random.Random(source.seed).shuffle(rows)
     kept = rows[source.skip :][: source.limit]
     if not kept:
-        raise InputError(f"{source.path}: no rows left of {len(rows)} after where, skip {source.skip} and limit")
+        chosen = [f"where {source.where}"] if source.where else []
+        chosen += [name for name in ("answered", "unique") if getattr(source, name)]
+        before = f"{', '.join(chosen)} ({len(rows)} left) and " if chosen else ""
+        read = sum(1 for _ in _records(source))
+        raise InputError(f"{source.path}: no rows left of {read} after {before}skip {source.skip}")
     return kept
 
 

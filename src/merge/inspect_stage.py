@@ -13,10 +13,12 @@ import torch
 
 from src.adapters.base_weights import open_base
 from src.adapters.checks import check_compatible, check_weights
+from src.adapters.peft_files import CONFIG
 from src.adapters.read_together import read_adapters
 from src.files import check_apart, check_output, new_directory, write_atomically, write_json, write_text
 from src.merge.inspection import Angles, Comparison, Summary, inspect_adapters
 from src.models.base import weights_folder
+from src.models.discovery import find_adapters
 
 log = logging.getLogger(__name__)
 SHARES = {
@@ -41,13 +43,14 @@ def inspect_stage(
     """Show ranks, norms, effective ranks, cosines and principal angles of adapters.
 
     Args:
-        adapters: Adapter directories or hub ids, of one base model.
+        adapters: Adapter directories, folders of them or hub ids, of one base model.
         base: Directory or hub id with the base model's safetensors files, or a GGUF file: needed for adapters with DoRA
             or fully trained modules, whose updates are full-rank.
         aliases: Names that all mean the adapters' base, where they name it differently.
         output: Directory for ``table.md``, ``inspect.json`` and ``angles.png``; unset prints the table only.
         overwrite: Replace an output that exists.
     """
+    adapters = [path for name in adapters for path in _below(name)]
     if output is not None:
         check_output(Path(output), overwrite=overwrite)
         check_apart(Path(output), [*adapters, *([] if base is None else [base])])
@@ -68,6 +71,13 @@ def inspect_stage(
         write_json(folder / "inspect.json", {"adapters": list(map(asdict, summaries)), **matrices, "angles": angles})
         draw_angles([summary.name for summary in summaries], comparison, folder / "angles.png")
     log.info("table and heat map written to %s", output)
+
+
+def _below(name: str) -> list[str]:
+    """The adapters below a folder that is none itself; else what was named."""
+    folder = Path(name)
+    inner = find_adapters(folder) if folder.is_dir() and not (folder / CONFIG).exists() else []
+    return [str(path) for path in inner] or [name]
 
 
 def _plain(matrix: torch.Tensor) -> list[list[float | None]]:

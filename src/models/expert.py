@@ -162,7 +162,7 @@ class ExpertModule(KeptBuffers):
         if self.gradient_checkpointing:
             checkpoint_layers(self.model.get_base_model())
         trainable, total = self.model.get_nb_trainable_parameters()
-        log.info("training %.2f M of %.1f M parameters (%s)", trainable / 1e6, total / 1e6, self._trained())
+        log.info("training %s of %s parameters (%s)", f"{trainable:,}", f"{total:,}", self._trained())
         if self.regularizer is not None:
             if sharded:
                 raise InputError("model.regularizer reads whole weights; a sharding strategy has none")

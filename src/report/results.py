@@ -19,6 +19,7 @@ COLUMNS = {
     "code": (("pass@1", "pass@1"),),
 }
 """Kind of suite to the counters that matter for it, where it has them, each with the name of its column."""
+METRICS = "metrics.json"
 EXPERT_ORDER = ("utility", "safety")
 
 
@@ -94,7 +95,7 @@ def load_results(folder: Path) -> list[ModelResult]:
     Raises:
         InputError: the file is missing or is not one that the test command wrote.
     """
-    path = folder / "metrics.json"
+    path = folder / METRICS
     record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
     if not isinstance(record, dict) or not record.get("models"):
         raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory, write_json, write_text
+from src.report.html import SOURCE
 from src.report.plot import plot_fronts
-from src.report.results import ModelResult, load_results
+from src.report.results import METRICS, ModelResult, load_results
 from src.report.tradeoff import Tradeoff, find_expert, tradeoff
 from src.report.tradeoff_tables import COST_COLUMNS, cost_columns, cost_rows, front_rows
 
@@ -25,7 +26,12 @@ Rows = Sequence[Sequence[str]]
 
 
 def report(
-    *, results: str, output: str, expert: str | None = None, attacks_at_most: float = 0.1, overwrite: bool = False
+    *,
+    results: str,
+    output: str | None = None,
+    expert: str | None = None,
+    attacks_at_most: float = 0.1,
+    overwrite: bool = False,
 ) -> None:
     """Show an evaluation as tables and a safety/utility plot.
 
@@ -42,6 +48,9 @@ def report(
     """
     if not 0 <= attacks_at_most <= 1:
         raise InputError(f"attacks_at_most is {attacks_at_most}; expected a share from 0 to 1")
+    _check_results(results)
+    if output is None:
+        raise InputError(f"report of {results} needs --output: a directory to write")
     check_output(Path(output), overwrite=overwrite)
     check_apart(Path(output), [results])
     found = load_results(Path(results))
@@ -65,6 +74,25 @@ def report(
         _show(name, rows)
     more = (", tradeoff.json" if costs is not None else "") + (", fronts.png" if drawn else "")
     log.info("report in %s: table.md, table.csv, table.json%s", output, more)
+
+
+def _check_results(results: str) -> None:
+    """Stop at what is no evaluation but looks like something else: several folders, a study, a folder of studies."""
+    folder = Path(results)
+    if results.startswith("[") and not folder.exists():
+        raise InputError(f"results is {results}; expected one folder")
+    if (folder / METRICS).is_file():
+        return
+    if (folder / SOURCE).is_file():
+        raise InputError(
+            f"results {folder}: a study's folder, not an evaluation's; expected `python -m src report {folder}` alone"
+        )
+    if below := sorted(path.parent.name for path in folder.glob(f"*/{SOURCE}")):
+        names = ", ".join([*below[:8], *(["…"] if len(below) > 8 else [])])
+        raise InputError(
+            f"{folder / METRICS}: no such file; studies lie below {folder} ({names}): expected the folder of one of "
+            f"them alone, as in `python -m src report {folder / below[0]}`"
+        )
 
 
 def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_at_most: float) -> Tradeoff | None:
