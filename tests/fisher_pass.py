@@ -7,7 +7,7 @@ from src.data.chat import Encoder
 from src.data.rows import Row
 from src.fisher.accumulate import examples
 from src.fisher.labels import draw_labels
-from src.fisher.scores import ScoreRecorder, backward_parts, together
+from src.fisher.scores import ScoreRecorder, backward_parts, core_score, together
 from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
 
 
@@ -26,9 +26,31 @@ def batches(encoded, size, indices=None):
     return [make_batch(encoded, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
+def passed_scores(recorder, run, answers=None):
+    """(N, D) scores from the one backward pass that ``run`` makes."""
+    kept = {}
+    recorder.sink = lambda name, delta, x: kept.update({name: core_score(delta, x)})
+    with recorder.recording(answers):
+        run()
+    recorder.complete()
+    return torch.cat([kept[name] for name in recorder.modules], dim=1)
+
+
+def recorded_scores(model, batch, core, answers=None):
+    """(N, D) scores of a batch's own answers."""
+
+    def run():
+        with leaf_embeddings(model) as leaves:
+            log_p = answer_logits(model, batch).log_softmax(-1)
+            torch.autograd.grad(log_p.gather(1, answer_targets(batch)[:, None]).sum(), leaves[0])
+
+    return passed_scores(ScoreRecorder(model, core.u, core.v), run, answers)
+
+
 def run_pass(model, given, accumulators, u, v, *, granularity="sequence", labels="data", draws=1, seed=0):
     """Feed every batch to the accumulators."""
-    recorder = ScoreRecorder(model, u, v, together(*(accumulator.update for accumulator in accumulators)))
+    recorder = ScoreRecorder(model, u, v)
+    recorder.sink = together(*(accumulator.update for accumulator in accumulators))
     for batch in given:
         ids = [f"r{i}" for i in batch.index.tolist()]
         with recorder.recording(), leaf_embeddings(model) as leaves:

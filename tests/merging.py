@@ -20,6 +20,11 @@ from src.merge.settings import with_option
 from tests.tiny import make_model
 
 
+def updates(adapters):
+    """Pairs of the utility and of the safety expert."""
+    return [read_adapter(adapters[name]).pairs for name in ("utility", "safety")]
+
+
 def weight_space_fishers(pairs, n_s=6, n_u=9, seed=0):
     """Scores drawn in weight space and written in the core space of ``pairs``: what a pass would measure."""
     core = core_basis([pairs])

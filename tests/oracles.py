@@ -25,6 +25,11 @@ def dense_filtered(left, right, patch, phi):
     return vectors @ (phi(values) * (vectors.T @ (right @ patch)))
 
 
+def eigenvectors(system):
+    """(D, m) dense eigenvectors of a solved pencil."""
+    return system.combine(torch.eye(len(system.values), dtype=torch.float64)).T
+
+
 def autograd_scores(model, batch, u, v, labels=None):
     """(N, D) scores by one autograd call per example: C enters as a parameter, W + U C Vᵀ, at C = 0."""
     weights = {name: model.get_submodule(name).weight for name in u}

@@ -505,6 +505,28 @@ def test_full_rank_adapters_are_refused_where_factors_are_needed(tmp_path):
         merge(**given, safety=str(tmp_path / "a"), method=method, warn_below=0.0, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("read", "absent", "unfetched"),
+    [
+        (read_adapter, "{}: no such directory; expected a PEFT adapter", "{}: neither an adapter directory nor a hub"),
+        (
+            lambda name: open_base(name).__enter__(),
+            "base {}: no such directory; name one",
+            "base {}: no such directory, and",
+        ),
+    ],
+)
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_line(monkeypatch, read, absent, unfetched):
+    def fetch(name, allow_patterns):
+        raise OSError("no route\n  to it" + "x" * 200)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for name, said in (("a/b/c", absent), ("someone/an-expert", unfetched)):
+        with pytest.raises(InputError, match=f"^{said.format(name)}") as raised:
+            read(name)
+    assert str(raised.value).endswith(" now (no route to it" + "x" * 106 + ")")
+
+
 def test_a_hub_id_is_fetched_and_read(adapters, tmp_path, monkeypatch):
     asked = []
 

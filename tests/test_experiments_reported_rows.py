@@ -6,7 +6,7 @@ import pytest
 
 from src.experiments.ablations import Ablations
 from src.experiments.comparison import Choice, Comparison
-from src.experiments.rows import compact
+from src.experiments.rows import by_suite
 from src.experiments.scores import gathered, in_split
 from src.experiments.settings import MethodSpec, Strengths
 from src.experiments.study import Plan
@@ -173,6 +173,6 @@ def test_a_cell_keeps_whole_flags_short_hashes_and_likelihoods_per_token(tmp_pat
     row = {"prompt_hash": "0123456789abcdef", "category": "x", "refused": True, "nll": 6.0, "tokens": 4}
     other = {"prompt_hash": "f" * 16, "category": "", "refused": False, "nll": 1.0, "tokens": 3}
     (tmp_path / "bad.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
-    found = compact(tmp_path / "bad.jsonl")
+    found = by_suite(tmp_path, ["bad"])["rows"]["bad"]
     kept = {"ids": ["0123456789ab", "f" * 12], "categories": ["x", ""], "refused": [1, 0], "nll": [1.5, 0.333333]}
     assert json.dumps(found) == json.dumps(kept)  # true is not 1 there

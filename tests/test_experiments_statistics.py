@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from src.experiments.comparison import Choice, chosen_point, summary
-from src.experiments.document import best_rows, bound
+from src.experiments.document import best_rows, better
+from src.experiments.equal_refusal import Gap
 from src.experiments.grid import Model
 from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
@@ -352,7 +353,19 @@ def test_means_over_seeds_that_are_all_equal_have_wilsons_interval():
 def test_an_end_that_is_zero_but_for_rounding_is_zero(end):
     claim = Claim("A", "B", "utility", Estimate(0.1, end, 0.2, 91), 0.05, 0.05)
     assert claim.winner is None
-    assert bound(Estimate(-0.1, -0.2, end, 91), -1.0) == 0
+    assert better("utility", Estimate(-0.1, -0.2, end, 91)) == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(1e-12, 0.5, 0), (2e-12, 0.5, 1), (-0.5, -1e-12, 0), (-0.5, -2e-12, -1), (-0.5, 0.5, 0), (np.nan, np.nan, 0)],
+)
+def test_the_better_side_is_the_one_beyond_the_interval_whatever_the_measure_rewards(low, high, said):
+    difference = Estimate(0.0, low, high, 91)
+    assert better("utility", difference) == said
+    assert better("over_refusal", difference) == -said
+    assert Claim("A", "B", "over_refusal", difference, 0.05, 0.05).winner == {1: "B", -1: "A", 0: None}[said]
+    assert Gap("B", (0.5,), {"utility": difference}, {}).wins("utility") == said
 
 
 def test_draws_without_a_difference_are_in_both_tails_however_they_were_rounded():

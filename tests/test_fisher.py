@@ -5,35 +5,22 @@ import pytest
 import torch
 
 from src.adapters.basis import core_basis
-from src.data.batches import EncodedRows, LengthBatches
+from src.data.batches import LengthBatches
 from src.errors import InputError
 from src.fisher.files import FisherFile, load_fisher
 from src.fisher.labels import draw_labels
 from src.fisher.lowrank import LowRankFisher
-from src.fisher.scores import ScoreRecorder
-from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
+from src.models.logits import answer_logits, answer_rows
+from tests.fisher_pass import make_batch, recorded_scores
 from tests.oracles import autograd_scores
 from tests.tiny import random_pairs
-
-
-def make_batch(encoded, indices):
-    return EncodedRows(encoded, 256)[(indices, 1.0)]
-
-
-def recorded_scores(model, batch, core, labels=None):
-    recorder = ScoreRecorder(model, core.u, core.v)
-    with recorder.recording(), leaf_embeddings(model) as leaves:
-        log_p = answer_logits(model, batch).log_softmax(-1)
-        chosen = answer_targets(batch) if labels is None else labels
-        torch.autograd.grad(log_p.gather(1, chosen[:, None]).sum(), leaves[0])
-    return recorder.take()
 
 
 @pytest.mark.parametrize("union", [False, True])
 def test_scores_equal_autograd_per_example(model, encoded, union):
     adapters = [random_pairs(model, 2, 1), random_pairs(model, 3, 2)]
     core = core_basis(adapters if union else adapters[:1])
-    batch = make_batch(encoded, list(range(7)))
+    batch = make_batch(encoded, range(7))
     found, expected = recorded_scores(model, batch, core), autograd_scores(model, batch, core.u, core.v)
     assert found.shape == (7, core.dim)
     assert (found - expected).norm() / expected.norm() < 1e-9
@@ -42,22 +29,20 @@ def test_scores_equal_autograd_per_example(model, encoded, union):
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_scores_do_not_depend_on_the_batch(model, encoded, size):
     core = core_basis([random_pairs(model, 2, 1)])
-    whole = recorded_scores(model, make_batch(encoded, list(range(7))), core)
-    parts = [
-        recorded_scores(model, make_batch(encoded, list(range(i, min(i + size, 7)))), core) for i in range(0, 7, size)
-    ]
+    whole = recorded_scores(model, make_batch(encoded, range(7)), core)
+    parts = [recorded_scores(model, make_batch(encoded, range(i, min(i + size, 7))), core) for i in range(0, 7, size)]
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
 def test_a_squared_batch_mean_is_not_what_is_stored(model, encoded):
     core = core_basis([random_pairs(model, 2, 1)])
-    scores = recorded_scores(model, make_batch(encoded, list(range(7))), core)
+    scores = recorded_scores(model, make_batch(encoded, range(7)), core)
     fisher = LowRankFisher(scores, 7)
     assert fisher.trace() > 2 * scores.mean(0).square().sum()
 
 
 def test_drawn_labels_do_not_depend_on_the_batch(model, encoded):
-    whole = make_batch(encoded, list(range(7)))
+    whole = make_batch(encoded, range(7))
     ids = [f"r{i}" for i in range(7)]
     logits = answer_logits(model, whole)
     drawn = draw_labels(logits, answer_rows(whole), ids, seed=3, draw=0)

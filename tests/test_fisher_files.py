@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -17,20 +18,11 @@ from src.fisher.files import RECORD, FisherFile, load_fisher
 from src.fisher.kronecker import KroneckerAccumulator
 from src.fisher.lowrank import LowRankFisher
 from src.fisher.lowrank_accumulator import LowRankAccumulator
+from tests import tiny
 
 SHAPES = {"model.layers.0.a": (2, 3), "model.layers.1.b": (1, 4)}
 ACCUMULATORS = [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator]
-
-
-def random_fisher(kind, rows=9, seed=0, tokens=3):
-    """A Fisher matrix of random activations in the coordinates of ``SHAPES``."""
-    draw = torch.Generator().manual_seed(seed)
-    accumulator = kind(SHAPES)
-    accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
-    for name, (p, q) in SHAPES.items():
-        delta = torch.randn(rows, tokens, p, generator=draw, dtype=torch.float64)
-        accumulator.update(name, delta, torch.randn(rows, tokens, q, generator=draw, dtype=torch.float64))
-    return accumulator.finish()
+random_fisher = partial(tiny.random_fisher, shapes=SHAPES)
 
 
 def bases():

@@ -15,7 +15,6 @@ from src.adapters.pairs import LowRankPair
 from src.adapters.peft_config import PLAIN, Layout
 from src.adapters.peft_files import write_adapter
 from src.cli import main
-from src.data.batches import EncodedRows
 from src.data.chat import Encoder
 from src.data.sources import load_rows
 from src.errors import InputError
@@ -23,9 +22,9 @@ from src.fisher.files import load_fisher
 from src.fisher.scores import ScoreRecorder
 from src.models.base import BaseSpec
 from src.models.expert import ExpertModule, LoraSpec
-from src.models.logits import answer_logits, answer_places, answer_targets, leaf_embeddings
+from src.models.logits import answer_places
 from tests.commands import fisher_flags
-from tests.fisher_pass import make_batch
+from tests.fisher_pass import make_batch, recorded_scores
 from tests.tiny import make_model, make_tokenizer
 
 AT_BASE = ["--model.reference_safety", "base", "--model.reference_utility", "base"]
@@ -112,7 +111,7 @@ def measured(made, rows, folder, *flags):
 def calibration(*paths):
     encoder = Encoder(make_tokenizer(), max_length=512)
     encoded = [encoder.encode(row) for row in load_rows([str(path) for path in paths], need_response=True)]
-    return EncodedRows(encoded, 256)[(list(range(len(encoded))), 1.0)]
+    return make_batch(encoded, range(len(encoded)))
 
 
 def close(found, expected, error=1e-9):
@@ -187,14 +186,8 @@ def test_layers_that_see_all_tokens_in_one_row_give_autograds_scores(encoded, pa
     model = SHARED[part]()
     names = [f"model.layers.{i}.{part}" for i in range(2)] + ["lm_head"]
     core = core_basis([pairs_of(model, names, 2, 0)])
-    recorder = ScoreRecorder(model, core.u, core.v)
-    found = []
-    for start in range(0, 7, size):
-        batch = make_batch(encoded, range(start, min(7, start + size)))
-        with recorder.recording(answer_places(batch)), leaf_embeddings(model) as leaves:
-            log_p = answer_logits(model, batch).log_softmax(-1)
-            torch.autograd.grad(log_p.gather(1, answer_targets(batch)[:, None]).sum(), leaves[0])
-        found.append(recorder.take())
+    parts = [make_batch(encoded, range(start, min(7, start + size))) for start in range(0, 7, size)]
+    found = [recorded_scores(model, batch, core, answer_places(batch)) for batch in parts]
     # Experts are weighed by a softmax in float32, which rounds otherwise beside other rows.
     close(torch.cat(found), row_scores(model, make_batch(encoded, range(7)), core.u, core.v), error=1e-5)
 

@@ -12,9 +12,9 @@ from src.fisher.accumulate import MeanAccumulator, examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.labels import random_token_rows
 from src.fisher.lowrank_accumulator import LowRankAccumulator
-from src.fisher.scores import ScoreRecorder, backward_parts
+from src.fisher.scores import ScoreRecorder, backward_parts, together
 from src.models.logits import answer_logits, answer_rows, answer_targets, leaf_embeddings
-from tests.fisher_pass import batches, make_batch, run_pass, uneven_rows
+from tests.fisher_pass import batches, make_batch, passed_scores, recorded_scores, run_pass, uneven_rows
 from tests.oracles import autograd_scores
 from tests.tiny import make_model, random_pairs
 
@@ -22,18 +22,6 @@ from tests.tiny import make_model, random_pairs
 @pytest.fixture
 def encoded(tokenizer):
     return uneven_rows(tokenizer, 5)
-
-
-def scores(model, batch, core, *, autocast=False):
-    recorder = ScoreRecorder(model, core.u, core.v)
-    with (
-        recorder.recording(),
-        leaf_embeddings(model) as leaves,
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        log_p = answer_logits(model, batch).log_softmax(-1)
-        torch.autograd.grad(log_p.gather(1, answer_targets(batch)[:, None]).sum(), leaves[0])
-    return recorder.take()
 
 
 def checkpointed(model, *, reentrant):
@@ -58,20 +46,25 @@ def test_nothing_is_counted_twice_under_gradient_checkpointing(encoded, reentran
     calls = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(None))
     again = checkpointed(model, reentrant=reentrant)
-    recorder = ScoreRecorder(again, core.u, core.v)
-    with recorder.recording(), leaf_embeddings(again):
-        log_p = answer_logits(again, batch).log_softmax(-1)
-        # Reentrant checkpoints support backward() alone, without inputs.
-        log_p.gather(1, answer_targets(batch)[:, None]).sum().backward()
+
+    def run():
+        with leaf_embeddings(again):
+            log_p = answer_logits(again, batch).log_softmax(-1)
+            # Reentrant checkpoints support backward() alone, without inputs.
+            log_p.gather(1, answer_targets(batch)[:, None]).sum().backward()
+
+    found = passed_scores(ScoreRecorder(again, core.u, core.v), run)
     assert len(calls) == 2
-    assert torch.equal(recorder.take(), plain.finish().scores)
+    assert torch.equal(found, plain.finish().scores)
 
 
 def test_scores_under_autocast_are_float32_and_close(encoded):
     model = make_model(dtype=torch.float32)
     core = core_basis([random_pairs(model, 2, 1)])
     batch = make_batch(encoded, range(5))
-    wide, narrow = scores(model, batch, core), scores(model, batch, core, autocast=True)
+    wide = recorded_scores(model, batch, core)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = recorded_scores(model, batch, core)
     assert narrow.dtype == wide.dtype == torch.float32
     assert (narrow - wide).norm() / wide.norm() < 0.05
     # bfloat16 keeps 8 bits: sums rounded to it would be unchanged by rounding again.
@@ -86,10 +79,8 @@ def test_projections_of_narrow_activations_are_summed_in_float32(dtype):
     v = torch.linalg.qr(torch.randn(16, 2, generator=draw, dtype=torch.float64)).Q
     x = torch.randn(4, 50, 16, generator=draw).to(dtype).requires_grad_()
     delta = torch.randn(4, 50, 12, generator=draw).to(dtype)
-    recorder = ScoreRecorder(layer, {"0": u}, {"0": v})
-    with recorder.recording(), torch.autocast("cpu", torch.bfloat16):
-        layer(x).backward(delta.bfloat16())
-    found = recorder.take()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = passed_scores(ScoreRecorder(layer, {"0": u}, {"0": v}), lambda: layer(x).backward(delta.bfloat16()))
     exact = torch.einsum("nto,op,nti,iq->npq", delta.bfloat16().double(), u, x.detach().double(), v).flatten(1)
     assert found.dtype == torch.float32
     assert (found - exact).norm() / exact.norm() < 1e-5
@@ -99,6 +90,7 @@ def test_a_layer_used_twice_is_refused():
     layer = torch.nn.Linear(3, 3, bias=False).requires_grad_(False)
     model = torch.nn.ModuleDict({"m": layer})
     recorder = ScoreRecorder(model, {"m": None}, {"m": None})
+    recorder.sink = together()
     x = torch.ones(1, 2, 3, requires_grad=True)
     with recorder.recording(), pytest.raises(InputError, match=r"m met two gradients.*that leave it out$"):
         layer(layer(x)).sum().backward()
@@ -107,10 +99,11 @@ def test_a_layer_used_twice_is_refused():
 def test_a_module_outside_the_loss_is_named():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
     recorder = ScoreRecorder(model, {"a": None, "b": None}, {"a": None, "b": None})
+    recorder.sink = together()
     with recorder.recording():
         model["a"](torch.ones(1, 2, 3)).sum().backward()
     with pytest.raises(InputError, match=r"no gradient reached b.*that leave it out$"):
-        recorder.take()
+        recorder.complete()
 
 
 def small_vocabulary(size):

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from src.fisher.base import weighted_mean
 from src.fisher.lowrank import LowRankFisher
+from src.gevp.dense import whitened_eigh
 from src.gevp.filters import soft, topk
-from src.gevp.lowrank import solve_lowrank, whitened_eigh
-from tests.oracles import dense_eigh, dense_filtered, dense_pencil
+from src.gevp.lowrank import lowrank_system
+from src.gevp.pencil import make_pencil
+from tests.oracles import dense_eigh, dense_filtered, dense_pencil, eigenvectors
 
 
 def fishers(n_s, n_u, dim, seed=0, scale_u=1.0):
@@ -26,7 +28,7 @@ CASES = [(5, 7, 20), (1, 1, 6), (30, 4, 12), (4, 30, 12), (12, 12, 12), (1, 9, 3
 @pytest.mark.parametrize("rho_s", [0.0, 0.5, 10.0])
 def test_eigenvalues_equal_scipy(n_s, n_u, dim, rho_s):
     safety, utility, _ = fishers(n_s, n_u, dim)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=rho_s)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=rho_s))
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=rho_s)
     expected, _ = dense_eigh(left, right)
     found = np.sort(np.append(system.values.numpy(), np.full(system.complement_dim, system.complement_value)))[::-1]
@@ -36,9 +38,9 @@ def test_eigenvalues_equal_scipy(n_s, n_u, dim, rho_s):
 @pytest.mark.parametrize(("n_s", "n_u", "dim"), CASES)
 def test_eigenvectors_are_orthonormal_in_the_metric(n_s, n_u, dim):
     safety, utility, _ = fishers(n_s, n_u, dim)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=1.0)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
     metric = utility.dense() + system.epsilon * torch.eye(dim, dtype=torch.float64)
-    vectors = system.eigenvectors()
+    vectors = eigenvectors(system)
     torch.testing.assert_close(vectors.T @ metric @ vectors, torch.eye(len(system.values)).double())
 
 
@@ -46,53 +48,53 @@ def test_eigenvectors_are_orthonormal_in_the_metric(n_s, n_u, dim):
 @pytest.mark.parametrize("rho_s", [0.0, 10.0])
 def test_soft_filter_equals_the_direct_solve(n_s, n_u, dim, rho_s):
     safety, utility, patch = fishers(n_s, n_u, dim)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=rho_s)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=rho_s))
     tau = 3.0 * system.trace_ratio
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=rho_s)
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
-    np.testing.assert_allclose(system.apply(patch, soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("rho_s", [0.0, 1.0])
 def test_topk_equals_the_dense_projection(k, rho_s):
     safety, utility, patch = fishers(6, 7, 20)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=rho_s)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=rho_s))
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=rho_s)
     expected = dense_filtered(left, right, patch.numpy(), lambda _: (np.arange(20) < k).astype(float))
-    np.testing.assert_allclose(system.apply(patch, topk(system, k)).numpy(), expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(system.expand(patch).at(topk(system, k)).numpy(), expected, rtol=1e-8, atol=1e-9)
 
 
 def test_topk_with_all_directions_is_the_identity():
     safety, utility, patch = fishers(3, 4, 11)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=0.0)
-    torch.testing.assert_close(system.apply(patch, topk(system, 11)), patch)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=0.0))
+    torch.testing.assert_close(system.expand(patch).at(topk(system, 11)), patch)
 
 
 def test_topk_past_the_complement_equals_the_dense_projection():
     safety, utility, patch = fishers(3, 4, 20)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=10.0)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=10.0))
     above = int((system.values > system.complement_value).sum())
     k = above + system.complement_dim + 1
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=10.0)
     expected = dense_filtered(left, right, patch.numpy(), lambda _: (np.arange(20) < k).astype(float))
-    np.testing.assert_allclose(system.apply(patch, topk(system, k)).numpy(), expected, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(system.expand(patch).at(topk(system, k)).numpy(), expected, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("k", [0, 21, 10])
 def test_topk_out_of_range_or_inside_the_complement_is_refused(k):
     safety, utility, _ = fishers(3, 4, 20)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=1.0)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
     with pytest.raises(ValueError, match=f"k is {k}"):
         topk(system, k)
 
 
 def test_one_sided_pencil_drops_what_no_row_has_seen():
     safety, utility, _ = fishers(3, 4, 20)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=0.0)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=0.0))
     span = torch.cat([safety.scores, utility.scores])
     unseen = torch.linalg.svd(span).Vh[-1]
-    assert system.apply(unseen, soft(1.0)).norm() < 1e-10
+    assert system.expand(unseen).at(soft(1.0)).norm() < 1e-10
 
 
 def test_rank_deficient_and_badly_scaled_inputs():
@@ -101,35 +103,35 @@ def test_rank_deficient_and_badly_scaled_inputs():
     safety = LowRankFisher(torch.randn(8, 2, generator=draw, dtype=torch.float64) @ thin * 1e6, 8)
     utility = LowRankFisher(torch.randn(9, 2, generator=draw, dtype=torch.float64) @ thin * 1e-6, 9)
     patch = torch.randn(15, generator=draw, dtype=torch.float64)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=1.0)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
     tau = system.trace_ratio
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=1.0)
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
-    np.testing.assert_allclose(system.apply(patch, soft(tau)).numpy(), direct, rtol=1e-7)
+    np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-7)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 12), st.integers(0, 10**6), st.floats(1e-3, 1e3))
 def test_soft_filter_equals_the_direct_solve_on_random_shapes(n_s, n_u, dim, seed, scale):
     safety, utility, patch = fishers(n_s, n_u, dim, seed, scale)
-    system = solve_lowrank(safety, utility, rho=0.1, rho_s=2.0)
+    system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=2.0))
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=2.0)
     tau = 10 * system.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
-    np.testing.assert_allclose(system.apply(patch, soft(tau)).numpy(), direct, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("rho", "rho_s"), [(0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (0.1, -1.0)])
 def test_ridges_out_of_range_are_refused(rho, rho_s):
     safety, utility, _ = fishers(3, 4, 5)
     with pytest.raises(ValueError, match="rho"):
-        solve_lowrank(safety, utility, rho=rho, rho_s=rho_s)
+        lowrank_system(make_pencil(safety, utility, rho=rho, rho_s=rho_s))
 
 
 def test_a_zero_fisher_is_refused():
     safety, _, _ = fishers(3, 4, 5)
     with pytest.raises(ValueError, match="utility Fisher matrix is zero"):
-        solve_lowrank(safety, LowRankFisher(torch.zeros(4, 5), 4), rho=0.1, rho_s=1.0)
+        lowrank_system(make_pencil(safety, LowRankFisher(torch.zeros(4, 5), 4), rho=0.1, rho_s=1.0))
 
 
 def test_an_indefinite_right_side_is_refused():

@@ -26,7 +26,7 @@ from src.merge.pencil_plot import module_grid, plot_pencil
 from src.merge.sst import PatchedFisher, Sst
 from tests.oracles import dense_eigh, dense_filtered, dense_pencil, dense_relearned
 from tests.test_fisher_files import ACCUMULATORS, SHAPES, random_fisher
-from tests.tiny import make_model, random_pairs
+from tests.tiny import make_model, random_pairs, random_patch
 
 DIM = 10
 
@@ -39,13 +39,9 @@ def pencil(safety, utility):
     return make_pencil(safety, utility, rho=0.1, rho_s=0.5)
 
 
-def random_patch(dim=DIM):
-    return torch.randn(dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
 def folds_of(kind, rows=12):
     safety, utility = random_fisher(kind, rows, 1), random_fisher(kind, rows, 2)
-    folds = split_rows(safety, utility, random_patch(), pencil, seed=0)
+    folds = split_rows(safety, utility, random_patch(DIM), pencil, seed=0)
     assert len(folds) == 2
     return safety, utility, folds
 
@@ -53,12 +49,12 @@ def folds_of(kind, rows=12):
 @pytest.mark.parametrize("kind", ACCUMULATORS)
 def test_shares_are_measured_on_the_other_half(kind):
     safety, utility, folds = folds_of(kind)
-    patch, halves = random_patch(), (safety.halves(0), utility.halves(0))
+    patch, halves = random_patch(DIM), (safety.halves(0), utility.halves(0))
     kept = {"safety_energy_kept": 0.0, "utility_tax_kept": 0.0}
     patches = [fold.expansion.at(soft(fold.expansion.system.trace_ratio)) for fold in folds]
     for fit, made in enumerate(patches):
         system = solve(pencil(halves[0][fit], halves[1][fit]))
-        expected = system.apply(patch, soft(system.trace_ratio))
+        expected = system.expand(patch).at(soft(system.trace_ratio))
         torch.testing.assert_close(made, expected)
         for name, half in zip(kept, halves, strict=True):
             dense = half[1 - fit].dense()
@@ -101,7 +97,7 @@ def test_the_energy_rule_takes_the_smallest_cut_from_which_on_the_mean_share_is_
     monkeypatch.setattr("src.gevp.heldout.ENERGY_CUTS", most)
     monkeypatch.setattr("src.gevp.heldout.CHUNK", chunk)
     safety, utility, folds = folds_of(kind, rows)
-    halves, patch = (safety.halves(0), utility.halves(0)), random_patch().numpy()
+    halves, patch = (safety.halves(0), utility.halves(0)), random_patch(DIM).numpy()
     positions = cut_positions(finest(folds), most)
     number = len(positions)
     assert number == min(most, DIM)
@@ -115,7 +111,7 @@ def test_the_energy_rule_takes_the_smallest_cut_from_which_on_the_mean_share_is_
 def test_every_point_of_the_curve_equals_dense_shares(kind, monkeypatch):
     monkeypatch.setattr("src.gevp.heldout.CHUNK", 3)
     safety, utility, folds = folds_of(kind)
-    halves, patch, found = (safety.halves(0), utility.halves(0)), random_patch().numpy(), curve(folds, DIM)
+    halves, patch, found = (safety.halves(0), utility.halves(0)), random_patch(DIM).numpy(), curve(folds, DIM)
     for of, name in enumerate(("safety_energy_kept", "utility_tax_kept")):
         expected = [dense_shares(halves, patch, where, of) for where in found["position"]]
         assert len(expected) == DIM
@@ -162,7 +158,7 @@ def test_the_energy_rule_compares_a_bounded_number_of_cuts(monkeypatch):
 
 def test_a_single_valid_cut_is_the_whole_patch():
     one = LowRankFisher(torch.ones(8, DIM), 8)
-    folds = split_rows(one, one, random_patch(), lambda *two: make_pencil(*two, rho=0.1, rho_s=0.1), seed=0)
+    folds = split_rows(one, one, random_patch(DIM), lambda *two: make_pencil(*two, rho=0.1, rho_s=0.1), seed=0)
     assert len(valid_cuts(folds[0].expansion.system)) == 1
     assert energy_position(folds, 0.5) == 1.0
 
@@ -183,9 +179,9 @@ def test_the_curve_ends_with_the_whole_patch(kind):
 
 def test_rows_that_cannot_be_split_have_no_held_out_share():
     few, many = random_fisher(LowRankAccumulator, 3), random_fisher(LowRankAccumulator, 9)
-    assert split_rows(few, many, random_patch(), pencil, seed=0) is None
+    assert split_rows(few, many, random_patch(DIM), pencil, seed=0) is None
     joined = random_fisher(BlockAccumulator, 12)
-    assert split_rows(joined.half(0), joined, random_patch(), pencil, seed=0) is None
+    assert split_rows(joined.half(0), joined, random_patch(DIM), pencil, seed=0) is None
     blind = LowRankFisher(torch.eye(DIM)[[0] * 4], 4)
     assert split_rows(blind, many, torch.eye(DIM)[1].double(), pencil, seed=0) is None
 
@@ -213,12 +209,12 @@ def problem(kinds, *, tau=0.7, trust=2.0, sigma=0.3):
 def test_relearned_coefficients_equal_the_dense_solve(kinds, weights):
     given = problem(kinds, **weights)
     dense = [fisher.dense().numpy() for fisher in (given.safety, given.benign, given.utility)]
-    means, start = (given.safety_mean.numpy(), given.benign_mean.numpy()), random_patch()
+    means, start = (given.safety_mean.numpy(), given.benign_mean.numpy()), random_patch(DIM)
     expected = dense_relearned(*dense, *means, start.numpy(), tau=given.tau, trust=given.trust, sigma=given.sigma)
     found, sigma = relearn(given, start)
     assert sigma == given.sigma
     assert np.linalg.norm(found.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
-    step = 1e-3 * random_patch()
+    step = 1e-3 * random_patch(DIM)
     least = given.objective(found, start)
     assert least <= given.objective(start, start)
     assert least <= min(given.objective(found + step, start), given.objective(found - step, start))
@@ -227,7 +223,7 @@ def test_relearned_coefficients_equal_the_dense_solve(kinds, weights):
 @pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
 @pytest.mark.parametrize("share", [0.9, 0.1, 1e-3])
 def test_a_step_that_is_too_long_is_the_dense_solve_at_the_ridge_where_it_fits(kind, share):
-    given, start = problem([kind] * 3, sigma=1e-4), random_patch()
+    given, start = problem([kind] * 3, sigma=1e-4), random_patch(DIM)
     free, _ = relearn(given, start)
     radius = share * (free - start).norm().item()
     found, sigma = relearn(given, start, radius)
@@ -242,7 +238,7 @@ def test_a_step_that_is_too_long_is_the_dense_solve_at_the_ridge_where_it_fits(k
 
 @pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])
 def test_a_step_that_fits_is_left_alone(kind):
-    given, start = problem([kind] * 3), random_patch()
+    given, start = problem([kind] * 3), random_patch(DIM)
     free, sigma = relearn(given, start)
     found, same = relearn(given, start, 1.01 * (free - start).norm().item())
     assert (sigma, same) == (given.sigma, given.sigma)
@@ -253,7 +249,7 @@ def test_a_step_that_fits_is_left_alone(kind):
 @pytest.mark.parametrize("share", [0.9, 1e-3])
 def test_a_ridge_is_looked_for_without_forming_steps(monkeypatch, sigma, share):
     """Norms from the Gram matrix choose the ridge that steps choose; where rounding hides a norm, steps do."""
-    given, start = problem([LowRankAccumulator] * 3, sigma=sigma), random_patch()
+    given, start = problem([LowRankAccumulator] * 3, sigma=sigma), random_patch(DIM)
     steps = relearning._steps(given, given.target(start))
     for one in (1e-2, 0.3, 20.0):
         assert steps.norm(one) == pytest.approx(steps.at(one).norm().item(), rel=1e-9)
@@ -275,7 +271,7 @@ def test_a_ridge_is_looked_for_without_forming_steps(monkeypatch, sigma, share):
 
 
 def test_a_step_of_no_length_is_none():
-    given, start = problem([LowRankAccumulator] * 3), random_patch()
+    given, start = problem([LowRankAccumulator] * 3), random_patch(DIM)
     torch.testing.assert_close(relearn(given, start, 0.0)[0], start)
 
 
@@ -348,7 +344,7 @@ def test_sst_filters_with_every_representation_and_reports_for_the_plots(case, k
     assert 0 < findings["held_out"]["safety_energy_kept"] < 1.5
     if options["filter"] == "topk":
         system = solve(make_pencil(fisher.safety, fisher.utility, rho=0.1, rho_s=0.0))
-        torch.testing.assert_close(found, system.apply(whole, topk(system, 4)), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found, system.expand(whole).at(topk(system, 4)), rtol=1e-6, atol=1e-8)
     plot_pencil(findings, tmp_path / "pencil.png")
     assert (tmp_path / "pencil.png").read_bytes().startswith(b"\x89PNG")
 
@@ -553,7 +549,7 @@ def test_a_map_says_whether_its_patch_is_a_part_of_the_whole(tmp_path, monkeypat
 
 def test_a_ridge_that_drowns_in_rounding_is_named():
     with pytest.raises(ValueError, match="raise the ridge rho_s"):
-        relearn(problem([LowRankAccumulator] * 3, sigma=1e-25), random_patch())
+        relearn(problem([LowRankAccumulator] * 3, sigma=1e-25), random_patch(DIM))
 
 
 @pytest.mark.parametrize("kind", [LowRankAccumulator, BlockAccumulator])

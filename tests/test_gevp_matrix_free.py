@@ -1,12 +1,13 @@
 """The matrix-free solver as one among the others: what it knows, its filters and sweeps, and where `solve` takes it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from src.adapters.basis import core_basis
 from src.errors import InputError
-from src.fisher.accumulate import examples
 from src.fisher.block import BlockAccumulator
 from src.fisher.diagonal import DiagonalAccumulator
 from src.fisher.kronecker import KroneckerAccumulator
@@ -14,37 +15,23 @@ from src.fisher.lowrank_accumulator import LowRankAccumulator
 from src.gevp import matrix_free
 from src.gevp.dense import solve_dense
 from src.gevp.diagnostics import summary
-from src.gevp.filters import cut_at, cut_positions, cuts_at, number_of_cuts, position, soft, threshold, topk
+from src.gevp.filters import cut_at, position, soft, threshold, topk
 from src.gevp.heldout import curve, energy_position, split_rows
 from src.gevp.pencil import make_pencil
 from src.gevp.solve import solve
 from src.merge.base import FisherPair
 from src.merge.pencil_plot import plot_pencil
 from src.merge.sst import Sst
-from tests.oracles import dense_eigh, dense_filtered, dense_pencil
-from tests.tiny import make_model, random_pairs
+from tests import tiny
+from tests.oracles import dense_eigh, dense_filtered, dense_pencil, eigenvectors
+from tests.test_gevp_heldout import valid_cuts
+from tests.tiny import make_model, random_pairs, random_patch
 
 SHAPES = {"a": (4, 6), "b": (3, 5), "c": (6, 6)}
 DIM = 75
 PAIRS = [(LowRankAccumulator, KroneckerAccumulator), (BlockAccumulator, DiagonalAccumulator)]
 KEPT = 9
-
-
-def valid_cuts(system):
-    return cuts_at(system, cut_positions(system, number_of_cuts(system)))
-
-
-def random_fisher(kind, rows=20, seed=0, shapes=None):
-    draw, shapes = torch.Generator().manual_seed(seed), shapes or SHAPES
-    accumulator = kind(shapes)
-    accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
-    for name, (p, q) in shapes.items():
-        accumulator.update(name, *(torch.randn(rows, 3, n, generator=draw, dtype=torch.float64) for n in (p, q)))
-    return accumulator.finish()
-
-
-def random_patch(seed=5):
-    return torch.randn(DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+random_fisher = partial(tiny.random_fisher, rows=20, shapes=SHAPES)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +55,7 @@ def test_unlike_representations_of_many_coordinates_get_their_leading_eigenpairs
     expected, _ = dense_eigh(left, right)
     np.testing.assert_allclose(system.values.numpy(), expected[:KEPT], rtol=1e-9)
     assert system.unknown_at_most == pytest.approx(expected[KEPT], rel=1e-9)
-    vectors = system.eigenvectors().numpy()
+    vectors = eigenvectors(system).numpy()
     np.testing.assert_allclose(vectors.T @ right @ vectors, np.eye(KEPT), atol=1e-9)
     assert abs(left @ vectors - right @ vectors * system.values.numpy()).max() < 1e-8 * abs(left @ vectors).max()
     # As many as there can be, where fewer coordinates are left than are asked for.
@@ -90,7 +77,7 @@ def test_what_is_not_known_is_said_and_never_zero():
 
 @pytest.mark.parametrize("kinds", PAIRS)
 def test_every_filter_of_a_path_equals_scipy(kinds):
-    pencil, patch = pencil_of(kinds), random_patch()
+    pencil, patch = pencil_of(kinds), random_patch(DIM)
     system, (left, right) = solve(pencil, eigenpairs=KEPT), sides(pencil)
     values, _ = dense_eigh(left, right)
     tau = float(values[4] + values[5]) / 2
@@ -102,13 +89,13 @@ def test_every_filter_of_a_path_equals_scipy(kinds):
     for row, phi, factor in zip(expansion.along(filters), filters, factors, strict=True):
         expected = dense_filtered(left, right, patch.numpy(), lambda _, factor=factor: factor)
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(system.apply(patch, phi), row, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(system.expand(patch).at(phi), row, rtol=1e-9, atol=1e-11)
 
 
 def test_a_sweep_costs_no_product_with_a_fisher_matrix(monkeypatch):
-    expansion = solve(pencil_of(PAIRS[1]), eigenpairs=KEPT).expand(random_patch())
+    expansion = solve(pencil_of(PAIRS[1]), eigenpairs=KEPT).expand(random_patch(DIM))
     first = expansion.along([soft(0.01)])
-    expected = [expansion.system.apply(random_patch(), soft(tau)) for tau in (0.05, 0.7, 20.0)]
+    expected = [expansion.system.expand(random_patch(DIM)).at(soft(tau)) for tau in (0.05, 0.7, 20.0)]
 
     def product(*_):
         raise AssertionError("a product with a Fisher matrix")
@@ -116,7 +103,7 @@ def test_a_sweep_costs_no_product_with_a_fisher_matrix(monkeypatch):
     for kind in ("BlockFisher", "DiagonalFisher"):
         monkeypatch.setattr(f"src.fisher.{kind.removesuffix('Fisher').lower()}.{kind}.module_product", product)
     with pytest.raises(AssertionError):
-        expansion.system.apply(random_patch(), soft(0.01))
+        expansion.system.expand(random_patch(DIM)).at(soft(0.01))
     path = expansion.along([soft(0.05), soft(0.7), soft(20.0), topk(expansion.system, 3), soft(0.01)])
     torch.testing.assert_close(path[:3], torch.stack(expected), rtol=1e-9, atol=1e-11)
     assert torch.equal(path[-1], first[0])
@@ -125,16 +112,18 @@ def test_a_sweep_costs_no_product_with_a_fisher_matrix(monkeypatch):
 @pytest.mark.parametrize("steps", [1, 3, 256])
 def test_a_small_krylov_space_is_never_taken_for_a_large_one(monkeypatch, steps):
     monkeypatch.setattr(matrix_free, "STEPS", steps)
-    pencil, patch = pencil_of(PAIRS[0]), random_patch()
+    pencil, patch = pencil_of(PAIRS[0]), random_patch(DIM)
     free, dense = solve(pencil, eigenpairs=KEPT), solve_dense(pencil)
     for tau in (1e-4, 0.3, 1e3):
-        torch.testing.assert_close(free.apply(patch, soft(tau)), dense.apply(patch, soft(tau)), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            free.expand(patch).at(soft(tau)), dense.expand(patch).at(soft(tau)), rtol=1e-8, atol=1e-10
+        )
 
 
 def test_a_patch_of_the_eigenvectors_alone_has_no_rest():
     system = solve(pencil_of(PAIRS[0]), eigenpairs=KEPT)
     weights = torch.arange(1.0, KEPT + 1).double()
-    made = system.apply(system.combine(weights), soft(0.7))
+    made = system.expand(system.combine(weights)).at(soft(0.7))
     torch.testing.assert_close(made, system.combine(weights * soft(0.7)(system.values)))
 
 
@@ -145,7 +134,7 @@ def test_filters_that_need_more_eigenpairs_are_refused():
     with pytest.raises(ValueError, match=f"more than the {KEPT} directions that were computed"):
         threshold(system, system.unknown_at_most / 2)
     with pytest.raises(ValueError, match=f"more than the {KEPT} directions that were computed"):
-        system.apply(random_patch(), lambda values: values.sqrt())
+        system.expand(random_patch(DIM)).at(lambda values: values.sqrt())
     assert threshold(system, system.unknown_at_most).k == KEPT
     assert [cut.k for cut in valid_cuts(system)] == [*range(1, KEPT + 1), DIM]
     assert [cut_at(system, position(system, k)).k for k in (1, KEPT, DIM)] == [1, KEPT, DIM]
@@ -153,7 +142,7 @@ def test_filters_that_need_more_eigenpairs_are_refused():
 
 
 def test_a_cut_through_an_eigenvalue_of_which_one_half_is_unknown_is_refused():
-    safety, utility = random_fisher(LowRankAccumulator, 5), random_fisher(DiagonalAccumulator, seed=2)
+    safety, utility = random_fisher(LowRankAccumulator, rows=5), random_fisher(DiagonalAccumulator, seed=2)
     for total in utility.sums.values():
         total.fill_(utility.counts.sum() / 2)
     # F_u + εI is a multiple of the identity, and what 5 rows have not seen has the one eigenvalue σ/ε'.
@@ -168,7 +157,9 @@ def test_a_cut_through_an_eigenvalue_of_which_one_half_is_unknown_is_refused():
 def test_held_out_rules_and_curves_use_what_is_known(kinds):
     safety, utility = (random_fisher(kind, seed=seed) for kind, seed in zip(kinds, (1, 2), strict=True))
     folds = [
-        split_rows(safety, utility, random_patch(), lambda *two: make_pencil(*two, rho=0.1, rho_s=0.5), seed=0, **few)
+        split_rows(
+            safety, utility, random_patch(DIM), lambda *two: make_pencil(*two, rho=0.1, rho_s=0.5), seed=0, **few
+        )
         for few in ({"eigenpairs": KEPT}, {"eigenpairs": DIM - 1})
     ]
     kept = curve(folds[0], points=3)
@@ -186,9 +177,8 @@ def test_held_out_rules_and_curves_use_what_is_known(kinds):
 def test_sst_merges_unlike_representations_of_many_coordinates(tmp_path):
     safety = random_pairs(make_model(), 2, 2)
     core = core_basis([safety])
-    pair = [
-        random_fisher(kind, 24, seed, core.shapes) for kind, seed in ((LowRankAccumulator, 1), (BlockAccumulator, 2))
-    ]
+    kinds = (LowRankAccumulator, BlockAccumulator)
+    pair = [tiny.random_fisher(kind, 24, seed, shapes=core.shapes) for seed, kind in enumerate(kinds, 1)]
     fisher, whole = FisherPair(*pair, core), core.coordinates(safety)
     dense = solve_dense(make_pencil(*pair, rho=0.1, rho_s=1.0))
     for options, phi in (
@@ -197,7 +187,7 @@ def test_sst_merges_unlike_representations_of_many_coordinates(tmp_path):
     ):
         patch = Sst(**options, rho_s=1.0, eigenpairs=6).patch({}, safety, fisher)
         found = core.coordinates(patch.pairs)
-        torch.testing.assert_close(found, dense.apply(whole, phi), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found, dense.expand(whole).at(phi), rtol=1e-6, atol=1e-8)
         assert patch.findings["representation"] == "lowrank+block"
         # A soft filter needs no eigenpairs, and none are computed.
         assert patch.findings["unknown"] == core.dim - (0 if options["filter"] == "soft" else 6)

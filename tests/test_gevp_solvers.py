@@ -1,5 +1,7 @@
 """Every solver against scipy's dense generalised eigenproblem, and the edges of its input."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -16,26 +18,14 @@ from src.gevp.filters import soft, threshold, topk
 from src.gevp.matrix_free import solve_matrix_free
 from src.gevp.pencil import make_pencil
 from src.gevp.solve import solve
-from tests.oracles import dense_eigh, dense_filtered, dense_pencil, dense_ridged_kronecker
+from tests import tiny
+from tests.oracles import dense_eigh, dense_filtered, dense_pencil, dense_ridged_kronecker, eigenvectors
+from tests.tiny import random_patch
 
 SHAPES = {"a": (2, 3), "b": (1, 4), "c": (3, 3)}
 DIM = 19
 KINDS = [LowRankAccumulator, BlockAccumulator, KroneckerAccumulator, DiagonalAccumulator]
-
-
-def random_fisher(kind, rows=9, seed=0, tokens=3, zero=(), scales=None):
-    draw = torch.Generator().manual_seed(seed)
-    accumulator = kind(SHAPES)
-    accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
-    for name, (p, q) in SHAPES.items():
-        delta = torch.randn(rows, tokens, p, generator=draw, dtype=torch.float64) * (scales or {}).get(name, 1.0)
-        x = torch.randn(rows, tokens, q, generator=draw, dtype=torch.float64)
-        accumulator.update(name, delta * (name not in zero), x)
-    return accumulator.finish()
-
-
-def random_patch(seed=5):
-    return torch.randn(DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+random_fisher = partial(tiny.random_fisher, shapes=SHAPES)
 
 
 def sides(safety, utility, *, rho, rho_s):
@@ -65,7 +55,7 @@ def test_eigenvectors_solve_the_pencil_and_are_orthonormal_in_its_metric(kind, n
     safety, utility = random_fisher(kind, n_s, 1, zero=zero), random_fisher(kind, n_u, 2)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
     left, right = sides(safety, utility, rho=0.1, rho_s=1.0)
-    vectors = system.eigenvectors().numpy()
+    vectors = eigenvectors(system).numpy()
     np.testing.assert_allclose(vectors.T @ right @ vectors, np.eye(len(system.values)), atol=1e-9)
     residual = left @ vectors - right @ vectors * system.values.numpy()
     assert abs(residual).max() < 1e-8 * abs(left @ vectors).max()
@@ -74,18 +64,18 @@ def test_eigenvectors_solve_the_pencil_and_are_orthonormal_in_its_metric(kind, n
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_s", "n_u", "zero"), CASES)
 def test_the_soft_filter_equals_the_direct_solve(kind, n_s, n_u, zero):
-    safety, utility, patch = random_fisher(kind, n_s, 1), random_fisher(kind, n_u, 2, zero=zero), random_patch()
+    safety, utility, patch = random_fisher(kind, n_s, 1), random_fisher(kind, n_u, 2, zero=zero), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=3.0))
     left, right = sides(safety, utility, rho=0.1, rho_s=3.0)
     tau = 4.0 * system.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
-    np.testing.assert_allclose(system.apply(patch, soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("control", ["safety_only", "utility_only", "swapped"])
 def test_controls_put_a_multiple_of_the_identity_in_one_place_or_swap(kind, control):
-    safety, utility, patch = random_fisher(kind, 9, 1), random_fisher(kind, 8, 2), random_patch()
+    safety, utility, patch = random_fisher(kind, 9, 1), random_fisher(kind, 8, 2), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=3.0, control=control))
     sigma, epsilon = 3.0 * safety.trace() / DIM, 0.1 * utility.trace() / DIM
     left, right = sides(safety, utility, rho=0.1, rho_s=3.0)
@@ -100,34 +90,34 @@ def test_controls_put_a_multiple_of_the_identity_in_one_place_or_swap(kind, cont
     assert system.trace_ratio == pytest.approx(of_left.trace() / of_right.trace(), rel=1e-12)
     tau = 2.0 * system.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
-    np.testing.assert_allclose(system.apply(patch, soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 3, DIM])
 def test_topk_and_threshold_equal_the_dense_projection(kind, k):
-    safety, utility, patch = random_fisher(kind, 30, 1), random_fisher(kind, 25, 2), random_patch()
+    safety, utility, patch = random_fisher(kind, 30, 1), random_fisher(kind, 25, 2), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=0.5))
     expected = dense_filtered(
         *sides(safety, utility, rho=0.1, rho_s=0.5), patch.numpy(), lambda _: (np.arange(DIM) < k).astype(float)
     )
-    np.testing.assert_allclose(system.apply(patch, topk(system, k)).numpy(), expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(system.expand(patch).at(topk(system, k)).numpy(), expected, rtol=1e-8, atol=1e-9)
     ordered = system.ordered()
     tau = ((ordered[k - 1] + ordered[k]) / 2).item() if k < DIM else 0.0
     cut = threshold(system, tau)
     assert cut.k == k
-    torch.testing.assert_close(system.apply(patch, cut), system.apply(patch, topk(system, k)))
+    torch.testing.assert_close(system.expand(patch).at(cut), system.expand(patch).at(topk(system, k)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_path_of_filters_equals_each_filter(kind):
-    safety, utility, patch = random_fisher(kind, 6, 1), random_fisher(kind, 5, 2), random_patch()
+    safety, utility, patch = random_fisher(kind, 6, 1), random_fisher(kind, 5, 2), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
     expansion = system.expand(patch)
     filters = [soft(0.0), soft(0.3), soft(5.0), threshold(system, 1.0)]
     path = expansion.along(filters)
     for row, phi in zip(path, filters, strict=True):
-        torch.testing.assert_close(row, system.apply(patch, phi))
+        torch.testing.assert_close(row, system.expand(patch).at(phi))
     torch.testing.assert_close(path[0], patch)
 
 
@@ -145,24 +135,26 @@ def test_condition_numbers_equal_numpy(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_dense_solver_takes_any_representation(kind):
-    safety, utility, patch = random_fisher(kind, 9, 1), random_fisher(BlockAccumulator, 8, 2), random_patch()
+    safety, utility, patch = random_fisher(kind, 9, 1), random_fisher(BlockAccumulator, 8, 2), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=1.0)
     np.testing.assert_allclose(system.values.numpy(), dense_eigh(left, right)[0], rtol=1e-10)
     direct = np.linalg.solve(left + 2.0 * right, left @ patch.numpy())
-    np.testing.assert_allclose(system.apply(patch, soft(2.0)).numpy(), direct, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(system.expand(patch).at(soft(2.0)).numpy(), direct, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("kinds", [(LowRankAccumulator, KroneckerAccumulator), (BlockAccumulator, DiagonalAccumulator)])
 @pytest.mark.parametrize("k", [1, 4, DIM - 1])
 def test_the_matrix_free_solver_equals_the_dense_one(kinds, k):
     pencil = make_pencil(random_fisher(kinds[0], 30, 1), random_fisher(kinds[1], 20, 2), rho=0.1, rho_s=0.5)
-    dense, free, patch = solve_dense(pencil), solve_matrix_free(pencil, k=k), random_patch()
+    dense, free, patch = solve_dense(pencil), solve_matrix_free(pencil, k=k), random_patch(DIM)
     torch.testing.assert_close(free.values, dense.values[:k], rtol=1e-9, atol=1e-12)
     cut = topk(dense, k)
-    torch.testing.assert_close(free.apply(patch, topk(free, k)), dense.apply(patch, cut), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(free.apply(patch, soft(0.7)), dense.apply(patch, soft(0.7)), rtol=1e-8, atol=1e-10)
-    assert torch.equal(free.apply(patch, soft(0.0)), patch)
+    torch.testing.assert_close(free.expand(patch).at(topk(free, k)), dense.expand(patch).at(cut), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        free.expand(patch).at(soft(0.7)), dense.expand(patch).at(soft(0.7)), rtol=1e-8, atol=1e-10
+    )
+    assert torch.equal(free.expand(patch).at(soft(0.0)), patch)
     assert torch.equal(free.values, solve_matrix_free(pencil, k=k).values)
 
 
@@ -170,7 +162,7 @@ def test_the_matrix_free_solver_never_guesses_past_its_eigenpairs():
     pencil = make_pencil(random_fisher(BlockAccumulator, 9, 1), random_fisher(BlockAccumulator, 9, 2), rho=1, rho_s=1)
     free = solve_matrix_free(pencil, k=3)
     with pytest.raises(ValueError, match="more than the 3 directions"):
-        free.apply(random_patch(), threshold(free, 0.0))
+        free.expand(random_patch(DIM)).at(threshold(free, 0.0))
     for k in (0, DIM):
         with pytest.raises(ValueError, match=f"k is {k}"):
             solve_matrix_free(pencil, k=k)
@@ -178,7 +170,7 @@ def test_the_matrix_free_solver_never_guesses_past_its_eigenpairs():
 
 @pytest.mark.parametrize("k", [1, 5, 18, 19])
 def test_the_random_subspace_is_a_projection_in_the_metric(k):
-    utility, patch = random_fisher(BlockAccumulator), random_patch()
+    utility, patch = random_fisher(BlockAccumulator), random_patch(DIM)
     once = random_projection(patch, utility, 0.5, k=k, seed=3)
     torch.testing.assert_close(random_projection(once, utility, 0.5, k=k, seed=3), once)
     metric = utility.dense() + 0.5 * torch.eye(DIM, dtype=torch.float64)
@@ -198,7 +190,7 @@ def test_the_random_subspace_is_a_projection_in_the_metric(k):
 def test_condition_1e12_between_modules(kind):
     scales = {"a": 1e3, "b": 1.0, "c": 1e-3}
     safety = random_fisher(kind, 40, 1, scales={"a": 1e-3, "b": 1.0, "c": 1e3})
-    utility, patch = random_fisher(kind, 40, 2, scales=scales), random_patch()
+    utility, patch = random_fisher(kind, 40, 2, scales=scales), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=1e-10, rho_s=1e-10))
     left, right = sides(safety, utility, rho=1e-10, rho_s=1e-10)
     expected, _ = dense_eigh(left, right)
@@ -208,7 +200,7 @@ def test_condition_1e12_between_modules(kind):
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     # A Gram matrix squares the scores: 1e-16/s² where they are s = 1e-6 of the largest (see its module's docstring).
     bound = 1e-3 if kind is LowRankAccumulator else 1e-5
-    assert np.linalg.norm(system.apply(patch, soft(tau)).numpy() - direct) < bound * np.linalg.norm(direct)
+    assert np.linalg.norm(system.expand(patch).at(soft(tau)).numpy() - direct) < bound * np.linalg.norm(direct)
 
 
 def test_a_dense_pencil_of_condition_1e12_equals_scipy():
@@ -269,11 +261,11 @@ def test_rotating_a_modules_coordinates_rotates_the_filtered_patch(kind):
                 left, right = turns[name] if turned else (torch.eye(p).double(), torch.eye(q).double())
                 accumulator.update(name, delta @ left, x @ right)
             pair.append(accumulator.finish())
-        cores = dict(zip(SHAPES, random_patch().split([p * q for p, q in SHAPES.values()]), strict=True))
+        cores = dict(zip(SHAPES, random_patch(DIM).split([p * q for p, q in SHAPES.values()]), strict=True))
         if turned:
             cores = {n: (turns[n][0].T @ c.view(SHAPES[n]) @ turns[n][1]).flatten() for n, c in cores.items()}
         system = solve(make_pencil(*pair, rho=0.1, rho_s=1.0))
-        made = system.apply(torch.cat(list(cores.values())), soft(system.trace_ratio))
+        made = system.expand(torch.cat(list(cores.values()))).at(soft(system.trace_ratio))
         parts = dict(zip(SHAPES, made.split([p * q for p, q in SHAPES.values()]), strict=True))
         if turned:
             parts = {n: (turns[n][0] @ c.view(SHAPES[n]) @ turns[n][1].T).flatten() for n, c in parts.items()}
@@ -305,7 +297,7 @@ def test_memory_mapped_scores_are_read_block_by_block(tmp_path, monkeypatch):
     real = torch.Tensor.double
     monkeypatch.setattr(torch.Tensor, "double", lambda t: (widest.append(t.numel()), real(t))[1])
     pencil = make_pencil(*mapped, rho=0.1, rho_s=1.0)
-    found = solve(pencil).apply(patch, soft(pencil.trace_ratio))
+    found = solve(pencil).expand(patch).at(soft(pencil.trace_ratio))
     monkeypatch.undo()
     assert max(widest) <= 64 * 11
     left, right = dense_pencil(*(f.dense().numpy() for f in held), rho=0.1, rho_s=1.0)
@@ -314,7 +306,7 @@ def test_memory_mapped_scores_are_read_block_by_block(tmp_path, monkeypatch):
 
 
 def test_random_directions_without_a_projection():
-    utility, patch = random_fisher(LowRankAccumulator, rows=3), random_patch()
+    utility, patch = random_fisher(LowRankAccumulator, rows=3), random_patch(DIM)
     assert not random_projection(patch, utility, 0.5, k=0, seed=3).any()
     with pytest.raises(ValueError, match="raise the ridge rho"):
         random_projection(patch, utility, 1e-25, k=DIM - 1, seed=3)

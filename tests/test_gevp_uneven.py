@@ -23,7 +23,8 @@ from src.merge.base import FisherPair
 from src.merge.pencil_plot import plot_pencil
 from src.merge.sst import Sst
 from tests.oracles import dense_eigh, dense_filtered, dense_pencil, dense_relearned
-from tests.tiny import make_model, random_pairs
+from tests.test_gevp_matrix_free import few_coordinates_are_many  # noqa: F401 - a fixture
+from tests.tiny import make_model, random_pairs, random_patch
 
 SHAPES = {f"m.{i}": (4, 4) for i in range(20)}
 DIM = 320
@@ -62,15 +63,6 @@ def pair_of(name, spread, rows=(20, 30)):
     return [make(scores(n, seed, spread)) for make, n, seed in zip(PAIRS[name], rows, (1, 2), strict=True)]
 
 
-def patch():
-    return torch.randn(DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def few_coordinates_are_many(monkeypatch):
-    monkeypatch.setattr("src.gevp.solve.DENSE_LIMIT", 40)
-
-
 @pytest.fixture
 def products(monkeypatch):
     """How often a matrix was multiplied with a vector."""
@@ -89,11 +81,11 @@ def test_soft_at_the_default_ridges_is_scipys_within_few_products(monkeypatch, p
     pair = pair_of(name, spread, rows)
     pencil = make_pencil(*pair, rho=0.1, rho_s=10.0)
     system = solve(pencil, eigenpairs=0)
-    expansion, used = system.expand(patch()), len(products)
+    expansion, used = system.expand(random_patch(DIM)), len(products)
     left, right = dense_pencil(*(side.dense().numpy() for side in pair), rho=0.1, rho_s=10.0)
     for t in (10.0, 1.0, 1e-3):
         tau = t * pencil.trace_ratio
-        expected = np.linalg.solve(left + tau * right, left @ patch().numpy())
+        expected = np.linalg.solve(left + tau * right, left @ random_patch(DIM).numpy())
         found = expansion.at(soft(tau)).numpy()
         assert np.linalg.norm(found - expected) < 1e-9 * np.linalg.norm(expected)
     assert len(products) - used < 600
@@ -112,8 +104,8 @@ def test_leading_eigenpairs_are_scipys_within_few_products(products, name, sprea
     expected, _ = dense_eigh(left, right)
     np.testing.assert_allclose(system.values.numpy(), expected[:12], rtol=1e-11)
     for k in (1, 12):
-        projected = dense_filtered(left, right, patch().numpy(), lambda _, k=k: np.arange(DIM) < k)
-        found = system.apply(patch(), topk(system, k)).numpy()
+        projected = dense_filtered(left, right, random_patch(DIM).numpy(), lambda _, k=k: np.arange(DIM) < k)
+        found = system.expand(random_patch(DIM)).at(topk(system, k)).numpy()
         assert np.linalg.norm(found - projected) < 1e-6 * np.linalg.norm(projected)
 
 
@@ -133,7 +125,7 @@ def test_conjugate_gradients_end_in_one_line_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(matrix_free, "STEPS", 1)
     pencil = make_pencil(*pair_of("lowrank+diagonal", 4), rho=0.1, rho_s=10.0)
     with pytest.raises(ValueError, match=r"did not converge in 3 steps: raise the ridges rho and rho_s, or measure"):
-        solve(pencil, eigenpairs=0).apply(patch(), soft(1.0))
+        solve(pencil, eigenpairs=0).expand(random_patch(DIM)).at(soft(1.0))
 
 
 @pytest.mark.parametrize("spread", [0, 6, 12])
@@ -142,9 +134,9 @@ def test_a_space_too_small_for_soft_gives_way_to_preconditioned_gradients(monkey
     pair = pair_of("lowrank+diagonal", spread)
     pencil = make_pencil(*pair, rho=0.1, rho_s=10.0)
     tau = 10.0 * pencil.trace_ratio
-    found = solve(pencil, eigenpairs=0).apply(patch(), soft(tau)).numpy()
+    found = solve(pencil, eigenpairs=0).expand(random_patch(DIM)).at(soft(tau)).numpy()
     left, right = dense_pencil(*(side.dense().numpy() for side in pair), rho=0.1, rho_s=10.0)
-    expected = np.linalg.solve(left + tau * right, left @ patch().numpy())
+    expected = np.linalg.solve(left + tau * right, left @ random_patch(DIM).numpy())
     assert np.linalg.norm(found - expected) < 1e-9 * np.linalg.norm(expected)
     assert len(products) < 300
 
@@ -154,9 +146,9 @@ def test_a_relearned_step_of_unlike_uneven_matrices_is_the_dense_one(products, s
     safety, utility = pair_of("lowrank+diagonal", spread)
     benign, means = diagonal_of(scores(25, 3, spread)), scores(2, 4, spread)
     weights = {"tau": 2.0, "trust": 3.0, "sigma": 10.0 * safety.trace() / DIM}
-    found, _ = relearn(RelearnProblem(safety, benign, utility, *means, **weights), patch())
+    found, _ = relearn(RelearnProblem(safety, benign, utility, *means, **weights), random_patch(DIM))
     three = (f.dense().numpy() for f in (safety, benign, utility))
-    expected = dense_relearned(*three, *means.numpy(), patch().numpy(), **weights)
+    expected = dense_relearned(*three, *means.numpy(), random_patch(DIM).numpy(), **weights)
     assert np.linalg.norm(found.numpy() - expected) < 1e-9 * np.linalg.norm(expected)
     assert len(products) < 400
 
@@ -174,7 +166,7 @@ def test_filters_other_than_soft_say_that_no_eigenpairs_were_computed():
         topk(system, 1)
     with pytest.raises(ValueError, match="more than the 0 directions that were computed; expected"):
         threshold(system, 5.0)
-    assert torch.equal(system.apply(patch(), soft(0.0)), patch())
+    assert torch.equal(system.expand(random_patch(DIM)).at(soft(0.0)), random_patch(DIM))
 
 
 def test_sst_soft_computes_no_eigenpairs_and_says_so_in_its_findings(monkeypatch, tmp_path):
@@ -192,7 +184,7 @@ def test_sst_soft_computes_no_eigenpairs_and_says_so_in_its_findings(monkeypatch
     dense = solve_dense(make_pencil(*pair, rho=0.1, rho_s=10.0))
     variants = [Sst(t=t) for t in (10.0, 0.5)]
     for method, made in zip(variants, Sst().patches(variants, {}, safety, fisher), strict=True):
-        expected = dense.apply(core.coordinates(safety), soft(method.t * dense.trace_ratio))
+        expected = dense.expand(core.coordinates(safety)).at(soft(method.t * dense.trace_ratio))
         torch.testing.assert_close(core.coordinates(made.pairs), expected, rtol=1e-8, atol=1e-10)
         assert made.findings["unknown"] == core.dim
         assert made.findings["spectrum"] is made.findings["held_out_curve"] is made.findings["effective_rank"] is None
@@ -230,8 +222,8 @@ def test_a_threshold_of_zero_keeps_what_safety_rows_have_seen_and_no_rounding(mo
         assert int((values > 1e-12 * values[0]).sum()) == rank
         cut = threshold(system, 0.0)
         assert cut.k == rank
-        expected = dense_filtered(left, right, patch().numpy(), lambda _: np.arange(DIM) < rank)
-        found = system.apply(patch(), cut).numpy()
+        expected = dense_filtered(left, right, random_patch(DIM).numpy(), lambda _: np.arange(DIM) < rank)
+        found = system.expand(random_patch(DIM)).at(cut).numpy()
         assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(expected)
 
 
@@ -246,10 +238,13 @@ def test_a_soft_filter_of_any_rate_keeps_no_rounding(name, spread, t):
     )
     tau = t * pencil.trace_ratio
     expected = dense_filtered(
-        left, right, patch().numpy(), lambda values: np.where(np.arange(DIM) < rank, values / (values + tau), 0.0)
+        left,
+        right,
+        random_patch(DIM).numpy(),
+        lambda values: np.where(np.arange(DIM) < rank, values / (values + tau), 0.0),
     )
     for eigenpairs in (0, 20):
-        found = solve(pencil, eigenpairs=eigenpairs).apply(patch(), soft(tau)).numpy()
+        found = solve(pencil, eigenpairs=eigenpairs).expand(random_patch(DIM)).at(soft(tau)).numpy()
         assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(expected)
 
 
@@ -258,5 +253,5 @@ def test_a_tiny_rate_and_a_small_one_are_one_formula(monkeypatch):
     tau, found = 1e-3 * pencil.trace_ratio, []
     for small in (0.0, 1e9):
         monkeypatch.setattr(krylov, "SMALL", small)
-        found.append(solve(pencil, eigenpairs=0).apply(patch(), soft(tau)))
+        found.append(solve(pencil, eigenpairs=0).expand(random_patch(DIM)).at(soft(tau)))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)

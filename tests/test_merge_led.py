@@ -14,7 +14,7 @@ from src.merge.led import Led
 from src.merge.settings import with_option
 from src.merge.sst_diagonal import SstDiagonal
 from tests.commands import measured_once
-from tests.merging import matching_fishers, rewritten
+from tests.merging import matching_fishers, rewritten, updates
 from tests.tiny import make_model
 
 POINTS = {"experts": ("{safety: 1.0}", "utility"), "base": ("base", "base")}
@@ -72,15 +72,10 @@ def test_the_command_merges_what_each_expert_alone_needs(adapters, measured, tmp
         torch.testing.assert_close(found[0][name].dense(), (deltas[0] + whole) / 2, rtol=1e-3, atol=1e-5)
 
 
-@pytest.fixture
-def updates(adapters):
-    return [read_adapter(adapters[name]).pairs for name in ("utility", "safety")]
-
-
 @pytest.mark.parametrize("block", [1 << 17, 40])
-def test_the_patch_is_that_of_the_dense_twin_in_blocks_of_any_size(updates, monkeypatch, block):
+def test_the_patch_is_that_of_the_dense_twin_in_blocks_of_any_size(adapters, monkeypatch, block):
     monkeypatch.setattr("src.adapters.deltas.BLOCK_ELEMENTS", block)
-    method, (utility, safety) = Led(share_safety=0.5, weight_utility=1.0, weight_safety=2.0), updates
+    method, (utility, safety) = Led(share_safety=0.5, weight_utility=1.0, weight_safety=2.0), updates(adapters)
     lacking = next(iter(safety))
     fisher = matching_fishers(method, utility, safety)
     safety = {name: pair for name, pair in safety.items() if name != lacking}
@@ -93,8 +88,8 @@ def test_the_patch_is_that_of_the_dense_twin_in_blocks_of_any_size(updates, monk
         torch.testing.assert_close(found[name].dense(), whole - deltas[0], rtol=1e-5, atol=1e-7)
 
 
-def test_shares_at_their_ends(updates):
-    utility, safety = updates
+def test_shares_at_their_ends(adapters):
+    utility, safety = updates(adapters)
     fisher = matching_fishers(Led(), utility, safety)
     # Everything elected by both is nobody's own; a share of less than one weight elects nothing.
     both = Led(share_utility=1.0, share_safety=1.0).patch(utility, safety, fisher).pairs
@@ -104,21 +99,22 @@ def test_shares_at_their_ends(updates):
         assert none[name].dense().abs().max() == 0.0
 
 
-def test_settings_and_missing_magnitudes_are_named(updates):
+def test_settings_and_missing_magnitudes_are_named(adapters):
+    pair = updates(adapters)
     for make, message in (
         (lambda: Led(share_utility=0.0), "method.share_utility is 0.0"),
         (lambda: Led(share_safety=1.5), "method.share_safety is 1.5"),
         (lambda: Led(weight_safety=float("nan")), "method.weight_safety is nan"),
-        (lambda: Led().patch(*updates, None), "pass --fisher and --method.base_fisher"),
+        (lambda: Led().patch(*pair, None), "pass --fisher and --method.base_fisher"),
     ):
         with pytest.raises(InputError, match=message):
             make()
-    fisher, squares = matching_fishers(Led(), *updates), matching_fishers(SstDiagonal(), *updates)
+    fisher, squares = matching_fishers(Led(), *pair), matching_fishers(SstDiagonal(), *pair)
     mixed = FisherBesideBase(fisher.safety, squares.utility, fisher.basis, base=fisher.base, weights=fisher.weights)
     with pytest.raises(InputError, match="needs mean magnitudes of gradients, not diagonal"):
-        Led().patch(*updates, mixed)
+        Led().patch(*pair, mixed)
     with pytest.raises(InputError, match="needs diagonal Fisher files"):
-        SstDiagonal().patch(*updates, fisher)
+        SstDiagonal().patch(*pair, fisher)
     assert with_option(Led(), "share_utility", 0.5).share_utility == 0.5
 
 

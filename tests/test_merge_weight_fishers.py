@@ -18,7 +18,7 @@ from src.merge.combinations.regmean import RegMean, regmean
 from src.merge.led import Led
 from src.merge.sst_diagonal import SstDiagonal
 from tests.commands import fisher_flags
-from tests.merging import matching_fishers, regauged, rewritten
+from tests.merging import matching_fishers, regauged, rewritten, updates
 
 FORMS = {kind: ["--model.coordinates", "weight", "--model.representation", kind] for kind in ("diagonal", "kronecker")}
 
@@ -45,10 +45,6 @@ def combine(adapters, folders, output, *flags):
     config = output.with_suffix(".yaml")
     config.write_text("{}\n")
     return main(["merge", "--config", str(config), *given, *flags])
-
-
-def updates(adapters):
-    return [read_adapter(adapters[name]).pairs for name in ("utility", "safety")]
 
 
 def files(folders, kind="utility"):

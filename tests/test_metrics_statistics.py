@@ -24,8 +24,6 @@ from src.metrics.tradeoff import (
     Point,
     _ratio_interval,
     drift,
-    front,
-    hypervolume,
     safety_at_utility,
     safety_tax,
     utility_at_attack_success,
@@ -248,6 +246,25 @@ def test_drift_counts_changes_that_cancel():
     assert paired_difference([1, 0, 1, 0], [0, 1, 1, 0]).value == 0.0
 
 
+def front(points):
+    """The points that no other point beats in one coordinate without losing in the other, by rising safety."""
+    kept = []
+    for point in sorted(set(points), key=lambda p: (-p.safety, -p.utility)):
+        if not kept or point.utility > kept[-1].utility:
+            kept.append(point)
+    return kept[::-1]
+
+
+def hypervolume(points, *, reference):
+    """Area that a front dominates above a reference point, step by step."""
+    above = [p for p in points if p.safety > reference.safety and p.utility > reference.utility]
+    area, left = 0.0, reference.safety
+    for point in front(above):
+        area += (point.safety - left) * (point.utility - reference.utility)
+        left = point.safety
+    return area
+
+
 FRONT = [Point(0.2, 0.9), Point(0.5, 0.8), Point(0.5, 0.7), Point(0.9, 0.3), Point(0.4, 0.4)]
 
 
@@ -256,6 +273,8 @@ def test_fronts_and_what_sums_them_up():
     grid = [(x + 0.5) / 400 for x in range(400)]
     covered = sum(any(p.safety > x and p.utility > y for p in FRONT) for x in grid for y in grid) / 160_000
     assert hypervolume(FRONT, reference=Point(0, 0)) == pytest.approx(covered, abs=2e-3)
+    sides = (torch.tensor([[getattr(p, side) for p in FRONT]]).double() for side in ("safety", "utility"))
+    assert volumes(*sides).item() == pytest.approx(covered, abs=2e-3)
     assert hypervolume(FRONT, reference=Point(0.5, 0.5)) == 0.0
     assert hypervolume([], reference=Point(0, 0)) == 0.0
     assert safety_at_utility(FRONT, reference=0.84) == 0.5

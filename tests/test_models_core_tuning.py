@@ -9,13 +9,14 @@ from torch.func import functional_call
 
 from src.adapters.attach import attached
 from src.adapters.basis import core_basis
-from src.adapters.pairs import weighted_sum
-from src.adapters.peft_files import read_adapter
+from src.adapters.pairs import LowRankPair, weighted_sum
+from src.adapters.peft_files import Adapter, read_adapter
 from src.cli import main
 from src.data.batches import EncodedRows
 from src.data.chat import Encoder
 from src.data.sources import load_rows
 from src.models.base import BaseSpec, load_model, load_tokenizer
+from src.models.core_tuning import Core
 from src.models.logits import answer_logits, answer_loss, answer_targets
 from tests.commands import fit_flags
 
@@ -117,6 +118,18 @@ def test_a_core_of_mixed_ranks_reloads_and_resumes(base, adapters, rows, tmp_pat
     again = ["--model.core", str(mixed), "--trainer.max_epochs", "3", "--ckpt_path", str(last)]
     assert main(fit_flags(base, rows, tmp_path / "longer", *again)) == 0
     assert set(read_adapter(tmp_path / "longer").pairs) == set(whole)
+
+
+def test_a_module_whose_name_ends_anothers_has_a_rank_of_its_own():
+    inner = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5)})
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5), "inner": inner})
+    model.prepare_inputs_for_generation = None
+    pairs = {n: LowRankPair(torch.randn(r, 6), torch.randn(5, r)) for n, r in (("q", 1), ("inner.q", 2))}
+    tuned = Core(Adapter("a", pairs, "", "")).add_to(model).get_base_model()
+    for name, pair in pairs.items():
+        layer = tuned.get_submodule(name)
+        assert layer.r["default"] == pair.rank
+        torch.testing.assert_close(layer.get_delta_weight("default"), pair.dense().float())
 
 
 def test_what_cannot_be_trained_is_one_line(base, adapters, rows, tmp_path, capsys):

@@ -71,6 +71,25 @@ def random_pairs(model, rank: int, seed: int, scale: float = 0.05):
     return pairs
 
 
+def random_fisher(kind, rows=9, seed=0, *, shapes, tokens=3, zero=(), scales=None, spread=None):
+    """A Fisher matrix of random activations; squared scores of a module's outputs range over 10^spread."""
+    from src.fisher.accumulate import examples
+
+    draw, accumulator = torch.Generator().manual_seed(seed), kind(shapes)
+    accumulator.begin(examples(torch.arange(rows), [f"{seed}/{i}" for i in range(rows)]))
+    for name, (p, q) in shapes.items():
+        delta, x = (torch.randn(rows, tokens, side, generator=draw, dtype=torch.float64) for side in (p, q))
+        delta = delta * (scales or {}).get(name, 1.0) * (name not in zero)
+        if spread is not None:
+            delta = delta * 10 ** -(spread / 2 * torch.rand(p, generator=draw).double())
+        accumulator.update(name, delta, x)
+    return accumulator.finish()
+
+
+def random_patch(dim):
+    return torch.randn(dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
 def write_rows(path: Path, count: int, *, what: str, response: bool = True) -> Path:
     answers = ["I can't help with that.", "Sorry, but I won't.", "Yes: 42", "No", "Take two steps, then stop."]
     rows = [

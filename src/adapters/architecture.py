@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from src.adapters.base_weights import BaseWeights
+from src.errors import one_line
 from src.files import read_json
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def read_architecture(folder: Path) -> Architecture:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:120]
         log.warning(
             "%s: transformers cannot build this model (%s); its parts are taken to have the usual names", folder, reason
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.files import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -94,7 +94,12 @@ def open_base(name: str) -> Iterator[BaseWeights]:
     Raises:
         InputError: there are none, or one is broken or missing.
     """
-    folder = _folder(name)
+    folder = local_folder(
+        name,
+        ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "LICEN*", "NOTICE*"],
+        absent=f"base {name}: no such directory; name one with the base model's safetensors files (--base)",
+        unfetched=f"base {name}: no such directory, and no hub model to be fetched now",
+    )
     with ExitStack() as stack:
         handles: dict[str, Any] = {}
         for path, keys in weight_files(folder).items():
@@ -155,17 +160,26 @@ def _unindexed(folder: Path) -> list[Path]:
     return [folder / f"model-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
 
 
-def _folder(name: str) -> Path:
+def local_folder(name: str, patterns: list[str], *, absent: str, unfetched: str) -> Path:
+    """A directory of this name, else that of the hub repository of this name, fetched.
+
+    Args:
+        name: A path or ``owner/repository``.
+        patterns: Files to fetch.
+        absent: What to say where it can be neither.
+        unfetched: What to say where the hub does not give it; the reason follows.
+
+    Raises:
+        InputError: it is not there.
+    """
     path = Path(name)
     if path.is_dir():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        from huggingface_hub import snapshot_download
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(absent)
+    from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "LICEN*", "NOTICE*"]
-        try:
-            return Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"base {name}: no such directory, and no hub model to be fetched now ({reason})") from None
-    raise InputError(f"base {name}: no such directory; name one with the base model's safetensors files (--base)")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{unfetched} ({one_line(error)[:120]})") from None

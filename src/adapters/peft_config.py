@@ -150,7 +150,14 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 def lora_config(ranks: Mapping[str, int], base: str, layout: Layout) -> dict[str, Any]:
-    """PEFT's configuration of an adapter with these ranks and scaling 1."""
+    """What a file says of an adapter with these ranks and scaling 1."""
+    more = {"task_type": layout.task or "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    config = lora_settings(ranks, layout, **more).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def lora_settings(ranks: Mapping[str, int], layout: Layout, **more: Any) -> Any:
+    """PEFT's configuration of updates with these ranks and scaling 1; ``more`` are further settings of it."""
     from peft import LoraConfig
 
     most = max(ranks.values())
@@ -158,7 +165,7 @@ def lora_config(ranks: Mapping[str, int], base: str, layout: Layout) -> dict[str
     ambiguous = {name for name in ranks for other in ranks if other.endswith(f".{name}")}
     whole = {name: "^" * (name in ambiguous) + re.escape(name) for name in ranks}
     other = {whole[name]: rank for name, rank in ranks.items() if rank != most}
-    config = LoraConfig(
+    return LoraConfig(
         r=most,
         lora_alpha=most,
         target_modules="|".join(map(re.escape, ranks)) if ambiguous else list(ranks),
@@ -166,8 +173,5 @@ def lora_config(ranks: Mapping[str, int], base: str, layout: Layout) -> dict[str
         alpha_pattern=dict(other),
         fan_in_fan_out=layout.transposed,
         lora_bias=bool(layout.constant),
-        task_type=layout.task or "CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        **more,
+    )

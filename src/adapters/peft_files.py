@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from src.adapters.architecture import read_architecture
-from src.adapters.base_weights import BaseWeights
+from src.adapters.base_weights import BaseWeights, local_folder
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
@@ -23,7 +23,7 @@ from src.adapters.pairs import LowRankPair, Pairs, finite
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
-from src.files import read_json, sha256_file, write_atomically
+from src.files import read_json, sha256_file, write_atomically, write_json, write_text
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
@@ -84,7 +84,12 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     Raises:
         InputError: a file is missing or broken, or the adapter has parts that updates cannot express.
     """
-    path = _local_folder(folder)
+    path = local_folder(
+        str(folder),
+        [CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD],
+        absent=f"{folder}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})",
+        unfetched=f"{folder}: neither an adapter directory nor a hub adapter that can be fetched now",
+    )
     config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
     check_config(path / CONFIG, config, full_rank=base is not None)
     file = weights_file(path)
@@ -195,24 +200,6 @@ def weights_file(folder: Path) -> Path:
     return pickled if pickled.is_file() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
 
 
-def _local_folder(folder: str | Path) -> Path:
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    name = str(folder)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD]))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(
-                f"{name}: neither an adapter directory nor a hub adapter that can be fetched now ({reason})"
-            ) from None
-    raise InputError(f"{name}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
-
-
 def write_adapter(
     folder: Path,
     pairs: Mapping[str, LowRankPair],
@@ -260,18 +247,14 @@ def write_adapter(
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_provenance(folder, manifest=manifest, seen=seen, card=card)
     config = lora_config(ranks, base, layout)
-    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def write_provenance(folder: Path, *, manifest: dict[str, Any], seen: frozenset[str], card: str) -> None:
     """Write the manifest, the hashes of seen prompts and the model card beside an adapter's weights."""
-    files = {
-        MANIFEST: json.dumps(manifest, indent=2, ensure_ascii=False),
-        SEEN: "\n".join(sorted(seen)),
-        CARD: card,
-    }
-    for name, text in files.items():
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text + "\n", "utf-8"))  # type: ignore[misc]
+    write_json(folder / MANIFEST, manifest)
+    write_text(folder / SEEN, "\n".join(sorted(seen)) + "\n")
+    write_text(folder / CARD, card + "\n")
 
 
 def write_trained(folder: Path, config: Any, state: Mapping[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 
 ROOT = "base_model.model."
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.weight)?$")
@@ -93,8 +93,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a readable file of PyTorch tensors ({reason})") from None
+        raise InputError(f"{path}: not a readable file of PyTorch tensors ({one_line(error)[:120]})") from None
     whole = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not whole or not all(isinstance(v, torch.Tensor) and v.layout is torch.strided for v in state.values()):
         raise InputError(f"{path}: not a mapping from names to tensors; expected the weights of a PEFT LoRA adapter")

@@ -45,18 +45,18 @@ def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str]) -> dict[s
     """Measure to the position of the best model, where its difference to *every* other one excludes zero."""
     found: dict[str, int] = {}
     for measure, one in scores.items():
-        sign = 1.0 if MEASURES[measure][1] else -1.0
-        best = max(models, key=lambda model: sign * one.estimate(model).value)
+        pick = max if MEASURES[measure][1] else min
+        best = pick(models, key=lambda model: one.estimate(model).value)
         others = [model for model in models if model != best]
-        if others and all(sign * bound(one.difference(best, other), sign) > 0 for other in others):
+        if others and all(better(measure, one.difference(best, other)) > 0 for other in others):
             found[measure] = list(models).index(best)
     return found
 
 
-def bound(estimate: Estimate, sign: float) -> float:
-    """The end of an interval that is nearer to zero for a difference of this sign; 0 where it is 0 but for rounding."""
-    end = estimate.low if sign > 0 else estimate.high
-    return end if abs(end) > EQUAL else 0.0
+def better(measure: Measure, difference: Estimate) -> int:
+    """1 where the first of two is better, −1 where the second is, 0 where the interval holds zero, but for rounding."""
+    sign = 1 if MEASURES[measure][1] else -1
+    return sign * ((difference.low > EQUAL) - (difference.high < -EQUAL))
 
 
 def table(title: str, columns: Sequence[Any], rows: Sequence[Any], *, note: str = "", best: Any = None) -> Document:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from src.experiments.document import Document, bound, column, number, table
+from src.experiments.document import Document, better, column, number, table
 from src.experiments.holm import holm
 from src.experiments.scores import MEASURES, Measure, Scores, two_sided_p
 from src.experiments.statements import holm_note
@@ -49,9 +49,7 @@ class Gap:
 
     def wins(self, measure: Measure) -> int:
         """1 where ours is better, −1 where it is worse, 0 where the interval holds zero."""
-        sign = 1.0 if MEASURES[measure][1] else -1.0
-        found = self.differences[measure]
-        return next((int(s) for s in (1.0, -1.0) if s * sign * bound(found, s * sign) > 0), 0)
+        return better(measure, self.differences[measure])
 
 
 def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], ours: str) -> list[Gap]:

@@ -23,9 +23,8 @@ LONGEST = 400
 DIGITS = 6
 
 
-def compact(path: Path) -> dict[str, Any]:
+def compact(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Columns of ``answers/MODEL/SUITE.jsonl``: ``ids``, ``categories`` and whatever of flags and scores there is."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     found: dict[str, Any] = {
         "ids": [row["prompt_hash"][:ID_LENGTH] for row in rows],
         "categories": [row["category"] for row in rows],
@@ -41,22 +40,17 @@ def compact(path: Path) -> dict[str, Any]:
     return found
 
 
-def examples(path: Path) -> list[dict[str, str]]:
+def examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Answers to the same few prompts for every model, those with the smallest hashes, cut to a readable length.
 
     Prompts and references stay in their files, whose licence may forbid to commit them.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     chosen = sorted(rows, key=lambda row: row["prompt_hash"])[:EXAMPLES]
-    return [_example(row) for row in chosen if "answer" in row]
-
-
-def _example(row: Mapping[str, Any]) -> dict[str, str]:
-    answer = row["answer"]
-    return {
-        "id": row["prompt_hash"][:ID_LENGTH],
-        "answer": answer if len(answer) <= LONGEST else f"{answer[:LONGEST]} …",
-    }
+    answers = [(row["prompt_hash"], row["answer"]) for row in chosen if "answer" in row]
+    return [
+        {"id": key[:ID_LENGTH], "answer": said if len(said) <= LONGEST else f"{said[:LONGEST]} …"}
+        for key, said in answers
+    ]
 
 
 def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
@@ -69,8 +63,9 @@ def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
 
 def by_suite(folder: Path, suites: Sequence[str]) -> dict[str, Any]:
     """Rows and examples of every suite of one model's answers."""
-    paths = {suite: folder / f"{suite}.jsonl" for suite in suites}
-    return {
-        "rows": {suite: compact(path) for suite, path in paths.items()},
-        "examples": {suite: examples(path) for suite, path in paths.items()},
-    }
+    found: dict[str, Any] = {"rows": {}, "examples": {}}
+    for suite in suites:
+        text = (folder / f"{suite}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        found["rows"][suite], found["examples"][suite] = compact(rows), examples(rows)
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from src.experiments.document import Document, bound, column, number, table
+from src.experiments.document import Document, better, column, number, table
 from src.experiments.holm import holm
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
@@ -43,11 +43,7 @@ class Claim:
     @property
     def winner(self) -> str | None:
         """Who beats the other; nobody where the interval includes zero."""
-        sign = 1.0 if MEASURES[self.measure][1] else -1.0
-        for name, towards in ((self.first, sign), (self.second, -sign)):
-            if towards * bound(self.difference, towards) > 0:
-                return name
-        return None
+        return {1: self.first, -1: self.second}.get(better(self.measure, self.difference))
 
     @property
     def sentence(self) -> str:

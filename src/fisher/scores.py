@@ -78,20 +78,21 @@ class ScoreRecorder:
         u: (O, p) orthonormal output basis of each module, in the order of the coordinates; None is the identity.
         v: (I, q) orthonormal input basis of each module; None is the identity. A basis of I + 1 rows sees a last input
             that is always 1 (:mod:`src.adapters.constant_input`).
-        sink: What becomes of a module's projected gradients and inputs; unset means scores, to be had by ``take``.
+
+    Attributes:
+        sink: What becomes of a module's projected gradients and inputs; to be set before each backward pass.
     """
+
+    sink: Sink
 
     def __init__(
         self,
         model: torch.nn.Module,
         u: Mapping[str, torch.Tensor | None],
         v: Mapping[str, torch.Tensor | None],
-        sink: Sink | None = None,
     ) -> None:
         self.modules = {name: model.get_submodule(name) for name in u}
         self.u, self.v = dict(u), dict(v)
-        self.parts: dict[str, torch.Tensor] = {}
-        self.sink: Sink = sink or self._keep
         self._answers: torch.Tensor | None = None
         self._seen: set[str] = set()
         self._ready: dict[tuple[str, bool], torch.Tensor | None] = {}
@@ -125,20 +126,6 @@ class ScoreRecorder:
                 "it has no Fisher pass; expected adapters that leave it out"
             )
         self._seen = set()
-
-    def take(self) -> torch.Tensor:
-        """(N, D) scores of the last backward pass.
-
-        Raises:
-            InputError: a module's output had no part in the loss.
-        """
-        self.complete()
-        scores = torch.cat([self.parts[name] for name in self.modules], dim=1)
-        self.parts = {}
-        return scores
-
-    def _keep(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
-        self.parts[name] = core_score(delta, x)
 
     def _basis(self, name: str, like: torch.Tensor, *, output: bool) -> torch.Tensor | None:
         """A module's basis in the working format, converted once."""

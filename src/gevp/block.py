@@ -19,11 +19,9 @@ def solve_block(pencil: Pencil) -> FactoredSystem:
     """Solve the pencil of two :class:`BlockFisher`; a side that is None is its ridge alone.
 
     Raises:
-        ValueError: a side has another representation, the modules differ, or the right side is not positive definite.
+        ValueError: the modules differ, or the right side is not positive definite.
     """
     sides = [side for side in (pencil.left, pencil.right) if side is not None]
-    if not all(isinstance(side, BlockFisher) for side in sides):
-        raise ValueError(f"representations {[side.representation for side in sides]}; expected block")
     shapes = common_shapes(sides)
     one = torch.ones(1, 1, dtype=torch.float64)
     values, factors, lows, highs = [], [], [], []

@@ -45,11 +45,9 @@ def solve_diagonal(pencil: Pencil) -> DiagonalSystem:
     """Solve the pencil of two :class:`DiagonalFisher`; a side that is None is its ridge alone.
 
     Raises:
-        ValueError: a side has another representation, or the modules differ.
+        ValueError: the modules differ.
     """
     sides = [side for side in (pencil.left, pencil.right) if side is not None]
-    if not all(isinstance(side, DiagonalFisher) for side in sides):
-        raise ValueError(f"representations {[side.representation for side in sides]}; expected diagonal")
     common_shapes(sides)
     left = _diagonal(pencil.left, pencil.dim) + pencil.sigma
     right = _diagonal(pencil.right, pencil.dim) + pencil.epsilon

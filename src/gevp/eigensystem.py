@@ -100,14 +100,6 @@ class Eigensystem(ABC):
         outside = patch.double() - self.combine(coefficients) if self.complement_dim else None
         return Expansion(self, coefficients, outside)
 
-    def apply(self, patch: torch.Tensor, phi: Filter) -> torch.Tensor:
-        """Filter a patch (D,): φ maps eigenvalues to factors; the complement is multiplied by φ(σ/ε)."""
-        return self.expand(patch).at(phi)
-
-    def eigenvectors(self) -> torch.Tensor:
-        """(D, m) eigenvectors, orthonormal in the metric F_u + εI; dense: a small D."""
-        return self.combine(torch.eye(len(self.values), dtype=torch.float64)).T
-
 
 @dataclass(frozen=True)
 class Expansion:
@@ -124,7 +116,7 @@ class Expansion:
     outside: torch.Tensor | None
 
     def at(self, phi: Filter) -> torch.Tensor:
-        """(D,) filtered patch."""
+        """(D,) patch filtered by φ; its part in the complement is multiplied by φ(σ/ε)."""
         return self.along([phi])[0]
 
     def along(self, phis: Sequence[Filter]) -> torch.Tensor:

@@ -44,11 +44,9 @@ def solve_kronecker(pencil: Pencil) -> FactoredSystem:
     """Solve the pencil of two :class:`KroneckerFisher`; a side that is None is its ridge alone.
 
     Raises:
-        ValueError: a side has another representation, the modules differ, or the right side is not positive definite.
+        ValueError: the modules differ, or the right side is not positive definite.
     """
     sides = [side for side in (pencil.left, pencil.right) if side is not None]
-    if not all(isinstance(side, KroneckerFisher) for side in sides):
-        raise ValueError(f"representations {[side.representation for side in sides]}; expected kronecker")
     values, factors = [], []
     ranges: list[list[tuple[float, float]]] = [[], []]
     for name, shape in common_shapes(sides).items():

@@ -25,7 +25,7 @@ import torch
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.dense import extremes, whitened_eigh
 from src.gevp.eigensystem import Eigensystem, condition, unrounded
-from src.gevp.pencil import Pencil, make_pencil
+from src.gevp.pencil import Pencil
 from src.gevp.stack import ScoreStack
 
 SPAN_TOLERANCE = 1e-13
@@ -113,22 +113,13 @@ class LowRankSystem(Eigensystem):
         return found
 
 
-def solve_lowrank(safety: LowRankFisher, utility: LowRankFisher, *, rho: float, rho_s: float) -> LowRankSystem:
-    """Solve ``(F_s + σI) v = λ (F_u + εI) v``; arguments and errors as in :func:`src.gevp.pencil.make_pencil`."""
-    return lowrank_system(make_pencil(safety, utility, rho=rho, rho_s=rho_s))
-
-
 def lowrank_system(pencil: Pencil) -> LowRankSystem:
     """Solve the pencil of two :class:`LowRankFisher`; a side that is None is its ridge alone.
 
     Raises:
-        ValueError: a side has another representation, or the right side is not positive definite.
+        ValueError: the right side is not positive definite.
     """
-    given: list[LowRankFisher] = []
-    for side in (pencil.left, pencil.right):
-        if side is not None and not isinstance(side, LowRankFisher):
-            raise ValueError(f"representation {side.representation}; expected lowrank")
-        given += [] if side is None else [side]
+    given = [side for side in (pencil.left, pencil.right) if isinstance(side, LowRankFisher)]
     traces = [side.trace() for side in given]
     stack = ScoreStack(given, [trace**-0.5 for trace in traces])
     spectrum, q = _eigh_in_place(stack.gram())

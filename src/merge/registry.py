@@ -1,6 +1,6 @@
 """Every method, imported: ``--method`` and ``--combine`` choose from the subclasses of ``MergeMethod``."""
 
-from src.merge import (
+from src.merge import (  # noqa: F401 - the subclasses of MergeMethod are the registry
     align_guard,
     closest_safe_update,
     led,
@@ -12,7 +12,7 @@ from src.merge import (
     sst_m,
     sst_v,
 )
-from src.merge.combinations import (
+from src.merge.combinations import (  # noqa: F401
     breadcrumbs,
     compress_then_merge,
     concatenate,
@@ -29,31 +29,3 @@ from src.merge.combinations import (
     ties,
     tsv_m,
 )
-
-__all__ = [
-    "align_guard",
-    "breadcrumbs",
-    "closest_safe_update",
-    "compress_then_merge",
-    "concatenate",
-    "core_space",
-    "dare",
-    "della",
-    "fisher_average",
-    "iso_c",
-    "knots",
-    "led",
-    "linear",
-    "magnitude_prune",
-    "regmean",
-    "resta",
-    "safe_lora",
-    "safe_merge",
-    "sst",
-    "sst_diagonal",
-    "sst_m",
-    "sst_v",
-    "task_arithmetic",
-    "ties",
-    "tsv_m",
-]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from src.metrics.bootstrap import ENDS, Estimate, bootstrap, resampled_means
-from src.metrics.tradeoff import Point, hypervolume, safety_at_utility, utility_at_attack_success
+from src.metrics.tradeoff import Point, safety_at_utility, utility_at_attack_success
 
 Scores = Sequence[Sequence[float]]
 """Per-row scores in [0, 1] of K models, on the same rows."""
@@ -66,7 +66,7 @@ def summed_up(
 
 
 def volumes(safety: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
-    """Hypervolumes (S,) above 0 of fronts of K points (S, K)."""
+    """Areas (S,) that fronts of K points (S, K) dominate above 0, their hypervolumes (Zitzler and Thiele, 1999)."""
     order = safety.argsort(1, descending=True)
     x, best = safety.gather(1, order), utility.gather(1, order).cummax(1).values
     widths = x - torch.nn.functional.pad(x[:, 1:], (0, 1))
@@ -93,14 +93,11 @@ def _best(value: float, scores: Scores, drawn: torch.Tensor, fits: torch.Tensor)
 
 def _volume(points: Sequence[Point], safety: Scores, utility: Scores, drawn: torch.Tensor) -> Estimate:
     safe, useful = ([bootstrap(each) for each in scores] for scores in (safety, utility))
-    moved = [
-        *([Point(end, p.utility) for end, p in zip(ends, points, strict=True)] for ends in _ends(safe)),
-        *([Point(p.safety, end) for end, p in zip(ends, points, strict=True)] for ends in _ends(useful)),
-    ]
-    nothing = Point(0.0, 0.0)
-    reached = [hypervolume(each, reference=nothing) for each in moved]
+    x, y = [p.safety for p in points], [p.utility for p in points]
+    # As measured, then with one side at either end of its own intervals.
+    sides = [x, *_ends(safe), x, x], [y, y, y, *_ends(useful)]
+    value, *reached = volumes(*(torch.tensor(side, dtype=torch.float64) for side in sides)).tolist()
     low, high = torch.quantile(drawn, ENDS).tolist()
-    value = hypervolume(points, reference=nothing)
     return Estimate(value, min(low, *reached), max(high, *reached), min(safe[0].n, useful[0].n))
 
 

@@ -79,15 +79,6 @@ def drift(expert: Sequence[float], model: Sequence[float]) -> Estimate:
     return bootstrap([abs(a - b) for a, b in zip(expert, model, strict=True)])
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats in one coordinate without losing in the other, by rising safety."""
-    kept: list[Point] = []
-    for point in sorted(set(points), key=lambda p: (-p.safety, -p.utility)):
-        if not kept or point.utility > kept[-1].utility:
-            kept.append(point)
-    return kept[::-1]
-
-
 def safety_at_utility(points: Sequence[Point], *, reference: float, keep: float = 0.95) -> float | None:
     """Highest safety among points that keep a share of the reference's utility; nothing where none does."""
     return max((p.safety for p in points if p.utility >= keep * reference), default=None)
@@ -96,13 +87,3 @@ def safety_at_utility(points: Sequence[Point], *, reference: float, keep: float 
 def utility_at_attack_success(points: Sequence[tuple[float, float]], *, at_most: float) -> float | None:
     """Highest utility among (attack success, utility) points whose attacks succeed at most so often."""
     return max((utility for attack, utility in points if attack <= at_most), default=None)
-
-
-def hypervolume(points: Sequence[Point], *, reference: Point) -> float:
-    """Area that a front dominates above a reference point (E. Zitzler and L. Thiele, 1999)."""
-    above = [p for p in points if p.safety > reference.safety and p.utility > reference.utility]
-    area, left = 0.0, reference.safety
-    for point in front(above):
-        area += (point.safety - left) * (point.utility - reference.utility)
-        left = point.safety
-    return area

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from src.data.batches import Batch
+from src.data.batches import Batch, EncodedRows
 from src.data.chat import Encoded
 from src.data.suite import Suite
 from src.data.suite_tokens import SuiteTokens
@@ -135,7 +135,8 @@ class Computation:
             prompt = tokens.encoded[index].prompt_ids
             ids = encoder.tokenizer(answer, add_special_tokens=False).input_ids or [encoder.end_id]
             rows.append(Encoded(tokens.encoded[index].row, [*prompt, *ids], len(prompt)))
-        found = self.likelihoods(_batch(rows, encoder.tokenizer.pad_token_id, batch))
+        whole = EncodedRows(rows, encoder.tokenizer.pad_token_id)[(list(range(len(rows))), batch.weight)]
+        found = self.likelihoods(whole.to(batch.ids.device))
         return [record["nll"] / record["tokens"] for record in found]
 
     def _within_budget(self, batch: Batch) -> Iterator[Batch]:
@@ -177,14 +178,3 @@ def _ways(row: Any, *, letters: bool) -> list[list[float]]:
 def _stream(suite: Suite, tokens: SuiteTokens, index: int) -> str:
     """Name of a sequence's stream of random numbers: seed, row and sample."""
     return f"{suite.seed}/{tokens.encoded[index].row.id}/{index % suite.samples}"
-
-
-def _batch(rows: Sequence[Encoded], pad: int, like: Batch) -> Batch:
-    width, device = max(len(row.ids) for row in rows), like.ids.device
-    return Batch(
-        like.index,
-        torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows], device=device),
-        torch.tensor([len(row.ids) for row in rows], device=device),
-        torch.tensor([row.answer_start for row in rows], device=device),
-        like.weight,
-    )

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from src.adapters.attach import check_fits
 from src.adapters.basis import CoreBasis, core_basis
+from src.adapters.peft_config import lora_settings
 from src.adapters.peft_files import Adapter
 from src.adapters.peft_weights import ROOT
 from src.errors import InputError
@@ -58,22 +59,11 @@ class Core:
 
     def add_to(self, model: Any) -> Any:
         """The PEFT model of which only the cores are trainable."""
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import get_peft_model
 
         check_fits(model, self.adapter.pairs, self.adapter.name)
         ranks = {name: q for name, (_, q) in self.basis.shapes.items()}
-        largest = max(ranks.values())
-        others = {name: rank for name, rank in ranks.items() if rank != largest}
-        config = LoraConfig(
-            r=largest,
-            lora_alpha=largest,
-            rank_pattern=others,
-            alpha_pattern=dict(others),
-            target_modules=list(ranks),
-            fan_in_fan_out=self.adapter.layout.transposed,
-            task_type=TaskType.CAUSAL_LM,
-        )
-        found = get_peft_model(model, config)
+        found = get_peft_model(model, lora_settings(ranks, self.adapter.layout, task_type="CAUSAL_LM"))
         patch = self.basis.patch(self.basis.coordinates(self.adapter.pairs))
         modules = dict(found.get_base_model().named_modules())
         for name, pair in patch.items():

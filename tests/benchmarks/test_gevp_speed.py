@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from src.fisher.lowrank import LowRankFisher
-from src.gevp.lowrank import solve_lowrank
+from src.gevp.lowrank import lowrank_system
+from src.gevp.pencil import make_pencil
 
 DENSE_DIM = int(os.environ.get("BENCH_DENSE_DIM", "13440"))
 SETTINGS = {"rho": 0.1, "rho_s": 10.0}
@@ -29,7 +30,7 @@ from src.fisher.lowrank import LowRankFisher
 from src.fisher.score_tables import MappedTable
 from src.gevp.filters import soft
 from src.gevp.heldout import curve, split_rows
-from src.gevp.lowrank import solve_lowrank
+from src.gevp.lowrank import lowrank_system
 from src.gevp.pencil import make_pencil
 from tests.benchmarks.memory import own, watch
 rows, dim, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -37,9 +38,9 @@ fishers = [LowRankFisher(MappedTable(Path(folder) / name, "scores"), rows) for n
 before = own()
 seen = watch()
 start = time.perf_counter()
-system = solve_lowrank(*fishers, rho=0.1, rho_s=10.0)
+system = lowrank_system(make_pencil(*fishers, rho=0.1, rho_s=10.0))
 solved = time.perf_counter()
-system.apply(torch.ones(dim), soft(1.0))
+system.expand(torch.ones(dim)).at(soft(1.0))
 applied = time.perf_counter()
 fitted = seen[0]
 # As a merge does: the solution of all rows is kept beside those of both halves.
@@ -61,7 +62,7 @@ def fishers(rows, dim):
 def test_gram_against_dense():
     safety, utility = fishers(512, DENSE_DIM)
     start = time.perf_counter()
-    system = solve_lowrank(safety, utility, **SETTINGS)
+    system = lowrank_system(make_pencil(safety, utility, **SETTINGS))
     ours = time.perf_counter() - start
     left = safety.dense() + system.pencil.sigma * torch.eye(DENSE_DIM, dtype=torch.float64)
     right = utility.dense() + system.pencil.epsilon * torch.eye(DENSE_DIM, dtype=torch.float64)
@@ -75,7 +76,7 @@ def test_gram_against_dense():
     k = kept // 2
     patch = torch.randn(DENSE_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     threshold = (order[k - 1] + order[k]) / 2
-    found = system.apply(patch, lambda v: (v > threshold).to(v.dtype))
+    found = system.expand(patch).at(lambda v: (v > threshold).to(v.dtype))
     leading = torch.from_numpy(vectors[:, ::-1][:, :k].copy())
     metric = utility.matvec(patch) + system.pencil.epsilon * patch
     expected = leading @ (leading.T @ metric)
