@@ -177,6 +177,9 @@ def test_zero_and_rank_deficient_updates_drop_directions(model):
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5; expected the name"),
         ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\]; expected a mapping"),
         ({"rank_pattern": "q_proj"}, "rank_pattern is 'q_proj'; expected a mapping"),
+        ({"lora_alpha": 10**400}, r"the alpha of lora_alpha is 10*; expected a finite number"),
+        ({"lora_alpha": float("nan")}, "the alpha of lora_alpha is nan; expected a finite number"),
+        ({"alpha_pattern": {"q_proj": -(10**400)}}, r"the alpha of q_proj is -10*; expected a finite number"),
         ({"alpha_pattern": {"*q_proj": 8}}, r"alpha_pattern has '\*q_proj', which is no regular expression"),
     ],
 )

@@ -147,6 +147,44 @@ def test_a_broken_table_says_what_is_broken(tmp_path):
             load_rows(write(tmp_path / "rows.json", text), need_response=False)
 
 
+@pytest.mark.parametrize(("sign", "count", "reason"), [("1", 5000, "Exceeds"), ("[", 100000, "maximum recursion")])
+@pytest.mark.parametrize(
+    "form", ['[{"prompt": %s}]', '{"prompt": %s}', '{\n"prompt": %s\n}'], ids="list line walk".split()
+)
+def test_json_that_pythons_decoder_cannot_hold_is_one_line(tmp_path, form, sign, count, reason):
+    path = write(tmp_path / "rows.json", form % (sign * count))
+    with pytest.raises(InputError, match=rf"^\S*rows\.json: not valid JSON \({reason}"):
+        load_rows(path, need_response=False)
+
+
+@pytest.mark.parametrize("folder", ["run [x]", "run ?"])
+@pytest.mark.parametrize("name", ["rows[1].csv", "r*.csv"])
+def test_a_path_is_no_pattern(tmp_path, monkeypatch, folder, name):
+    for place in (folder, "run x"):
+        (tmp_path / place).mkdir()
+        for each in (name, "rows1.csv"):
+            (tmp_path / place / each).write_text(f"prompt\n{place}/{each}\n")
+    monkeypatch.chdir(tmp_path / folder)
+    for given in (name, f"../{folder}/{name}", str(tmp_path / folder / name)):
+        assert [row.prompt for row in load_rows(given, need_response=False)] == [f"{folder}/{name}"]
+    with pytest.raises(InputError, match=r"^\.: the path .*/run .* has one of \* \? \[; expected another name"):
+        load_rows(".", need_response=False)
+
+
+def test_a_number_that_is_none_is_no_text(tmp_path):
+    import pandas
+
+    lines = ('{"prompt": "a", "response": "b", "id": NaN, "category": NaN}\n', '{"prompt": "c", "category": 1}\n')
+    path = write(tmp_path / "a.jsonl", *lines)
+    (row,) = load_rows(RowSource(path, answered=True), need_response=True)
+    assert (row.id, row.category, row.response) == ("a.jsonl/0", "", "b")
+    (row, _) = load_rows(RowSource(path, columns={"prompt": "{prompt}{category}"}, limit=2), need_response=False)
+    assert row.prompt == "a"
+    pandas.DataFrame({"prompt": ["a", "b"], "response": [1.5, float("nan")]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="row 1: the row has no answer"):
+        load_rows(str(tmp_path / "a.parquet"), need_response=True)
+
+
 def test_values_of_json_files_stay_as_they_are_written(tmp_path):
     lines = [{"prompt": "day", "response": "2021-03-04"}, {"prompt": "next", "response": "2021-03-05"}]
     for text in (json.dumps(lines), "\ufeff" + json.dumps(lines, indent=1), "\n".join(map(json.dumps, lines))):
@@ -297,6 +335,10 @@ def test_one_answer_for_every_row_stands_in_place_of_the_column(tmp_path):
         (['{"prompt": "a", "response": "b"}\n', "{oops\n"], {}, r"a\.jsonl:2: not valid JSON"),
         (["[1]\n"], {}, r"a\.jsonl:1: expected a JSON object"),
         (["\n", "\n"], {}, "no rows"),
+        (['{"prompt": ' + "1" * 5000 + "}\n"], {}, r"a\.jsonl:1: not valid JSON \(Exceeds the limit"),
+        (['{"prompt": ' + "[" * 100000 + "\n"], {}, r"a\.jsonl:1: not valid JSON \(maximum recursion"),
+        ([{"prompt": "a", "response": float("nan")}], {}, r"a\.jsonl:1: the row has no answer"),
+        ([{"prompt": float("-inf"), "response": "b"}], {}, r"a\.jsonl:1: the prompt is empty"),
         ([{"prompt": "a", "response": ""}], {}, r"a\.jsonl:1: the row has no answer"),
         ([{"prompt": "a"}], {}, r"a\.jsonl:1: the row has no answer"),
         ([{"prompt": " ", "response": "b"}], {}, r"a\.jsonl:1: the prompt is empty"),

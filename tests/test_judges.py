@@ -664,6 +664,26 @@ def test_judge_command_stops_in_one_line(tmp_path, monkeypatch, capsys, argument
     assert message in capsys.readouterr().err
 
 
+def test_a_file_of_answers_that_is_not_utf8_is_named(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    write_jsonl(tmp_path / "out" / "good.jsonl", [{"prompt": "p", "answer": "a"}])
+    (tmp_path / "out" / "worse.jsonl").write_bytes('{"prompt": "p", "answer": "é"}\n'.encode("latin-1"))
+    assert main(["judge", "--predictions", str(tmp_path / "out"), "--output", str(tmp_path / "a")]) == 2
+    assert "worse.jsonl: not UTF-8 text" in capsys.readouterr().err
+
+
+def test_answers_behind_links_are_judged_and_loops_end(tmp_path):
+    for name in ("out", "far"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "s.jsonl", [{"prompt": "p", "answer": "a"}])
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "out")
+    (tmp_path / "far" / "self").symlink_to("self")
+    (tmp_path / "far" / "folder.jsonl").mkdir()
+    assert main(["judge", "--predictions", str(tmp_path / "out"), "--output", str(tmp_path / "a")]) == 0
+    assert list(json.loads((tmp_path / "a" / "judged.json").read_text())["files"]) == ["link/s", "s"]
+
+
 def test_every_list_is_a_judge_of_refusal():
     for name in ("openings", "xstest", "jailbreakbench", "gcg", "gcg_long"):
         judge = Refusal(name)

@@ -5,9 +5,9 @@ always 1 (:mod:`src.adapters.constant_input`).
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ UNSUPPORTED = {
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 """Settings that decide the factor of B A."""
+LARGEST = sys.float_info.max
+"""Of JSON's whole numbers, those above are no number of floating point."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of the names of initialisations that subtract the adapter's start from the base."""
 
@@ -131,7 +133,7 @@ def _regex(pattern: str) -> str:
 def _check_alphas(path: Path, config: Mapping[str, Any]) -> None:
     alphas = {"lora_alpha": config.get("lora_alpha")} | (config.get("alpha_pattern") or {})
     for key, value in alphas.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
             raise InputError(f"{path}: the alpha of {key} is {value!r}; expected a finite number")
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 
 NO_SPACE = re.compile(r"\S")
 
@@ -55,7 +55,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: the file is missing or empty, or a line is not a JSON object.
     """
-    lines = _utf8(path).split("\n")
+    lines = read_utf8(path).split("\n")
     if not any(line.strip() for line in lines):
         raise InputError(f"{path}: no rows; expected one JSON object per line")
     for number, line in enumerate(lines, start=1):
@@ -63,8 +63,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({_reason(error)})") from None
         if "\\u" in line and not _is_text(value):
             raise InputError(f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff alone) is no text")
         if not isinstance(value, dict):
@@ -81,7 +81,7 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file is none of these.
     """
-    text = _utf8(path).rstrip()
+    text = read_utf8(path).rstrip()
     rows = _entries(path, text)
     if rows and all(isinstance(row, str) for row in rows):
         rows = [{"text": row} for row in rows]
@@ -102,9 +102,15 @@ def _entries(path: Path, text: str) -> list[Any]:
             return entries
         if first.startswith("{") and not _is_json(first):
             return list(_walk(text))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        raise InputError(f"{place}: not valid JSON ({_reason(error)})") from None
     return [value for _, value in read_jsonl(path)]
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """What Python's decoder refuses: a syntax at a column, or a number too long or brackets too deep for it."""
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else one_line(error)
 
 
 def _walk(text: str) -> Iterator[Any]:
@@ -118,12 +124,17 @@ def _walk(text: str) -> Iterator[Any]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The text of a file of rows.
+
+    Raises:
+        InputError: there is none, or it is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")  # what Windows writes begins with a mark
     except FileNotFoundError:

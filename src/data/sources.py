@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date, time
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +180,7 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
         value = NAMED.sub(lambda match: _part(record, match, place), spec)
     else:
         value = _column(record, spec, place)
-    return category_text(value) if name == "category" else _text(value).strip()
+    return category_text(None if _is_missing(value) else value) if name == "category" else _text(value).strip()
 
 
 def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:
@@ -192,10 +193,15 @@ def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Text of a column: nothing for null, the names of the true flags for a mapping of flags."""
+    """Text of a column: nothing for a missing value, the names of the true flags for a mapping of flags."""
     if isinstance(value, dict):
         return ",".join(str(key) for key, on in value.items() if on)
-    return "" if value is None else str(value)
+    return "" if _is_missing(value) else str(value)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is null, or a number that is none: NaN is what pandas makes of null."""
+    return value is None or (isinstance(value, float) and not isfinite(value))
 
 
 def _column(record: dict[str, Any], column: str, place: str) -> Any:

@@ -3,11 +3,11 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.rows import read_jsonl
+from src.data.rows import read_jsonl, read_utf8
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory, write_json, write_text
 from src.judges.refusal import Refusal
@@ -84,11 +84,20 @@ def _answer_files(source: Path) -> dict[str, Path]:
     if source.is_file():
         return {source.stem: source}
     root = source / "answers" if (source / "answers").is_dir() else source
-    files = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.jsonl"))}
-    with_answers = {name: path for name, path in files.items() if '"answer"' in path.read_text(encoding="utf-8")}
+    files = {str(path.relative_to(root).with_suffix("")): path for path in _below(root)}
+    with_answers = {name: path for name, path in files.items() if '"answer"' in read_utf8(path)}
     if not with_answers:
         raise InputError(f"{source}: no answers; expected a JSONL file of answers or the output of test or predict")
     return with_answers
+
+
+def _below(path: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The JSONL files below a folder, sorted; links are followed, but not to a folder that they lie in."""
+    if path.suffix == ".jsonl" and path.is_file():
+        yield path
+    elif path.is_dir() and (place := path.resolve()) not in above:
+        for entry in sorted(path.iterdir()):
+            yield from _below(entry, above | {place})
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
