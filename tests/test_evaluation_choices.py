@@ -225,6 +225,7 @@ def test_shipped_choice_mappings_read_their_hub_schema(tmp_path, name, suffix):
         ({"choices": ["a", " "]}, "expected at least two texts"),
         ({"choices": [None, "x", "y"], "answer": 0}, "expected texts or numbers alone"),
         ({"choices": [["x"], "y"], "answer": 0}, "expected texts or numbers alone"),
+        ({"choices": [float("nan"), "x", "y"], "answer": 0}, "expected texts or numbers alone"),
         ({"labels": [None, "B", "C", "D"]}, "labels are .* expected texts or numbers alone"),
         ({"question": " "}, "the question is empty"),
     ],

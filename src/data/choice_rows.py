@@ -6,6 +6,7 @@ A column may be a path into nested columns (``choices.text``). The right answer 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -
 def _texts(value: Any, what: str, place: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise InputError(f"{place}: {what} are {value!r}; expected a list")
-    if not all(isinstance(each, str | int | float) for each in value):
+    if not all(isinstance(each, str | int) or (isinstance(each, float) and isfinite(each)) for each in value):
         raise InputError(f"{place}: {what} are {value!r}; expected texts or numbers alone")
     return tuple(str(each).strip() for each in value)
 
