@@ -12,8 +12,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
+from typing import Any
 
 from src.arguments import evaluation_options, long_names, name_in_help, resolve_names, with_default_config
 from src.errors import InputError
@@ -31,7 +32,7 @@ COMMANDS = {
     "report": "table and safety/utility plot of an evaluation; of a study's FOLDER its page, written again",
 }
 WITHOUT_TRAINER = ("merge", "inspect", "judge", "report", "experiment")
-"""Commands that are functions; Lightning has its own answer to signals."""
+"""Commands that are functions and start without Lightning."""
 STOPPED = 2
 OF_THE_MACHINE = (
     errno.ENOSPC,
@@ -48,6 +49,7 @@ OF_THE_MACHINE = (
     errno.EBUSY,
 )
 """System errors that a user's disk or paths cause."""
+STDOUT = "standard output"
 INTERRUPTED = (
     "interrupted; what was finished is kept: the same command goes on from there (fisher, test, predict, "
     "experiment, fit --resume true; judge keeps its verdicts) or starts again (the others)"
@@ -100,13 +102,73 @@ def runner(command: str) -> Callable[[list[str]], None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after one line on what was wrong."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with _streams():
+        try:
+            try:
+                return _command(list(sys.argv[1:] if argv is None else argv))
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            if error.filename != STDOUT:
+                raise
+            _to_nowhere(sys.stdout)
+            return _stop(f"{STDOUT}: {error.strerror}")
+
+
+class _Output:
+    """Standard output that goes nowhere once its reader has gone, and that names itself in other errors."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[..., object], *given: str) -> None:
+        try:
+            call(*given)
+        except BrokenPipeError:
+            _to_nowhere(self._stream)
+        except OSError as error:
+            error.filename = STDOUT
+            raise
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Drop what a stream holds and what is still to come: Python flushes it at its end."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Standard output and error that are there, after ``>&-`` too, and that take every character."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        output: Any = _Output(sys.stdout or nowhere)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        with redirect_stdout(output), redirect_stderr(sys.stderr or nowhere):
+            yield
+
+
+def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h"):
         sys.stdout.write(usage())
         return 0
     command = arguments[0]
     if command not in COMMANDS:
         return _stop(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+    for argument in arguments:
+        if argument.encode(errors="replace").decode() != argument:
+            return _stop(f"{argument!a}: a name with bytes that are no UTF-8; rename it (or set PYTHONUTF8=1)")
     start_logging()
     quiet_libraries()
     problem = _run(command, arguments[1:])
@@ -119,7 +181,7 @@ def _run(command: str, arguments: list[str]) -> str | None:
     try:
         if command in ("test", "predict"):
             arguments = evaluation_options(arguments)
-        with terminated_like_interrupted() if command in WITHOUT_TRAINER else nullcontext():
+        with terminated_like_interrupted():
             runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
     except InputError as error:
         return str(error)
@@ -131,7 +193,7 @@ def _run(command: str, arguments: list[str]) -> str | None:
             raise
         return INTERRUPTED
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if error.errno not in OF_THE_MACHINE or error.filename == STDOUT:
             raise
         return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
     except _misconfigured() as error:
@@ -141,10 +203,15 @@ def _run(command: str, arguments: list[str]) -> str | None:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM end what runs here as Ctrl-C does, so that nothing half-written stays; a second one ends at once."""
+    """Let SIGTERM end what runs here as Ctrl-C does, so that nothing half-written stays; a second one ends at once.
+
+    A Trainer's loops have a handler of their own, which ends them after the batch at hand and calls this one as well.
+    """
     process = os.getpid()
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if signal.getsignal(signal.SIGTERM) is not interrupt:
+            return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != process:
             # A fork of this process ends as forks do.

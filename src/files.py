@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` and rename the result to ``path`` once it is on the disk.
-
-    Raises:
-        OSError: the disk refuses it.
-    """
+    """Call ``write(temporary)`` and rename the result to ``path`` once it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
@@ -87,8 +83,8 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {what}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); expected {what}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({one_line(error)}); expected {what}") from None
 
 
 def has_results(path: Path, beside: frozenset[str] = frozenset()) -> bool:
@@ -98,16 +94,21 @@ def has_results(path: Path, beside: frozenset[str] = frozenset()) -> bool:
     return path.exists()
 
 
-def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozenset()) -> None:
+_FREE: set[Path] = set()
+"""Outputs that had no results at their check and may replace none: asked again when a directory is put there."""
+
+
+def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None = None) -> None:
     """Refuse a non-empty directory or an existing file, before any work is done.
 
     Args:
         path: The output.
         overwrite: Whether it may exist.
-        beside: Names in the directory that are no results; hidden files never are.
+        beside: Names in the directory that are no results; hidden files never are. Unset where the directory is to be
+            replaced as a whole (:func:`new_directory`).
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is false, or it is to lie in a file.
+        InputError: ``path`` exists and ``overwrite`` is false, it is to lie in a file, or it cannot be replaced.
     """
     try:
         place = path.resolve()
@@ -120,17 +121,24 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] = frozen
         raise InputError(f"--output {path}: {above} is a file; name a path in a directory")
     if above == place.parent and os.access(above, os.W_OK):
         _clear_leftovers(place)
-    if has_results(path, beside) and not overwrite:
+    if beside is None:
+        _check_replaceable(path, place)
+    if has_results(path, beside or frozenset()) and not overwrite:
         raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
+    (_FREE.discard if overwrite else _FREE.add)(place)
+
+
+def _check_replaceable(path: Path, place: Path) -> None:
+    if Path.cwd().is_relative_to(place):
+        raise InputError(f"--output {path}: the working directory lies there and cannot be replaced; name another one")
+    if os.path.ismount(place):
+        raise InputError(f"--output {path}: a mount point, which cannot be replaced; name a directory in it")
 
 
 def check_apart(output: Path, inputs: Iterable[str]) -> None:
     """Refuse an output that is one of the inputs, or holds one: writing it would replace what is read.
 
-    Args:
-        output: What is to be written.
-        inputs: Names of inputs, files or directories with files; those that are no path here, such as hub ids, are
-            left out.
+    Inputs are names of files or directories with files; those that are no path here, such as hub ids, are left out.
 
     Raises:
         InputError: an input would be lost.
@@ -144,16 +152,11 @@ def check_apart(output: Path, inputs: Iterable[str]) -> None:
 
 
 UNFINISHED = ".unfinished.json"
-"""Hidden file of an output: the settings of a run that found no result there and has not come to its end."""
+"""Hidden file of an output whose run has not come to its end: its settings; null where it is to replace results."""
 
 
 def begin_output(path: Path, settings: Any) -> None:
-    """Mark an output without results as one run's own: whatever lies there after a kill, that run may go on from.
-
-    Args:
-        path: The output.
-        settings: What makes a run the same, JSON.
-    """
+    """Mark an output without results as that of one run (by its settings, JSON), which may go on there after a kill."""
     write_json(path / UNFINISHED, settings)
 
 
@@ -181,8 +184,9 @@ def held_output(path: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
+    place = path.resolve()  # of a link that leads nowhere, where it leads
+    place.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -203,11 +207,11 @@ def new_directory(path: Path) -> Iterator[Path]:
     Where ``path`` is a link, what it points to is replaced.
 
     Raises:
-        InputError: ``path`` is the working directory, or holds it.
+        InputError: ``path`` is the working directory, holds it or is a mount point; or it cannot be replaced in the
+            end, as where another run has written there since the check: the new directory then stays beside it.
     """
     place = path.resolve()
-    if Path.cwd().is_relative_to(place):
-        raise InputError(f"--output {path}: the working directory lies there and cannot be replaced; name another one")
+    _check_replaceable(path, place)
     place.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(place)
     temporary, lock = _locked_sibling(place)
@@ -221,16 +225,21 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _put(temporary: Path, place: Path) -> None:
-    """Rename a directory over what is there, which an error or Ctrl-C between the two renames puts back."""
+    """Rename a directory over what is there, which Ctrl-C puts back, as an error does: then the new one lies beside."""
     old, lock = temporary.with_suffix(".old"), _lock(place)
     try:
+        if place in _FREE and has_results(place):
+            raise FileExistsError("another run has put its result there meanwhile, which stays")
         if place.exists():
             place.rename(old)
         temporary.rename(place)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not place.exists():
             old.rename(place)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        kept = temporary.rename(place.with_name(temporary.stem[1:]))
+        raise InputError(f"--output {place}: {error.strerror or error}; the new result is in {kept}") from None
     finally:
         _unlock(lock)
     _remove(old)

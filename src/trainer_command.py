@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from contextlib import ExitStack
 from datetime import datetime
 from functools import cached_property
@@ -19,38 +18,41 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from src.adapters.peft_files import CONFIG
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.modules import TokenizedData
+from src.data.rows import rows_sha256
 from src.errors import InputError
 from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.models import checkpoints
 from src.models.base import load_tokenizer
+from src.models.checkpoint_rows import RowsRecord, other_rows
 from src.models.fisher_output import remove_done
 from src.models.sharding import make_patient
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
 from src.processes import end_with_first, tell_of_first
-from src.trainer_checks import check_training_length, difference, making_trainer, recorded
+from src.run_folder import (
+    CHECKPOINTS,
+    CONFIG_RECORD,
+    FINISHED,
+    OF_SLURM,
+    OTHER_SETTINGS,
+    RECENT,
+    RUN,
+    SAME,
+    clear_run,
+    other_run,
+    unfinished_checkpoints,
+)
+from src.trainer_checks import check_training_length, making_trainer, recorded
 from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
 
 log = logging.getLogger(__name__)
 
-CONFIG_RECORD = "config.yaml"
-RUN = "run"
-"""Sub-directory of an output that holds the Trainer's own files: config.yaml, metrics.csv, checkpoints."""
-CHECKPOINTS = f"{RUN}/checkpoints"
-RECENT = "recent.ckpt"
-"""Checkpoint of an unfinished training, beside those that the configuration asks for."""
-OF_SLURM = "hpc_ckpt_*.ckpt"
-"""Checkpoints that Lightning writes into the output before it queues a SLURM job again."""
 STARTED = "SST_MERGE_STARTED"
 """Environment variable: when the run began, for the processes that its first one starts."""
-SAME = ("model", "data", "seed_everything")
-"""Settings in which a run that goes on and the run before it agree."""
-FINISHED, OTHER_SETTINGS = "that was finished", "with other settings"
 
 
 class TrainerCommand(LightningCLI):
@@ -167,29 +169,16 @@ class TrainerCommand(LightningCLI):
         return {"command": self.command} | {key: settings.get(key) for key in SAME}
 
     def begin(self) -> None:
-        """Mark the output, where it held no result of another run; call it before the Trainer starts."""
-        if not is_first_process():
-            return
-        if self._own:
-            begin_output(self.output, self.shared_settings)
-        else:
-            end_output(self.output)
+        """Mark the output as unfinished, as this run's own where it held no result; call it before the Trainer's."""
+        if is_first_process():
+            begin_output(self.output, self.shared_settings if self._own else None)
 
     def end(self) -> None:
         """Take away the mark and the checkpoints of an unfinished run, once all results are written."""
         if is_first_process():
             end_output(self.output)
-            for spare in (self.output / CHECKPOINTS / RECENT, *self.output.glob(OF_SLURM)):
-                spare.unlink(missing_ok=True)
-
-    def _clear_run(self) -> None:
-        """Make room for the Trainer's files: a run that goes on keeps its checkpoints and sets its metrics aside."""
-        run = self.output / RUN
-        if not self._stays:
-            shutil.rmtree(run, ignore_errors=True)
-        elif (run / "metrics.csv").exists():
-            before = len(list(run.glob("metrics.before-*.csv")))
-            (run / "metrics.csv").rename(run / f"metrics.before-{before}.csv")
+            for spare in unfinished_checkpoints(self.output):
+                spare.unlink()
 
     @property
     def resumes(self) -> bool:
@@ -200,8 +189,21 @@ class TrainerCommand(LightningCLI):
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the newest of the output where the run resumes, else the one named."""
-        return (self._newest() if self.resumes else None) or self.config.get("ckpt_path")
+        """The checkpoint to go on from: the newest of the output where the run resumes, else the one named.
+
+        Raises:
+            InputError: its training had other rows, whose prompts the adapter would not name as seen.
+        """
+        found: str | None = (self._newest() if self.resumes else None) or self.config.get("ckpt_path")
+        if self.command == "fit" and found and (name := other_rows(Path(found), self.rows_sha256)):
+            what = "expected the same, or --overwrite true (and no --ckpt_path) to start over"
+            raise InputError(f"{found}: {name} has other rows than the run that is to go on; {what}")
+        return found
+
+    @cached_property
+    def rows_sha256(self) -> dict[str, str]:
+        """SHA-256 of the rows of a training, by split."""
+        return {split: rows_sha256(rows) for split, rows in self.datamodule.rows.items()}
 
     @property
     def _stays(self) -> bool:
@@ -222,6 +224,8 @@ class TrainerCommand(LightningCLI):
                 log.info("no checkpoint in %s to go on from: starting over", self.output)
         elif why := self._other_run():
             log.info("%s is of a run %s: starting over", newest, why)
+        elif overwrite and (name := other_rows(newest, self.rows_sha256)):
+            log.info("%s is of a run with other rows (%s): starting over", newest, name)
         else:
             checkpoints.check_checkpoint(str(newest), goes_on=True)
             return str(newest)
@@ -229,15 +233,7 @@ class TrainerCommand(LightningCLI):
 
     def _other_run(self) -> str:
         """Why the run in the output is none to go on with; empty where it had this model, these data and this seed."""
-        record, adapter = self.output / RUN / CONFIG_RECORD, self.output / CONFIG
-        if not record.is_file():
-            return "that has left no configuration"
-        # The adapter of a run before that one stays until it is replaced.
-        if adapter.exists() and adapter.stat().st_mtime_ns >= record.stat().st_mtime_ns:
-            return FINISHED
-        both = yaml.safe_load(record.read_text(encoding="utf-8")), self.settings
-        before, now = ({key: settings.get(key) for key in SAME} for settings in both)
-        return "" if before == now else f"{OTHER_SETTINGS} ({difference(before, now)})"
+        return other_run(self.output, self.settings)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose own files go below the output."""
@@ -254,6 +250,8 @@ class TrainerCommand(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.output / CHECKPOINTS).resolve())
+        if self.command == "fit":
+            trainer.callbacks.insert(0, RowsRecord(self.rows_sha256))  # type: ignore[attr-defined]
         if self.command == "fit" and config.trainer.enable_checkpointing is not False:
             recent = checkpoints.RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
             trainer.callbacks.insert(0, recent)  # type: ignore[attr-defined]
@@ -276,7 +274,7 @@ class TrainerCommand(LightningCLI):
         if is_first_process():
             self._held.enter_context(held_output(self.output))
             self._check_output()  # a run that held it until now may have written results
-            self._clear_run()
+            clear_run(self.output, stays=self._stays)
         if not self._stays:
             # Each process by itself: Lightning would go on from such a file, and srun starts them in no order.
             for stale in self.output.glob(OF_SLURM):

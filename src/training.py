@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
 from src.data.calibration import CalibrationData
 from src.data.modules import ExpertData
-from src.data.rows import rows_sha256
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.merge.card import expert_card
@@ -65,7 +64,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
         "settings": {"lora": vars(module.lora)} | settings,
         "rows": {split: len(rows) for split, rows in data.rows.items()},
-        "rows_sha256": {split: rows_sha256(rows) for split, rows in data.rows.items()},
+        "rows_sha256": command.rows_sha256,
         "steps": trainer.global_step,
         "val_loss": measured,
         "others": [{"path": one.name, "sha256": one.sha256} for one in module.others],

@@ -1,4 +1,6 @@
 import ast
+import io
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +37,44 @@ def test_help_lists_every_command(capsys):
     for name, summary in COMMANDS.items():
         assert f"{name}" in text
         assert summary in text
+
+
+def test_standard_output_that_knows_no_utf8_or_is_closed_takes_the_help(monkeypatch):
+    monkeypatch.setattr("src.cli.usage", lambda: "α")
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert main(["--help"]) == 0
+    assert ascii_only.buffer.getvalue() == rb"\u03b1"
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["--help"]) == 0
+    assert main(["fitt"]) == 2
+
+
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys, buffering):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=buffering) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["--help"]) == 0
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_full_standard_output_is_named(monkeypatch, capsys, buffering):
+    with open("/dev/full", "w", buffering=buffering) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["--help"]) == 2
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
+
+
+def test_an_argument_that_is_no_utf8_is_one_line(capsys):
+    line = fails(["merge", "--output", "caf\udce9"], capsys)
+    assert line.startswith(r"error: 'caf\udce9': a name with bytes that are no UTF-8; rename it")
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -1,5 +1,6 @@
 """Output directories: whole or as they were, whatever ends a run, and nothing of a killed run stays beside them."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from src.cli import main
 from src.errors import InputError
-from src.files import check_output, new_directory
+from src.files import check_output, new_directory, read_json
 from tests.test_cli import fails
 
 
@@ -99,6 +100,61 @@ def test_an_output_in_a_file_is_refused_before_any_work(tmp_path, capsys):
             check_output(place, overwrite=True)
     given = ["--utility", str(tmp_path / "nowhere"), "--output", str(tmp_path / "file" / "sub")]
     assert "is a file; name a path in a directory" in fails(["merge", *given], capsys)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_runs_at_once_the_first_result_stays_unless_it_may_be_replaced(tmp_path, overwrite):
+    out = tmp_path / "m"
+    check_output(out, overwrite=overwrite)
+
+    def second():
+        with new_directory(out) as folder:
+            (folder / "result").write_text("second")
+            out.mkdir()
+            (out / "result").write_text("first")
+
+    if overwrite:
+        second()
+        assert (out / "result").read_text() == "second"
+        return
+    with pytest.raises(InputError, match="another run has put its result there meanwhile, which stays") as told:
+        second()
+    beside = Path(str(told.value).rpartition(" ")[2])
+    assert names(tmp_path) == ["m", beside.name]
+    assert (out / "result").read_text() == "first"
+    assert (beside / "result").read_text() == "second"
+
+
+def test_a_result_that_cannot_be_put_in_place_lies_beside_it(tmp_path, monkeypatch):
+    write(tmp_path / "m", "old")
+    rename = Path.rename
+
+    def busy(self, target):
+        if self.name == "m":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(InputError, match=r"m: Device or resource busy; the new result is in .*/m\.\w{8}$") as told:
+        write(tmp_path / "m")
+    assert (tmp_path / "m" / "result").read_text() == "old"
+    assert (Path(str(told.value).rpartition(" ")[2]) / "result").read_text() == "new"
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_mount_point_is_refused_before_any_work_unless_it_is_written_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(InputError, match="a mount point, which cannot be replaced; name a directory in it"):
+        check_output(tmp_path, overwrite=True)
+    check_output(tmp_path, overwrite=False, beside=frozenset())
+    check_output(tmp_path / "m", overwrite=False)
+
+
+@pytest.mark.parametrize(("text", "why"), [("1" * 5000, "Exceeds the limit"), ("[" * 100_000, "recursion depth")])
+def test_json_beyond_pythons_limits_is_one_line(tmp_path, text, why):
+    (tmp_path / "f.json").write_text(text)
+    with pytest.raises(InputError, match=f"f.json: not valid JSON .*{why}.*; expected a list"):
+        read_json(tmp_path / "f.json", "a list")
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(adapters, capsys):

@@ -1,4 +1,5 @@
 import json
+import sys
 from itertools import chain
 from shutil import copytree
 from statistics import median
@@ -14,7 +15,9 @@ from src.adapters.peft_config import Layout
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.cli import main
 from src.gevp.diagnostics import effective_rank
+from src.merge.inspect_stage import inspect_stage
 from src.merge.inspection import inspect_adapters
+from src.models.discovery import find_adapters
 
 
 def drawn(*shape, seed=0):
@@ -111,6 +114,33 @@ def test_a_folder_of_adapters_stands_for_those_below_it(adapters, tmp_path, caps
     for number, name in enumerate(("utility", "safety")):
         found = found.replace(str(tmp_path / "sst" / f"alpha-{number}"), str(adapters[name]))
     assert found == named
+
+
+def test_the_output_is_written_before_the_table(adapters, tmp_path, monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("src.merge.inspect_stage.draw_angles", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="No space"):
+        inspect_stage(adapters=[str(adapters["utility"])], output=str(tmp_path / "i"))
+    assert (tmp_path / "i" / "inspect.json").is_file()
+
+
+def test_links_to_adapters_are_followed_and_each_is_found_once(tmp_path):
+    def adapter(name):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").touch()
+
+    for name in ("utility", "links/s", "links/.hidden"):
+        adapter(name)
+    for name, target in {"u": "../utility", "again": "s", "loop": "../links", "up": "..", "none": "nowhere"}.items():
+        (tmp_path / "links" / name).symlink_to(target)
+    found = find_adapters(tmp_path / "links")
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["links/s", "links/u"]
+    (tmp_path / "alias").symlink_to("links")
+    assert find_adapters(tmp_path / "alias") == [tmp_path / "alias" / "s", tmp_path / "alias" / "u"]
 
 
 def test_effective_ranks_are_means_over_modules_of_the_weights_part(adapters, tmp_path):

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from lightning import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from src.adapters.peft_files import read_adapter
-from src.cli import main
+from src.cli import main, terminated_like_interrupted
 from src.errors import InputError
 from src.files import held_output
+from src.models.stopping import StopAtSigterm
 from tests.commands import ROOT, clean_environment, fisher_flags, fit_flags
 from tests.test_pipeline import test_flags
 
@@ -234,3 +237,43 @@ def test_a_number_of_steps_is_enough(base, rows, tmp_path):
     assert main(fit_flags(base, rows, tmp_path / "out", *steps)) == 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["steps"] == 10
     assert yaml.safe_load((tmp_path / "out" / "run" / "config.yaml").read_text())["trainer"]["max_steps"] == 10
+
+
+def test_an_output_is_made_where_a_link_leads(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "out")
+    with held_output(tmp_path / "link"), pytest.raises(InputError, match="another run"), held_output(tmp_path / "link"):
+        pass
+    assert (tmp_path / "there" / "out").is_dir()
+
+
+def test_sigterm_before_or_after_a_trainers_loops_is_one_line(tmp_path, monkeypatch, capsys):
+    def killed(_arguments):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("src.training.fit", killed)
+    assert main(["fit", "--output", str(tmp_path / "out")]) == 2
+    assert "error: interrupted" in one_error(capsys)
+
+
+def test_sigterm_in_a_trainers_loop_is_left_to_its_handler():
+    came, before = [], signal.getsignal(signal.SIGTERM)
+    with terminated_like_interrupted():
+        ours = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *given: came.append(ours(*given)))  # as Lightning puts both together
+        signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, ours)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert came == [None]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("hook", ["on_test_epoch_end", "on_predict_epoch_end"])
+def test_sigterm_while_answers_are_graded_is_no_loops(hook):
+    with terminated_like_interrupted():
+        ours, stopping = signal.getsignal(signal.SIGTERM), StopAtSigterm()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        getattr(stopping, hook)(SimpleNamespace(received_sigterm=False), None)
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with pytest.raises(SIGTERMException):
+            getattr(stopping, hook)(SimpleNamespace(received_sigterm=True), None)

@@ -7,6 +7,9 @@ import re
 import pytest
 
 from src.cli import main
+from src.errors import InputError
+from src.experiments.store import Store
+from src.report.html import write_report
 from src.report.results import ModelResult, Share, load_results
 from tests.evaluations import read_rows, write_jsonl
 
@@ -202,3 +205,17 @@ def test_results_that_are_no_evaluation_are_one_line(evaluated, capsys):
     assert f"{above}/metrics.json: no such file; studies lie below {above} (study): expected the folder of one" in line
     assert "results is [a, b]; expected one folder" in stopped("--results", "[a, b]")
     assert f"report {study} {evaluated}: 2 folders; expected one" in stopped(study, evaluated)
+
+
+def test_files_of_another_make_are_named(tmp_path):
+    for models, why in (([{}], "KeyError: 'manifest'"), ("x", "TypeError")):
+        (tmp_path / "metrics.json").write_text(json.dumps({"models": models}))
+        with pytest.raises(InputError, match=f"metrics.json: 'models' is not what `python -m src test` .*{why}"):
+            load_results(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    (tmp_path / "study.json").write_text('{"title": "t"}')
+    with pytest.raises(InputError, match=r"study.json: no key 'summary'; expected a study"):
+        write_report(tmp_path)
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(InputError, match=r"study.json: no key 'stage'; expected the result of a cell"):
+        Store(tmp_path, tmp_path).rates(None)

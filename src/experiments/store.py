@@ -8,12 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from src.errors import check_keys
 from src.experiments.cell import Cell, digest
 from src.files import PROJECT, read_json, write_json, write_text
 
 WHOLE = "cell.json"
 """File of a weights folder that is written last: a folder that has one is whole."""
 WITH_WEIGHTS = ("fit", "fisher", "merge")
+KEYS = ("stage", "settings", "units", "source")
+"""What every result says of its cell."""
 
 Record = dict[str, Any]
 
@@ -57,6 +60,7 @@ class Store:
             InputError: it has not been computed, or its file is broken.
         """
         record: Record = read_json(self._result(cell), f"the result of {cell.label}")
+        check_keys(record, KEYS, self._result(cell), f"the result of {cell.label}")
         return record
 
     def read_weights(self, cell: Cell) -> Record:
@@ -114,6 +118,7 @@ class Store:
         found: dict[str, tuple[float, float, int]] = {}
         for path in sorted(self.results.glob("*.json")) if self.results.is_dir() else []:
             record = read_json(path, "the result of a cell")
+            check_keys(record, (*KEYS, "cost"), path, "the result of a cell")
             name = record["settings"].get("model", {}).get("base", {}).get("name")
             if base in (None, name) or name is None:
                 for group in (record["stage"], digest(record["settings"])):

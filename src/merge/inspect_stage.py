@@ -61,16 +61,20 @@ def inspect_stage(
             check_weights(read, weights, str(base), aliases or ())
         summaries, comparison = inspect_adapters(read)
     table = tables(summaries, comparison)
+    if output is not None:
+        with new_directory(Path(output)) as folder:
+            _write(folder, table, summaries, comparison)
     sys.stdout.write(table)
-    if output is None:
-        return
-    with new_directory(Path(output)) as folder:
-        write_text(folder / "table.md", table)
-        matrices = {key: _plain(getattr(comparison, key)) for key in (SHARES | ANGLES).values()}
-        angles = [asdict(pair) for pair in comparison.angles]
-        write_json(folder / "inspect.json", {"adapters": list(map(asdict, summaries)), **matrices, "angles": angles})
-        draw_angles([summary.name for summary in summaries], comparison, folder / "angles.png")
-    log.info("table and heat map written to %s", output)
+    if output is not None:
+        log.info("table and heat map written to %s", output)
+
+
+def _write(folder: Path, table: str, summaries: Sequence[Summary], comparison: Comparison) -> None:
+    write_text(folder / "table.md", table)
+    matrices = {key: _plain(getattr(comparison, key)) for key in (SHARES | ANGLES).values()}
+    angles = [asdict(pair) for pair in comparison.angles]
+    write_json(folder / "inspect.json", {"adapters": list(map(asdict, summaries)), **matrices, "angles": angles})
+    draw_angles([summary.name for summary in summaries], comparison, folder / "angles.png")
 
 
 def _below(name: str) -> list[str]:

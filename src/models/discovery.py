@@ -1,6 +1,7 @@
 """Which adapters an evaluation covers, and what they are called in its tables."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,20 @@ def find_baseline(named: str | None, models: Sequence[str]) -> str:
 
 
 def find_adapters(folder: Path) -> list[Path]:
-    """Every adapter directory below a folder, sorted by path; hidden directories are left out."""
-    found = [path.parent for path in folder.rglob(CONFIG)]
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    """Every adapter directory below a folder, sorted by path; hidden directories are left out.
+
+    Links to directories are followed, after what lies there itself: each directory is found once.
+    """
+    starts, seen, found = [folder], set(), []
+    for start in starts:
+        for here, inner, _ in os.walk(start):
+            place = os.path.realpath(here)
+            inner[:] = sorted(name for name in inner if not name.startswith(".") and place not in seen)
+            starts += [path for name in inner if (path := Path(here, name)).is_symlink()]
+            if place not in seen and Path(here, CONFIG).exists():
+                found.append(Path(here))
+            seen.add(place)
+    return sorted(found)
 
 
 def named_adapters(named: Sequence[str], discover: str | None) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """What stops a run: a problem of one process stops all, which would wait for it for ever; SIGTERM stops every loop."""
 
+import signal
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +13,14 @@ from src.errors import InputError
 
 
 class StopAtSigterm(Callback):
-    """Ends a prediction loop at SIGTERM, as Lightning (2.6) does with its other loops: after the batch at hand."""
+    """Ends a prediction loop at SIGTERM, as Lightning (2.6) does with its other loops: after the batch at hand.
+
+    What follows the last batch of an evaluation or a Fisher pass (grading, joining, writing) may take hours, and no
+    loop looks for a signal there: the handler that was there before the Trainer's takes over.
+    """
+
+    def __init__(self) -> None:
+        self._before = signal.getsignal(signal.SIGTERM)
 
     def on_predict_batch_end(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Stop, where the signal has come.
@@ -19,6 +28,21 @@ class StopAtSigterm(Callback):
         Raises:
             SIGTERMException: it has.
         """
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    def on_predict_epoch_end(self, trainer: Trainer, *_args: Any) -> None:
+        """As :meth:`on_test_epoch_end`."""
+        self.on_test_epoch_end(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, *_args: Any) -> None:
+        """Put the handler back that was there before; Lightning takes its own away after the run in any case.
+
+        Raises:
+            SIGTERMException: the signal has come.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
         if trainer.received_sigterm:
             raise SIGTERMException
 

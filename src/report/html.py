@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from src.errors import check_keys
 from src.files import read_json, write_text
 from src.report.html_examples import example_section
 from src.report.html_fronts import front_figure
@@ -22,6 +23,7 @@ from src.report.html_tables import table_section
 
 log = logging.getLogger(__name__)
 SOURCE, PAGE, CSV, PNG = "study.json", "index.html", "tables.csv", "fronts.png"
+KEYS = ("title", "summary", "notes", "fronts", "tables", "examples", "provenance")
 
 
 def write_report(folder: Path) -> None:
@@ -31,9 +33,11 @@ def write_report(folder: Path) -> None:
         folder: Folder that holds ``study.json``, as the experiment command wrote it.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it is no study's.
     """
-    document = read_json(folder / SOURCE, "a study (made by `python -m src experiment`)")
+    what = "a study (made by `python -m src experiment`)"
+    document = read_json(folder / SOURCE, what)
+    check_keys(document, KEYS, folder / SOURCE, what)
     fronts = map(_front_table, document["fronts"])
     write_text(folder / CSV, tables_csv([*document["tables"], *fronts, *pencil_tables(document.get("pencils", ()))]))
     write_text(folder / PAGE, page(document))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.files import read_json
 from src.merge.sweep import swept_once
 
@@ -99,7 +99,12 @@ def load_results(folder: Path) -> list[ModelResult]:
     record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
     if not isinstance(record, dict) or not record.get("models"):
         raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
-    return sorted(_by_sweep([_result(model) for model in record["models"]]), key=_order)
+    try:
+        found = [_result(model) for model in record["models"]]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path}: 'models' is not what `python -m src test` writes there ({why})") from None
+    return sorted(_by_sweep(found), key=_order)
 
 
 def _by_sweep(found: list[ModelResult]) -> list[ModelResult]:

@@ -1,0 +1,44 @@
+"""Which rows a training checkpoint is of: what goes on from it with others would hide what it was trained on."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+
+ROWS = "rows_sha256"
+"""Entry of a checkpoint: SHA-256 of the rows by split, as in the manifest."""
+
+
+class RowsRecord(Callback):
+    """Keeps the hashes of the rows in every checkpoint.
+
+    Args:
+        rows: SHA-256 of the rows by split.
+    """
+
+    def __init__(self, rows: Mapping[str, str]) -> None:
+        self.rows = dict(rows)
+
+    def on_save_checkpoint(self, _trainer: Any, _module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the entry."""
+        checkpoint[ROWS] = self.rows
+
+
+def other_rows(path: Path, rows: Mapping[str, str]) -> str:
+    """The option whose rows are not those of a checkpoint's training; empty where there is none.
+
+    An earlier version's checkpoint does not tell, and what is wrong with one that cannot be read is said elsewhere.
+
+    Args:
+        path: The checkpoint.
+        rows: SHA-256 of the rows here by split.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        return ""
+    before = (found.get(ROWS) if isinstance(found, dict) else None) or rows
+    return next((f"data.{split}" for split, sha256 in rows.items() if before.get(split) != sha256), "")
