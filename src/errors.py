@@ -3,8 +3,12 @@
 Only the standard library is imported here: programs are run in a sandbox by Pythons without any other package.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
+
+REQUEST = re.compile(r"\(Request ID:[^)]*\)")
+"""What the hub puts into its messages, of no use to a reader."""
 
 
 class InputError(ValueError):
@@ -20,4 +24,4 @@ def check_keys(found: Any, keys: Iterable[str], place: object, what: str) -> Non
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    return " ".join(REQUEST.sub("", str(error)).split())[:200]

@@ -1,5 +1,6 @@
 """The base model's weights as they lie on the disk: safetensors files, read one tensor at a time."""
 
+import glob
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -11,15 +12,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from src.errors import InputError, one_line
+from src.errors import InputError
 from src.files import read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+SHARDS = "model-?????-of-?????.safetensors"
+BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "LICEN*", "NOTICE*")
+"""What of a base's repository is fetched beside its weights."""
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""A hub id, or a name in the current directory."""
 EARLIER_PREFIX, LATER_PREFIX = "language_model.model.", "model.language_model."
 """How names of text layers begin in many models that also see or hear, before transformers 4.52 and since."""
 SAMPLES = 64
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name is that of a hub repository: it has the form, and nothing here has that name."""
+    return HUB.fullmatch(name) is not None and not Path(name).exists()
 
 
 def samples(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,18 +99,17 @@ class BaseWeights:
 
 
 @contextmanager
-def open_base(name: str) -> Iterator[BaseWeights]:
+def open_base(name: str, revision: str | None = None) -> Iterator[BaseWeights]:
     """Open the safetensors files of a local directory or a hub repository.
+
+    Args:
+        name: The directory or the repository's id.
+        revision: Git revision of the repository; a directory has none.
 
     Raises:
         InputError: there are none, or one is broken or missing.
     """
-    folder = local_folder(
-        name,
-        ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "LICEN*", "NOTICE*"],
-        absent=f"base {name}: no such directory; name one with the base model's safetensors files (--base)",
-        unfetched=f"base {name}: no such directory, and no hub model to be fetched now",
-    )
+    folder = _base_folder(name, revision)
     with ExitStack() as stack:
         handles: dict[str, Any] = {}
         for path, keys in weight_files(folder).items():
@@ -112,6 +122,30 @@ def open_base(name: str) -> Iterator[BaseWeights]:
                 raise InputError(f"{path}: has no {min(missing)}, which {folder / INDEX} says is in it")
             handles |= dict.fromkeys(held, handle)
         yield BaseWeights(folder, handles)
+
+
+def _base_folder(name: str, revision: str | None) -> Path:
+    """A base's directory; of a hub repository only the files that :func:`weight_files` takes are fetched.
+
+    Repositories may hold their weights once more in other files, as large as those.
+    """
+    at = "" if revision is None else f" at revision {revision}"
+
+    def fetched(*weights: str) -> Path:
+        return local_folder(
+            name,
+            [*BESIDE, *weights],
+            absent=f"base {name}: no such directory; name one with the base model's safetensors files (--base)",
+            unfetched=f"base {name}{at}: no such directory, and no hub model to be fetched now",
+            revision=revision,
+        )
+
+    folder = fetched(WEIGHTS)
+    if Path(name).is_dir() or (folder / WEIGHTS).is_file():
+        return folder
+    if (folder / INDEX).is_file():
+        return fetched(*(glob.escape(path.relative_to(folder).as_posix()) for path in _indexed(folder)))
+    return fetched(SHARDS)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -160,7 +194,7 @@ def _unindexed(folder: Path) -> list[Path]:
     return [folder / f"model-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
 
 
-def local_folder(name: str, patterns: list[str], *, absent: str, unfetched: str) -> Path:
+def local_folder(name: str, patterns: list[str], *, absent: str, unfetched: str, revision: str | None = None) -> Path:
     """A directory of this name, else that of the hub repository of this name, fetched.
 
     Args:
@@ -168,6 +202,7 @@ def local_folder(name: str, patterns: list[str], *, absent: str, unfetched: str)
         patterns: Files to fetch.
         absent: What to say where it can be neither.
         unfetched: What to say where the hub does not give it; the reason follows.
+        revision: Git revision of the repository; unset is its main branch.
 
     Raises:
         InputError: it is not there.
@@ -179,7 +214,10 @@ def local_folder(name: str, patterns: list[str], *, absent: str, unfetched: str)
         raise InputError(absent)
     from huggingface_hub import snapshot_download
 
+    from src.hub import UNREACHABLE, reason
+
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{unfetched} ({one_line(error)[:120]})") from None
+        return Path(snapshot_download(name, allow_patterns=patterns, **at))
+    except UNREACHABLE as error:
+        raise InputError(f"{unfetched} ({reason(error)})") from None

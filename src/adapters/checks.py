@@ -4,17 +4,18 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
 
-from src.adapters.base_weights import BaseWeights
-from src.adapters.peft_files import Adapter
+from src.adapters.base_weights import HUB, BaseWeights, on_hub
+from src.adapters.peft_files import Adapter, read_base
 from src.errors import InputError
 
 log = logging.getLogger(__name__)
-HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""A hub id, or a name in the current directory."""
+MAIN = "main"
+"""The revision of a hub repository where none is named."""
 SNAPSHOT = re.compile(r"(.*/)?models--(?P<id>[^/]+)/snapshots/[^/]+")
 """Where the hub's cache keeps a revision of a model."""
 
@@ -48,6 +49,55 @@ def has_name(name: str, names: Sequence[str]) -> bool:
     return any(same_base_name(name, one) for one in names)
 
 
+def base_revision(adapters: Sequence[Adapter], name: str) -> str | None:
+    """The git revision of a base that adapters name; unset where none does, and for a base that lies here.
+
+    Args:
+        adapters: The adapters; those of another base say nothing.
+        name: Name of the base.
+
+    Raises:
+        InputError: they name two, and no fingerprints say that the weights are the same.
+    """
+    stated = [adapter for adapter in adapters if adapter.revision and same_base_name(adapter.base, name)]
+    for one, two in combinations(stated, 2):
+        same = one.fingerprint and one.fingerprint == two.fingerprint
+        if one.revision != two.revision and not same:
+            raise InputError(
+                f"{two.name}: trained on the revision {two.revision!r} of the base {two.base!r}, {one.name} on "
+                f"{one.revision!r}; expected one (if these are the same weights, change revision in an "
+                "adapter_config.json)"
+            )
+    return stated[0].revision if stated and on_hub(name) else None
+
+
+def revision_for(base: str, folders: Sequence[str]) -> str | None:
+    """The git revision of a base that adapters name, before their updates are read.
+
+    Args:
+        base: Name of the base.
+        folders: PEFT LoRA directories or hub ids.
+
+    Raises:
+        InputError: see :func:`base_revision`; or a configuration cannot be read.
+    """
+    return base_revision([read_base(folder) for folder in folders], base) if on_hub(base) else None
+
+
+def _check_revisions(adapters: Sequence[Adapter]) -> None:
+    """Check that adapters name one revision of a base; warn of those that name none, as PEFT writes unless told.
+
+    Raises:
+        InputError: see :func:`base_revision`.
+    """
+    known = {adapter.fingerprint for adapter in adapters if adapter.revision}
+    for adapter in adapters:
+        revision = base_revision(adapters, adapter.base)
+        told = adapter.revision or (adapter.fingerprint and adapter.fingerprint in known)
+        if revision not in (None, MAIN) and not told:
+            log.warning("%s: names no revision of its base, of which others name %r", adapter.name, revision)
+
+
 def check_base(
     adapter: Adapter,
     base: str,
@@ -56,6 +106,7 @@ def check_base(
     what: str,
     aliases: Sequence[str] = (),
     option: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Check that an adapter was trained on this base.
 
@@ -66,6 +117,7 @@ def check_base(
         what: Where ``base`` comes from, for the message.
         aliases: Other names of the base.
         option: The option that takes them, for the message.
+        revision: Its git revision, where known; one that the adapter names must be this.
 
     Raises:
         InputError: it was trained on another one.
@@ -78,6 +130,12 @@ def check_base(
         raise InputError(
             f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r}; if these are one model, change "
             f"base_model_name_or_path in its adapter_config.json{given}"
+        )
+    elif revision and adapter.revision not in (None, revision) and on_hub(base) and same_base_name(adapter.base, base):
+        raise InputError(
+            f"{adapter.name}: trained on the revision {adapter.revision!r} of the base {adapter.base!r}; {what} is "
+            f"that at {revision!r}; expected one (if these are the same weights, change revision in its "
+            "adapter_config.json)"
         )
 
 
@@ -141,6 +199,7 @@ def check_compatible(
     Raises:
         InputError: they do not; the message names both adapters.
     """
+    _check_revisions(adapters)
     # Whatever is no alias must be one name.
     first = next((adapter for adapter in adapters if not has_name(adapter.base, aliases)), adapters[0])
     owners: dict[str, Adapter] = {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.adapters.base_weights import on_hub
 from src.errors import InputError
 
 FULL_RANK = {"use_dora": "DoRA's update", "modules_to_save": "that of fully trained modules"}
@@ -29,6 +30,8 @@ SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 """Settings that decide the factor of B A."""
 LARGEST = sys.float_info.max
 """Of JSON's whole numbers, those above are no number of floating point."""
+UNSLOTH = "unsloth"
+"""What Unsloth wrote as the base's revision in 2024; no repository has it (unslothai/unsloth, issue 492)."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of the names of initialisations that subtract the adapter's start from the base."""
 
@@ -112,6 +115,8 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
     if base is not None and not isinstance(base, str):
         raise InputError(f"{path}: base_model_name_or_path is {base!r}; expected the name of a model")
+    if not isinstance(config.get("revision"), str | None):
+        raise InputError(f"{path}: revision is {config['revision']!r}; expected a git revision of the base, or null")
     if saved and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise InputError(f"{path}: modules_to_save is {saved!r}; expected a list of modules")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -135,6 +140,12 @@ def _check_alphas(path: Path, config: Mapping[str, Any]) -> None:
     for key, value in alphas.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
             raise InputError(f"{path}: the alpha of {key} is {value!r}; expected a finite number")
+
+
+def named_base(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The base's name, empty where there is none, and its git revision; what lies here has none."""
+    name, revision = config.get("base_model_name_or_path") or "", config.get("revision") or None
+    return name, revision if revision != UNSLOTH and on_hub(name) else None
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -20,7 +20,7 @@ from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
 from src.adapters.pairs import LowRankPair, Pairs, finite
-from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, scaling
+from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, named_base, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically, write_json, write_text
@@ -45,6 +45,7 @@ class Adapter:
         full_rank: Updates of DoRA layers and of fully trained modules, in place of pairs; empty unless the base was
             at hand when the adapter was read.
         scaling: Settings of its configuration that say by what B A is multiplied.
+        revision: Git revision of the base's hub repository, where its configuration names one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Adapter:
     layout: Layout = PLAIN
     full_rank: Deltas = field(default_factory=dict)
     scaling: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
 
     @property
     def identity(self) -> str:
@@ -84,14 +86,8 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     Raises:
         InputError: a file is missing or broken, or the adapter has parts that updates cannot express.
     """
-    path = local_folder(
-        str(folder),
-        [CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD],
-        absent=f"{folder}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})",
-        unfetched=f"{folder}: neither an adapter directory nor a hub adapter that can be fetched now",
-    )
-    config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
-    check_config(path / CONFIG, config, full_rank=base is not None)
+    path, config = _fetched(folder, full_rank=base is not None)
+    name, revision = named_base(config)
     file = weights_file(path)
     found = read_weights(file, _fully_trained(config, base))
     pairs = {module: _pair(file, module, both, config) for module, both in found.factors.items()}
@@ -107,14 +103,39 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     return Adapter(
         name=str(folder),
         pairs={module: pair for module, pair in pairs.items() if module not in found.magnitudes},
-        base=config.get("base_model_name_or_path") or "",
+        base=name,
         sha256=sha256_file(file),
         manifest=_manifest(path / MANIFEST),
         seen=read_seen(path),
         layout=layout,
         full_rank=_full_rank(file, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
+        revision=revision,
     )
+
+
+def read_base(folder: str | Path) -> Adapter:
+    """An adapter without its updates: its base, and what made it.
+
+    Raises:
+        InputError: see :func:`read_adapter`.
+    """
+    path, config = _fetched(folder, full_rank=True)
+    name, revision = named_base(config)
+    return Adapter(str(folder), {}, name, sha256="", manifest=_manifest(path / MANIFEST), revision=revision)
+
+
+def _fetched(folder: str | Path, *, full_rank: bool) -> tuple[Path, dict[str, Any]]:
+    """Where an adapter lies, and its configuration, checked."""
+    path = local_folder(
+        str(folder),
+        [CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD],
+        absent=f"{folder}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})",
+        unfetched=f"{folder}: neither an adapter directory nor a hub adapter that can be fetched now",
+    )
+    config = read_json(path / CONFIG, "the configuration of a PEFT LoRA adapter")
+    check_config(path / CONFIG, config, full_rank=full_rank)
+    return path, config
 
 
 def _fully_trained(config: dict[str, Any], base: BaseWeights | None) -> list[str]:
@@ -209,6 +230,7 @@ def write_adapter(
     seen: frozenset[str],
     card: str,
     layout: Layout = PLAIN,
+    revision: str | None = None,
 ) -> None:
     """Write pairs as a PEFT LoRA directory with scaling 1; ranks may differ between modules.
 
@@ -246,7 +268,7 @@ def write_adapter(
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_provenance(folder, manifest=manifest, seen=seen, card=card)
-    config = lora_config(ranks, base, layout)
+    config = lora_config(ranks, base, layout) | {"revision": revision}
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from src.data.hub_sets import load_hub_set
 from src.data.rows import read_json
 from src.errors import InputError, one_line
+from src.hub import UNREACHABLE
 
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
 
@@ -53,7 +54,7 @@ def load_table(
     except InputError:
         raise
     # A RuntimeError is what a data set that is a script ends in.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*UNREACHABLE, datasets.exceptions.DatasetsError) as error:
         # What went wrong while a file was read is behind a sentence that says nothing.
         reason = one_line(error.__cause__ or error)
         raise InputError(f"{name}: neither a readable file nor a data set that can be fetched now ({reason})") from None

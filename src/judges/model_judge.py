@@ -10,6 +10,7 @@ import torch
 
 from src.errors import InputError, one_line
 from src.files import UNLOADABLE
+from src.hub import UNREACHABLE
 from src.judges.model_files import model_content
 from src.metrics.judging import Judge
 
@@ -66,7 +67,7 @@ class ModelJudge(Judge):
     def _loading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except UNLOADABLE as error:
+        except (*UNLOADABLE, *UNREACHABLE) as error:
             raise InputError(f"judge {self.name}: the {what} cannot be loaded ({one_line(error)})") from None
 
 

@@ -13,6 +13,7 @@ from textwrap import shorten
 import torch
 
 from src.adapters.base_weights import BaseWeights, open_base, samples
+from src.adapters.checks import revision_for
 from src.adapters.constant_input import without_bias
 from src.adapters.convert import weight_difference
 from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
@@ -47,7 +48,7 @@ def _is_adapter(folder: str) -> bool:
 @contextmanager
 def _read_aligned(aligned: str, base: str | None) -> Iterator[Adapter]:
     """The adapter that holds V; the base stays open for updates that are not low-rank."""
-    with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
+    with nullcontext() if base is None else open_base(weights_folder(base), revision_for(base, [aligned])) as weights:
         yield read_adapter(aligned, weights)
 
 

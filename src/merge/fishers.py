@@ -17,6 +17,7 @@ from typing import Any
 
 from src.adapters.base_weights import BaseWeights, open_base
 from src.adapters.basis import CoreBasis
+from src.adapters.checks import base_revision
 from src.adapters.peft_files import Adapter
 from src.errors import InputError
 from src.fisher.base import Fisher
@@ -217,6 +218,8 @@ def _beside_base(
 ) -> FisherBesideBase:
     measured = FisherPair(at_base[0].file.fisher, at_base[1].file.fisher, pair.basis)
     modules = {name: delta.shape for adapter in adapters for name, delta in adapter.updates.items()}
-    with nullcontext(base) if base is not None else open_base(weights_folder(adapters[0].base)) as opened:
+    name = adapters[0].base
+    revision = base_revision(adapters, name)
+    with nullcontext(base) if base is not None else open_base(weights_folder(name), revision) as opened:
         weights = weights_of(opened, modules)
     return FisherBesideBase(pair.safety, pair.utility, pair.basis, base=measured, weights=weights)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from src.adapters.base_weights import BaseWeights
-from src.adapters.checks import check_base, check_compatible
+from src.adapters.checks import base_revision, check_base, check_compatible
 from src.adapters.peft_config import Layout
 from src.adapters.peft_files import Adapter
 from src.adapters.read_together import read_adapters
@@ -143,8 +143,11 @@ def read_inputs(
     check_compatible(adapters, aliases)
     further = calibrated.method.adapters() if calibrated.method is not None else []
     names, what = [*aliases, *(adapter.base for adapter in adapters)], f"that of {experts[0].name}"
+    first, revision = experts[0], base_revision(adapters, experts[0].base)
     for adapter in further:
-        check_base(adapter, experts[0].base, experts[0].fingerprint, what=what, aliases=names, option="--aliases")
+        check_base(
+            adapter, first.base, first.fingerprint, what=what, aliases=names, option="--aliases", revision=revision
+        )
     found = calibrated.read(experts, patcher, base)
     for entry in found.files:
         if found.pair is not None and entry["utility_weights"] != given:

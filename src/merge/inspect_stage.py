@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from src.adapters.base_weights import open_base
-from src.adapters.checks import check_compatible, check_weights
+from src.adapters.checks import check_compatible, check_weights, revision_for
 from src.adapters.peft_files import CONFIG
 from src.adapters.read_together import read_adapters
 from src.files import check_apart, check_output, new_directory, write_atomically, write_json, write_text
@@ -54,7 +54,8 @@ def inspect_stage(
     if output is not None:
         check_output(Path(output), overwrite=overwrite)
         check_apart(Path(output), [*adapters, *([] if base is None else [base])])
-    with nullcontext() if base is None else open_base(weights_folder(base)) as weights:
+    revision = None if base is None else revision_for(base, adapters)
+    with nullcontext() if base is None else open_base(weights_folder(base), revision) as weights:
         read = read_adapters(adapters, weights)
         check_compatible(read, aliases or ())
         if weights is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.adapters.base_weights import open_base, weight_files
-from src.adapters.checks import check_weights
+from src.adapters.checks import base_revision, check_weights, revision_for
 from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory
@@ -87,7 +87,8 @@ def merge(
         energy: Share of each module's squared norm that the written adapter keeps, above 0 to 1, in place of ``rank``.
         full_model: Write whole weights, base and update, instead of an adapter.
         base: Directory or hub id with the base model's safetensors files, or a GGUF file, for ``full_model`` and
-            ``Led`` (unset means the base that the adapters name) and to convert DoRA and fully trained modules.
+            ``Led`` (unset means the base that the adapters name) and to convert DoRA and fully trained modules. A hub
+            repository that the adapters name is read at their ``revision`` of it.
         aliases: Names that all mean the adapters' base, where their ``adapter_config.json`` call it differently
             (``base_model_name_or_path``).
         shard_size: Largest file of a full model, in GB (10⁹ bytes).
@@ -117,22 +118,27 @@ def merge(
     measured = None if evaluation is None else Evaluation.read(Path(evaluation), form)
     calibrated = Calibrated(_listed(fisher), fisher_weights, method, combination)
     with ExitStack() as stack:
-        weights = stack.enter_context(open_base(weights_folder(base))) if base is not None else None
+        weights = None
+        if base is not None:
+            named = _paths(utility, safety)
+            weights = stack.enter_context(open_base(weights_folder(base), revision_for(base, named)))
         inputs = read_inputs(_listed(utility), utility_weights, safety, calibrated, weights, aliases or ())
         check_apart(Path(output), [adapter.base for adapter in inputs.adapters])
         count, place = len(points) * len(values), base or inputs.experts[0].base
+        revision = base_revision(inputs.adapters, place)
         extra: dict[str, Any] = {"flags": flags, "license": license}
         if weights is not None or full_model:
-            read = weights or stack.enter_context(open_base(weights_folder(place)))
+            read = weights or stack.enter_context(open_base(weights_folder(place), revision))
             extra["base_weights"] = {
                 "path": place,
                 "fingerprint": check_weights(inputs.adapters, read, place, aliases or ()),
-            }
+            } | ({} if revision is None else {"revision": revision})
         workers = stack.enter_context(one_thread_each())
         if dry_run:
-            sys.stdout.write(_description(points, inputs, form, values, place, workers) + "\n")
+            sys.stdout.write(_description(points, inputs, form, values, (place, revision), workers) + "\n")
             return
-        target = Target(form, place, int(shard_size * 1e9), workers, isinstance(alpha, list), extra, measured, name)
+        several, largest = isinstance(alpha, list), int(shard_size * 1e9)
+        target = Target(form, place, revision, largest, workers, several, extra, measured, name)
         folder = stack.enter_context(new_directory(Path(output)))
         for point, total, patch in derived(points, inputs):
             _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
@@ -151,14 +157,15 @@ def _listed(given: list[str] | str | None) -> list[str]:
 
 
 def _description(
-    points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any], base: str, workers: int
+    points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any], base: tuple[str, str | None], workers: int
 ) -> str:
     """What a dry run says, after the checks of a real one, of every point.
 
     What costs much, such as a pencil, is not solved: its patch is known by shapes and ranks (``MergeMethod.outline``).
     """
     with ExitStack() as stack:
-        weights = stack.enter_context(open_base(weights_folder(base))) if form.full_model else None
+        name, revision = base
+        weights = stack.enter_context(open_base(weights_folder(name), revision)) if form.full_model else None
         size = 0 if weights is None else sum(path.stat().st_size for path in weight_files(weights.folder))
         # Element-wise combinations keep the adapters' number format; others may work in float64.
         plain = all(isinstance(one, Combination | None) and not (one and one.needs_fisher) for one in _stages(points))

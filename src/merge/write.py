@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from src.adapters.base_weights import open_base
+from src.adapters.checks import base_revision
 from src.adapters.constant_input import lora_rank
 from src.adapters.deltas import Delta
 from src.adapters.full_model import write_model
@@ -26,6 +27,7 @@ class Target:
     Attributes:
         form: The form.
         base: Base of a full model.
+        revision: Its git revision, where the adapters name one.
         shard_bytes: Largest file of a full model.
         workers: Threads to use.
         by_alpha: Whether each strength has a directory of its own.
@@ -36,6 +38,7 @@ class Target:
 
     form: Form
     base: str
+    revision: str | None
     shard_bytes: int
     workers: int
     by_alpha: bool
@@ -60,7 +63,7 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     for made in (record, record["combine"]):
         check_json(made["findings"], f"method {made['method']}: its finding")
     if target.form.full_model:
-        with open_base(weights_folder(target.base)) as base:
+        with open_base(weights_folder(target.base), target.revision) as base:
             write_model(
                 folder,
                 base,
@@ -75,11 +78,12 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     pairs, report = target.form.adapter(deltas, target.workers)
     constant = inputs.layout.constant
     report["ranks"] = {name: lora_rank(pair, constant=name in constant) for name, pair in pairs.items()}
-    made = record | {"output": report} | target.record
+    made, name = record | {"output": report} | target.record, inputs.experts[0].base
     write_adapter(
         folder,
         pairs,
-        base=inputs.experts[0].base,
+        base=name,
+        revision=base_revision(inputs.adapters, name),
         manifest=made,
         seen=inputs.seen,
         card=merge_card(made, licences=_licences(inputs)),

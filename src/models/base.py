@@ -20,10 +20,11 @@ import torch
 from filelock import FileLock
 
 from src.adapters.base_weights import fingerprint_of
-from src.adapters.checks import check_base
+from src.adapters.checks import MAIN, check_base
 from src.adapters.peft_files import Adapter
 from src.errors import InputError, one_line
 from src.files import UNLOADABLE, new_directory, sha256_file
+from src.hub import UNREACHABLE
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _loading(spec: BaseSpec, what: str) -> Iterator[None]:
     """Say in one line what cannot be loaded, and with which attention where that is the reason."""
     try:
         yield
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, *UNREACHABLE) as error:
         reason = one_line(error)
         of_attention = re.search("attention|attn", reason, re.IGNORECASE)
         key = f" with base.attention {spec.attention}" if of_attention else ""
@@ -225,8 +226,15 @@ def check_trained_on(adapters: Sequence[Adapter], spec: BaseSpec, fingerprint: s
     for adapter in adapters:
         if fingerprint is None and adapter.fingerprint and spec.quantization == "none":
             continue
-        option = "--model.base.aliases"
-        check_base(adapter, spec.name, fingerprint, what="base.name", aliases=spec.aliases, option=option)
+        check_base(
+            adapter,
+            spec.name,
+            fingerprint,
+            what="base.name",
+            aliases=spec.aliases,
+            option="--model.base.aliases",
+            revision=spec.revision or MAIN,
+        )
 
 
 def _bitsandbytes(spec: BaseSpec) -> Any:

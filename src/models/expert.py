@@ -16,6 +16,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import attach, check_fits
+from src.adapters.base_weights import on_hub
 from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import Adapter, is_trained, read_adapter, write_trained
 from src.data.batches import Batch
@@ -136,23 +137,20 @@ class ExpertModule(KeptBuffers):
         if sharded and (self.core is not None or self.beside):
             raise InputError("model.core and model.beside need the whole model on each process; use ddp.yaml")
         plain = model.dtype == torch.float32 and self.trainer.precision == "32-true"
-        copies = not sharded and plain and self.trainer.strategy.root_device.type == "cpu"
+        device = self.trainer.strategy.root_device.type
+        copies = not sharded and plain and device == "cpu"
         if self.matmul == "bfloat16" and not copies:
             raise InputError(
                 "model.matmul bfloat16 is for an unsharded float32 base on a CPU; elsewhere set trainer.precision"
             )
-        mode = choose_matmul(
-            self.matmul,
-            model,
-            max_error=self.max_matmul_error,
-            copies=copies,
-            device=self.trainer.strategy.root_device.type,
-        )
+        mode = choose_matmul(self.matmul, model, max_error=self.max_matmul_error, copies=copies, device=device)
         self.base_fingerprint = fingerprint(model)
         check_trained_on(self.others, self.base, self.base_fingerprint)
         self.model = self._with_lora(model) if self.core is None else self.core.add_to(model)
-        # PEFT records where the weights lie on this machine; the name is what finds them on another.
-        self.model.peft_config["default"].base_model_name_or_path = self.base.name
+        # PEFT records where the weights lie on this machine; name and revision are what finds them on another.
+        config = self.model.peft_config["default"]
+        config.base_model_name_or_path = self.base.name
+        config.revision = self.base.revision if on_hub(self.base.name) else None
         self._narrow = mode == "bfloat16"
         fuse(self.model, narrow=self._narrow)
         for adapter, weight in self.beside:
