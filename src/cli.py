@@ -7,17 +7,15 @@ are imported once a command is chosen, so that ``--help`` answers at once.
 import errno
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from types import FrameType
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 from src.arguments import evaluation_options, long_names, name_in_help, resolve_names, with_default_config
 from src.errors import InputError
+from src.signals import terminated_like_interrupted
 
 COMMANDS = {
     "fit": "train a LoRA expert (utility or safety) on a frozen base model",
@@ -32,7 +30,7 @@ COMMANDS = {
     "report": "table and safety/utility plot of an evaluation; of a study's FOLDER its page, written again",
 }
 WITHOUT_TRAINER = ("merge", "inspect", "judge", "report", "experiment")
-"""Commands that are functions and start without Lightning."""
+"""Commands that are functions; Lightning has its own answer to signals."""
 STOPPED = 2
 OF_THE_MACHINE = (
     errno.ENOSPC,
@@ -181,7 +179,7 @@ def _run(command: str, arguments: list[str]) -> str | None:
     try:
         if command in ("test", "predict"):
             arguments = evaluation_options(arguments)
-        with terminated_like_interrupted():
+        with terminated_like_interrupted() if command in WITHOUT_TRAINER else nullcontext():
             runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
     except InputError as error:
         return str(error)
@@ -199,33 +197,6 @@ def _run(command: str, arguments: list[str]) -> str | None:
     except _misconfigured() as error:
         return f"trainer: {error}"
     return None
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM end what runs here as Ctrl-C does, so that nothing half-written stays; a second one ends at once.
-
-    A Trainer's loops have a handler of their own, which ends them after the batch at hand and calls this one as well.
-    """
-    process = os.getpid()
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        if signal.getsignal(signal.SIGTERM) is not interrupt:
-            return
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.getpid() != process:
-            # A fork of this process ends as forks do.
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _misconfigured() -> type[Exception]:

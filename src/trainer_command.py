@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.modules import TokenizedData
-from src.data.rows import rows_sha256
+from src.data.rows import learnt_sha256
 from src.errors import InputError
 from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
@@ -195,15 +195,15 @@ class TrainerCommand(LightningCLI):
             InputError: its training had other rows, whose prompts the adapter would not name as seen.
         """
         found: str | None = (self._newest() if self.resumes else None) or self.config.get("ckpt_path")
-        if self.command == "fit" and found and (name := other_rows(Path(found), self.rows_sha256)):
+        if self.command == "fit" and found and (name := other_rows(Path(found), self.learnt)):
             what = "expected the same, or --overwrite true (and no --ckpt_path) to start over"
             raise InputError(f"{found}: {name} has other rows than the run that is to go on; {what}")
         return found
 
     @cached_property
-    def rows_sha256(self) -> dict[str, str]:
-        """SHA-256 of the rows of a training, by split."""
-        return {split: rows_sha256(rows) for split, rows in self.datamodule.rows.items()}
+    def learnt(self) -> dict[str, str]:
+        """SHA-256 of what is learnt from the rows of a training, wherever they lie, by split."""
+        return {split: learnt_sha256(rows) for split, rows in self.datamodule.rows.items()}
 
     @property
     def _stays(self) -> bool:
@@ -224,7 +224,7 @@ class TrainerCommand(LightningCLI):
                 log.info("no checkpoint in %s to go on from: starting over", self.output)
         elif why := self._other_run():
             log.info("%s is of a run %s: starting over", newest, why)
-        elif overwrite and (name := other_rows(newest, self.rows_sha256)):
+        elif overwrite and (name := other_rows(newest, self.learnt)):
             log.info("%s is of a run with other rows (%s): starting over", newest, name)
         else:
             checkpoints.check_checkpoint(str(newest), goes_on=True)
@@ -251,7 +251,7 @@ class TrainerCommand(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.output / CHECKPOINTS).resolve())
         if self.command == "fit":
-            trainer.callbacks.insert(0, RowsRecord(self.rows_sha256))  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, RowsRecord(lambda: self.learnt))  # type: ignore[attr-defined]
         if self.command == "fit" and config.trainer.enable_checkpointing is not False:
             recent = checkpoints.RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
             trainer.callbacks.insert(0, recent)  # type: ignore[attr-defined]

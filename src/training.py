@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from src.adapters.peft_files import CONFIG, trained_weights, write_provenance
 from src.data.calibration import CalibrationData
 from src.data.modules import ExpertData
+from src.data.rows import rows_sha256
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.merge.card import expert_card
@@ -21,6 +22,7 @@ from src.models.evaluation import EvaluationModule
 from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
 from src.provenance import versions
+from src.signals import terminated_like_interrupted
 from src.trainer_checks import fitting
 from src.trainer_command import TrainerCommand
 
@@ -64,7 +66,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "base": {"name": module.base.name, "fingerprint": module.base_fingerprint},
         "settings": {"lora": vars(module.lora)} | settings,
         "rows": {split: len(rows) for split, rows in data.rows.items()},
-        "rows_sha256": command.rows_sha256,
+        "rows_sha256": {split: rows_sha256(rows) for split, rows in data.rows.items()},
         "steps": trainer.global_step,
         "val_loss": measured,
         "others": [{"path": one.name, "sha256": one.sha256} for one in module.others],
@@ -74,9 +76,10 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     held = [] if module.regularizer is None else [module.regularizer.seen]
     seen = frozenset(data.seen).union(*(one.seen for one in module.others), *held)
     folder = command.output
-    (folder / CONFIG).unlink(missing_ok=True)
-    write_provenance(folder, manifest=manifest, seen=seen, card=expert_card(manifest))
-    module.write_adapter(folder, weights)
+    with terminated_like_interrupted():
+        (folder / CONFIG).unlink(missing_ok=True)
+        write_provenance(folder, manifest=manifest, seen=seen, card=expert_card(manifest))
+        module.write_adapter(folder, weights)
     found = "not measured" if measured is None else f"{measured:.4f}"
     log.info("adapter written to %s (validation loss %s)", folder, found)
 

@@ -58,6 +58,13 @@ def test_a_training_goes_on_with_its_own_rows_only(killed, tmp_path, capsys):
     assert Row("", "another prompt 0").prompt_hash in (folder / SEEN).read_text()
 
 
+def test_rows_that_lie_elsewhere_are_the_same(killed, base, rows, tmp_path):
+    _, path, last = killed
+    moved = shutil.move(path, tmp_path / "moved.jsonl")
+    flags = fit_flags(base, rows | {"task": moved}, tmp_path / "new", "--trainer.max_epochs", "2")
+    assert main([*flags, "--ckpt_path", str(last)]) == 0
+
+
 def test_only_rows_that_a_checkpoint_tells_of_are_compared(tmp_path):
     rows, path = {"train": "a", "val": "b"}, tmp_path / "last.ckpt"
     assert other_rows(tmp_path / "absent.ckpt", rows) == other_rows(tmp_path, rows) == ""

@@ -17,7 +17,7 @@ from lightning import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from src.adapters.peft_files import read_adapter
-from src.cli import main, terminated_like_interrupted
+from src.cli import main
 from src.errors import InputError
 from src.files import held_output
 from src.models.stopping import StopAtSigterm
@@ -246,34 +246,25 @@ def test_an_output_is_made_where_a_link_leads(tmp_path):
     assert (tmp_path / "there" / "out").is_dir()
 
 
-def test_sigterm_before_or_after_a_trainers_loops_is_one_line(tmp_path, monkeypatch, capsys):
-    def killed(_arguments):
+def test_sigterm_while_an_adapter_is_written_is_one_line(base, rows, tmp_path, monkeypatch, capsys):
+    def killed(*_arguments, **_options):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("src.training.fit", killed)
-    assert main(["fit", "--output", str(tmp_path / "out")]) == 2
+    monkeypatch.setattr("src.training.write_provenance", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(fit_flags(base, rows, tmp_path / "out")) == 2
     assert "error: interrupted" in one_error(capsys)
-
-
-def test_sigterm_in_a_trainers_loop_is_left_to_its_handler():
-    came, before = [], signal.getsignal(signal.SIGTERM)
-    with terminated_like_interrupted():
-        ours = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *given: came.append(ours(*given)))  # as Lightning puts both together
-        signal.raise_signal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, ours)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-    assert came == [None]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("hook", ["on_test_epoch_end", "on_predict_epoch_end"])
 def test_sigterm_while_answers_are_graded_is_no_loops(hook):
-    with terminated_like_interrupted():
-        ours, stopping = signal.getsignal(signal.SIGTERM), StopAtSigterm()
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        getattr(stopping, hook)(SimpleNamespace(received_sigterm=False), None)
-        assert signal.getsignal(signal.SIGTERM) is ours
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as Lightning's, which waits for the end of a batch
+    try:
+        getattr(StopAtSigterm(), hook)(SimpleNamespace(received_sigterm=False), None)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
         with pytest.raises(SIGTERMException):
-            getattr(stopping, hook)(SimpleNamespace(received_sigterm=True), None)
+            getattr(StopAtSigterm(), hook)(SimpleNamespace(received_sigterm=True), None)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -49,6 +49,15 @@ def rows_sha256(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def learnt_sha256(rows: Iterable[Any]) -> str:
+    """SHA-256 of prompts and answers, as far as they are learnt, in their order: not of identifiers and paths."""
+    digest = hashlib.sha256()
+    for row in rows:
+        values = [row.prompt, row.response, row.answer_tokens]
+        digest.update(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(place, object)`` for each line of a JSONL file; ``place`` is ``file:line`` for error messages.
 

@@ -1,7 +1,7 @@
 """Which rows a training checkpoint is of: what goes on from it with others would hide what it was trained on."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,22 @@ import torch
 from lightning import Callback
 
 ROWS = "rows_sha256"
-"""Entry of a checkpoint: SHA-256 of the rows by split, as in the manifest."""
+"""Entry of a checkpoint: SHA-256 of what is learnt from the rows, by split."""
 
 
 class RowsRecord(Callback):
     """Keeps the hashes of the rows in every checkpoint.
 
     Args:
-        rows: SHA-256 of the rows by split.
+        rows: SHA-256 of the rows by split, computed when a checkpoint is written.
     """
 
-    def __init__(self, rows: Mapping[str, str]) -> None:
-        self.rows = dict(rows)
+    def __init__(self, rows: Callable[[], Mapping[str, str]]) -> None:
+        self.rows = rows
 
     def on_save_checkpoint(self, _trainer: Any, _module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the entry."""
-        checkpoint[ROWS] = self.rows
+        checkpoint[ROWS] = dict(self.rows())
 
 
 def other_rows(path: Path, rows: Mapping[str, str]) -> str:

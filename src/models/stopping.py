@@ -1,7 +1,5 @@
 """What stops a run: a problem of one process stops all, which would wait for it for ever; SIGTERM stops every loop."""
 
-import signal
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,17 +8,15 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from src.errors import InputError
+from src.signals import interrupt_at_sigterm
 
 
 class StopAtSigterm(Callback):
     """Ends a prediction loop at SIGTERM, as Lightning (2.6) does with its other loops: after the batch at hand.
 
     What follows the last batch of an evaluation or a Fisher pass (grading, joining, writing) may take hours, and no
-    loop looks for a signal there: the handler that was there before the Trainer's takes over.
+    loop looks for a signal there: it interrupts.
     """
-
-    def __init__(self) -> None:
-        self._before = signal.getsignal(signal.SIGTERM)
 
     def on_predict_batch_end(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Stop, where the signal has come.
@@ -36,13 +32,12 @@ class StopAtSigterm(Callback):
         self.on_test_epoch_end(trainer)
 
     def on_test_epoch_end(self, trainer: Trainer, *_args: Any) -> None:
-        """Put the handler back that was there before; Lightning takes its own away after the run in any case.
+        """Let the signal interrupt what follows; Lightning puts the handler from before its run back in any case.
 
         Raises:
             SIGTERMException: the signal has come.
         """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
+        interrupt_at_sigterm()
         if trainer.received_sigterm:
             raise SIGTERMException
 
