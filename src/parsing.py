@@ -110,7 +110,7 @@ class OneLineErrors(ArgumentParser):
                     item = value[end - 1]
                     name = item.get("name") if hasattr(item, "get") else None
                     place = f"{action.dest}[{end - 1}]" + (f" ({name})" if name else "")
-                    raise TypeError(str(error).replace(f'"{action.dest}"', f'"{place}"', 1)) from error
+                    raise TypeError(str(error).replace(f'"{action.dest}', f'"{place}', 1)) from error
             raise
 
     def _names(self, key: str, message: str) -> list[str]:

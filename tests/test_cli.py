@@ -224,6 +224,10 @@ NAMES = "; expected one of "
             "whole: {parts: [{name: a}, {name: half, sizs: b}]}",
             f"\"whole.parts[1] (half)\": Option 'sizs' is not accepted{NAMES}name, sizes",
         ),
+        (
+            "flat: {parts: [{name: a}, {name: [b]}]}",
+            "\"flat.parts[1] (['b']).name\": Expected a <class 'str'>. Got value: ['b']",
+        ),
         ("whole: {parts: [{name: a, sizes: b}]}", "\"whole.parts[0] (a).sizes\": 'b' is no list; expected '[b]'"),
         ("only: half", "Parser key \"only\": 'half' is no list; expected '[half]'"),
         ("steps: out/utility", "Parser key \"steps\": 'out/utility' is no list; expected '[out/utility]'"),
