@@ -178,7 +178,7 @@ def test_an_adapter_is_not_measured_on_another_revision_than_it_names(tmp_path):
         with pytest.raises(InputError, match=f"a: trained on the revision 'v2' of .*base.name is that at '{at}'"):
             check_trained_on([stated], BaseSpec(NAME, revision=revision), "f")
         check_trained_on([silent, known], BaseSpec(NAME, revision=revision), "f")
-    check_trained_on([stated], BaseSpec(NAME, revision="v2"))
+    check_trained_on([stated, read_adapter(adapter(tmp_path / "d", revision="main"))], BaseSpec(NAME, revision="v2"))
     (tmp_path / "base").mkdir()
     check_trained_on([stated], BaseSpec(str(tmp_path / "base")))
 
@@ -196,6 +196,29 @@ def test_only_the_files_of_a_bases_weights_are_fetched(hub, weights):
     with open_base("org/large") as base:
         assert "lm_head.weight" in base.handles
     assert sorted(file for *_, file in hub.given) == sorted([*weights, "config.json", "tokenizer.json"])
+
+
+def test_an_index_that_names_files_elsewhere_is_one_line(hub):
+    files = {"model.safetensors.index.json": {"weight_map": {f"{MODULE}.weight": "/elsewhere/x.safetensors"}}}
+    remote(hub.root, "org/odd", **files)
+    with pytest.raises(InputError, match=r"/elsewhere/x\.safetensors: no such file; expected a part of the base"):
+        READERS["base"]("org/odd")
+
+
+def test_without_the_hub_a_copy_that_lacks_what_is_not_needed_is_read(hub, monkeypatch):
+    folder = remote(hub.root, "org/kept", **{"model.safetensors": 3.0})
+
+    def offline(*_, **__):
+        error = errors.LocalEntryNotFoundError("incomplete: LICENSE")
+        error.snapshot_path = str(folder)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with open_base("org/kept") as base:
+        assert base.handles.keys() == {f"{MODULE}.weight"}
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no model\*\.safetensors in it"):
+        READERS["base"]("org/kept")
 
 
 def test_a_repository_whose_weights_have_other_names_is_one_line(hub):

@@ -144,7 +144,9 @@ def _base_folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir() or (folder / WEIGHTS).is_file():
         return folder
     if (folder / INDEX).is_file():
-        return fetched(*(glob.escape(path.relative_to(folder).as_posix()) for path in _indexed(folder)))
+        # What an index names outside the repository is none of its files.
+        inside = [path.relative_to(folder).as_posix() for path in _indexed(folder) if path.is_relative_to(folder)]
+        return fetched(*map(glob.escape, inside))
     return fetched(SHARDS)
 
 
@@ -220,4 +222,7 @@ def local_folder(name: str, patterns: list[str], *, absent: str, unfetched: str,
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **at))
     except UNREACHABLE as error:
+        # Without the hub, a copy that lacks any file of these names (a licence): what is needed is looked for later.
+        if (kept := getattr(error, "snapshot_path", None)) is not None and Path(kept).is_dir():
+            return Path(kept)
         raise InputError(f"{unfetched} ({reason(error)})") from None

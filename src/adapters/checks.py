@@ -14,8 +14,6 @@ from src.adapters.peft_files import Adapter, read_base
 from src.errors import InputError
 
 log = logging.getLogger(__name__)
-MAIN = "main"
-"""The revision of a hub repository where none is named."""
 SNAPSHOT = re.compile(r"(.*/)?models--(?P<id>[^/]+)/snapshots/[^/]+")
 """Where the hub's cache keeps a revision of a model."""
 
@@ -94,7 +92,7 @@ def _check_revisions(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         revision = base_revision(adapters, adapter.base)
         told = adapter.revision or (adapter.fingerprint and adapter.fingerprint in known)
-        if revision not in (None, MAIN) and not told:
+        if revision is not None and not told:
             log.warning("%s: names no revision of its base, of which others name %r", adapter.name, revision)
 
 
@@ -132,10 +130,10 @@ def check_base(
             f"base_model_name_or_path in its adapter_config.json{given}"
         )
     elif revision and adapter.revision not in (None, revision) and on_hub(base) and same_base_name(adapter.base, base):
+        option = f"give --model.base.revision {adapter.revision}, or " if what == "base.name" else ""
         raise InputError(
             f"{adapter.name}: trained on the revision {adapter.revision!r} of the base {adapter.base!r}; {what} is "
-            f"that at {revision!r}; expected one (if these are the same weights, change revision in its "
-            "adapter_config.json)"
+            f"that at {revision!r}; {option}if these are the same weights, change revision in its adapter_config.json"
         )
 
 

@@ -30,6 +30,8 @@ SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 """Settings that decide the factor of B A."""
 LARGEST = sys.float_info.max
 """Of JSON's whole numbers, those above are no number of floating point."""
+MAIN = "main"
+"""The revision of a hub repository where none is named."""
 UNSLOTH = "unsloth"
 """What Unsloth wrote as the base's revision in 2024; no repository has it (unslothai/unsloth, issue 492)."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -143,9 +145,12 @@ def _check_alphas(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def named_base(config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The base's name, empty where there is none, and its git revision; what lies here has none."""
+    """The base's name, empty where there is none, and its git revision.
+
+    What lies here has none, and the main branch is what PEFT takes where none is named.
+    """
     name, revision = config.get("base_model_name_or_path") or "", config.get("revision") or None
-    return name, revision if revision != UNSLOTH and on_hub(name) else None
+    return name, revision if revision not in (UNSLOTH, MAIN) and on_hub(name) else None
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

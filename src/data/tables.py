@@ -8,7 +8,6 @@ from typing import Any
 from src.data.hub_sets import load_hub_set
 from src.data.rows import read_json
 from src.errors import InputError, one_line
-from src.hub import UNREACHABLE
 
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
 
@@ -39,6 +38,8 @@ def load_table(
     if path.is_dir() and (place := str(path.resolve())) != glob.escape(place):
         raise InputError(f"{name}: the path {place} has one of * ? [; expected another name, or the files one by one")
     import datasets
+
+    from src.hub import UNREACHABLE
 
     try:
         if reader is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from src.errors import InputError, one_line
 from src.files import UNLOADABLE, sha256_file
+from src.hub import UNREACHABLE
 
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Configuration, weights, tokenizer and chat template."""
@@ -30,7 +31,7 @@ def _commit(name: str, revision: str | None) -> str:
 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, *UNREACHABLE) as error:
         raise InputError(f"judge {name}: the model cannot be loaded ({one_line(error)})") from None
     return str(getattr(config, "_commit_hash", None) or "")
 

@@ -20,7 +20,8 @@ import torch
 from filelock import FileLock
 
 from src.adapters.base_weights import fingerprint_of
-from src.adapters.checks import MAIN, check_base
+from src.adapters.checks import check_base
+from src.adapters.peft_config import MAIN
 from src.adapters.peft_files import Adapter
 from src.errors import InputError, one_line
 from src.files import UNLOADABLE, new_directory, sha256_file

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback
 
-ROWS = "rows_sha256"
+ROWS = "learnt_sha256"
 """Entry of a checkpoint: SHA-256 of what is learnt from the rows, by split."""
 
 
