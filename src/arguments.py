@@ -6,10 +6,9 @@ Each function takes a command's arguments and gives them as the parser wants the
 import json
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
-from pathlib import Path
 
+from src.data.row_source import find_file
 from src.errors import InputError
-from src.files import PROJECT
 
 DEFAULT_CONFIG = {
     "fit": "expert.yaml",
@@ -92,12 +91,10 @@ def evaluation_options(arguments: Sequence[str]) -> list[str]:
 
 
 def _found(flag: str, name: str) -> str:
-    folder = FOLDERS[flag]
-    places = [Path(name), Path(folder) / name, PROJECT / name, PROJECT / folder / name]
-    for place in places:
-        if place.is_file():
-            return str(place)
-    raise InputError(f"{flag} {name}: no such file here or under {folder}/")
+    path = find_file(name, FOLDERS[flag])
+    if path is None or not path.is_file():
+        raise InputError(f"{flag} {name}: no such file here or under {FOLDERS[flag]}/")
+    return str(path)
 
 
 def with_default_config(command: str, arguments: list[str]) -> list[str]:

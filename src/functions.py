@@ -40,16 +40,16 @@ def report(arguments: list[str]) -> None:
 
     front = 2 if arguments[:1] == ["--config"] else 0
     if len(arguments) > front and not arguments[front].startswith("-"):
-        folder, more = Path(arguments[front]), arguments[front + 1 :]
-        if (folder / SOURCE).is_file() and not {"--help", "-h"} & set(more):
-            if more:
+        folder, others = Path(arguments[front]), [*arguments[:front], *arguments[front + 1 :]]
+        if (folder / SOURCE).is_file() and not {"--help", "-h"} & set(others):
+            if others:
                 raise InputError(
-                    f"report {folder}: {more[0]} is for evaluations; expected a study's folder alone, where its page "
+                    f"report {folder}: {others[0]} is for evaluations; expected a study's folder alone, where its page "
                     "is written"
                 )
             write_study_report(folder)
             return
-        arguments = [*arguments[:front], "--results", str(folder), *more]
+        arguments = [*others, "--results", str(folder)]  # last, so that it holds whatever a configuration names
     run_function(write_report, "report", COMMANDS["report"], arguments)
 
 

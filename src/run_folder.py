@@ -9,7 +9,6 @@ import yaml
 
 from src.adapters.peft_files import CONFIG, MANIFEST
 from src.files import UNFINISHED, read_json
-from src.trainer_checks import difference
 
 CONFIG_RECORD = "config.yaml"
 RUN = "run"
@@ -47,15 +46,23 @@ def other_run(output: Path, settings: Mapping[str, Any]) -> str:
     return "" if before == now else f"{OTHER_SETTINGS} ({difference(before, now)})"
 
 
+def difference(before: Any, now: Any, name: str = "") -> str:
+    """The first of the settings that two runs do not share, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = {key: (before.get(key, "unset"), now.get(key, "unset")) for key in before | now}
+        key = next(key for key, (one, two) in pairs.items() if one != two)
+        return difference(*pairs[key], f"{name}.{key}".lstrip("."))
+    return f"{name} is {before!r} there, {now!r} here"
+
+
 def _is_finished(output: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the training in an output has written its adapter, and has nothing left that goes only after that.
 
     Times say nothing of it, as copies and clocks change them. In doubt it is unfinished: its checkpoints stay.
     """
     manifest = output / MANIFEST
-    if (output / UNFINISHED).exists() or unfinished_checkpoints(output) or not (output / CONFIG).exists():
-        return False
-    if not manifest.is_file():
+    unfinished = (output / UNFINISHED).exists() or unfinished_checkpoints(output)
+    if unfinished or not (output / CONFIG).exists() or not manifest.is_file():
         return False
     # A run of an earlier version that was to replace an adapter has no mark; the adapter is of other settings, mostly.
     return _shared(read_json(manifest, "the manifest of an adapter").get("settings", {})) == settings

@@ -1,4 +1,4 @@
-"""Options of Lightning's Trainer that it takes without complaint or ends in a traceback over; its record of a run."""
+"""Options of Lightning's Trainer that it takes without complaint or ends in a traceback over; the record of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from src.errors import InputError, one_line
 from src.files import write_text
+from src.run_folder import CONFIG_RECORD, RUN
 
 
 def check_training_length(trainer: Namespace) -> None:
@@ -71,35 +72,15 @@ def fitting() -> Iterator[None]:
         raise InputError(f"trainer.val_check_interval: {one_line(error)}") from None
 
 
-def difference(before: Any, now: Any, name: str = "") -> str:
-    """The first of the settings that two runs do not share, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        pairs = {key: (before.get(key, "unset"), now.get(key, "unset")) for key in before | now}
-        key = next(key for key, (one, two) in pairs.items() if one != two)
-        return difference(*pairs[key], f"{name}.{key}".lstrip("."))
-    return f"{name} is {before!r} there, {now!r} here"
+class RunRecord(SaveConfigCallback):
+    """Keeps the configuration of a run in its output, wherever a logger writes, before anything is computed."""
 
-
-def recorded(folder: str, name: str) -> type[SaveConfigCallback]:
-    """A callback that keeps the configuration of a run in its output, wherever a logger writes.
-
-    Args:
-        folder: Directory below the output.
-        name: Name of the file.
-    """
-
-    class RunRecord(SaveConfigCallback):
-        """Writes the configuration once, before anything is computed."""
-
-        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-            """Write the file."""
-            if self.already_saved:
-                return
-            self.already_saved = True
-            if trainer.is_global_zero:
-                config: Any = self.config
-                place = Path(config.output) / folder
-                place.mkdir(parents=True, exist_ok=True)
-                write_text(place / name, self.parser.dump(self.config, skip_none=False, skip_validation=True))
-
-    return RunRecord
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, once."""
+        if self.already_saved:
+            return
+        self.already_saved = True
+        if trainer.is_global_zero:
+            config: Any = self.config
+            text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
+            write_text(Path(config.output) / RUN / CONFIG_RECORD, text)

@@ -34,7 +34,6 @@ from src.models.stopping import StopAtSigterm
 from src.processes import end_with_first, tell_of_first
 from src.run_folder import (
     CHECKPOINTS,
-    CONFIG_RECORD,
     FINISHED,
     OF_SLURM,
     OTHER_SETTINGS,
@@ -45,7 +44,7 @@ from src.run_folder import (
     other_run,
     unfinished_checkpoints,
 )
-from src.trainer_checks import check_training_length, making_trainer, recorded
+from src.trainer_checks import RunRecord, check_training_length, making_trainer
 from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
 
@@ -82,7 +81,7 @@ class TrainerCommand(LightningCLI):
                 "callbacks": StopAtSigterm(),
             },
             save_config_kwargs={"overwrite": True},
-            save_config_callback=recorded(RUN, CONFIG_RECORD),
+            save_config_callback=RunRecord,
             parser_kwargs={
                 "prog": f"python -m src {command}",
                 "usage": f"python -m src {command} [--config FILE.yaml] [--trainer FILE.yaml] [options]",

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.data.calibration import CalibrationData, row_weights
+from src.data.calibration import CalibrationData
 from src.data.chat import Encoder, text_ids
 from src.data.choice_prompts import FewShot
 from src.data.choice_rows import ChoiceRow
+from src.data.code_rows import load_code
 from src.data.demo.build_tasks import build
 from src.data.modules import ExpertData, has_table
 from src.data.row_source import RowSource, as_sources
@@ -120,6 +121,21 @@ def test_columns_map_to_fields(tmp_path):
     columns = {"prompt": "{instruction}\n\n{input}", "response": "output", "category": "kind"}
     rows = load_rows(RowSource(path, columns=columns, where={"safe": True}), need_response=True)
     assert [(r.prompt, r.response, r.category) for r in rows] == [("Add\n\n1 2", "3", "y"), ("Say hi", "hi", "")]
+
+
+def test_categories_in_a_template_are_written_as_they_are_alone(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "p", "flags": {"x, y": True, "n": False, "z": True}, "kinds": ["a", "b"]}
+    )
+    for template, category in (("{flags}", "x, y + z"), ("{kinds}", "a + b"), ("of {kinds}", "of a + b")):
+        columns = {"response": "", "category": template}
+        (row,) = load_rows(RowSource(path, columns=columns), need_response=False)
+        assert row.category == category
+
+
+def test_programming_rows_refuse_columns_of_no_field(tmp_path):
+    with pytest.raises(InputError, match=r"a\.jsonl: columns maps unknown field 'promt'; expected task_id, prompt, "):
+        load_code(RowSource(str(tmp_path / "a.jsonl"), columns={"promt": "x"}))
 
 
 def test_sources_are_written_out_on_the_command_line():
@@ -721,14 +737,6 @@ def test_another_seed_draws_other_random_rows(tokenizer):
         data.setup("predict")
         drawn.append([encoded.ids for encoded in data.encoded["safety"]])
     assert drawn[0] != drawn[1]
-
-
-def test_weighted_rows_give_the_weighted_mean_of_the_sources_means():
-    values, counts, weights = torch.arange(7.0).double(), [2, 5], [3.0, 1.0]
-    found = (row_weights(counts, weights) * values).mean()
-    parts = values.split(counts)
-    assert found.item() == pytest.approx((3 * parts[0].mean() + parts[1].mean()).item() / 4)
-    assert row_weights(counts, None).tolist() == [1.0] * 7
 
 
 def test_the_hash_of_rows_tells_order_and_content_apart(rows):

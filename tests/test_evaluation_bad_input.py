@@ -30,6 +30,7 @@ from tests.tiny import write_rows
         ({"collapse_nll": math.nan}, "collapse_nll is nan; expected nats per token above 0"),
         ({"collapse_nll": -1.0}, "collapse_nll is -1.0; expected nats per token above 0"),
         ({"kind": "code", "generate": False}, "kind code needs generated answers; leave out generate"),
+        ({"generate": False, "score": False}, "generate and score are both off; nothing would be measured"),
         ({"rouge": True}, "rouge needs generated answers of kind utility, not harmful"),
         ({"kind": "utility", "generate": False, "rouge": True}, "rouge needs generated answers"),
         ({"answer": "number"}, "answer: number needs generated answers of kind utility"),

@@ -16,7 +16,7 @@ from src.data.row_source import RowSource, as_sources
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
-from src.models.choices import by_length, chosen, tied
+from src.models.grading import by_length, chosen, tied
 from tests.evaluations import answers, choice_rows, evaluate, flags, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 

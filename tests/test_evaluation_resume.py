@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from src.cli import main
 from src.data.suite import Suite
-from src.models import evaluation, partial
+from src.models import evaluation, fisher_record, partial
 from src.models.evaluation import EvaluationModule
 from src.provenance import code_hash
 from tests.commands import run_processes
@@ -244,7 +245,7 @@ def test_every_kind_of_suite_is_the_same_in_several_processes(base, adapters, tm
 
 def test_sampling_from_sharded_weights_is_refused(base, tmp_path, monkeypatch, capsys):
     suites = [one for one in suites_of_every_kind(tmp_path) if one["name"] in ("mmlu", "code")]
-    monkeypatch.setattr(EvaluationModule, "_sharded", True)
+    monkeypatch.setattr(EvaluationModule, "sharded", True)
     assert main(flags(base, tmp_path, suites, tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert "suite code: answers are sampled (temperature 1), which weights sharded over processes do not allow" in error
@@ -285,3 +286,19 @@ def test_all_code_that_answers_are_computed_by_belongs_to_their_key():
     assert found - reading <= set(partial.CODE), "what computes answers; an adapter is part of the key by its weights"
     assert set(partial.CODE) <= found
     assert code_hash(partial.CODE) != code_hash(partial.CODE[1:])
+
+
+def test_all_code_that_fisher_matrices_are_computed_by_belongs_to_the_key_of_their_parts():
+    found = imported("models/fisher.py", {"models/fisher.py"})
+    # In the key by what they give (adapters and their basis, token ids, the base), or without an effect on numbers.
+    apart = {
+        "adapters": "architecture base_weights checks convert peft_config peft_files peft_weights "
+        "deltas geometry truncate",
+        "data": "calibration chat hub_sets modules row_source sources tables",
+        "models": "base checkpointing estimate progress sharding stopping whole_data",
+        "metrics": "categories",
+    }
+    known = {f"{folder}/{name}.py" for folder, names in apart.items() for name in names.split()}
+    matched = {pattern: {name for name in found if fnmatch(name, pattern)} for pattern in fisher_record.CODE}
+    assert all(matched.values())
+    assert found - set().union(*matched.values()) <= known | {"hub.py", "signals.py"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from src.models import computation
-from src.models.choices import chosen
 from src.models.computation import choose_modes
+from src.models.grading import chosen
 from src.models.products import NarrowCopies
 from src.models.settling import FEWEST, gap, lead, settle
 from tests.evaluations import answers, choice_rows, evaluate, write_jsonl

@@ -250,6 +250,14 @@ def test_a_living_claim_is_respected_and_a_dead_or_reused_number_is_not(tmp_path
     assert not path.exists()
 
 
+def test_a_process_that_is_through_leaves_nothing_in_the_folder_of_claims(tmp_path):
+    claims = Claims(tmp_path)
+    assert claims.take("k")
+    assert claims.now() > 0
+    claims.close()
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+
+
 def test_a_claim_of_another_host_is_stale_once_nobody_touches_it(tmp_path):
     claims = Claims(tmp_path, stale_after=60)
     path = tmp_path / "k.claim"

@@ -368,6 +368,34 @@ def test_the_size_of_a_training_is_known_where_epochs_end_it(recipe, trainer, un
     assert Grid(asked).utility(0).units == units
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: [1", "not valid YAML"),
+        ("model: é".encode("latin-1"), "not valid YAML"),
+        (b"", "expected a mapping of keys to values"),
+        (b"- model", "expected a mapping of keys to values"),
+    ],
+)
+def test_a_configuration_that_is_no_mapping_is_named_before_any_training(recipe, tmp_path, content, message):
+    asked = recipe()
+    asked.safety.config = str(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=rf"own\.yaml: {message}"):
+        Grid(asked).safety(0)
+
+
+@pytest.mark.parametrize("model", ["", "model:\n"])
+def test_a_configuration_of_the_passes_may_leave_the_model_out(recipe, tmp_path, model):
+    asked = recipe()
+    asked.fisher.config = str(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text(f"{model}data: {{batch_size: 2}}\n")
+    grid = Grid(asked)
+    settings = grid.fisher([grid.utility(0)], grid.safety(0), 0, {}).settings
+    assert set(settings["model"]) == {"base", "seed"}
+    assert settings["data"]["batch_size"] == 2
+
+
 def test_a_flag_changes_one_value_of_nested_settings_and_is_no_text(tmp_path):
     parser = StudyParser()
     parser.add_argument("--config", action=ConfigFile)

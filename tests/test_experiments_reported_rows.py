@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from src.errors import InputError
 from src.experiments.ablations import Ablations
 from src.experiments.comparison import Choice, Comparison
 from src.experiments.rows import by_suite
@@ -176,3 +177,9 @@ def test_a_cell_keeps_whole_flags_short_hashes_and_likelihoods_per_token(tmp_pat
     found = by_suite(tmp_path, ["bad"])["rows"]["bad"]
     kept = {"ids": ["0123456789ab", "f" * 12], "categories": ["x", ""], "refused": [1, 0], "nll": [1.5, 0.333333]}
     assert json.dumps(found) == json.dumps(kept)  # true is not 1 there
+
+
+def test_an_evaluation_that_left_no_answers_is_one_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"bad\.jsonl: no rows"):
+        by_suite(tmp_path, ["bad"])

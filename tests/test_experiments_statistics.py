@@ -10,7 +10,6 @@ from src.experiments.comparison import Choice, chosen_point, summary
 from src.experiments.document import best_rows, better
 from src.experiments.equal_refusal import Gap
 from src.experiments.grid import Model
-from src.experiments.holm import holm
 from src.experiments.interference_tables import kept_front, performance_table
 from src.experiments.interference_tables import summary as interference_summary
 from src.experiments.kept import Kept, kept_of, mean_kept, slope
@@ -27,7 +26,7 @@ from src.experiments.scores import (
     row_scores,
     two_sided_p,
 )
-from src.experiments.statements import Claim, claims, claims_table, tally
+from src.experiments.statements import Claim, claims, claims_table, holm, tally
 from src.metrics.bootstrap import Estimate, paired_difference
 from src.metrics.intervals import tango, wilson
 

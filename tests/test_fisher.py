@@ -65,20 +65,18 @@ def test_drawn_labels_follow_the_model():
 
 
 @pytest.mark.parametrize(("count", "size", "world"), [(7, 2, 1), (7, 2, 2), (7, 2, 3), (1, 4, 3), (9, 3, 2)])
-@pytest.mark.parametrize("even", [False, True])
-def test_every_row_is_dealt_exactly_once(count, size, world, even):
+def test_every_row_is_dealt_exactly_once(count, size, world):
     lengths = [3 + i * 5 % 7 for i in range(count)]
-    samplers = [LengthBatches(lengths, size, rank=r, world_size=world, seed=None, even=even) for r in range(world)]
+    samplers = [LengthBatches(lengths, size, rank=r, world_size=world, seed=None) for r in range(world)]
     dealt = [list(sampler) for sampler in samplers]
     assert [len(part) for part in dealt] == [len(sampler) for sampler in samplers]
     assert sorted(i for part in dealt for rows, weight in part if weight for i in rows) == list(range(count))
-    if even:
-        assert len({len(part) for part in dealt}) == 1
+    assert len({len(part) for part in dealt}) == 1
 
 
 def test_training_batches_change_by_epoch_and_cover_all_rows():
     epoch = [0]
-    sampler = LengthBatches(list(range(50)), 4, rank=0, world_size=1, seed=1, even=True, epoch=lambda: epoch[0])
+    sampler = LengthBatches(list(range(50)), 4, rank=0, world_size=1, seed=1, epoch=lambda: epoch[0])
     first = list(sampler)
     assert first == list(sampler)
     epoch[0] = 1
@@ -88,16 +86,14 @@ def test_training_batches_change_by_epoch_and_cover_all_rows():
 
 def test_rows_are_sorted_by_length_within_the_window_and_no_further():
     def spread(window):
-        sampler = LengthBatches(
-            list(range(64)), 4, rank=0, world_size=1, seed=0, window=window, even=True, epoch=lambda: 0
-        )
+        sampler = LengthBatches(list(range(64)), 4, rank=0, world_size=1, seed=0, window=window, epoch=lambda: 0)
         return max(max(rows) - min(rows) for rows, _ in sampler)
 
     assert spread(16) == 3  # all rows in one window: neighbours in length
     assert 3 < spread(4) < 63
     shuffled = list(range(64))
     random.Random("0/0").shuffle(sorted_longest := sorted(shuffled, reverse=True))
-    sampler = LengthBatches(shuffled, 4, rank=0, world_size=1, seed=0, window=1, even=True, epoch=lambda: 0)
+    sampler = LengthBatches(shuffled, 4, rank=0, world_size=1, seed=0, window=1, epoch=lambda: 0)
     assert {frozenset(rows) for rows, _ in sampler} == {
         frozenset(sorted_longest[start : start + 4]) for start in range(0, 64, 4)
     }

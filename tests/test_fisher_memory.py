@@ -50,7 +50,7 @@ def mapped_scores(path, rows, dim, seed):
 
 
 def test_halves_of_mapped_scores_are_not_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.fisher.columns.WIDE_ENTRIES", 2**13)
+    monkeypatch.setattr("src.fisher.score_tables.WIDE_ENTRIES", 2**13)
     rows, dim = 64, 2**13
     fishers = [mapped_scores(tmp_path / name, rows, dim, i) for i, name in enumerate(("safety", "utility"))]
     patch = torch.randn(dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_halves_of_mapped_scores_are_not_copied(tmp_path, monkeypatch):
 
 
 def test_the_mean_over_directories_copies_no_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.fisher.columns.WIDE_ENTRIES", 2**14)
+    monkeypatch.setattr("src.fisher.score_tables.WIDE_ENTRIES", 2**14)
     rows, dim = 64, 2**13
     parts = [mapped_scores(tmp_path / str(i), rows, dim, i) for i in range(3)]
     vector = torch.randn(dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -101,7 +101,7 @@ def resident(path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pages_of_a_scores_file_are_given_back(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("src.fisher.columns.WIDE_ENTRIES", 2**13)
+    monkeypatch.setattr("src.fisher.score_tables.WIDE_ENTRIES", 2**13)
     rows, side = 64, 64
     scores = torch.randn(rows, 4 * side**2, generator=torch.Generator().manual_seed(0), dtype=dtype)
     u, v = ({f"m{i}": torch.eye(side) for i in range(4)} for _ in range(2))
@@ -166,7 +166,7 @@ def measure(folder, representation, allocate):
     running = FisherPass(
         name="utility",
         rows=4,
-        weights=torch.ones(4, dtype=torch.float64),
+        weights={},
         make=lambda: make_accumulators(representation, shapes, mean=False, halves=True, allocate=allocate),
         shards=Shards(folder, "key"),
         rank=0,

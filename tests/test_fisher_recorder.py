@@ -137,13 +137,13 @@ def test_the_fisher_matrix_of_model_labels_converges_to_the_enumerated_one():
     squared_error, bound = 0.0, 0.0
     for name, part in zip(core.modules, g.split(sizes, dim=2), strict=True):
         each = torch.einsum("nv,nvi,nvj->nij", p, part, part)
-        squared_error += (fisher.block(name) - each.mean(0)).square().sum().item()
+        squared_error += (fisher.module_block(name) - each.mean(0)).square().sum().item()
         # Var of a mean of independent draws: (E‖ggᵀ‖² − ‖F‖²)/m for each row, over n² rows.
         fourth = (p * part.square().sum(2).square()).sum(1)
         bound += ((fourth - each.square().sum((1, 2))) / draws).sum().item() / 4
     # The expected squared error is `bound`. Markov: 9 times it is passed once in 9 seeds at most; the seed is fixed.
     assert 0 < squared_error < 9 * bound
-    assert bound < 0.01 * sum(fisher.block(name).square().sum().item() for name in core.modules)
+    assert bound < 0.01 * sum(fisher.module_block(name).square().sum().item() for name in core.modules)
 
 
 def test_model_labels_have_mean_score_zero_and_data_labels_do_not():

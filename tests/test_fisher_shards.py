@@ -40,7 +40,7 @@ def one_pass(folder, kind, rank, rows):
     running = FisherPass(
         name="safety",
         rows=2,
-        weights=torch.ones(2, dtype=torch.float64),
+        weights={},
         make=lambda: (kind({"m": (1, 2)}), None),
         shards=Shards(folder, "key"),
         rank=rank,
@@ -84,6 +84,14 @@ def test_a_rows_weight_is_that_of_its_examples():
         example_weights([1, 0], [1, 1], None)
 
 
+def test_weighted_rows_give_the_weighted_mean_of_the_sources_means():
+    values, counts, weights = torch.arange(7.0).double(), [2, 5], [3.0, 1.0]
+    found = (example_weights([1] * 7, counts, weights) * values).mean()
+    parts = values.split(counts)
+    assert found.item() == pytest.approx((3 * parts[0].mean() + parts[1].mean()).item() / 4)
+    assert example_weights([1] * 7, counts, None).tolist() == [1.0] * 7
+
+
 def test_progress_without_rows_and_after_rows_that_are_known():
     progress = Progress(10)
     assert progress.line(1.0) == "0 of 10 rows"
@@ -101,7 +109,7 @@ def test_scores_that_are_not_finite_end_a_pass_and_name_the_module(tmp_path, kin
     running = FisherPass(
         name="safety",
         rows=2,
-        weights=torch.ones(2, dtype=torch.float64),
+        weights={},
         make=lambda: (kind(shapes), None),
         shards=Shards(tmp_path, "key"),
         rank=0,

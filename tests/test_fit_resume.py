@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import zipfile
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from src.errors import InputError
 from src.models.checkpoints import (
     GOING_ON,
     RecentCheckpoint,
+    can_go_on,
+    check_checkpoint,
     check_processes,
     goes_on_with,
     keeps_schedule,
@@ -216,6 +219,16 @@ def test_a_run_that_may_start_over_leaves_out_what_other_processes_have_begun(tm
     assert not goes_on_with(tmp_path / "last.ckpt", 4, same_steps=False)
     for other in ("weights.ckpt", "broken.ckpt", "absent.ckpt"):
         assert goes_on_with(tmp_path / other, 4, same_steps=False)
+
+
+def test_an_archive_of_something_else_is_no_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "a")
+    assert can_go_on(path)
+    assert goes_on_with(path, 4, same_steps=False)
+    with pytest.raises(InputError, match=r"--ckpt_path .*last\.ckpt: not a readable checkpoint \(torch\.load"):
+        check_checkpoint(str(path), goes_on=True)
 
 
 @pytest.mark.parametrize(

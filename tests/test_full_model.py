@@ -52,11 +52,14 @@ def test_a_tied_base_is_untied_where_one_end_is_updated(base, tmp_path, both, mo
         torch.testing.assert_close(written[f"{name}.weight"], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_code_licence_and_tokenizer_of_the_base_come_along(base, tmp_path):
+def test_code_licence_and_tokenizer_of_the_base_come_along_and_no_index_of_its_weights(base, tmp_path):
     stored = shutil.copytree(base, tmp_path / "base")
     for name in ("modeling_x.py", "LICENSE", "LICENSE.md", "NOTICE.txt", "qwen.tiktoken"):
         (stored / name).write_text(name)
     (stored / "LICENSES").mkdir()
+    for name in ("model", "pytorch_model.bin"):
+        (stored / f"{name}.index.json").write_text("{}")
     write(stored, tmp_path / "m", [HEAD])
+    assert not list((tmp_path / "m").glob("*.index.json"))
     for name in ("modeling_x.py", "LICENSE", "LICENSE.md", "NOTICE.txt", "qwen.tiktoken"):
         assert (tmp_path / "m" / name).read_text() == name

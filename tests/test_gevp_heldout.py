@@ -536,13 +536,12 @@ def test_a_relearned_merge_has_its_map_drawn(tmp_path):
     [(4, "Share of the patch kept", "norm kept"), (None, "Re-learned patch", "norm over that of the safety patch")],
 )
 def test_a_map_says_whether_its_patch_is_a_part_of_the_whole(tmp_path, monkeypatch, dim, title, scale):
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    monkeypatch.setattr(pyplot, "close", lambda _figure: None)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     plot_pencil({"kept_by_module": {"model.layers.0.q": 1.2}, "held_out": None, "dim": dim}, tmp_path / "p.png")
-    axis, bar = pyplot.gcf().axes
-    monkeypatch.undo()
-    pyplot.close("all")
+    axis, bar = drawn[0].axes
     assert axis.get_title() == f"{title}, by module"
     assert bar.get_ylabel() == scale
 

@@ -283,7 +283,7 @@ def test_cuts_through_equal_eigenvalues_are_refused_in_every_representation():
 
 
 def test_memory_mapped_scores_are_read_block_by_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.fisher.columns.WIDE_ENTRIES", 64 * 11)
+    monkeypatch.setattr("src.fisher.score_tables.WIDE_ENTRIES", 64 * 11)
     monkeypatch.setattr("src.gevp.stack.ROWS", 4)
     dim, draw = 200, torch.Generator().manual_seed(0)
     patch = torch.randn(dim, generator=draw, dtype=torch.float64)

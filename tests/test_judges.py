@@ -462,11 +462,11 @@ def test_a_conversation_reaches_templates_that_read_parts_and_no_template_drops_
     judge = Causal(str(base), conversation=True, dtype="float64")
     judge.load("cpu")
     judge._chat_template = IN_PARTS
-    judge._check_conversation()
+    judge._find_form()
     assert judge._ids("How?", "Thus.") == make_tokenizer()("<|im_start|>How?<|im_start|>Thus.").input_ids
     judge._chat_template = "{{ messages[0].content }}"
     with pytest.raises(InputError, match="its chat template leaves prompt or answer out of a conversation"):
-        judge._check_conversation()
+        judge._find_form()
 
 
 @pytest.mark.parametrize(("bias", "warned"), [(30.0, False), (-30.0, True)])

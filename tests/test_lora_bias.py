@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from src.adapters.attach import attached
+from src.adapters.base_weights import WEIGHTS, open_base
 from src.adapters.basis import CoreBasis, core_basis
 from src.adapters.constant_input import split, with_bias, without_bias
+from src.adapters.convert import trained
 from src.adapters.deltas import DenseDelta
 from src.adapters.pairs import LowRankPair, weighted_sum
 from src.adapters.peft_config import Layout
@@ -268,6 +270,13 @@ def test_an_aligned_model_has_their_direction_too(tmp_path, method, options):
     assert any(delta.dense()[:, -1].any() for delta in expected.values())
     for name, delta in expected.items():
         torch.testing.assert_close(found[name].dense(), delta.dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_with_the_embeddings_weight_may_have_a_bias(tmp_path):
+    save_file({"model.embed_tokens.weight": torch.zeros(4, 3), "lm_head.bias": torch.ones(4)}, tmp_path / WEIGHTS)
+    with open_base(str(tmp_path)) as base:
+        found = trained(tmp_path, "lm_head", torch.ones(4, 3), torch.full((4,), 3.0), base).dense()
+    assert torch.equal(found, torch.tensor([[1.0, 1.0, 1.0, 2.0]] * 4).double())
 
 
 def test_a_full_model_without_bias_cannot(pair_of, tmp_path):

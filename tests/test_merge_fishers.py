@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from src.fisher.base import weighted_mean
 from src.fisher.files import load_fisher
 from src.gevp.overlap import overlap
 from src.merge.base import FisherPair, PatchedFisher
-from src.merge.fisher_passes import Pass
+from src.merge.fisher_passes import NEEDED, Pass, check_keys
 from src.merge.fishers import _calibration, read_pair
 from src.merge.sst import Sst
 from src.merge.stage import merge
@@ -313,3 +314,19 @@ def test_every_pass_of_a_directory_has_the_directorys_weight(adapters, monkeypat
 def test_prompts_of_every_pass_have_been_seen():
     passes = [SimpleNamespace(file=SimpleNamespace(record={"seen": [prompt]}), entry={}) for prompt in "abc"]
     assert _calibration(passes).seen == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"base": None}, "'base'"), ({"seen": None}, "'seen'"), ({"utility": [None]}, "'path' in 'utility'")],
+)
+def test_a_key_without_a_value_is_one_that_is_missing(change, what):
+    adapter = {"path": "a", "sha256": "x", "weight": 1.0}
+    record = dict.fromkeys(NEEDED, "x") | {"base": {"name": "b", "fingerprint": None}, "safety": adapter}
+    one = Pass(Path("f"), SimpleNamespace(record=record | {"utility": [adapter], "seen": [], "reference": None}))
+    check_keys(one, NEEDED)
+    with pytest.raises(InputError, match=r"^f: its record has no 'reference'; expected a file written"):
+        one.check_expert(SimpleNamespace(sha256="x", identity="y"))
+    one.file.record.update(change)
+    with pytest.raises(InputError, match=f"^f: its record has no {what}; expected a file written"):
+        check_keys(one, NEEDED)

@@ -116,6 +116,23 @@ def test_an_aligned_model_that_is_no_fine_tuned_base_is_warned_of(aligned_models
     assert "expected a model trained from it" in caplog.text
 
 
+@pytest.mark.parametrize("module", ["transformer.h.0.up", "lm_head"])
+def test_an_unchanged_module_has_no_direction_under_whatever_name(module, tmp_path, capfd):
+    """The base's files leave the first part of names out; the head has the embedding's weight."""
+    torch.manual_seed(0)
+    weights = {name: torch.randn(4, 3) for name in ("h.0.up", "h.1.up", "wte")}
+    near, far = ({n: w + size * torch.randn(4, 3) * (n == "h.1.up") for n, w in weights.items()} for size in (0.1, 9.0))
+    for folder, prefix, held in (("base", "", weights), ("near", "transformer.", near), ("far", "transformer.", far)):
+        (tmp_path / folder).mkdir()
+        save_file({f"{prefix}{n}.weight": w for n, w in held.items()}, tmp_path / folder / "model.safetensors")
+    utility = {name: LowRankPair(torch.ones(1, 3), torch.ones(4, 1)) for name in (module, "transformer.h.1.up")}
+    start_logging()
+    for folder, strange in (("near", False), ("far", True)):
+        method = SafeLora(tau=1.0, aligned=str(tmp_path / folder), base=str(tmp_path / "base"))
+        assert set(method.patch(utility, {}, None).pairs) == {"transformer.h.1.up"}
+        assert ("expected a model trained from it" in capfd.readouterr().err) == strange
+
+
 def test_an_adapter_can_hold_the_alignment(adapters, updates):
     utility = read_adapter(adapters["utility"]).pairs
     safety = read_adapter(adapters["safety"]).pairs

@@ -18,7 +18,7 @@ from src.merge.combinations.regmean import RegMean, regmean
 from src.merge.led import Led
 from src.merge.sst_diagonal import SstDiagonal
 from tests.commands import fisher_flags
-from tests.merging import matching_fishers, regauged, rewritten, updates
+from tests.merging import matching_fishers, regauged, rewritten, updates, weight_fisher
 
 FORMS = {kind: ["--model.coordinates", "weight", "--model.representation", kind] for kind in ("diagonal", "kronecker")}
 
@@ -268,12 +268,18 @@ def test_both_stages_cannot_read_fisher_files_at_once(adapters, statistics, tmp_
     assert "both need Fisher files" in capsys.readouterr().err
 
 
+def diagonal_expert():
+    pair = LowRankPair(torch.ones(1, 3), torch.ones(4, 1))
+    return Expert("a", 1.0, {"m": pair}, weight_fisher({"m": pair.shape}, "diagonal", 1))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: RegMean(off_diagonal=1.5), "off_diagonal is 1.5"),
         (lambda: FisherAverage(floor=0.0), "floor is 0.0"),
         (lambda: RegMean().combine([Expert("a", 1.0, {})]), "Fisher file of every expert"),
+        (lambda: RegMean().combine([diagonal_expert()]), "representation kronecker, not diagonal$"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):

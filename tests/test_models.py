@@ -1,3 +1,5 @@
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -238,8 +240,8 @@ def test_a_reserved_layer_holds_what_a_growing_one_holds():
     reserved = ReservedLayer(growing, 2)
     room = reserved.keys.data_ptr()
     for kept in (torch.tensor([0, 1, 2]), torch.tensor([2, 0])):
-        growing.batch_select_indices(kept)
-        reserved.batch_select_indices(kept)
+        growing.reorder_cache(kept)
+        reserved.reorder_cache(kept)
         new = torch.randn(2, len(kept), 2, 1, 4, generator=draw)
         for found, expected in zip(reserved.update(*new), growing.update(*new), strict=True):
             assert torch.equal(found, expected)
@@ -419,6 +421,16 @@ def test_a_named_layer_of_a_tower_that_is_no_linear_layer_is_no_target():
     names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
     assert len(names) == 2
     assert not any("vision_tower" in name for name in names)
+
+
+@pytest.mark.parametrize("error", [-1.0, 0.0, math.nan])
+def test_modules_refuse_an_error_of_products_that_none_has(error):
+    from src.models.evaluation import EvaluationModule
+    from src.models.expert import ExpertModule, LoraSpec
+
+    for make in (partial(ExpertModule, BaseSpec(), LoraSpec()), partial(EvaluationModule, BaseSpec())):
+        with pytest.raises(InputError, match=f"model.max_matmul_error is {error}; expected a number above 0"):
+            make(max_matmul_error=error)
 
 
 def test_quantised_weights_are_not_sharded():

@@ -122,7 +122,7 @@ def test_processes_of_another_launcher_are_given_an_output(
 
 
 def test_the_first_setting_that_runs_do_not_share_is_named():
-    from src.trainer_checks import difference
+    from src.run_folder import difference
 
     before = {"model": {"rank": 2, "seed": 0}, "data": {"train": ["a"]}}
     assert difference(before, before | {"data": {"train": ["b"]}}) == "data.train is ['a'] there, ['b'] here"

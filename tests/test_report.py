@@ -9,8 +9,9 @@ import pytest
 from src.cli import main
 from src.errors import InputError
 from src.experiments.store import Store
+from src.metrics.bootstrap import Estimate
 from src.report.html import write_report
-from src.report.results import ModelResult, Share, load_results
+from src.report.results import ModelResult, load_results
 from tests.evaluations import read_rows, write_jsonl
 
 HARMFUL = {
@@ -168,7 +169,7 @@ def test_the_plot_shows_the_refusal_of_harmful_suites_before_that_of_jailbreaks(
     drawn = []
     monkeypatch.setattr(plot, "_draw", lambda *given: drawn.append(given[-1]) or [])
     monkeypatch.setattr(plot, "write_atomically", lambda *_: None)
-    one = Share(0.5, 0.4, 0.6, 40)
+    one = Estimate(0.5, 0.4, 0.6, 40)
     for columns, safety in (
         (["jailbreak refusal (j)", "refusal (h)", "over-refusal (b)"], "refusal (h)"),
         (["jailbreak refusal (j)", "over-refusal (b)"], "jailbreak refusal (j)"),
@@ -187,6 +188,18 @@ def test_options_beside_a_studys_folder_are_one_line(tmp_path, capsys):
     assert stop.value.code == 0
     assert "--attacks_at_most" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
+
+
+def test_a_folder_that_is_named_holds_beside_a_configuration(tmp_path, capsys):
+    config, study = tmp_path / "own.yaml", tmp_path / "study"
+    config.write_text(f"results: {tmp_path}/elsewhere\noutput: {tmp_path}/r\n")
+    study.mkdir()
+    (study / "study.json").write_text("{}")
+    for given in (["here", "--config", str(config)], ["--config", str(config), "here"]):
+        assert main(["report", *given]) == 2
+        assert capsys.readouterr().err.startswith("error: here/metrics.json: no such file")
+    assert main(["report", "--config", str(config), str(study)]) == 2
+    assert f"error: report {study}: --config is for evaluations" in capsys.readouterr().err
 
 
 def test_results_that_are_no_evaluation_are_one_line(evaluated, capsys):

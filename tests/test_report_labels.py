@@ -1,21 +1,23 @@
 """Labels of the plot: beside their points, inside of the axes, and not on each other; what forms a path."""
 
 import json
+import math
 from itertools import combinations
 
 import pytest
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.merge.sweep import swept_once, variants
+from src.metrics.bootstrap import Estimate
 from src.report.plot import STYLES, plot_fronts
-from src.report.results import ModelResult, Share, load_results
+from src.report.results import ModelResult, load_results
 
 
 def result(name, method, alpha, refusal, over, accuracy):
     columns = {"refusal (harmful)": refusal, "over-refusal (borderline)": over, "accuracy (task)": accuracy}
-    shares = {column: Share(value, max(0, value - 0.1), min(1, value + 0.1), 40) for column, value in columns.items()}
+    shares = {name: Estimate(value, max(0, value - 0.1), min(1, value + 0.1), 40) for name, value in columns.items()}
     return ModelResult(name, method, alpha, shares, {}, {})
 
 
@@ -32,12 +34,10 @@ CLOSE = [
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Figures that are drawn, kept open for a look."""
+    """Figures that are drawn, kept for a look."""
     drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    yield drawn
-    monkeypatch.undo()
-    pyplot.close("all")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
 
 
 def test_labels_stand_beside_their_points_and_not_on_each_other(figures, tmp_path):
@@ -63,6 +63,13 @@ def test_paths_that_are_more_than_the_styles_begin_them_again(figures, tmp_path)
     assert plot_fronts(many, tmp_path / "fronts.png")
     colours = [lines[0].get_color() for lines in figures[0].axes[0].containers]
     assert colours == [STYLES[i % len(STYLES)][0] for i in range(len(many))]
+
+
+def test_an_interval_that_ends_beside_its_value_is_drawn(figures, tmp_path):
+    beyond = Estimate(0.3, math.nextafter(0.3, 1), math.nextafter(0.3, 0), 40)
+    columns = ("refusal (harmful)", "over-refusal (borderline)")
+    assert plot_fronts([ModelResult("m", "m", 1.0, dict.fromkeys(columns, beyond), {}, {})], tmp_path / "fronts.png")
+    assert len(figures) == 1
 
 
 def loaded(tmp_path, *models):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from src.adapters.attach import is_conv1d
 from src.adapters.base_weights import BaseWeights
 from src.errors import one_line
 from src.files import read_json
@@ -70,5 +71,5 @@ def read_architecture(folder: Path) -> Architecture:
         usual.embeddings if embedding is None else frozenset({embedding}),
         head or HEAD,
         usual.tied,
-        frozenset(name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"),
+        frozenset(name for name, module in model.named_modules() if is_conv1d(module)),
     )

@@ -41,7 +41,7 @@ def layer_shape(module: torch.nn.Module) -> tuple[int | None, int | None]:
     """(O, I) that an update of this layer has, whichever way round the layer stores its weight; None for none."""
     if isinstance(module, torch.nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if _is_conv1d(module):
+    if is_conv1d(module):
         inputs, outputs = module.weight.shape  # type: ignore[union-attr, misc]
         return outputs, inputs
     return getattr(module, "out_features", None), getattr(module, "in_features", None)
@@ -53,7 +53,8 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
     return None if isinstance(module, torch.nn.Embedding) or not (outputs and inputs) else (outputs, inputs)
 
 
-def _is_conv1d(module: torch.nn.Module) -> bool:
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether a layer is GPT-2's, which stores its weight as (I, O)."""
     # By name: transformers is too heavy to import for one class.
     return type(module).__name__ == "Conv1D"
 

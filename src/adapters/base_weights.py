@@ -97,6 +97,10 @@ class BaseWeights:
         names += [module.replace(LATER_PREFIX, "model.", 1)]
         return next((f"{name}.weight" for name in names if f"{name}.weight" in self.handles), None)
 
+    def bias_key_of(self, module: str) -> str:
+        """The key of a module's bias, there or not: a head with the embedding's weight may have one of its own."""
+        return (self.key_of(module) or module).removesuffix(".weight") + ".bias"
+
 
 @contextmanager
 def open_base(name: str, revision: str | None = None) -> Iterator[BaseWeights]:

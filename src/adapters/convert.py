@@ -23,7 +23,7 @@ def base_weight(
     Raises:
         InputError: the base has none of this shape.
     """
-    key = _key(base, module)
+    key = weight_key(base, module)
     if key is None:
         raise InputError(f"{path}: {module} is not a weight of the base {base.folder}")
     stored = base.shape(key)
@@ -34,7 +34,7 @@ def base_weight(
     return weight.T if flip else weight
 
 
-def _key(base: BaseWeights, module: str) -> str | None:
+def weight_key(base: BaseWeights, module: str) -> str | None:
     """The key of a module's weight; that of the embedding for a head that shares it."""
     key, parts = base.key_of(module), read_architecture(base.folder)
     if key is None and module == parts.head and parts.tied:
@@ -48,7 +48,7 @@ def stored_weight(base: BaseWeights, module: str, shape: tuple[int, int]) -> tor
     Raises:
         InputError: the base has none of this shape.
     """
-    key, flip = _key(base, module), module in read_architecture(base.folder).transposed
+    key, flip = weight_key(base, module), module in read_architecture(base.folder).transposed
     if key is None or not _has(base, module, shape):
         raise InputError(f"{base.folder}: no weight of {module} with the shape {shape[::-1] if flip else shape}")
     return base.get(key).T if flip else base.get(key)
@@ -80,19 +80,15 @@ def _change(before: torch.Tensor, after: torch.Tensor, last: torch.Tensor | None
 
 
 def _has(base: BaseWeights, module: str, shape: tuple[int, int]) -> bool:
-    key = _key(base, module)
+    key = weight_key(base, module)
     flip = module in read_architecture(base.folder).transposed
     return key is not None and base.shape(key) == (shape[::-1] if flip else shape)
 
 
 def _bias(base: BaseWeights, module: str, outputs: int) -> torch.Tensor:
     """(O, 1) bias of a layer, float32; zeros where it has none."""
-    key = _bias_key(base, module)
+    key = base.bias_key_of(module)
     return base.get(key).float()[:, None] if key in base.handles else torch.zeros(outputs, 1)
-
-
-def _bias_key(base: BaseWeights, module: str) -> str:
-    return (_key(base, module) or "").removesuffix("weight") + "bias"
 
 
 def dora(weight: torch.Tensor, pair: LowRankPair, magnitude: torch.Tensor) -> LazyDelta:
@@ -130,7 +126,7 @@ def trained(path: Path, module: str, saved: torch.Tensor, bias: torch.Tensor | N
     before = base_weight(path, module, (after.shape[0], after.shape[1]), base, transposed=flip)
     if bias is None:
         return _change(before, after, None)
-    if bias.shape != after.shape[:1] or _bias_key(base, module) not in base.handles:
+    if bias.shape != after.shape[:1] or base.bias_key_of(module) not in base.handles:
         raise InputError(
             f"{path}: {module} has a bias of shape {tuple(bias.shape)}, in the base {base.folder} it has not"
         )

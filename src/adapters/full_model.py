@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 
 from src.adapters.architecture import CONFIG, read_architecture
-from src.adapters.base_weights import INDEX, BaseWeights
+from src.adapters.base_weights import BESIDE, INDEX, BaseWeights
 from src.adapters.constant_input import split_dense
 from src.adapters.deltas import Delta, row_blocks
-from src.adapters.pairs import finite
+from src.adapters.pairs import finite_values
 from src.adapters.safetensors_stream import NAMES, Entry, shards, write_stream
 from src.errors import InputError
 from src.files import read_json, write_atomically, write_json
-
-BESIDE = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def write_model(
@@ -70,7 +68,7 @@ def _biases(base: BaseWeights, updates: Mapping[str, torch.Tensor]) -> dict[str,
     """The updates of biases by their key in the base."""
     found: dict[str, torch.Tensor] = {}
     for module, update in updates.items():
-        key = (base.key_of(module) or module).removesuffix(".weight") + ".bias"
+        key = base.bias_key_of(module)
         if key not in base.handles:
             raise InputError(
                 f"{base.folder}: {module} has no bias that could take up the adapter's LoRA bias; write an adapter"
@@ -131,12 +129,12 @@ def _entry(key: str, base: BaseWeights, source: str, delta: Delta | None, *, tra
         raise InputError(f"{base.folder}: {source} has the shape {shape}, the update of it {delta.shape}")
     if not dtype.is_floating_point or dtype.itemsize == 1:
         raise InputError(f"{base.folder}: {source} is stored as {dtype}; a quantised weight cannot take an update")
-    return Entry(key, dtype, shape, lambda: finite(key, added(base.get(source), delta, flip=flip)))
+    return Entry(key, dtype, shape, lambda: finite_values(key, added(base.get(source), delta, flip=flip)))
 
 
 def _bias_entry(key: str, base: BaseWeights, update: torch.Tensor) -> Entry:
-    dtype = base.get(key).dtype
-    return Entry(key, dtype, base.shape(key), lambda: finite(key, (base.get(key).to(update.dtype) + update).to(dtype)))
+    shape, dtype = base.shape(key), base.get(key).dtype
+    return Entry(key, dtype, shape, lambda: finite_values(key, (base.get(key).to(update.dtype) + update).to(dtype)))
 
 
 def added(weight: torch.Tensor, delta: Delta, *, flip: bool) -> torch.Tensor:
@@ -158,7 +156,8 @@ def added(weight: torch.Tensor, delta: Delta, *, flip: bool) -> torch.Tensor:
 def _copy_beside(source: Path, folder: Path, *, untied: bool) -> None:
     for pattern in BESIDE:
         for path in sorted(source.glob(pattern)):
-            if path.name != INDEX and path.is_file():
+            # An index is of weight files, which are written anew.
+            if path.is_file() and not path.name.endswith(".index.json"):
                 write_atomically(folder / path.name, lambda to, path=path: shutil.copyfile(path, to))  # type: ignore[misc]
     if untied:
         config = read_json(folder / CONFIG, "the configuration of the base model")

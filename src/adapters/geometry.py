@@ -42,7 +42,7 @@ def whole_cosine(one: Mapping[str, Delta], two: Mapping[str, Delta]) -> float:
 def spaces(pair: LowRankPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U (O, R), σ (R), V (I, R) of the directions with non-zero singular values."""
     left, values, right = singular_triplets(pair)
-    kept = int((values > RANK_TOLERANCE * values[0]).sum()) if len(values) and values[0] > 0 else 0
+    kept = int((values > RANK_TOLERANCE * values[:1]).sum())
     return left[:, :kept], values[:kept], right[:, :kept]
 
 
@@ -69,5 +69,5 @@ def orthonormal(columns: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     stacked = torch.cat([column.double() for column in columns], dim=1)
     q, r = torch.linalg.qr(stacked)
     left, values, _ = torch.linalg.svd(r, full_matrices=False)
-    kept = int((values > RANK_TOLERANCE * values[0]).sum()) if len(values) and values[0] > 0 else 0
+    kept = int((values > RANK_TOLERANCE * values[:1]).sum())
     return q @ left[:, :kept], values[:kept]

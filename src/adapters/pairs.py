@@ -24,6 +24,11 @@ class LowRankPair:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ValueError(f"a {tuple(self.a.shape)} and b {tuple(self.b.shape)} do not form a low-rank pair")
 
+    @classmethod
+    def zero(cls, shape: tuple[int, int]) -> "LowRankPair":
+        """An update (O, I) of rank 0, which changes nothing."""
+        return cls(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0))
+
     @property
     def rank(self) -> int:
         """Inner dimension R (an upper bound of the rank of the product)."""
@@ -55,7 +60,7 @@ class LowRankPair:
 NOT_FINITE = "holds NaN or infinite values after the merge; expected weights and strengths that keep it finite"
 
 
-def finite(name: str, values: torch.Tensor) -> torch.Tensor:
+def finite_values(name: str, values: torch.Tensor) -> torch.Tensor:
     """The values that are to be written under this name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""PEFT LoRA directories, read to and written from low-rank pairs. The only place that knows PEFT's key names."""
+"""PEFT LoRA directories, read to and written from low-rank pairs. Its key names: here and in :mod:`.peft_weights`."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from src.adapters.base_weights import BaseWeights, local_folder
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import base_weight, dora, trained
 from src.adapters.deltas import Deltas
-from src.adapters.pairs import LowRankPair, Pairs, finite
+from src.adapters.pairs import LowRankPair, Pairs, finite_values
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, named_base, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
@@ -41,7 +41,7 @@ class Adapter:
         sha256: Hash of the weights file.
         manifest: What made it, where this project did; empty otherwise.
         seen: Hashes of the prompts that it was trained or calibrated on, where known.
-        layout: Which modules are embeddings, and whether layers store transposed weights.
+        layout: How its updates lie in the model.
         full_rank: Updates of DoRA layers and of fully trained modules, in place of pairs; empty unless the base was
             at hand when the adapter was read.
         scaling: Settings of its configuration that say by what B A is multiplied.
@@ -257,9 +257,9 @@ def write_adapter(
     for name, both in sorted(pairs.items()):
         pair, bias = split(both) if name in layout.constant else (both, torch.zeros(both.shape[0]))
         ranks[name] = pair.rank
-        a, b = (finite(name, factor.to(torch.float32)) for factor in (pair.a, pair.b))
+        a, b = (finite_values(name, factor.to(torch.float32)) for factor in (pair.a, pair.b))
         if layout.constant:
-            tensors[f"base_model.model.{name}.lora_B.bias"] = finite(name, bias.to(torch.float32))
+            tensors[f"base_model.model.{name}.lora_B.bias"] = finite_values(name, bias.to(torch.float32))
         if name in layout.embeddings:
             tensors[f"base_model.model.{name}.lora_embedding_A"] = b.T.contiguous()
             tensors[f"base_model.model.{name}.lora_embedding_B"] = a.T.contiguous()

@@ -85,7 +85,7 @@ def _cut(
         # The last digits of a sum must not add a direction.
         short = energies.cumsum(0) < energy * total * (1 - 1e-12)
         count = min(int(short.sum()) + 1, len(values))
-    nonzero = int((values > values[:1] * 1e-12).sum()) if len(values) else 0
+    nonzero = int((values > 1e-12 * values[:1]).sum())
     count = max(1, min(count, nonzero))
     pair = from_triplets(left[:, :count], values[:count], right[:, :count])
     return Truncated(pair, energies[:count].sum().item(), total)

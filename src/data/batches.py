@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from src.data.chat import Encoded
 
@@ -94,7 +94,10 @@ class EncodedRows(Dataset[Batch]):
 
 
 class LengthBatches(Sampler[tuple[list[int], float]]):
-    """Deals whole batches of rows of similar length to the processes.
+    """Deals whole batches of rows of similar length to the processes, the same number to each.
+
+    Where they do not come out even, a process repeats one: with weight 1 when shuffling (training), with weight 0
+    otherwise (validation, Fisher passes).
 
     Args:
         lengths: Number of tokens of each row.
@@ -108,8 +111,6 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
             on the demo's rows, 4 cost nothing measurable (``tests/benchmarks/test_fit_speed.py``).
         epoch: Tells the epoch that begins; asked when the first batch is drawn, because Lightning makes the first
             iterator of a resumed run before it knows the epoch.
-        even: Give every process the same number of batches by repeating some: with weight 1 when shuffling
-            (training), with weight 0 otherwise (a Fisher pass under sharding).
     """
 
     def __init__(
@@ -119,13 +120,12 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
         *,
         rank: int,
         world_size: int,
-        even: bool,
         seed: int | None = None,
         window: int = WINDOW,
         epoch: Callable[[], int] = int,
     ) -> None:
         self.lengths, self.batch_size, self.rank, self.world_size = lengths, batch_size, rank, world_size
-        self.seed, self.window, self.even, self.epoch = seed, window, even, epoch
+        self.seed, self.window, self.epoch = seed, window, epoch
 
     def _batches(self) -> list[list[int]]:
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
@@ -146,33 +146,10 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
         batches = self._batches()
         mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
-        if self.even and len(mine) < len(self):
+        if len(mine) < len(self):
             extra = batches[(self.rank - len(batches)) % len(batches)]
             mine.append((extra, 0.0 if self.seed is None else 1.0))
         yield from mine
 
     def __len__(self) -> int:
-        total = ceil(len(self.lengths) / self.batch_size)
-        if self.even:
-            return ceil(total / self.world_size)
-        return len(range(self.rank, total, self.world_size))
-
-
-def batch_loader(
-    rows: list[Encoded],
-    *,
-    batch_size: int,
-    pad_id: int,
-    rank: int,
-    world_size: int,
-    seed: int | None = None,
-    window: int = WINDOW,
-    epoch: Callable[[], int] = int,
-    even: bool = False,
-) -> DataLoader[Batch]:
-    """A loader over this process's share of the rows."""
-    lengths = [len(row.ids) for row in rows]
-    sampler = LengthBatches(
-        lengths, batch_size, rank=rank, world_size=world_size, seed=seed, window=window, epoch=epoch, even=even
-    )
-    return DataLoader(EncodedRows(rows, pad_id), sampler=sampler, batch_size=None)
+        return ceil(ceil(len(self.lengths) / self.batch_size) / self.world_size)

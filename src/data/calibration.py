@@ -4,7 +4,6 @@ import logging
 from collections.abc import Collection, Mapping
 from itertools import chain
 
-import torch
 from torch.utils.data import DataLoader
 
 from src.data.batches import Batch
@@ -130,7 +129,7 @@ class CalibrationData(TokenizedData):
 
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per pass; every row exactly once, filled up by batches of weight 0 to equal numbers of steps."""
-        return [self.loader(self.encoded[name], even=True) for name in self._passes]
+        return [self.loader(self.encoded[name]) for name in self._passes]
 
 
 def _repeated(sources: list[list[Row]]) -> int:
@@ -144,11 +143,3 @@ def _repeated(sources: list[list[Row]]) -> int:
 def _weights_per_row(sources: Sources | None) -> list[float]:
     """Of each source, what one of its rows counts."""
     return [float(source.weight) for source in as_sources(sources)]
-
-
-def row_weights(counts: list[int], weights: list[float] | None) -> torch.Tensor:
-    """(n,) weights with mean 1 under which a mean over all rows is the weighted mean of the sources' means."""
-    total = sum(counts)
-    shares = [count / total for count in counts] if weights is None else [w / sum(weights) for w in weights]
-    parts = [torch.full((n,), share * total / n, dtype=torch.float64) for n, share in zip(counts, shares, strict=True)]
-    return torch.cat(parts)

@@ -17,6 +17,7 @@ from src.errors import InputError
 from src.metrics.categories import category_text
 
 DEFAULTS = {"id": "id", "prompt": "question", "choices": "choices", "answer": "answer", "category": "subject"}
+FIELDS = (*DEFAULTS, "labels")
 OPTIONAL = ("id", "category", "labels")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -33,16 +34,13 @@ def load_choices(value: Sources | None) -> list[ChoiceRow]:
     """Load multiple-choice rows.
 
     Raises:
-        InputError: a column is missing, fewer than two choices are given, or the answer is none of them.
+        InputError: a column is unknown or missing, fewer than two choices are given, or the answer is none of them.
     """
-    return load_records(value, _build)
+    return load_records(value, FIELDS, _build)
 
 
 def _build(source: RowSource, number: int, place: str, record: dict[str, Any]) -> ChoiceRow:
-    if unknown := sorted(set(source.columns) - {*DEFAULTS, "labels"}):
-        known = ", ".join([*DEFAULTS, "labels"])
-        raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; a choice row has {known}")
-    values = {name: _value(record, name, source, place) for name in (*DEFAULTS, "labels")}
+    values = {name: _value(record, name, source, place) for name in FIELDS}
     choices = _texts(values["choices"], "choices", place)
     if len(choices) < 2 or not all(choices):
         raise InputError(f"{place}: choices are {list(choices)}; expected at least two texts")

@@ -23,9 +23,9 @@ def load_code(value: Sources | None) -> list[CodeRow]:
     """Load programming rows.
 
     Raises:
-        InputError: a column is missing or empty.
+        InputError: a column is unknown, missing or empty.
     """
-    return load_records(value, _build)
+    return load_records(value, FIELDS, _build)
 
 
 def _build(source: RowSource, _: int, place: str, record: dict[str, Any]) -> CodeRow:

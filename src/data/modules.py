@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from src.data.batches import WINDOW, Batch, batch_loader
+from src.data.batches import WINDOW, Batch, EncodedRows, LengthBatches
 from src.data.chat import Encoded, Encoder, Template
 from src.data.row_source import Sources
 from src.data.rows import Row
@@ -71,17 +71,16 @@ class TokenizedData(LightningDataModule):
         return self.batch_size
 
     def loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Batch]:
-        """Batches of this process (see :func:`src.data.batches.batch_loader`).
+        """Batches of this process (options: see :class:`src.data.batches.LengthBatches`).
 
         Raises:
             InputError: a row has more tokens than the model has learned positions.
         """
         self._check_positions(max((len(row.ids) for row in rows), default=0))
         rank, world = process_share(self.trainer)
-        pad = self.encoder.tokenizer.pad_token_id
-        return batch_loader(
-            rows, batch_size=self.rows_per_batch(world), pad_id=pad, rank=rank, world_size=world, **options
-        )
+        lengths = [len(row.ids) for row in rows]
+        sampler = LengthBatches(lengths, self.rows_per_batch(world), rank=rank, world_size=world, **options)
+        return DataLoader(EncodedRows(rows, self.encoder.tokenizer.pad_token_id), sampler=sampler, batch_size=None)
 
     def _check_positions(self, longest: int) -> None:
         """Stop where the longest row does not fit a table of positions; warn where it was not trained for as many."""
@@ -214,8 +213,7 @@ class ExpertData(TokenizedData):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of like length, the same number for every process."""
-        options = {"seed": self.seed, "window": self.window, "even": True, "epoch": self._epoch}
-        whole = self.loader(self.encoded["train"], **options)
+        whole = self.loader(self.encoded["train"], seed=self.seed, window=self.window, epoch=self._epoch)
         return ResumableLoader(whole.dataset, sampler=RemainingBatches(whole.sampler, self._done), batch_size=None)
 
     def _done(self) -> int:
@@ -226,4 +224,4 @@ class ExpertData(TokenizedData):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation row once."""
-        return self.loader(self.encoded["val"], even=True)
+        return self.loader(self.encoded["val"])

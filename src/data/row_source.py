@@ -76,6 +76,21 @@ def find_file(name: str, *folders: str) -> Path | None:
     return None
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that is none
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values")
+    return found
+
+
 def as_sources(value: Sources | None) -> list[RowSource]:
     """Normalise what a flag or YAML key gave into a list of sources; a YAML name becomes its mapping."""
     items = value if isinstance(value, list) else [] if value is None else [value]
@@ -114,10 +129,7 @@ def _named_source(name: str) -> RowSource:
     path = find_file(name, "configs", "configs/data")
     if path is None:
         raise InputError(f"{name}: no such file here or under configs/data; expected the YAML of a row source")
-    try:
-        return mapped_source(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
+    return mapped_source(read_yaml(path), str(path))
 
 
 def mapped_source(mapping: Any, place: str) -> RowSource:

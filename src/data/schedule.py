@@ -5,11 +5,11 @@ formed over all rows before anything is dealt out or left out, so a row meets th
 three, in one go or after an interruption, and its numbers are the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from src.data.batches import Batch, EncodedRows
 from src.data.chat import Encoded
@@ -133,16 +133,3 @@ class SuiteBatches(Dataset[SuiteBatch]):
     def __getitem__(self, step: Step) -> SuiteBatch:
         batch = self.suites[step.suite][(list(step.rows), step.weight)]
         return SuiteBatch(**vars(batch), model=step.model, suite=step.suite)
-
-
-class Steps(Sampler[Step]):
-    """The steps of this process, in order."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[Step]:
-        yield from self.steps
-
-    def __len__(self) -> int:
-        return len(self.steps)

@@ -3,7 +3,7 @@
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from datetime import date, time
 from math import isfinite
@@ -36,18 +36,13 @@ def load_rows(value: Sources | None, *, need_response: bool) -> list[Row]:
     Raises:
         InputError: nothing is there to read, a column is unknown, a row has no prompt or no answer.
     """
-    rows: list[Row] = []
-    for source in as_sources(value):
-        found = list(_rows_of(source, need_response and not source.answered))
-        if source.answered:
-            found = _answered(found, source)
-        rows += _select(found, source)
-    if not rows:
-        raise InputError("no rows: name at least one source of rows")
-    return rows
+    return _from_all(value, FIELDS, lambda source: _answered(source, need_response))
 
 
-def _answered(rows: list[Row], source: RowSource) -> list[Row]:
+def _answered(source: RowSource, need_response: bool) -> list[Row]:
+    rows = list(_rows_of(source, need_response and not source.answered))
+    if not source.answered:
+        return rows
     kept = [row for row in rows if row.response]
     if len(kept) < len(rows):
         log.info("%s: %d rows without an answer left out", source.path, len(rows) - len(kept))
@@ -65,20 +60,36 @@ def refuse_options(value: Sources | None, purpose: str, *names: str) -> None:
 R = TypeVar("R", bound=Row)
 
 
-def load_records(value: Sources | None, build: Callable[[RowSource, int, str, dict[str, Any]], R]) -> list[R]:
-    """Load rows of another kind: ``build(source, number, place, record)`` makes one; selection as in load_rows."""
-    rows: list[R] = []
+def load_records(
+    value: Sources | None, fields: Collection[str], build: Callable[[RowSource, int, str, dict[str, Any]], R]
+) -> list[R]:
+    """Load rows of another kind; selection as in load_rows.
+
+    Args:
+        value: One or several sources.
+        fields: What columns may be named for.
+        build: Makes a row: ``build(source, number, place, record)``.
+    """
     refuse_options(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight", "answered")
+    return _from_all(value, fields, lambda source: [build(source, *each) for each in _chosen(source)])
+
+
+def _from_all(value: Sources | None, fields: Collection[str], read: Callable[[RowSource], list[R]]) -> list[R]:
+    rows: list[R] = []
     for source in as_sources(value):
-        found = [
-            build(source, number, place, record)
-            for number, (place, record) in enumerate(_records(source))
-            if all(_column(record, key, place) == wanted for key, wanted in source.where.items())
-        ]
-        rows += _select(found, source)
+        if unknown := sorted(set(source.columns) - set(fields)):
+            raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; expected {', '.join(fields)}")
+        rows += _select(read(source), source)
     if not rows:
         raise InputError("no rows: name at least one source of rows")
     return rows
+
+
+def _chosen(source: RowSource) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, place and record of what ``where`` keeps."""
+    for number, (place, record) in enumerate(_records(source)):
+        if all(_column(record, key, place) == wanted for key, wanted in source.where.items()):
+            yield number, place, record
 
 
 def _select(rows: list[R], source: RowSource) -> list[R]:
@@ -102,8 +113,6 @@ def _select(rows: list[R], source: RowSource) -> list[R]:
 
 
 def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
-    if unknown := sorted(set(source.columns) - set(FIELDS)):
-        raise InputError(f"{source.path}: columns maps unknown field {unknown[0]!r}; expected {', '.join(FIELDS)}")
     remove = _pattern(source)
     answer = source.response
     if answer is not None:
@@ -113,9 +122,7 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             )
         source = replace(source, columns={**source.columns, "response": ""})
     _check_numbers(source)
-    for number, (place, record) in enumerate(_records(source)):
-        if any(_column(record, key, place) != value for key, value in source.where.items()):
-            continue
+    for number, place, record in _chosen(source):
         _check_texts(record, source, place)
         values = {name: _field(record, name, source, place) for name in FIELDS}
         if not values["prompt"]:
@@ -180,7 +187,7 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
         value = NAMED.sub(lambda match: _part(record, match, place), spec)
     else:
         value = _column(record, spec, place)
-    return category_text(None if _is_missing(value) else value) if name == "category" else _text(value).strip()
+    return _text(value).strip()
 
 
 def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:
@@ -193,9 +200,9 @@ def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Text of a column: nothing for a missing value, the names of the true flags for a mapping of flags."""
-    if isinstance(value, dict):
-        return ",".join(str(key) for key, on in value.items() if on)
+    """Text of a column: nothing for a missing value; lists and mappings of flags as categories are written."""
+    if isinstance(value, list | dict):
+        return category_text(value)
     return "" if _is_missing(value) else str(value)
 
 

@@ -103,6 +103,10 @@ class Suite:
             ),
             (code and self.judge is not None, "code is judged by its tests; leave out judge"),
             (code and not self.generate, "kind code needs generated answers; leave out generate"),
+            (
+                not (choice or code or self.generate or self.score),
+                "generate and score are both off; nothing would be measured",
+            ),
             (self.shots < 0, f"shots is {self.shots}; expected at least 0"),
             (
                 choice and bool(self.shots) != examples,

@@ -12,7 +12,7 @@ from src.data.chat import SHORTEST, Encoder, Template
 from src.data.choice_rows import ChoiceRow
 from src.data.modules import TokenizedData, process_share
 from src.data.rows import Row
-from src.data.schedule import Step, Steps, SuiteBatch, SuiteBatches, deal, even_batches, shared_beginning
+from src.data.schedule import Step, SuiteBatch, SuiteBatches, deal, even_batches, shared_beginning
 from src.data.suite import Suite
 from src.data.suite_tokens import LongRows, SuiteTokens, encode_choices, encode_code, encode_prompts
 from src.errors import InputError
@@ -176,7 +176,7 @@ class EvaluationData(TokenizedData):
         data = SuiteBatches(
             [self.tokens[suite.name].encoded for suite in self.suites], self.encoder.tokenizer.pad_token_id
         )
-        return DataLoader(data, sampler=Steps(self.steps), batch_size=None)
+        return DataLoader(data, sampler=self.steps, batch_size=None)
 
     def predict_dataloader(self) -> DataLoader[SuiteBatch]:
         """As for testing."""

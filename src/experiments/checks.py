@@ -63,8 +63,8 @@ def _check_rows(told: Sequence[Cell], todo: Sequence[Cell], recipe: Recipe) -> N
             try:
                 _read(cell.stage, rows)
             except InputError as error:
-                place = next((name for name, known in _named(recipe) if known == rows), _user(cell, todo))
-                raise InputError(f"{place}: {error}") from None
+                places = (name for name, known in _rows_of_recipe(recipe) if known == rows)
+                raise InputError(f"{next(places, _label_of_use(cell, todo))}: {error}") from None
 
 
 def _check_settings(told: Sequence[Cell], todo: Sequence[Cell], grid: Grid, seed: int) -> None:
@@ -76,9 +76,9 @@ def _check_settings(told: Sequence[Cell], todo: Sequence[Cell], grid: Grid, seed
             except _Taken:
                 continue
             except InputError as error:
-                other = f"{_user(cell, todo)}: settings of {cell.stage}"
-                place = next((f"{name}.settings" for name, own in _own(grid, seed) if _alike(own) == alike), other)
-                raise InputError(f"{place}: {error}") from None
+                other = f"{_label_of_use(cell, todo)}: settings of {cell.stage}"
+                places = (f"{name}.settings" for name, own in _cells_of_recipe(grid, seed) if _alike(own) == alike)
+                raise InputError(f"{next(places, other)}: {error}") from None
 
 
 def _rows(cell: Cell) -> Iterator[Rows]:
@@ -93,7 +93,7 @@ def _sources(value: Any) -> list[RowSource]:
     return [replace(source, seed=None) for source in sources(value)] if value is not None else []
 
 
-def _here(value: Any) -> list[RowSource]:
+def _local_sources(value: Any) -> list[RowSource]:
     """Sources whose file is here."""
     found = [(source, find_file(source.path)) for source in _sources(value)]
     return [source for source, path in found if path is not None and path.is_file()]
@@ -104,15 +104,16 @@ def _read(stage: str, rows: Rows) -> None:
     if isinstance(rows, RowSource):
         if stage == "fit":
             refuse_options(rows, "Fisher passes", "weight")
-        if _here(rows):
+        if _local_sources(rows):
             load_rows(rows, need_response=True)
         return
     options = {key: value for key, value in rows.items() if key not in ("judge", *SUITE_ROWS)}
     examples = rows.get("few_shot")
-    suite = Suite(**options, rows=[*_here(rows["rows"])], few_shot=None if examples is None else [*_sources(examples)])
+    few_shot: list[str | RowSource] | None = None if examples is None else [*_sources(examples)]
+    suite = Suite(**options, rows=[*_local_sources(rows["rows"])], few_shot=few_shot)
     if suite.rows:
         found = suite.load()
-        if suite.kind == "choice" and len(_here(examples)) == len(_sources(examples)):
+        if suite.kind == "choice" and len(_local_sources(examples)) == len(_sources(examples)):
             suite.worked(found)
 
 
@@ -147,7 +148,7 @@ def _steady(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not (key in seeds and isinstance(value, int))}
 
 
-def _named(recipe: Recipe) -> Iterator[tuple[str, Rows]]:
+def _rows_of_recipe(recipe: Recipe) -> Iterator[tuple[str, Rows]]:
     """Rows of a recipe with their places."""
     for name, spec in (("utility", recipe.utility), ("safety", recipe.safety), ("fisher", recipe.fisher)):
         for key in () if spec is None else ROWS["fisher" if name == "fisher" else "fit"]:
@@ -156,7 +157,7 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, Rows]]:
         yield "recipe.evaluation", plain(suite)
 
 
-def _own(grid: Grid, seed: int) -> Iterator[tuple[str, Cell]]:
+def _cells_of_recipe(grid: Grid, seed: int) -> Iterator[tuple[str, Cell]]:
     """Cells with the settings of a recipe alone, with their places."""
     recipe, safety = grid.recipe, grid.safety(seed)
     if recipe.utility is not None:
@@ -167,9 +168,9 @@ def _own(grid: Grid, seed: int) -> Iterator[tuple[str, Cell]]:
     yield "recipe.evaluation", grid.test(None, "base")
 
 
-def _user(cell: Cell, todo: Sequence[Cell]) -> str:
+def _label_of_use(cell: Cell, todo: Sequence[Cell]) -> str:
     """The label of what a cell is computed for: of a merge or an evaluation."""
     for other in todo:
         if cell.stage in ("fit", "fisher") and cell.key in [parent.key for parent in other.parents]:
-            return _user(other, todo)
+            return _label_of_use(other, todo)
     return cell.label

@@ -36,6 +36,7 @@ class Claims:
         self.folder, self.stale_after = folder, stale_after
         self.host, self.pid = socket.gethostname(), os.getpid()
         self._token = uuid.uuid4().hex
+        self._clock = folder / f".clock-{self.host}-{self.pid}"
         self._held: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -64,6 +65,7 @@ class Claims:
             self.release(key)
         if self._thread is not None:
             self._thread.join()
+        self._clock.unlink(missing_ok=True)
 
     def is_stale(self, key: str) -> bool:
         """Whether a claim exists and its owner is gone."""
@@ -80,9 +82,8 @@ class Claims:
 
     def now(self) -> float:
         """Time by the clock that stamps the folder's files: clocks of machines differ."""
-        probe = self.folder / f".clock-{self.host}-{self.pid}"
-        probe.write_text("")
-        return probe.stat().st_mtime
+        self._clock.write_text("")
+        return self._clock.stat().st_mtime
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.claim"
@@ -135,9 +136,8 @@ def _without_proc(pid: int) -> str | None:
     if Path("/proc/self").exists():
         return None
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
-        return "runs"
     return "runs"

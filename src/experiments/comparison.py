@@ -15,7 +15,6 @@ from src.experiments.document import (
     fronts,
     measure_cells,
     measure_columns,
-    number,
     table,
 )
 from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
@@ -26,12 +25,11 @@ from src.experiments.safety_tax import category_table, tax_rows, tax_table
 from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, not_finite
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import Claim, claims, claims_table, tally
-from src.experiments.store import Store
+from src.experiments.store import Record, Store
 from src.experiments.study import (
     REFERENCES,
     Plan,
     Study,
-    answered,
     check_names,
     curves,
     every_path,
@@ -109,32 +107,34 @@ class Comparison(Study):
     def report(self, plan: Plan, store: Store) -> Document:
         """Chosen strengths on test rows, claims, fronts, taxes, categories, costs."""
         points, notes = finished(plan.models, store)
-        known = records(points, store)
+        known, series = records(points, store), paths(points)
         split: dict[str, Any] = {"share": self.choice.share, "split_seed": self.choice.seed}
         validation = gathered(known, "validation", **split)
-        draws = draws_for(len(CLAIMED) * len(paths(points)))
+        draws = draws_for(len(CLAIMED) * len(series))
         test = gathered(known, "test", draws=draws, **split)
-        chosen = {m: chosen_point(validation, names, self.choice) for m, names in paths(points).items()}
+        chosen = {m: chosen_point(validation, names, self.choice) for m, names in series.items()}
         names = list(chosen.values())
-        made = self._claims(test, chosen)
+        ours = chosen.get(self.ours)
+        others = [name for method, name in chosen.items() if method != self.ours]
+        made = claims(test, ours, others, CLAIMED) if ours else []
         taxes = tax_rows(test, names)
-        lines = curves(paths(points), self.methods)
+        lines = curves(series, self.methods)
         equal = gaps(test, lines, self.ours)
         seeds = list(dict.fromkeys(model.seed for model in plan.models))
         apart = seed_gaps(known, seeds, lines, self.ours, split="test", **split)
         tables = [
             self._chosen_table(test, chosen),
-            claims_table(made, f"{chosen.get(self.ours, self.ours)} against the others (test rows)"),
+            claims_table(made, f"{ours or self.ours} against the others (test rows)"),
             equal_refusal_table(equal, self.ours),
             *seed_gaps_table(apart, self.ours, "test rows"),
             tax_table(taxes),
-            spread_table(points, names, split, store),
+            spread_table(points, known, names, split),
             category_table({name: known[name] for name in names}, "test", **split),
             overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
         return {
-            "summary": [*sentences(equal, self.ours), *summary(made, chosen.get(self.ours))],
+            "summary": [*sentences(equal, self.ours), *summary(made, ours)],
             "notes": [
                 *notes,
                 *plan.notes,
@@ -142,18 +142,11 @@ class Comparison(Study):
                 *further_note(plan.models),
                 *not_finite(known, "test", **split),
             ],
-            "fronts": fronts(test, paths(points), "test rows"),
-            "pencils": pencils({name: points[name] for method, name in chosen.items() if method == self.ours}, store),
+            "fronts": fronts(test, series, "test rows"),
+            "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,
             "examples": examples({name: points[name][0] for name in names}, store),
         }
-
-    def _claims(self, test: Mapping[Measure, Scores], chosen: Mapping[str, str]) -> list[Claim]:
-        """Ours against every other method and against base and experts; controls included."""
-        if self.ours not in chosen:
-            return []
-        others = [name for method, name in chosen.items() if method != self.ours]
-        return claims(test, chosen[self.ours], others, CLAIMED)
 
     def _chosen_table(self, test: Mapping[Measure, Scores], chosen: Mapping[str, str]) -> Document:
         controls = {method.name for method in self.methods if method.control}
@@ -162,12 +155,12 @@ class Comparison(Study):
             kind = "reference" if method in REFERENCES else "control" if method in controls else "method"
             rows.append({"model": name, "kind": kind} | measure_cells(test, name))
         columns = [column("model", "model"), column("kind", "kind"), *measure_columns(test)]
-        found = table("Chosen on validation rows, measured on test rows", columns, rows)
         competitors = [name for method, name in chosen.items() if method not in controls | set(REFERENCES)]
         positions = {name: i for i, name in enumerate(chosen.values())}
-        best = best_rows(test, competitors) if competitors else {}
+        found = best_rows(test, competitors) if competitors else {}
+        best = {key: positions[competitors[i]] for key, i in found.items()}
         note = "Bold: better than every other method with an interval of the difference that excludes 0."
-        return found | {"note": note, "best": {key: positions[competitors[i]] for key, i in best.items()}}
+        return table("Chosen on validation rows, measured on test rows", columns, rows, note=note, best=best)
 
     def _rule(self) -> str:
         rule = self.choice
@@ -214,20 +207,20 @@ def chosen_point(validation: Mapping[Measure, Scores], names: Sequence[str], cho
 
 
 def spread_table(
-    points: Mapping[str, Sequence[Model]], names: Sequence[str], split: Mapping[str, Any], store: Store
+    points: Mapping[str, Sequence[Model]],
+    known: Mapping[str, Sequence[Record]],
+    names: Sequence[str],
+    split: Mapping[str, Any],
 ) -> Document:
     """The chosen models seed by seed: how far training and calibration draws move the numbers."""
-    found = []
+    columns: list[dict[str, Any]] = []
+    rows = []
     for name in names:
-        for model in points[name]:
-            scores = gathered({name: [answered(model, store)]}, "test", **split)
-            found.append((name, model.seed, scores))
-    columns = [column("model", "model"), column("seed", "seed"), *(measure_columns(found[0][2]) if found else [])]
-    rows = [
-        {"model": name, "seed": seed} | {m: number(one.estimate(name)) for m, one in scores.items()}
-        for name, seed, scores in found
-    ]
-    return table("Seed by seed (test rows)", columns, rows)
+        for model, record in zip(points[name], known[name], strict=True):
+            scores = gathered({name: [record]}, "test", **split)
+            columns = columns or measure_columns(scores)
+            rows.append({"model": name, "seed": model.seed} | measure_cells(scores, name))
+    return table("Seed by seed (test rows)", [column("model", "model"), column("seed", "seed"), *columns], rows)
 
 
 def summary(made: Sequence[Claim], ours: str | None) -> list[str]:

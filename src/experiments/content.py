@@ -93,19 +93,14 @@ def sources(value: Any) -> list[RowSource]:
     return found
 
 
-def plain_source(source: RowSource) -> dict[str, Any]:
-    """A source without the options that it leaves at their defaults."""
-    found: dict[str, Any] = plain(source)
-    return found
-
-
 def source_content(source: RowSource) -> dict[str, Any]:
     """A source with its file replaced by a hash; a hub data set stays its name and revision."""
     path = find_file(source.path)
     looks_local = source.path.startswith((".", "/")) or Path(source.path).suffix in (".jsonl", *FILE_READERS)
     if path is None and looks_local:
         raise InputError(f"{source.path}: no such file; expected rows")
-    return plain_source(source) | ({} if path is None else {"path": _hash(path.resolve())})
+    found: dict[str, Any] = plain(source)
+    return found if path is None else found | {"path": _hash(path.resolve())}
 
 
 def base_content(name: str) -> str:
@@ -145,7 +140,7 @@ def count_rows(value: Any) -> int | None:
 
 def plain_sources(value: Any) -> list[dict[str, Any]]:
     """Sources as plain mappings."""
-    return [plain_source(source) for source in sources(value)]
+    return [plain(source) for source in sources(value)]
 
 
 def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any]]:
@@ -159,12 +154,12 @@ def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any
         seed: The study's seed.
         taken: Files that experts are trained on.
     """
-    return [plain_source(_shuffled_anew(s, seed) if _is_draw(s) and s.path not in taken else s) for s in sources(value)]
+    return [plain(_shuffled_anew(s, seed) if _is_draw(s) and s.path not in taken else s) for s in sources(value)]
 
 
 def all_redrawn(value: Any, seed: int) -> list[dict[str, Any]]:
     """Sources, of which all that have a seed are shuffled by another one: parts of one shuffled file stay apart."""
-    return [plain_source(s if s.seed is None else _shuffled_anew(s, seed)) for s in sources(value)]
+    return [plain(s if s.seed is None else _shuffled_anew(s, seed)) for s in sources(value)]
 
 
 def _shuffled_anew(source: RowSource, seed: int) -> RowSource:

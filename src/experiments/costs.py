@@ -58,11 +58,7 @@ def _peaks(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found | {"gpu_peak_mb": max(on_gpu)} if on_gpu else found
 
 
-def _peak_columns(rows: Sequence[dict[str, Any]]) -> list[Any]:
-    """Columns of the peaks; that of GPUs where a row has one, and the others say that they have none."""
-    columns = [column("peak_mb", "peak memory (MB)")]
-    if any("gpu_peak_mb" in row for row in rows):
-        columns.append(column("gpu_peak_mb", "peak GPU memory (MB)"))
-        for row in rows:
-            row.setdefault("gpu_peak_mb", "")
-    return columns
+def _peak_columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Columns of the peaks; that of GPUs where a row has one."""
+    on_gpu = any("gpu_peak_mb" in row for row in rows)
+    return [column("peak_mb", "peak memory (MB)")] + [column("gpu_peak_mb", "peak GPU memory (MB)")] * on_gpu

@@ -3,7 +3,8 @@
 A number that was measured is ``{value, low, high, n}``; everything else is text or a plain number.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from src.experiments.grid import Model
@@ -17,7 +18,7 @@ Document = dict[str, Any]
 
 def number(estimate: Estimate) -> dict[str, Any]:
     """A measured number."""
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+    return asdict(estimate)
 
 
 def column(key: str, label: str, better: bool | None = None) -> dict[str, Any]:
@@ -31,9 +32,15 @@ def column(key: str, label: str, better: bool | None = None) -> dict[str, Any]:
     return {"key": key, "label": label, "better": None if better is None else "higher" if better else "lower"}
 
 
-def measure_columns(scores: Mapping[Measure, Scores]) -> list[dict[str, Any]]:
-    """A column for each measure that was taken."""
-    return [column(measure, MEASURES[measure][0], MEASURES[measure][1]) for measure in scores]
+def measure_columns(measures: Iterable[Measure]) -> list[dict[str, Any]]:
+    """A column for each measure."""
+    return [column(measure, *MEASURES[measure]) for measure in measures]
+
+
+def axis(measure: Measure) -> dict[str, Any]:
+    """A measure as an axis of a front."""
+    label, more = MEASURES[measure]
+    return {"measure": measure, "label": label, "better": "higher" if more else "lower"}
 
 
 def measure_cells(scores: Mapping[Measure, Scores], model: str) -> dict[str, Any]:
@@ -60,8 +67,9 @@ def better(measure: Measure, difference: Estimate) -> int:
 
 
 def table(title: str, columns: Sequence[Any], rows: Sequence[Any], *, note: str = "", best: Any = None) -> Document:
-    """A table; ``best`` names for some columns the row to be set in bold."""
-    return {"title": title, "note": note, "columns": list(columns), "rows": list(rows), "best": best or {}}
+    """A table; cells that a row lacks are empty, and ``best`` names for some columns the row to be set in bold."""
+    whole = [{one["key"]: "" for one in columns} | row for row in rows]
+    return {"title": title, "note": note, "columns": list(columns), "rows": whole, "best": best or {}}
 
 
 def front(
@@ -76,21 +84,13 @@ def front(
         series: Method to its models, in the order of the path.
     """
     across, up = axes
-    labels = {
-        axis: {
-            "measure": measure,
-            "label": MEASURES[measure][0],
-            "better": "higher" if MEASURES[measure][1] else "lower",
-        }
-        for axis, measure in (("x", across), ("y", up))
-    }
     lines = []
     for name, models in series.items():
         points = [
             {"model": m, "x": number(scores[across].estimate(m)), "y": number(scores[up].estimate(m))} for m in models
         ]
         lines.append({"name": name, "points": points})
-    return {"title": title, **labels, "series": lines}
+    return {"title": title, "x": axis(across), "y": axis(up), "series": lines}
 
 
 def fronts(scores: Mapping[Measure, Scores], series: Mapping[str, Sequence[str]], where: str) -> list[Document]:

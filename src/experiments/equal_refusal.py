@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from src.experiments.document import Document, better, column, number, table
-from src.experiments.holm import holm
 from src.experiments.scores import MEASURES, Measure, Scores, two_sided_p
-from src.experiments.statements import holm_note
+from src.experiments.statements import holm, holm_note
 from src.metrics.bootstrap import ENDS, Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
@@ -60,23 +59,29 @@ def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], 
         curves: Method to the models of its path.
         ours: One of the methods.
     """
-    measures = [measure for measure in COSTS if measure in scores]
-    if ours not in curves or "refusal" not in scores or not measures:
+    if ours not in curves or "refusal" not in scores or not scores.keys() & COSTS:
         return []
     found = []
     for other in (name for name in curves if name != ours):
-        levels = shared_levels(scores["refusal"], curves[ours], curves[other])
-        both = curves[ours], curves[other]
-        parts = {
-            m: estimated(drawn_differences(scores["refusal"], scores[m], *both, levels), scores[m])
-            for m in (measures if len(levels) else ())
-        }
-        found.append((other, tuple(levels.tolist()), parts))
+        levels, drawn = differences(scores, curves[ours], curves[other])
+        found.append((other, levels, {m: estimated(one, scores[m]) for m, one in drawn.items()}))
     adjusted = iter(holm([p for *_, parts in found for _, p in parts.values()]))
     return [
         Gap(other, levels, {m: one for m, (one, _) in parts.items()}, {m: next(adjusted) for m in parts})
         for other, levels, parts in found
     ]
+
+
+def differences(
+    scores: Mapping[Measure, Scores], ours: Sequence[str], other: Sequence[str]
+) -> tuple[tuple[float, ...], dict[Measure, np.ndarray]]:
+    """The levels that two paths reach, and (1 + S,) mean differences there by measure; none without refusals."""
+    if "refusal" not in scores:
+        return (), {}
+    levels = shared_levels(scores["refusal"], ours, other)
+    measures = [m for m in COSTS if m in scores] if len(levels) else []
+    drawn = {m: drawn_differences(scores["refusal"], scores[m], ours, other, levels) for m in measures}
+    return tuple(levels.tolist()), drawn
 
 
 def meets(found: Sequence[Gap]) -> bool:
@@ -152,7 +157,7 @@ def equal_refusal_table(found: Sequence[Gap], ours: str, where: str = "test rows
         reached = f"{gap.levels[0]:.2f} – {gap.levels[-1]:.2f}" if gap.levels else "no common range"
         cells: dict[str, Any] = {measure: number(one) for measure, one in gap.differences.items()}
         cells |= {f"{measure}_holm": p for measure, p in gap.p_values.items()}
-        rows.append({one["key"]: "" for one in columns} | {"other": gap.other, "range": reached} | cells)
+        rows.append({"other": gap.other, "range": reached} | cells)
     claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
     count = sum(len(gap.p_values) for gap in found)
     note = holm_note(claimed, count, "differences whose interval excludes 0")

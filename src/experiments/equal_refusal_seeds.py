@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from src.experiments.document import Document, column, number, table
-from src.experiments.equal_refusal import COSTS, drawn_differences, estimated, shared_levels
-from src.experiments.scores import MEASURES, Measure, Scores, gathered
+from src.experiments.equal_refusal import COSTS, differences, estimated
+from src.experiments.scores import MEASURES, Measure, gathered
 from src.experiments.store import Record
 from src.metrics.bootstrap import Estimate
 
@@ -48,7 +48,7 @@ def seed_gaps(
     each = [gathered({name: [records[i]] for name, records in known.items()}, **split) for i in range(len(seeds))]
     found: list[Row] = []
     for other in (name for name in curves if name != ours):
-        own = [_of_seed(scores, curves[ours], curves[other]) for scores in each]
+        own = [differences(scores, curves[ours], curves[other]) for scores in each]
         found += [
             (other, str(seed), levels, {m: estimated(one, scores[m])[0] for m, one in drawn.items()})
             for seed, scores, (levels, drawn) in zip(seeds, each, own, strict=True)
@@ -61,28 +61,16 @@ def seed_gaps(
     return found
 
 
-def _of_seed(
-    scores: Mapping[Measure, Scores], ours: Sequence[str], other: Sequence[str]
-) -> tuple[tuple[float, ...], dict[Measure, np.ndarray]]:
-    """Levels that both paths reach on one seed, and (1 + S,) differences by measure."""
-    if "refusal" not in scores:
-        return (), {}
-    levels = shared_levels(scores["refusal"], ours, other)
-    measures = [m for m in COSTS if m in scores] if len(levels) else []
-    drawn = {m: drawn_differences(scores["refusal"], scores[m], ours, other, levels) for m in measures}
-    return tuple(levels.tolist()), drawn
-
-
 def seed_gaps_table(found: Sequence[Row], ours: str, where: str) -> list[Document]:
     """The differences as a table; none without several seeds that meet."""
-    measures = [m for m in COSTS if any(m in differences for *_, differences in found)]
+    measures = [m for m in COSTS if any(m in cells for *_, cells in found)]
     if not measures:
         return []
     columns = [column("other", f"{ours} against"), column("seed", "seed"), column("range", "refusal from – to")]
     columns += [column(m, f"{MEASURES[m][0]}, difference") for m in measures]
     rows = []
-    for other, seed, levels, differences in found:
+    for other, seed, levels, cells in found:
         reached = f"{levels[0]:.2f} – {levels[-1]:.2f}" if levels else "" if seed == MEAN else "no common range"
-        cells: dict[str, Any] = {m: number(differences[m]) if m in differences else "" for m in measures}
-        rows.append({"other": other, "seed": seed, "range": reached} | cells)
+        row: dict[str, Any] = {"other": other, "seed": seed, "range": reached}
+        rows.append(row | {m: number(one) for m, one in cells.items()})
     return [table(f"{ours} at equal refusal, seed by seed ({where})", columns, rows, note=NOTE)]

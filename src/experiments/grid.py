@@ -24,7 +24,8 @@ class Model:
     """One model of a study: a point of a method's path.
 
     Attributes:
-        method: The method's name, or ``base``, ``utility``, ``safety``.
+        method: The method's name (``TIES (8)`` where it merges so many experts), or ``base``, ``utility``, ``safety``,
+            ``expert NAME``.
         strength: Its strength; nothing for models without one.
         seed: The seed of everything that went in.
         test: The cell with its evaluation.
@@ -56,7 +57,7 @@ class Grid:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._of_its_own = recipe.redraw == "experts"
+        self._redraws_experts = recipe.redraw == "experts"
 
     def expert(self, spec: ExpertSpec, seed: int, label: str, over: Mapping[str, Any] | None = None) -> Cell:
         """Training of an expert."""
@@ -64,7 +65,7 @@ class Grid:
 
     def rows(self, value: Any, seed: int) -> list[dict[str, Any]]:
         """Rows that an expert of this seed is trained on, or chosen by."""
-        return all_redrawn(value, seed) if self._of_its_own else plain_sources(value)
+        return all_redrawn(value, seed) if self._redraws_experts else plain_sources(value)
 
     def fit(
         self,
@@ -87,7 +88,7 @@ class Grid:
             "model": {"base": plain_base(self.recipe.base)},
             "data": {"train": train, "val": self.rows(spec.val, seed), "seed": seed},
         }
-        if self._of_its_own:
+        if self._redraws_experts:
             fixed["model"]["seed"] = int(digest([own, seed])[:7], 16)
         settings = layered(layered(lower, fixed), over)
         for key in over.get("data", {}).keys() & {"train", "val"}:
@@ -122,7 +123,8 @@ class Grid:
         if spec is None:
             raise InputError("recipe.fisher: a method of this study needs Fisher files; name their rows")
         lower = layered(read_config(spec.config), spec.settings)
-        lower["model"] = {key: value for key, value in lower["model"].items() if key not in ("utility", "safety")}
+        model = lower.get("model") or {}
+        lower["model"] = {key: value for key, value in model.items() if key not in ("utility", "safety")}
         rows = {"safety": plain_sources(spec.safety), "utility": plain_sources(spec.utility)}
         fixed = {"model": {"base": plain_base(self.recipe.base), "seed": seed}, "data": rows}
         settings = layered(layered(lower, fixed), over)
@@ -136,7 +138,7 @@ class Grid:
 
     def drawn_anew(self, rows: Any, seed: int) -> list[dict[str, Any]]:
         """Calibration rows of this seed; files that experts are trained on keep their parts."""
-        if self._of_its_own:
+        if self._redraws_experts:
             return all_redrawn(rows, seed)
         specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
         taken = {source.path for spec in specs for part in (spec.train, spec.val) for source in sources(part)}

@@ -29,7 +29,7 @@ from src.experiments.plain_settings import plain
 from src.experiments.point_names import with_count
 from src.experiments.settings import ExpertSpec, MethodSpec
 from src.experiments.store import Store
-from src.experiments.study import Plan, Study, check_names, finished, left_out
+from src.experiments.study import Plan, Study, check_names, finished, left_out, of_methods
 from src.experiments.tasks import Task, read_tasks
 
 
@@ -137,23 +137,20 @@ class Interference(Study):
 
     def report(self, plan: Plan, store: Store) -> Document:
         """Normalised performance by method and number, its slope and variance, sizes, angles, refusal, costs."""
-        known = [model for model in plan.models if store.has_result(model.test)]
         # Means over other seeds, which merge other tasks, do not compare: a merge is shown with all of its seeds.
         whole, notes = finished([model for model in plan.models if model.experts is not None], store)
         merged = [model for seeds in whole.values() for model in seeds]
         single = [model for model in plan.models if model.experts is None]
-        notes += left_out([model.test.label for model in single if model not in known], len(single))
+        done = [model for model in single if store.has_result(model.test)]
+        notes += left_out([model.test.label for model in single if model not in done], len(single))
         alone = {
             (model.method.removeprefix("expert "), model.seed): store.read(model.test)
-            for model in known
+            for model in done
             if model.method.startswith("expert ")
         }
         kept = [found for model in merged if (found := kept_of(model, alone, store)) is not None]
         scores = safety_scores(merged, store)
         geometry = {i: store.read(cell) for i, cell in enumerate(plan.others) if store.has_result(cell)}
-        methods: dict[str, list[Model]] = {}
-        for model in merged:
-            methods.setdefault(model.method, []).append(model)
         shown = {model.test.label: model for model in merged if model.seed == merged[0].seed}
         return {
             "summary": summary(kept, scores),
@@ -165,7 +162,7 @@ class Interference(Study):
                 task_table(kept),
                 size_table(merged, store),
                 *geometry_table(geometry),
-                cost_table(methods, store),
+                cost_table(of_methods(whole), store),
             ],
             "examples": examples(shown, store),
         }

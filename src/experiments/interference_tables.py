@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from src.experiments.document import Document, column, number, table
+from src.experiments.document import Document, axis, column, measure_columns, number, table
 from src.experiments.grid import Model
 from src.experiments.kept import Kept, mean_kept, on_shared_tasks, slope
 from src.experiments.point_names import method_and_strength, name_and_experts, of_experts
-from src.experiments.scores import MEASURES, Measure, Scores, gathered
+from src.experiments.scores import Measure, Scores, gathered
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate
 
@@ -64,7 +64,7 @@ def performance_table(kept: Sequence[Kept], scores: Points) -> Document:
     if several:
         columns.append(column("shared", "kept of the tasks in all merges", True))
     columns += [column("variance", "variance over tasks", False)]
-    columns += [column(m, MEASURES[m][0], MEASURES[m][1]) for m in measures]
+    columns += measure_columns(measures)
     note = (
         "Score of the merge over the score of each task's own expert, mean over tasks and seeds. Merges of more "
         "experts hold other tasks as well: numbers of experts compare on the tasks that all of them hold."
@@ -117,17 +117,21 @@ def size_table(models: Sequence[Model], store: Store) -> Document:
 
 
 def geometry_table(records: Mapping[int, Record]) -> list[Document]:
-    """Cosines and principal angles between the experts (and the safety expert, last), seed by seed."""
+    """Cosines and principal angles between the experts (and the safety expert, last), draw by draw.
+
+    Args:
+        records: Position of a draw of the study to the comparison of its adapters.
+    """
     columns = [column("seed", "draw"), column("cosine", "mean cosine of updates"), column("columns", "column spaces")]
     columns += [column("rows", "row spaces"), column("safety", "column spaces, experts and safety")]
     rows = []
-    for seed, record in records.items():
+    for draw, record in records.items():
         found = record["found"]
         last = len(found["adapters"]) - 1
         pairs = [(i, j) for i in range(last) for j in range(i)]
         row = {key: sum(found[name][i][j] for i, j in pairs) / len(pairs) for key, name in MATRICES.items()}
         with_safety = sum(found["columns"][last][i] for i in range(last)) / last
-        rows.append({"seed": seed} | row | {"safety": with_safety})
+        rows.append({"seed": draw} | row | {"safety": with_safety})
     note = (
         "Means over pairs of experts; for spaces the mean squared cosine of the principal angles (1: one in the other)."
         " With recipe.redraw calibration row spaces are mostly those of the adapter that all trainings begin with."
@@ -156,8 +160,7 @@ def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
         lines = _lines(
             known, lambda seeds: number(refusal[of_experts(seeds[0].method, seeds[0].count)]), by_number=several
         )
-        across = {"measure": "refusal", "label": MEASURES["refusal"][0], "better": "higher"}
-        found.append({"title": "Refusal against performance kept", "x": across, "y": KEPT, "series": lines})
+        found.append({"title": "Refusal against performance kept", "x": axis("refusal"), "y": KEPT, "series": lines})
     return found
 
 

@@ -6,6 +6,7 @@ a few numbers: at most ``POINTS`` eigenvalues, the held-out curve, and the share
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from src.experiments.cell import Cell
@@ -117,7 +118,6 @@ def overlap_table(methods: Mapping[str, Sequence[Model]], store: Store) -> Docum
 
 
 def _overlap_cells(known: Mapping[str, Any]) -> dict[str, Any]:
-    angles = sorted(known["angles"])
-    middle = (angles[(len(angles) - 1) // 2] + angles[len(angles) // 2]) / 2
-    ends = {"least": angles[0], "median": middle, "greatest": angles[-1]}
-    return ends | {key: known[key] for key in ("directions", "shared", "chance", "spearman")}
+    angles = known["angles"]
+    spread = {"least": min(angles), "median": median(angles), "greatest": max(angles)}
+    return spread | {key: known[key] for key in ("directions", "shared", "chance", "spearman")}

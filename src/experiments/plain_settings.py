@@ -5,12 +5,9 @@ What is left at its default is left out, so a new option of a command changes no
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from src.data.row_source import find_file
+from src.data.row_source import find_file, read_yaml
 from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.metrics.judging import Judge
@@ -79,10 +76,9 @@ def read_config(name: str) -> dict[str, Any]:
     """A command's YAML, found as on the command line, without its output.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it holds no mapping.
     """
-    path: Path | None = find_file(name, "configs")
+    path = find_file(name, "configs")
     if path is None:
         raise InputError(f"{name}: no such file here or under configs/")
-    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {key: value for key, value in found.items() if key not in ("output", "overwrite")}
+    return {key: value for key, value in read_yaml(path).items() if key not in ("output", "overwrite")}

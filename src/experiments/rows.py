@@ -4,12 +4,12 @@ Rows are kept because every later question is a paired one: intervals of differe
 over seeds. A row is known by the beginning of its prompt's hash.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.data.row_source import find_file
+from src.data.rows import read_jsonl
 from src.data.sources import load_rows
 from src.experiments.content import sources
 from src.metrics.flags import FLAGS
@@ -62,10 +62,13 @@ def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
 
 
 def by_suite(folder: Path, suites: Sequence[str]) -> dict[str, Any]:
-    """Rows and examples of every suite of one model's answers."""
+    """Rows and examples of every suite of one model's answers.
+
+    Raises:
+        InputError: a file of answers is missing, empty or broken.
+    """
     found: dict[str, Any] = {"rows": {}, "examples": {}}
     for suite in suites:
-        text = (folder / f"{suite}.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line]
+        rows = [row for _, row in read_jsonl(folder / f"{suite}.jsonl")]
         found["rows"][suite], found["examples"][suite] = compact(rows), examples(rows)
     return found

@@ -155,17 +155,10 @@ def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
         return "No model gained safety beyond chance against the utility expert, so no safety tax is defined."
     paying = [row for row in defined if row["loss"]["low"] > EQUAL]
     rest = len(defined) - len(paying)
-    found = f"{len(defined)} of {len(taxes)} points gained safety beyond chance. "
-    if paying:
-        names = ", ".join(row["model"] for row in paying)
-        ratios = [row["tax"]["value"] for row in paying]
-        found += (
-            f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} per "
-            "safety gained"
-        )
-        found += "." if not rest else "; at "
-    else:
-        found += "At "
-    if rest:
-        found += f"{rest} no loss is shown on {defined[0]['loss']['n']} rows, which does not prove that there is none."
-    return found
+    head = f"{len(defined)} of {len(taxes)} points gained safety beyond chance."
+    unsure = f"{rest} no loss is shown on {defined[0]['loss']['n']} rows, which does not prove that there is none."
+    if not paying:
+        return f"{head} At {unsure}"
+    names, ratios = ", ".join(row["model"] for row in paying), [row["tax"]["value"] for row in paying]
+    lost = f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} per"
+    return f"{head} {lost} safety gained; at {unsure}" if rest else f"{head} {lost} safety gained."

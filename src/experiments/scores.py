@@ -5,6 +5,7 @@ difference is a paired one. Legend of shapes: N rows, M models, S bootstrap draw
 """
 
 import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -230,22 +231,20 @@ def not_finite(
     records: Mapping[str, Sequence[Record]], split: Split = "all", *, share: float = 0.5, split_seed: int = 0
 ) -> list[str]:
     """A note for each measure that :func:`gathered` leaves out, as rows of a split have scores that are not finite."""
-    bad: dict[Measure, dict[str, int]] = {}
+    bad: dict[Measure, Counter[str]] = defaultdict(Counter)
     for model, given in records.items():
         for record in given:
             reports = record.get("reports", frozenset())
             for measure, scores in row_scores(record).items():
                 rows = [row for row, score in scores.items() if not isfinite(score)]
-                count = sum(in_split(row, split, share=share, seed=split_seed, reports=reports) for row in rows)
-                if not count:
-                    continue
-                models = bad.setdefault(measure, {})
-                models[model] = models.get(model, 0) + count
+                if count := sum(in_split(row, split, share=share, seed=split_seed, reports=reports) for row in rows):
+                    bad[measure][model] += count
     return [
         f"{MEASURES[measure][0]}: left out, as some scores are not finite numbers ("
-        + ", ".join(f"{model}: {count}" for model, count in models.items())
+        + ", ".join(f"{model}: {count}" for model, count in bad[measure].items())
         + ")."
-        for measure, models in sorted(bad.items(), key=lambda one: list(MEASURES).index(one[0]))
+        for measure in MEASURES
+        if measure in bad
     ]
 
 

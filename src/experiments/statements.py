@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.experiments.document import Document, better, column, number, table
-from src.experiments.holm import holm
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
@@ -64,6 +63,19 @@ def claims(
         Claim(first, other, measure, scores[measure].difference(first, other), p, adjusted)
         for (measure, other), p, adjusted in zip(found, p_values, holm(p_values), strict=True)
     ]
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Adjusted p-values, in the order given (S. Holm, 1979): the chance of any false claim among m is below the level.
+
+    p̃_(i) = max over j ≤ i of min(1, (m − j + 1) p_(j)),   p_(1) ≤ … ≤ p_(m)
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 def claims_table(found: Sequence[Claim], title: str) -> Document:

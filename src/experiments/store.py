@@ -1,16 +1,15 @@
 """Where cells are kept: results as small JSON files to commit, weights in a working folder, failures beside them."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from src.errors import check_keys
 from src.experiments.cell import Cell, digest
-from src.files import PROJECT, read_json, write_json, write_text
+from src.files import read_json, write_json, write_text
+from src.provenance import code_hash
 
 WHOLE = "cell.json"
 """File of a weights folder that is written last: a folder that has one is whole."""
@@ -138,10 +137,6 @@ class Store:
         return self.work / "failures" / f"{cell.key}.json"
 
 
-@cache
 def source_hash() -> str:
     """Hash of this project's source: provenance, no part of a key (a comment would undo a night's work)."""
-    digest = hashlib.sha256()
-    for path in sorted((PROJECT / "src").rglob("*.py")):
-        digest.update(str(path.relative_to(PROJECT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return code_hash(("**/*.py",))[:16]

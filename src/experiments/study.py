@@ -19,7 +19,7 @@ REFERENCES = ("base", "utility", "safety")
 
 @dataclass(frozen=True)
 class Plan:
-    """The models of a study, cells beside them (comparisons of adapters, experts alone), and what a page must say."""
+    """The models of a study, cells beside them (comparisons of adapters), and what a page must say."""
 
     models: Sequence[Model]
     others: Sequence[Cell] = field(default_factory=tuple)

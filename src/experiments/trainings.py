@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell
-from src.experiments.content import count_rows, plain_source, plain_sources, sources
+from src.experiments.content import count_rows, plain_sources, sources
 from src.experiments.plain_settings import at_path, layered, plain
 from src.experiments.settings import SAFETY_ROWS, MethodSpec, Recipe
 from src.merge.combinations.concatenate import Concatenate
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 def trained(grid: "Grid", spec: MethodSpec, seed: int) -> list[tuple[float, Cell]]:
     """Adapters of a method that trains: strength and cell."""
-    spec.check()
     return [(value, _trained(grid, spec, value, seed)) for value in spec.strength.values]
 
 
@@ -88,11 +87,11 @@ def _drawn(rows: Any, limit: int | None, seed: int) -> list[dict[str, Any]]:
     """
     found = sources(rows)
     if limit is None:
-        return [plain_source(source) for source in found]
+        return [plain(source) for source in found]
     share = [limit // len(found) + (i < limit % len(found)) for i in range(len(found))]
     drawn = [
         replace(s, seed=seed if s.seed is None else s.seed, limit=n if s.limit is None else min(n, s.limit))
         for s, n in zip(found, share, strict=True)
         if n
     ]
-    return [plain_source(source) for source in drawn]
+    return [plain(source) for source in drawn]

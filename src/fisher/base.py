@@ -12,7 +12,7 @@ Legend of shapes: D coordinates, P vectors, p and q sides of a module's core, H 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ Representation = Literal["lowrank", "block", "kronecker", "diagonal", "magnitude
 Shapes = Mapping[str, tuple[int, int]]
 """(p, q) of each module in the order of the coordinates; the sides (O, I) of the weight in weight coordinates."""
 
-Self = TypeVar("Self", bound="Fisher")
+Kind = TypeVar("Kind", bound="Fisher")
 
 
 class Fisher(ABC):
@@ -56,7 +56,11 @@ class Fisher(ABC):
         """(D, D) matrix in float64, for tests and small problems."""
 
     @abstractmethod
-    def halves(self: Self, seed: int) -> tuple[Self, Self] | None:
+    def diagonal(self) -> torch.Tensor:
+        """(D,) diagonal in float64, without the matrix."""
+
+    @abstractmethod
+    def halves(self, seed: int) -> tuple[Self, Self] | None:
         """The Fisher matrices of two disjoint halves of the rows; None where they can't be told apart.
 
         Args:
@@ -64,7 +68,7 @@ class Fisher(ABC):
         """
 
     @abstractmethod
-    def row_halves(self: Self) -> tuple[Self, Self] | None:
+    def row_halves(self) -> tuple[Self, Self] | None:
         """The matrices of both halves by row id (:func:`src.fisher.accumulate.row_half`), whatever the representation.
 
         What else was measured on the same rows, such as mean scores, falls into the same halves. None where a half is
@@ -77,16 +81,16 @@ class Fisher(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls: type[Self], tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, shapes: Shapes, count: int) -> Self:
         """The inverse of :meth:`tensors`."""
 
     @classmethod
     @abstractmethod
-    def pooled(cls: type[Self], fishers: Sequence[Self], shares: Sequence[float]) -> Self:
+    def pooled(cls, fishers: Sequence[Self], shares: Sequence[float]) -> Self:
         """``Σ share_i F_i`` for shares that sum to 1."""
 
 
-def weighted_mean(fishers: Sequence[Self], weights: Sequence[float]) -> Self:
+def weighted_mean(fishers: Sequence[Kind], weights: Sequence[float]) -> Kind:
     """The weighted mean ``Σ w_i F_i / Σ w_i`` of Fisher matrices of several data sets, in the same representation.
 
     Exact but for ``kronecker``, whose factors are averaged: the Kronecker approximation of the pooled examples.
@@ -138,11 +142,20 @@ class ModuleFisher(Fisher):
     def module_product(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """(P, p·q) products of a module's block with vectors (P, p·q)."""
 
+    def module_block(self, name: str) -> torch.Tensor:
+        """(p·q, p·q) block of a module."""
+        p, q = self.shapes[name]
+        return self.module_product(name, torch.eye(p * q, dtype=torch.float64))
+
+    def module_diagonal(self, name: str) -> torch.Tensor:
+        """(p·q,) diagonal of a module's block."""
+        return self.module_block(name).diagonal()
+
     @abstractmethod
-    def half(self: Self, index: int) -> Self:
+    def half(self, index: int) -> Self:
         """The matrix of one half of the examples."""
 
-    def checked(self: Self, count: int) -> Self:
+    def checked(self, count: int) -> Self:
         """The matrix itself, if it is of so many examples.
 
         Raises:
@@ -171,18 +184,20 @@ class ModuleFisher(Fisher):
         return torch.stack([(part * self.module_product(name, part)).sum(1) for name, part in parts]).sum(0)
 
     def dense(self) -> torch.Tensor:
-        """(D, D) matrix, for tests."""
-        sides = {name: torch.eye(p * q, dtype=torch.float64) for name, (p, q) in self.shapes.items()}
-        return torch.block_diag(*(self.module_product(name, side) for name, side in sides.items()))
+        """(D, D) matrix in float64, for tests and small problems."""
+        return torch.block_diag(*(self.module_block(name) for name in self.shapes))
 
-    def halves(self: Self, seed: int) -> tuple[Self, Self] | None:
+    def diagonal(self) -> torch.Tensor:
+        """(D,) diagonal."""
+        return torch.cat([self.module_diagonal(name) for name in self.shapes])
+
+    def halves(self, seed: int) -> tuple[Self, Self] | None:
         """Both halves, as they were split by row id in the pass; None where one half was kept or is empty."""
-        counts = self.counts  # type: ignore[attr-defined]
-        if len(counts) < 2 or not bool((counts > 0).all()):
+        if len(self.counts) < 2 or not bool((self.counts > 0).all()):
             return None
-        return self.half(0), self.half(1)  # type: ignore[attr-defined]
+        return self.half(0), self.half(1)
 
-    def row_halves(self: Self) -> tuple[Self, Self] | None:
+    def row_halves(self) -> tuple[Self, Self] | None:
         """Both halves: the pass has split them by row id."""
         return self.halves(0)
 

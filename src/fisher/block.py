@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from src.fisher.accumulate import Allocate, zeros
-from src.fisher.base import Shapes
 from src.fisher.scores import core_score
 from src.fisher.summed import SummedAccumulator, SummedFisher
 
@@ -26,24 +24,23 @@ class BlockFisher(SummedFisher):
         """Shape of one half's sum of a module."""
         return (p * q, p * q)
 
-    def block(self, name: str) -> torch.Tensor:
+    def module_block(self, name: str) -> torch.Tensor:
         """(p·q, p·q) block of a module."""
         return self.mean(name)
 
     def module_trace(self, name: str) -> float:
         """Trace of a module's block."""
-        return self.block(name).trace().item()
+        return self.module_block(name).trace().item()
 
     def module_product(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """(P, p·q) products of a module's block."""
-        return vectors @ self.block(name)
+        return vectors @ self.module_block(name)
 
 
 class BlockAccumulator(SummedAccumulator[BlockFisher]):
     """Accumulates :class:`BlockFisher`; Gram matrices in float64."""
 
-    def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        super().__init__(shapes, BlockFisher, halves=halves, allocate=allocate)
+    kind = BlockFisher
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
         """Add one module of a backward pass."""

@@ -10,12 +10,10 @@ Legend of shapes: N examples, T tokens, p and q sides of a core (O and I of a we
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 
-from src.fisher.accumulate import Allocate, zeros
-from src.fisher.base import Shapes
 from src.fisher.scores import core_score
 from src.fisher.summed import SummedAccumulator, SummedFisher
 
@@ -47,10 +45,6 @@ class DiagonalFisher(PerCoordinate):
         """(p·q,) diagonal of a module's block."""
         return self.mean(name)
 
-    def diagonal(self) -> torch.Tensor:
-        """(D,) diagonal."""
-        return torch.cat([self.module_diagonal(name) for name in self.shapes])
-
     def module_product(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """(P, p·q) products of a module's block."""
         return vectors * self.module_diagonal(name)
@@ -61,13 +55,6 @@ Means = TypeVar("Means", bound=PerCoordinate)
 
 class CoordinateAccumulator(SummedAccumulator[Means]):
     """Accumulates a mean per coordinate; scores are formed a few examples at a time."""
-
-    kind: ClassVar[type[PerCoordinate]]
-    """What is accumulated."""
-
-    def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
-        kind: type[Means] = self.kind  # type: ignore[assignment]
-        super().__init__(shapes, kind, halves=halves, allocate=allocate)
 
     @abstractmethod
     def measure_(self, scores: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,13 @@ Legend of shapes: N examples, T tokens, p and q sides of a core (O and I of a we
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 
 from src.fisher.accumulate import Accumulator, Allocate, zeros
 from src.fisher.base import ModuleFisher, Shapes, check_shape, halves_of, pooling_factors
-from src.fisher.summed import sum_of
 
 ROUNDING = 1e-5
 """Output gradients under this share of the example's largest count as zero, in every format of numbers."""
@@ -55,6 +56,11 @@ class KroneckerFisher(ModuleFisher):
         a, b = self.factors(name)
         return (a @ vectors.view(-1, *self.shapes[name]) @ b).flatten(1)
 
+    def module_diagonal(self, name: str) -> torch.Tensor:
+        """(p·q,) diagonal of a module's block."""
+        a, b = self.factors(name)
+        return torch.outer(a.diagonal(), b.diagonal()).flatten()
+
     def half(self, index: int) -> "KroneckerFisher":
         """The matrix of one half of the examples."""
         chosen = slice(index, index + 1)
@@ -82,9 +88,9 @@ class KroneckerFisher(ModuleFisher):
     def pooled(cls, fishers: Sequence["KroneckerFisher"], shares: Sequence[float]) -> "KroneckerFisher":
         """The Kronecker approximation of the pooled examples: factors are averaged, not their products."""
         factors = list(zip(pooling_factors(fishers, shares), fishers, strict=True))
-        counts = sum_of(factor * f.counts for factor, f in factors)
+        counts = reduce(add, (factor * f.counts for factor, f in factors))
         kinds = (
-            {n: sum_of(factor * getattr(f, kind)[n] for factor, f in factors) for n in fishers[0].shapes}
+            {n: reduce(add, (factor * getattr(f, kind)[n] for factor, f in factors)) for n in fishers[0].shapes}
             for kind in ("left", "right", "tokens")
         )
         return cls(fishers[0].shapes, counts, *kinds)

@@ -16,8 +16,7 @@ import torch
 
 from src.fisher.accumulate import row_half
 from src.fisher.base import Fisher, Shapes
-from src.fisher.columns import column_blocks
-from src.fisher.score_tables import StackedTables, Table, release, rows_of
+from src.fisher.score_tables import StackedTables, Table, column_blocks, release, rows_of
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,12 @@ class LowRankFisher(Fisher):
         return self._times(vectors).square().sum(0) / self.total
 
     def dense(self) -> torch.Tensor:
-        """(D, D) matrix, for tests."""
+        """(D, D) matrix in float64, for tests and small problems."""
         return self.factor().T @ self.factor()
+
+    def diagonal(self) -> torch.Tensor:
+        """(D,) diagonal."""
+        return torch.cat([block.square().sum(0) for _, block in self.blocks()]) / self.total
 
     def subset(self, examples: torch.Tensor) -> "LowRankFisher":
         """The Fisher of some of the examples ((k,) int64 positions), which shares these scores."""

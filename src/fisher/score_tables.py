@@ -9,7 +9,7 @@ Legend of shapes: M rows, D coordinates.
 import json
 import mmap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,10 @@ import torch
 LENGTH = 8
 """Bytes at the start of a safetensors file that hold the length of its directory."""
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
+COLUMNS = 8192
+"""Greatest width of a column block that is widened to float64."""
+WIDE_ENTRIES = 2**24
+"""Entries of such a block (128 MiB), however many rows there are."""
 
 
 class Table(Protocol):
@@ -105,6 +109,13 @@ def rows_of(table: Table, chosen: torch.Tensor | None, columns: slice) -> torch.
     """Chosen rows of a column block, or all: a view where the table is one tensor and no rows are chosen."""
     block = table[:, columns]
     return block if chosen is None else block[chosen]
+
+
+def column_blocks(rows: int, dim: int) -> Iterator[slice]:
+    """Slices of the coordinates whose blocks of so many rows are small enough to be widened: they bound a product."""
+    width = max(64, min(COLUMNS, WIDE_ENTRIES // max(1, rows)))
+    for start in range(0, dim, width):
+        yield slice(start, min(start + width, dim))
 
 
 def release(table: Table) -> None:

@@ -85,18 +85,11 @@ class Shards:
         names = [path.stem.split("-") for path in self.folder.glob(f"{rank:05d}-*.safetensors")]
         return {int(number) for _, number in names if self.read(rank, int(number)) is not None}
 
-    def of(self, rank: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Sound shards of a process, in the order of steps."""
-        yield from self._sound(f"{rank:05d}-*")
-
-    def all(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Sound shards of all processes, in the order of processes and steps."""
-        yield from self._sound("*-*")
-
-    def _sound(self, pattern: str) -> Iterator[dict[str, torch.Tensor]]:
-        for path in sorted(self.folder.glob(f"{pattern}.safetensors")):
-            rank, number = path.stem.split("-")
-            tensors = self.read(int(rank), int(number))
+    def of(self, rank: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Sound shards of a process, in the order of steps; unset means all processes, in their order."""
+        process = "*" if rank is None else f"{rank:05d}"
+        for path in sorted(self.folder.glob(f"{process}-*.safetensors")):
+            tensors = self.read(*map(int, path.stem.split("-")))
             if tensors is not None:
                 yield tensors
 
@@ -112,7 +105,7 @@ def join_scores(shards: Shards, rows: int) -> LowRankFisher:
     Raises:
         InputError: a row is missing or occurs in two shards, such as when processes don't share the folder.
     """
-    parts = [part for part in shards.all() if "scores" in part]
+    parts = [part for part in shards.of() if "scores" in part]
     found = [(part["keys"], part["counts"].sum().item(), part["scores"]) for part in parts]
     keys = torch.cat([keys for keys, _, _ in found]) if found else torch.zeros(0, 2, dtype=torch.int64)
     count = round(sum(count for _, count, _ in found))

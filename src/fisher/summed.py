@@ -6,6 +6,8 @@ Legend of shapes: H halves of the examples; the rest of a sum's shape is its rep
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -58,16 +60,8 @@ class SummedFisher(ModuleFisher):
         """``Σ share_i F_i``."""
         factors = list(zip(pooling_factors(fishers, shares), fishers, strict=True))
         counts = torch.stack([factor * f.counts for factor, f in factors]).sum(0)
-        names = fishers[0].sums
-        return cls(fishers[0].shapes, counts, {n: sum_of(factor * f.sums[n] for factor, f in factors) for n in names})
-
-
-def sum_of(tensors: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors, one at a time."""
-    total = next(tensors)
-    for tensor in tensors:
-        total = total + tensor
-    return total
+        sums = {name: reduce(add, (factor * f.sums[name] for factor, f in factors)) for name in fishers[0].sums}
+        return cls(fishers[0].shapes, counts, sums)
 
 
 Summed = TypeVar("Summed", bound=SummedFisher)
@@ -78,23 +72,17 @@ class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
 
     Args:
         shapes: (p, q) of each module.
-        kind: What is accumulated.
         halves: Keep the two halves of the rows apart.
         allocate: Where sums live.
     """
 
-    def __init__(
-        self,
-        shapes: Shapes,
-        kind: type[Summed],
-        *,
-        halves: bool = True,
-        allocate: Allocate = zeros,
-    ) -> None:
+    kind: type[Summed]
+    """What is accumulated."""
+
+    def __init__(self, shapes: Shapes, *, halves: bool = True, allocate: Allocate = zeros) -> None:
         super().__init__(shapes, halves=halves)
-        self._kind, kept = kind, len(self.counts)
         self._sums = {
-            name: allocate(f"{kind.representation}.{name}", (kept, *kind.entry(p, q)))
+            name: allocate(f"{self.kind.representation}.{name}", (len(self.counts), *self.kind.entry(p, q)))
             for name, (p, q) in self.shapes.items()
         }
 
@@ -104,4 +92,4 @@ class SummedAccumulator(Accumulator[Summed], Generic[Summed]):
 
     def finish(self) -> Summed:
         """The Fisher matrix."""
-        return self._kind(self.shapes, self.counts, self._sums)
+        return self.kind(self.shapes, self.counts, self._sums)

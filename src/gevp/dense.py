@@ -12,12 +12,12 @@ Rules for awkward inputs, here and in every solver:
   With a right side of condition κ, eigenvalues carry an error of about κ · 1e-16 relative to the largest.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import scipy.linalg
 import torch
 
-from src.fisher.base import Fisher
-from src.gevp.eigensystem import condition
 from src.gevp.factored import FactoredSystem, Factors
 from src.gevp.pencil import Pencil
 
@@ -51,10 +51,10 @@ def whitened_eigh(
     return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
 
-def ridged(fisher: Fisher | None, ridge: float, dim: int) -> torch.Tensor:
-    """(D, D) dense ``F + ridge · I``; None is the zero matrix."""
-    identity = ridge * torch.eye(dim, dtype=torch.float64)
-    return identity if fisher is None else fisher.dense() + identity
+def plus_ridge(matrix: torch.Tensor | None, ridge: float, size: int) -> torch.Tensor:
+    """(n, n) ``matrix + ridge · I``; None is the zero matrix."""
+    identity = ridge * torch.eye(size, dtype=torch.float64)
+    return identity if matrix is None else matrix + identity
 
 
 def extremes(matrix: torch.Tensor) -> tuple[float, float]:
@@ -63,17 +63,27 @@ def extremes(matrix: torch.Tensor) -> tuple[float, float]:
     return values[0].item(), values[-1].item()
 
 
+def solved_blocks(pencil: Pencil, blocks: Iterable[Sequence[torch.Tensor]]) -> FactoredSystem:
+    """The solution of a pencil of block-diagonal matrices.
+
+    Args:
+        pencil: What is solved.
+        blocks: Both sides (n, n) of each block, with their ridges.
+
+    Raises:
+        ValueError: the right side is not positive definite.
+    """
+    one = torch.ones(1, 1, dtype=torch.float64)
+    values, factors, ends = [], [], []
+    for left, right in blocks:
+        value, vectors = whitened_eigh(left, right)
+        values.append(value)
+        factors.append(Factors(vectors, right @ vectors, one, one))
+        ends.append([extremes(left), extremes(right)])
+    return FactoredSystem.of(pencil, values, factors, ends)
+
+
 def solve_dense(pencil: Pencil) -> FactoredSystem:
     """Solve a pencil of any representations as one dense problem of size D: O(D³) time, O(D²) memory."""
-    left, right = (
-        ridged(side, ridge, pencil.dim) for side, ridge in ((pencil.left, pencil.sigma), (pencil.right, pencil.epsilon))
-    )
-    values, vectors = whitened_eigh(left, right)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    return FactoredSystem.of(
-        pencil,
-        [values],
-        [Factors(vectors, right @ vectors, one, one)],
-        left_condition=condition(*extremes(left), pencil.dim),
-        right_condition=condition(*extremes(right), pencil.dim),
-    )
+    whole = [plus_ridge(None if side is None else side.dense(), ridge, pencil.dim) for side, ridge in pencil.sides]
+    return solved_blocks(pencil, [whole])

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from src.fisher.base import Fisher
-from src.fisher.diagonal import DiagonalFisher
-from src.gevp.block import common_shapes
 from src.gevp.eigensystem import Eigensystem, condition
-from src.gevp.pencil import Pencil
+from src.gevp.pencil import Pencil, common_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +39,12 @@ class DiagonalSystem(Eigensystem):
 
 
 def solve_diagonal(pencil: Pencil) -> DiagonalSystem:
-    """Solve the pencil of two :class:`DiagonalFisher`; a side that is None is its ridge alone.
+    """Solve the pencil of two :class:`src.fisher.diagonal.DiagonalFisher`; a side that is None is its ridge alone.
 
     Raises:
         ValueError: the modules differ.
     """
-    sides = [side for side in (pencil.left, pencil.right) if side is not None]
-    common_shapes(sides)
-    left = _diagonal(pencil.left, pencil.dim) + pencil.sigma
-    right = _diagonal(pencil.right, pencil.dim) + pencil.epsilon
+    common_shapes(pencil.left, pencil.right)
+    left, right = pencil.diagonals()
     values, order = (left / right).clamp_min(0.0).sort(descending=True, stable=True)
     return DiagonalSystem(pencil=pencil, values=values, left=left, right=right, order=order)
-
-
-def _diagonal(fisher: Fisher | None, dim: int) -> torch.Tensor:
-    if isinstance(fisher, DiagonalFisher):
-        return fisher.diagonal()
-    return torch.zeros(dim, dtype=torch.float64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from src.gevp.eigensystem import Eigensystem, unrounded
+from src.gevp.eigensystem import Eigensystem, condition, unrounded
 from src.gevp.pencil import Pencil
 
 
@@ -51,14 +51,22 @@ class FactoredSystem(Eigensystem):
         pencil: Pencil,
         values: Sequence[torch.Tensor],
         factors: list[Factors],
-        *,
-        left_condition: float | None,
-        right_condition: float | None,
+        ends: Sequence[Sequence[tuple[float, float]]],
     ) -> "FactoredSystem":
-        """Rank the eigenvalues ((a·b,) of each module, row-major) together."""
+        """Rank the eigenvalues of all modules together.
+
+        Args:
+            pencil: What was solved.
+            values: Eigenvalues of each module, a·b of them, row-major.
+            factors: Eigenvectors of each module.
+            ends: Least and greatest eigenvalue of the left side of each module, and of its right side.
+        """
         flat = unrounded(torch.cat([v.reshape(-1) for v in values]), pencil)
         ranked, order = flat.sort(descending=True, stable=True)
-        known = {"left": left_condition, "right": right_condition}
+        known = {
+            name: condition(min(low for low, _ in side), max(high for _, high in side), pencil.dim)
+            for name, side in zip(("left", "right"), zip(*ends, strict=True), strict=True)
+        }
         return cls(pencil=pencil, values=ranked, factors=factors, order=order, known_conditions=known)
 
     def _shapes(self) -> list[tuple[int, int]]:

@@ -66,7 +66,7 @@ def ridged(fisher: Fisher | None, ridge: float) -> Ridged:
         ValueError: the representation is no matrix.
     """
     if fisher is None:
-        (low, high), inverse = (0.0, 0.0), _of_zero(ridge)
+        (low, high), inverse = _of_diagonal(torch.zeros(1, dtype=torch.float64), ridge)
     elif isinstance(fisher, LowRankFisher):
         (low, high), inverse = _of_scores(fisher, ridge)
     elif isinstance(fisher, DiagonalFisher):
@@ -76,10 +76,6 @@ def ridged(fisher: Fisher | None, ridge: float) -> Ridged:
     else:
         raise ValueError(f"representation {fisher.representation}: expected lowrank, block, kronecker or diagonal")
     return Ridged(ridged_product(fisher, ridge), inverse, low + ridge, high + ridge)
-
-
-def _of_zero(ridge: float) -> Product:
-    return lambda vector: vector.double() / ridge
 
 
 def _of_diagonal(entries: torch.Tensor, ridge: float) -> Found:
@@ -117,6 +113,6 @@ def _bases(fisher: BlockFisher | KroneckerFisher) -> Iterator[tuple[torch.Tensor
     """Eigenbases (a, a) and (b, b) of each module and its eigenvalues (a, b)."""
     one = torch.ones(1, 1, dtype=torch.float64)
     for name in fisher.shapes:
-        sides = fisher.factors(name) if isinstance(fisher, KroneckerFisher) else (fisher.block(name), one)
+        sides = fisher.factors(name) if isinstance(fisher, KroneckerFisher) else (fisher.module_block(name), one)
         (alpha, left), (beta, right) = (torch.linalg.eigh((side + side.T) / 2) for side in sides)
         yield left, right, torch.outer(alpha.clamp_min(0.0), beta.clamp_min(0.0))

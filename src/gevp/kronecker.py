@@ -16,11 +16,9 @@ import torch
 
 from src.fisher.base import Fisher
 from src.fisher.kronecker import KroneckerFisher
-from src.gevp.block import common_shapes
 from src.gevp.dense import extremes, whitened_eigh
-from src.gevp.eigensystem import condition
 from src.gevp.factored import FactoredSystem, Factors
-from src.gevp.pencil import Pencil
+from src.gevp.pencil import Pencil, common_shapes
 
 
 def ridged_factors(
@@ -46,18 +44,13 @@ def solve_kronecker(pencil: Pencil) -> FactoredSystem:
     Raises:
         ValueError: the modules differ, or the right side is not positive definite.
     """
-    sides = [side for side in (pencil.left, pencil.right) if side is not None]
-    values, factors = [], []
-    ranges: list[list[tuple[float, float]]] = [[], []]
-    for name, shape in common_shapes(sides).items():
-        a_s, b_s = ridged_factors(pencil.left, name, shape, pencil.sigma)
-        a_u, b_u = ridged_factors(pencil.right, name, shape, pencil.epsilon)
+    values, factors, ends = [], [], []
+    for name, shape in common_shapes(pencil.left, pencil.right).items():
+        (a_s, b_s), (a_u, b_u) = both = [ridged_factors(side, name, shape, ridge) for side, ridge in pencil.sides]
         alpha, left = whitened_eigh(a_s, a_u)
         beta, right = whitened_eigh(b_s, b_u)
         values.append(torch.outer(alpha.clamp_min(0.0), beta.clamp_min(0.0)))
         factors.append(Factors(left, a_u @ left, right, b_u @ right))
-        for side, (a, b) in enumerate(((a_s, b_s), (a_u, b_u))):
-            (low_a, high_a), (low_b, high_b) = extremes(a), extremes(b)
-            ranges[side].append((max(low_a, 0.0) * max(low_b, 0.0), high_a * high_b))
-    conditions = [condition(min(lo for lo, _ in r), max(hi for _, hi in r), pencil.dim) for r in ranges]
-    return FactoredSystem.of(pencil, values, factors, left_condition=conditions[0], right_condition=conditions[1])
+        pairs = [(extremes(a), extremes(b)) for a, b in both]
+        ends.append([(max(a[0], 0.0) * max(b[0], 0.0), a[1] * b[1]) for a, b in pairs])
+    return FactoredSystem.of(pencil, values, factors, ends)

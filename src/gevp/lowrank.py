@@ -126,10 +126,7 @@ def lowrank_system(pencil: Pencil) -> LowRankSystem:
     first = int((spectrum <= SPAN_TOLERANCE * spectrum[-1]).sum())
     spectrum, q = spectrum[first:], q[:, first:]
     parts = iter([_Side(part, trace) for part, trace in zip(q.split(stack.rows), traces, strict=True)])
-    left, right = (
-        replace(_Side() if fisher is None else next(parts), ridge=ridge)
-        for fisher, ridge in ((pencil.left, pencil.sigma), (pencil.right, pencil.epsilon))
-    )
+    left, right = (replace(_Side() if fisher is None else next(parts), ridge=ridge) for fisher, ridge in pencil.sides)
     values, vectors = whitened_eigh(left.matrix(spectrum), right.matrix(spectrum), overwrite=True)
     return LowRankSystem(
         pencil=pencil,

@@ -31,7 +31,6 @@ from src.gevp.filters import MORE, Soft, TopCut
 from src.gevp.inverse import Product, Ridged, ridged, ridged_product
 from src.gevp.iterations import TOLERANCE, conjugate_gradients, leading_eigenpairs
 from src.gevp.krylov import KrylovSpace
-from src.gevp.overlap import diagonal
 from src.gevp.pencil import Pencil
 
 STEPS = 256
@@ -151,16 +150,10 @@ class MatrixFreeExpansion(Expansion):
             return self._space.combine(coefficients)
         if tau not in self._direct:
             left, right = self.system.left, self.system.right.product
-            jacobi = _diagonals(self.system.pencil) @ torch.tensor([1.0, tau], dtype=torch.float64)
+            diagonals = torch.stack(self.system.pencil.diagonals(), 1)
+            jacobi = diagonals @ torch.tensor([1.0, tau], dtype=torch.float64)
             self._direct[tau] = conjugate_gradients(lambda v: left(v) + tau * right(v), left(self.outside), jacobi)
         return self._direct[tau]
-
-
-def _diagonals(pencil: Pencil) -> torch.Tensor:
-    """(D, 2) diagonals of F_s + σI and F_u + εI."""
-    sides = ((pencil.left, pencil.sigma), (pencil.right, pencil.epsilon))
-    zero = torch.zeros(pencil.dim, dtype=torch.float64)
-    return torch.stack([(zero if fisher is None else diagonal(fisher)) + ridge for fisher, ridge in sides], 1)
 
 
 def without_eigenpairs(pencil: Pencil) -> MatrixFreeSystem:

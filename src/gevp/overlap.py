@@ -18,7 +18,7 @@ from src.fisher.base import Fisher, ModuleFisher
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.fisher.lowrank import LowRankFisher
-from src.gevp.block import common_shapes
+from src.gevp.pencil import common_shapes
 from src.gevp.stack import ScoreStack
 
 DIRECTIONS = 16
@@ -63,7 +63,7 @@ def overlap(safety: Fisher, utility: Fisher, directions: int = DIRECTIONS) -> di
         "angles": cosines.acos().rad2deg().tolist(),
         "shared": cosines.square().mean().item(),
         "chance": max(product.shape) / safety.dim,
-        "spearman": spearman(diagonal(safety), diagonal(utility)),
+        "spearman": spearman(safety.diagonal(), utility.diagonal()),
     }
 
 
@@ -73,20 +73,6 @@ def spearman(one: torch.Tensor, two: torch.Tensor) -> float | None:
     a, b = (rank - rank.mean() for rank in ranks)
     norm = (a.norm() * b.norm()).item()
     return (a @ b).item() / norm if norm > 0 else None
-
-
-def diagonal(fisher: Fisher) -> torch.Tensor:
-    """(D,) diagonal of a Fisher matrix, without the matrix."""
-    if isinstance(fisher, LowRankFisher):
-        return torch.cat([block.square().sum(0) for _, block in fisher.blocks()]) / fisher.total
-    if isinstance(fisher, DiagonalFisher):
-        return fisher.diagonal()
-    if isinstance(fisher, KroneckerFisher):
-        factors = (fisher.factors(name) for name in fisher.shapes)
-        return torch.cat([torch.outer(a.diagonal(), b.diagonal()).flatten() for a, b in factors])
-    if isinstance(fisher, ModuleFisher):
-        return torch.cat([_block(fisher, name).diagonal() for name in fisher.shapes])
-    raise ValueError(f"representation {fisher.representation}: expected a known one")
 
 
 def _lowrank_product(safety: LowRankFisher, utility: LowRankFisher, directions: int) -> torch.Tensor:
@@ -100,7 +86,7 @@ def _lowrank_product(safety: LowRankFisher, utility: LowRankFisher, directions: 
 
 def _module_product(safety: ModuleFisher, utility: ModuleFisher, directions: int) -> torch.Tensor:
     """E_sᵀE_u where every eigenvector lies within a module."""
-    shapes = common_shapes([safety, utility])
+    shapes = common_shapes(safety, utility)
     sides = [{name: _module_leading(fisher, name, directions) for name in shapes} for fisher in (safety, utility)]
     kept = [_largest(side, directions) for side in sides]
     parts = [kept[0][name].T @ kept[1][name] for name in shapes]
@@ -131,15 +117,9 @@ def _module_leading(fisher: ModuleFisher, name: str, directions: int) -> Pairs:
         values, where = products.topk(min(directions, len(products)))
         first, second = where // len(beta), where % len(beta)
         return values, (a[:, None, first] * b[None, :, second]).flatten(0, 1)
-    values, vectors = torch.linalg.eigh(_block(fisher, name))
+    block = fisher.module_block(name)
+    values, vectors = torch.linalg.eigh((block + block.T) / 2)
     return values.flip(0)[:directions], vectors.flip(1)[:, :directions]
-
-
-def _block(fisher: ModuleFisher, name: str) -> torch.Tensor:
-    """(p·q, p·q) block of a module, symmetric."""
-    p, q = fisher.shapes[name]
-    block = fisher.module_product(name, torch.eye(p * q, dtype=torch.float64))
-    return (block + block.T) / 2
 
 
 def _leading(matrix: torch.Tensor, directions: int) -> Pairs:

@@ -8,7 +8,9 @@ Legend: D coordinates.
 from dataclasses import dataclass
 from typing import Literal
 
-from src.fisher.base import Fisher
+import torch
+
+from src.fisher.base import Fisher, ModuleFisher
 
 PencilControl = Literal["none", "safety_only", "utility_only", "swapped"]
 
@@ -32,6 +34,28 @@ class Pencil:
     epsilon: float
     dim: int
     trace_ratio: float
+
+    @property
+    def sides(self) -> tuple[tuple[Fisher | None, float], tuple[Fisher | None, float]]:
+        """Matrix and ridge of the left side, and of the right one."""
+        return (self.left, self.sigma), (self.right, self.epsilon)
+
+    def diagonals(self) -> list[torch.Tensor]:
+        """Diagonals (D,) of F_s + σI and of F_u + εI."""
+        zero = torch.zeros(self.dim, dtype=torch.float64)
+        return [(zero if fisher is None else fisher.diagonal()) + ridge for fisher, ridge in self.sides]
+
+
+def common_shapes(*sides: Fisher | None) -> dict[str, tuple[int, int]]:
+    """(p, q) of each module of both sides, of which one may be None.
+
+    Raises:
+        ValueError: the modules differ.
+    """
+    first, *others = [side.shapes for side in sides if isinstance(side, ModuleFisher)]
+    if any(list(shapes.items()) != list(first.items()) for shapes in others):
+        raise ValueError("F_s and F_u are of different modules; measure both in one run")
+    return first
 
 
 def checked_trace(name: str, fisher: Fisher) -> float:
@@ -68,9 +92,8 @@ def make_pencil(
         raise ValueError(f"rho is {rho}; expected a number above 0")
     if not 0 <= rho_s < float("inf"):
         raise ValueError(f"rho_s is {rho_s}; expected a number of at least 0")
-    traces = checked_trace("safety", safety), checked_trace("utility", utility)
-    left, right = (utility, safety) if control == "swapped" else (safety, utility)
-    (trace_l, trace_r), dim = traces[:: -1 if control == "swapped" else 1], safety.dim
+    dim, sides = safety.dim, [(safety, checked_trace("safety", safety)), (utility, checked_trace("utility", utility))]
+    (left, trace_l), (right, trace_r) = reversed(sides) if control == "swapped" else sides
     return Pencil(
         left=None if control == "utility_only" else left,
         right=None if control == "safety_only" else right,

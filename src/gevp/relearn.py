@@ -23,7 +23,7 @@ Legend of shapes: N scores of all three matrices, D coordinates.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import lru_cache
 
 import torch
 
@@ -31,7 +31,6 @@ from src.fisher.base import Fisher
 from src.fisher.lowrank import LowRankFisher
 from src.gevp.iterations import conjugate_gradients
 from src.gevp.kronecker_ridge import KroneckerRidge
-from src.gevp.overlap import diagonal
 from src.gevp.stack import ScoreStack
 
 SHORTEST = 0.99
@@ -155,49 +154,38 @@ def _within(steps: _Steps, low: float, high: float, radius: float) -> tuple[floa
 
     It is looked for by norms alone where they are cheap, and by the steps themselves where what that finds is not it.
     """
+    at = lru_cache(maxsize=1)(steps.at)  # the last step alone: each is (D,)
     if steps.norm is not None:
-        norm = steps.norm
-        sigma = low if norm(low) <= radius else _shortened(lambda s: (norm(s), None), low, high, radius)[0]
-        step = steps.at(sigma)
-        if step.norm() <= radius and (sigma == low or step.norm() >= SHORTEST * radius):
-            return sigma, step
-    step = steps.at(low)
-    return (low, step) if step.norm() <= radius else _shortened(_with_norm(steps.at), low, high, radius)
+        sigma = _fitting(steps.norm, low, high, radius)
+        length = at(sigma).norm()
+        if length <= radius and (sigma == low or length >= SHORTEST * radius):
+            return sigma, at(sigma)
+    sigma = _fitting(lambda s: at(s).norm().item(), low, high, radius)
+    return sigma, at(sigma)
 
 
-def _with_norm(at: Callable[[float], torch.Tensor]) -> Callable[[float], tuple[float, torch.Tensor]]:
-    def both(sigma: float) -> tuple[float, torch.Tensor]:
-        step = at(sigma)
-        return step.norm().item(), step
-
-    return both
-
-
-Found = TypeVar("Found")
-
-
-def _shortened(
-    tried: Callable[[float], tuple[float, Found]], low: float, high: float, radius: float
-) -> tuple[float, Found]:
-    """The σ between a too small and a large enough one whose step is SHORTEST to 1 times the radius, and that step.
+def _fitting(norm: Callable[[float], float], low: float, high: float, radius: float) -> float:
+    """The least σ if its step is no longer than the radius, else one whose step is SHORTEST to 1 times the radius.
 
     A step shrinks as σ grows, and at ‖target‖/radius it is short enough, the matrices being positive semi-definite.
 
     Args:
-        tried: From σ to the norm of its step, and the step.
-        low: A σ whose step is too long.
+        norm: From σ to the norm of its step.
+        low: The least σ.
         high: A σ whose step is short enough.
         radius: Longest step.
     """
-    norm, step = tried(high)
-    while norm < SHORTEST * radius and high > (1 + 1e-9) * low:
+    if norm(low) <= radius:
+        return low
+    length = norm(high)
+    while length < SHORTEST * radius and high > (1 + 1e-9) * low:
         middle = (low * high) ** 0.5
-        length, other = tried(middle)
-        if length > radius:
+        tried = norm(middle)
+        if tried > radius:
             low = middle
         else:
-            high, norm, step = middle, length, other
-    return high, step
+            high, length = middle, tried
+    return high
 
 
 def _steps(problem: RelearnProblem, target: torch.Tensor) -> _Steps:
@@ -208,7 +196,7 @@ def _steps(problem: RelearnProblem, target: torch.Tensor) -> _Steps:
     shrink = problem.shrink
     sides = [(fisher, weight**0.5) for fisher, weight in problem.terms if isinstance(fisher, LowRankFisher)]
     if len(sides) < len(problem.terms):
-        whole = torch.stack([weight * diagonal(fisher) for fisher, weight in problem.terms]).sum(0) + shrink
+        whole = torch.stack([weight * fisher.diagonal() for fisher, weight in problem.terms]).sum(0) + shrink
         return _Steps(lambda sigma: conjugate_gradients(replace(problem, sigma=sigma).product, target, whole + sigma))
     stack = ScoreStack([fisher for fisher, _ in sides], [weight for _, weight in sides])
     gram, inner, square = stack.gram(), stack.times(target), target.square().sum()

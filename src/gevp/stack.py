@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from src.fisher.columns import column_blocks
 from src.fisher.lowrank import LowRankFisher
+from src.fisher.score_tables import column_blocks
 
 ROWS = 512
 """Rows of a tile of the Gram matrix: only tiles on and above the diagonal are multiplied out."""

@@ -13,7 +13,7 @@ from src.data.chat import NO_THOUGHTS, TODAY, dated, text_ids, without_thought
 from src.errors import InputError
 from src.judges.model_judge import ModelJudge, positions
 from src.judges.templates import COMPLIANCE, Question, check_least
-from src.metrics.judging import Judgement, Property
+from src.metrics.judging import CUT, Judgement, Property
 
 log = logging.getLogger(__name__)
 LEAST = 0.1
@@ -102,7 +102,7 @@ class Causal(ModelJudge):
         self._chat_template = dated(self._tokenizer.get_chat_template()) if self.chat else None
         self._words = self._first_tokens()
         if self.conversation:
-            self._check_conversation()
+            self._find_form()
         self._limit = min(self.max_length, positions(model))
         self._model = self._placed(model, device)
 
@@ -133,8 +133,12 @@ class Causal(ModelJudge):
         form = {"chat_template": self._chat_template, "tokenize": False, "add_generation_prompt": True}
         return without_thought(self._tokenizer.apply_chat_template(messages, **form, **NO_THOUGHTS))
 
-    def _check_conversation(self) -> None:
-        """Find out whether the template reads turns as strings or as lists of parts (Llama Guard 3's small ones)."""
+    def _find_form(self) -> None:
+        """Find out whether the template reads turns as strings or as lists of parts (Llama Guard 3's small ones).
+
+        Raises:
+            InputError: in neither form it holds both.
+        """
         turns = {"user": "[[QUESTION]]", "assistant": "[[ANSWER]]"}
         for in_parts in (False, True):
             self._in_parts = in_parts
@@ -166,7 +170,7 @@ class Causal(ModelJudge):
                 words,
                 likely / len(rows),
             )
-        cut = ["cut" if len(ids) > self._limit else "" for ids in rows]
+        cut = [CUT if len(ids) > self._limit else "" for ids in rows]
         return [Judgement(score > 0.5, score, note) for score, note in zip(scores, cut, strict=True)]
 
     def _yes(self, rows: list[list[int]]) -> tuple[list[float], float]:

@@ -8,7 +8,7 @@ import torch
 from src.errors import InputError
 from src.judges.model_judge import ModelJudge, positions
 from src.judges.templates import check_least, check_template, filled
-from src.metrics.judging import Judgement, Property
+from src.metrics.judging import CUT, Judgement, Property
 
 
 class Classifier(ModelJudge):
@@ -116,5 +116,5 @@ class Classifier(ModelJudge):
         else:
             positive = scores > 0.5 if self._apart else probabilities.argmax(-1) == self._place
         whole = self._tokenizer(texts, verbose=False).input_ids
-        cut = ["cut" if len(ids) > self._limit else "" for ids in whole]
+        cut = [CUT if len(ids) > self._limit else "" for ids in whole]
         return [Judgement(*each) for each in zip(positive.tolist(), scores.tolist(), cut, strict=True)]

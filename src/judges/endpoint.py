@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from src.errors import InputError
 from src.judges.templates import COMPLIANCE, Question, check_least
-from src.metrics.judging import UNDECIDED, Judge, Judgement, Property, Unfinished
+from src.metrics.judging import UNDECIDED, Judge, Judgement, Property, Unfinished, is_undecided
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may pass."""
@@ -86,7 +86,7 @@ class Endpoint(Judge):
 
     def stands(self, verdict: Mapping[str, Any]) -> bool:
         """An answer that was counted although the endpoint would not decide is asked again where that is to stop."""
-        return self.undecided == "negative" or not str(verdict.get("reply", "")).startswith(UNDECIDED)
+        return self.undecided == "negative" or not is_undecided(verdict.get("reply"))
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.

@@ -16,7 +16,7 @@ from src.metrics.agreement import count_pairs, kappa
 from src.metrics.categories import category_text, each_category, named_categories
 from src.metrics.collapse import is_collapsed
 from src.metrics.counters import FlagRate, share
-from src.metrics.judging import UNDECIDED, Judge, Judgement, check_finds
+from src.metrics.judging import Judge, Judgement, check_finds, reservations
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def _judged_files(source: Path, judge: Judge, folder: Path, cache: Path, device:
             rows = [row for _, row in _rows(path)]
             verdicts = _verdicts(rows, judge, store, device)
             record["files"][name] = _shares(rows, verdicts, judge)
-            lines = [json.dumps(row | {"verdict": v}, ensure_ascii=False) + "\n" for row, v in _with(rows, verdicts)]
-            write_text(new / f"{name}.jsonl", "".join(lines))
+            whole = (row | {"verdict": vars(verdict)} for row, verdict in zip(rows, verdicts, strict=True))
+            write_text(new / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in whole))
         write_json(new / "judged.json", record)
     for name, summary in record["files"].items():
         one = summary[NAMES[judge.finds]]
@@ -116,10 +116,6 @@ def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge, store: Path | Verdic
     return judged(judge, prompts, answers, folder=store, device=device)
 
 
-def _with(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    return [(row, dict(vars(verdict))) for row, verdict in zip(rows, verdicts, strict=True)]
-
-
 def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge: Judge) -> dict[str, Any]:
     """Shares of positive verdicts and of collapsed answers, and how many answers a model judged in part only.
 
@@ -133,14 +129,7 @@ def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge
         rate = FlagRate(each_category(named))
         rate.update(each, named or None)
         found[name] = rate.summary()
-    return found | _reservations(verdicts)
-
-
-def _reservations(verdicts: Sequence[Judgement]) -> dict[str, int]:
-    """Verdicts on a part of an answer, and those that a judge would not give, where there are any."""
-    cut = sum(verdict.reply == "cut" for verdict in verdicts)
-    undecided = sum(verdict.reply.startswith(UNDECIDED) for verdict in verdicts)
-    return ({"cut": cut} if cut else {}) | ({"undecided": undecided} if undecided else {})
+    return found | reservations(verdict.reply for verdict in verdicts)
 
 
 def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, Any]:
@@ -156,7 +145,7 @@ def _agreement(path: Path, judge: Judge, cache: Path, device: str) -> dict[str, 
         "accuracy": share(pairs.both + pairs.neither, pairs.total),
         "kappa": {"value": value, "interval": [low, high], "n": pairs.total} if value == value else None,  # noqa: PLR0124
         "pairs": {"both": pairs.both, "judge only": pairs.first, "human only": pairs.second, "neither": pairs.neither},
-    } | _reservations(verdicts)
+    } | reservations(verdict.reply for verdict in verdicts)
 
 
 def _label(row: dict[str, Any], judge: Judge, place: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
-from src.metrics.judging import UNDECIDED, Judge, Judgement, Unfinished, judgements
+from src.metrics.judging import Judge, Judgement, Unfinished, is_undecided, judgements
 
 CHUNK = 64
 """Answers judged between two writes."""
@@ -32,7 +32,8 @@ class Verdicts:
         for path in sorted(folder.glob(f"verdicts-{key}.*.jsonl")):
             for line in read_lines(path):
                 # Several processes write: what one would not decide another may have decided, before or later.
-                if not (_undecided(line["value"]) and line["item"] in self._known):
+                undecided = isinstance(line["value"], dict) and is_undecided(line["value"].get("reply"))
+                if not (undecided and line["item"] in self._known):
                     self._known[line["item"]] = line["value"]
 
     def mapped(
@@ -76,10 +77,6 @@ class Verdicts:
         if values:
             append_lines(self.path, [{"item": name, "value": value} for name, value in values.items()])
             self._known |= values
-
-
-def _undecided(value: Any) -> bool:
-    return isinstance(value, dict) and str(value.get("reply", "")).startswith(UNDECIDED)
 
 
 def _name(item: Sequence[str]) -> str:

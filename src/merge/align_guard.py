@@ -12,7 +12,7 @@ from src.adapters.deltas import Delta, Deltas, combined, squared_norm
 from src.errors import InputError
 from src.fisher.lowrank import LowRankFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import share
+from src.merge.ranges import share
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from src.adapters.base_weights import BaseWeights, open_base, samples
 from src.adapters.checks import revision_for
 from src.adapters.constant_input import without_bias
-from src.adapters.convert import weight_difference
+from src.adapters.convert import weight_difference, weight_key
 from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, Adapter, read_adapter
@@ -89,16 +89,18 @@ def _warn_of_strangers(aligned: BaseWeights, base: BaseWeights, modules: list[st
 
     By a sample of each module's weights. Two models of one architecture have equal shapes, so only their values tell.
 
+    Args:
+        aligned: The model.
+        base: Its base.
+        modules: Modules of which both have a weight.
+
     Returns:
         Modules whose samples are the same.
     """
     change = norm = 0.0
     same = []
     for module in modules:
-        key = base.key_of(module)
-        if key is None or key not in aligned.handles:
-            continue
-        one, two = (samples(weights.get(key)).double() for weights in (aligned, base))
+        one, two = (samples(weights.get(str(weight_key(weights, module)))).double() for weights in (aligned, base))
         change += (one - two).square().sum().item()
         norm += two.square().sum().item()
         same += [module] if torch.equal(one, two) else []

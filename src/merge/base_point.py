@@ -1,7 +1,6 @@
 """The base model of a merge as a method sees it: its weights, and what was measured at it on the experts' rows."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from src.adapters.base_weights import BaseWeights
 from src.adapters.convert import stored_weight
@@ -9,7 +8,7 @@ from src.adapters.deltas import Delta, DenseDelta
 from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.merge.fisher_passes import Pass, check_keys, read_pass
-from src.models.reference import reference_weights
+from src.models.patch_at import reference_point
 
 EXPERTS = {"safety": {"safety": 1.0}, "utility": {"utility": 1.0}}
 """Reference point of each expert alone."""
@@ -51,11 +50,10 @@ def check_reference(one: Pass, wanted: dict[str, float]) -> None:
         wanted: Weight of each adapter there; empty for the base.
 
     Raises:
-        InputError: it was measured at another one, or does not say where.
+        InputError: it was measured at another one.
     """
-    given: Any = one.file.record["reference"]
-    found = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
-    if given is None or found != wanted:
+    given = one.file.record["reference"]
+    if reference_point(given) != wanted:
         what = next(iter(wanted), "base")
         flag = "base" if what == "base" else f"'{{{what}: 1.0}}'"
         name = one.file.record["pass"]

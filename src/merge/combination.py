@@ -7,11 +7,9 @@ adapter changes in the combination, ``combine(ΔW_u, ΔW_s) − ΔW_u``: strengt
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any, ClassVar
 
 from src.adapters.deltas import Delta, Deltas, combined
-from src.errors import InputError
 from src.fisher.base import Fisher
 from src.merge.base import FisherPair, MergeMethod, Patch
 
@@ -103,36 +101,3 @@ def common_shape(name: str, experts: Sequence[Expert]) -> tuple[int, int]:
     if len(shapes) > 1:
         raise ValueError(f"{name}: updates of shapes {shapes[0]} and {shapes[1]} cannot be merged")
     return shapes[0]
-
-
-def finite(value: float, key: str) -> float:
-    """Check that a setting is a finite number.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not isfinite(value):
-        raise InputError(f"{key} is {value}; expected a finite number")
-    return value
-
-
-def above_zero(value: float, key: str) -> float:
-    """Check that a setting is a finite number above 0.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not 0 < value < float("inf"):
-        raise InputError(f"{key} is {value}; expected a finite number above 0")
-    return value
-
-
-def share(value: float, key: str, *, zero: bool = False) -> float:
-    """Check that a setting is a share: above 0 (or at least 0) and at most 1.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not (0 <= value <= 1 if zero else 0 < value <= 1):
-        raise InputError(f"{key} is {value}; expected a number {'from' if zero else 'above'} 0 to 1")
-    return value

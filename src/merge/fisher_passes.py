@@ -13,8 +13,7 @@ from src.errors import InputError
 from src.files import sha256_file
 from src.fisher.files import FisherFile, load_fisher
 from src.merge.base import MergeMethod
-from src.models.patch_at import is_patched
-from src.models.reference import reference_weights
+from src.models.patch_at import is_patched, reference_point
 
 NEEDED = ("pass", "base", "basis_sha256", "safety", "seen", "utility")
 """Keys of a record that every merge reads."""
@@ -122,13 +121,13 @@ class Pass:
         """Check that it was measured at one expert alone.
 
         Raises:
-            InputError: it was not.
+            InputError: it was not, or does not say where.
         """
+        check_keys(self, ("reference",))
         record = self.file.record
         measured = record["utility"]
         alone = len(measured) == 1 and _same(measured[0], expert) and measured[0]["weight"] == 1.0
-        at = {name: weight for name, weight in reference_weights(record["reference"]).items() if weight}
-        if not alone or at != {"utility": 1.0}:
+        if not alone or reference_point(record["reference"]) != {"utility": 1.0}:
             self.check_base(expert)
             raise InputError(
                 f"{self.path}: not measured at {expert.name} alone; expected a run of `python -m src fisher` with "
@@ -161,14 +160,15 @@ def check_keys(one: Pass, keys: Sequence[str]) -> None:
     """Check that a record has some keys.
 
     Raises:
-        InputError: one is missing; the message names file and key.
+        InputError: one is missing, or null; the message names file and key.
     """
     record = one.file.record
-    missing = [repr(key) for key in keys if key not in record]
+    missing = [repr(key) for key in keys if record.get(key) is None]
     for key, own in NEEDED_OF.items():
         under = record.get(key, [])
-        parts = under if isinstance(under, list) else [under]
-        missing += [f"{part!r} in {key!r}" for each in parts for part in own if part not in each]
+        for each in under if isinstance(under, list) else [under]:
+            held = each if isinstance(each, dict) else {}
+            missing += [f"{part!r} in {key!r}" for part in own if part not in held]
     if missing:
         raise InputError(
             f"{one.path}: its record has no {missing[0]}; expected a file written by `python -m src fisher`"

@@ -28,7 +28,7 @@ from src.merge.combination import Combination
 from src.merge.fisher_passes import Pass, check_keys, read_pass
 from src.merge.patched_fishers import mean_fisher, patched
 from src.models.base import weights_folder
-from src.models.reference import reference_weights
+from src.models.patch_at import reference_point
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _measure(one: Pass) -> dict[str, Any]:
     """What the Fisher matrices of a mean must have in common, by its key in the record."""
     record = one.file.record
     given = record.get("reference")
-    point = {} if given is None else {name: w for name, w in reference_weights(given).items() if w != 0.0}
+    point = {} if given is None else reference_point(given)
     return {
         "reference": None if given is None else point or "base",
         "reference_identity": record.get("reference_identity") or None,

@@ -11,7 +11,7 @@ from src.adapters.peft_config import Layout
 from src.adapters.peft_files import Adapter
 from src.adapters.read_together import read_adapters
 from src.errors import InputError
-from src.merge.base import FisherPair, MergeMethod
+from src.merge.base import MergeMethod
 from src.merge.combination import Combination, Expert
 from src.merge.fishers import NONE, Calibration, read_pair, read_statistics
 
@@ -37,18 +37,13 @@ class Inputs:
     seen: frozenset[str]
 
     @property
-    def fisher(self) -> FisherPair | None:
-        """Both Fisher matrices, where the method needs them."""
-        return self.calibration.pair
-
-    @property
     def adapters(self) -> list[Adapter]:
         """All adapters, the safety adapter last."""
         return [*self.experts, *([self.safety] if self.safety else [])]
 
     @property
     def layout(self) -> Layout:
-        """Which modules are embeddings, and whether layers store transposed weights."""
+        """How the updates of all of them lie in the model."""
         total = Layout()
         for adapter in self.adapters:
             total |= adapter.layout

@@ -137,14 +137,12 @@ def _number(value: float, digits: int) -> str:
 
 def draw_angles(names: Sequence[str], comparison: Comparison, path: Path) -> None:
     """Draw the comparisons as a PNG with the values in the cells, and the adapters' names by their numbers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     count = len(comparison.cosines)
     size = max(3.2, 0.6 * count + 1.6)
-    figure, axes = pyplot.subplots(2, len(SHARES), figsize=(size * len(SHARES), 2 * size), squeeze=False)
+    figure = Figure(figsize=(size * len(SHARES), 2 * size))
+    axes = figure.subplots(2, len(SHARES), squeeze=False)
     for axis, (title, key) in zip(axes[0], SHARES.items(), strict=True):
         _heat_map(axis, title, getattr(comparison, key), 2, {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}, (-0.6, 0.6))
     axes[1, 0].axis("off")
@@ -157,7 +155,6 @@ def draw_angles(names: Sequence[str], comparison: Comparison, path: Path) -> Non
         _heat_map(axis, wrapped, getattr(comparison, key), 1, {"cmap": "Reds_r", "vmin": 0, "vmax": 90}, (36.0, 91.0))
     figure.tight_layout()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
 
 
 def _heat_map(

@@ -130,7 +130,10 @@ def _comparison(adapters: Sequence[Adapter], found: Sequence[Spaces]) -> Compari
     count = len(adapters)
     cosines, columns, rows = (torch.eye(count, dtype=torch.float64) for _ in range(3))
     column_angles, row_angles = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
-    pairs = [Angles(i, j, _angles(found[i], found[j], 0), _angles(found[i], found[j], 2)) for i, j in _pairs(count)]
+    pairs = [
+        Angles(i, j, _angles(found[i], found[j], 0), _angles(found[i], found[j], 2))
+        for i, j in combinations(range(count), 2)
+    ]
     for pair in pairs:
         values = {
             cosines: whole_cosine(adapters[pair.one].updates, adapters[pair.two].updates),
@@ -142,10 +145,6 @@ def _comparison(adapters: Sequence[Adapter], found: Sequence[Spaces]) -> Compari
         for matrix, value in values.items():
             matrix[pair.one, pair.two] = matrix[pair.two, pair.one] = value
     return Comparison(cosines, columns, rows, column_angles, row_angles, pairs)
-
-
-def _pairs(count: int) -> list[tuple[int, int]]:
-    return list(combinations(range(count), 2))
 
 
 def _angles(one: Spaces, two: Spaces, side: int) -> dict[str, list[float]]:

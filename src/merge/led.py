@@ -20,7 +20,7 @@ from src.errors import InputError
 from src.fisher.base import Fisher
 from src.fisher.magnitude import Magnitude
 from src.merge.base import FisherBesideBase, FisherPair, MergeMethod, Patch
-from src.merge.combination import finite, share
+from src.merge.ranges import finite, share
 from src.merge.selection import at_least, kth_magnitude
 from src.merge.weight_fishers import module_fisher, per_weight
 
@@ -90,9 +90,8 @@ class Led(MergeMethod):
         return Patch(combined([merged, utility], [1.0, -1.0]))
 
     def _module(self, name: str, both: Sequence[Mapping[str, Delta]], fisher: FisherBesideBase) -> LazyDelta:
-        o, i = next(deltas[name] for deltas in both if name in deltas).shape
-        zero = LowRankPair(torch.zeros(0, i), torch.zeros(o, 0))
-        updates = [deltas.get(name, zero) for deltas in both]
+        shape = next(deltas[name] for deltas in both if name in deltas).shape
+        updates = [deltas.get(name, LowRankPair.zero(shape)) for deltas in both]
         weight, base = fisher.weights[name], fisher.base
         at_base = [scores([weight], f, name) for f in (base.utility, base.safety)]
         at_expert = [
@@ -110,7 +109,7 @@ class Led(MergeMethod):
             ]
             return led([delta.block(rows).double() for delta in updates], elected, weights)
 
-        return LazyDelta((o, i), evaluate)
+        return LazyDelta(shape, evaluate)
 
 
 def scores(weight: Sequence[Delta], fisher: Fisher, name: str) -> LazyDelta:

@@ -14,7 +14,7 @@ import torch
 
 from src.adapters.deltas import Delta, Deltas, LazyDelta, combined, row_blocks
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import above_zero, finite, share
+from src.merge.ranges import above_zero, finite, share
 from src.merge.selection import at_least, kept_count, kth_magnitude
 
 Mask = Literal["hard", "soft"]

@@ -66,19 +66,16 @@ def plot_pencil(findings: Mapping[str, Any], path: Path) -> None:
             ``held_out_curve`` where they were measured.
         path: The PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = [draw for key, draw in PANELS.items() if findings.get(key) is not None]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.0), squeeze=False)
+    figure = Figure(figsize=(5.6 * len(panels), 5.0))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis, findings)
     figure.tight_layout()
     # An explicit format: the temporary file's name does not end in .png.
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
 
 
 def _spectrum(axis: Any, findings: Mapping[str, Any]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from src.adapters.deltas import Delta, combined
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import as_expert, finite, share
+from src.merge.combination import as_expert
 from src.merge.combinations.dare import Dare
+from src.merge.ranges import finite, share
 
 
 class Resta(MergeMethod):

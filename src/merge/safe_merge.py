@@ -10,7 +10,7 @@ from src.adapters.geometry import cosine
 from src.errors import InputError
 from src.merge.aligned import Aligned, alignment, projected
 from src.merge.base import FisherPair, Patch
-from src.merge.combination import share
+from src.merge.ranges import share
 
 
 class SafeMerge(Aligned):

@@ -4,7 +4,6 @@ Elements of equal magnitude share one fate, so a result does not depend on how t
 largest magnitude occurs several times, all of them are kept.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -80,10 +79,6 @@ def _rescaled(delta: Delta, drop: Sparsifier, rescale: Rescale, factor: float) -
         return drop
     if rescale == "l1":
         factor = _l1_ratio(delta, drop)
-    return _times(drop, factor)
-
-
-def _times(drop: Sparsifier, factor: float) -> Callable[[torch.Tensor, slice], torch.Tensor]:
     return drop if factor == 1.0 else lambda block, rows: drop(block, rows).mul_(factor)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from src.adapters.deltas import Delta, combined
+from src.adapters.deltas import Delta
 from src.errors import InputError
 from src.fisher.base import Fisher
 from src.gevp.controls import random_projection
@@ -21,7 +21,7 @@ from src.gevp.heldout import energy_position, mean_kept
 from src.gevp.pencil import Pencil, PencilControl, make_pencil
 from src.gevp.solve import EIGENPAIRS
 from src.merge.base import FisherPair, MergeMethod, Patch, PatchedFisher
-from src.merge.masked import Form
+from src.merge.masked import Form, whole_patch
 from src.merge.sst_relearn import RelearnSettings, relearned
 from src.merge.sst_settings import (
     Coefficients,
@@ -176,7 +176,7 @@ class Sst(MergeMethod):
 
     def _whole(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair) -> torch.Tensor:
         """(D,) the patch before the filter."""
-        patch = combined([safety, utility], [1.0, -1.0]) if self.form == "interpolating" else safety
+        patch = whole_patch(utility, safety, self.form)
         outside = fisher.basis.residual(patch)
         if outside > OUTSIDE_TOLERANCE and self.form == "interpolating":
             raise InputError(

@@ -11,8 +11,8 @@ from src.adapters.deltas import Delta, Deltas, changes, combined
 from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.merge.base import FisherPair, MergeMethod, Patch
-from src.merge.combination import finite
 from src.merge.masked import Form, Mask, Masking, masked_patch, whole_patch, without_effect
+from src.merge.ranges import above_zero, finite
 from src.merge.weight_fishers import per_weight
 
 
@@ -48,13 +48,11 @@ class SstDiagonal(MergeMethod):
         rho: float = 1e-6,
         layer_weights: dict[str, float] | None = None,
     ) -> None:
-        if not 0 < rho < float("inf"):
-            raise InputError(f"method.rho is {rho}; expected a number above 0")
         for name, weight in (layer_weights or {}).items():
             finite(weight, f"method.layer_weights.{name}")
         self._masking = Masking(mask, top, tau, gamma, form)
         self.mask, self.top, self.tau, self.gamma, self.form = mask, top, tau, gamma, form
-        self.rho, self.layer_weights = rho, layer_weights
+        self.rho, self.layer_weights = above_zero(rho, "method.rho"), layer_weights
 
     def without_effect(self) -> dict[str, str]:
         """What the mask leaves unread."""

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from src.errors import InputError
+from src.merge.ranges import above_zero
 
 FilterName = Literal["soft", "topk", "energy", "threshold"]
 Control = Literal["none", "random", "safety_only", "utility_only", "swapped"]
@@ -31,9 +32,8 @@ def check_numbers(rho: float, rho_s: float, t: float, trust: float, radius: floa
     Raises:
         InputError: one is out of range.
     """
-    for key, value in (("rho", rho), ("radius", radius)):
-        if not 0 < value < float("inf"):
-            raise InputError(f"method.{key} is {value}; expected a number above 0")
+    above_zero(rho, "method.rho")
+    above_zero(radius, "method.radius")
     for key, value in (("rho_s", rho_s), ("t", t), ("trust", trust)):
         if not 0 <= value < float("inf"):
             raise InputError(f"method.{key} is {value}; expected a number of at least 0")
@@ -63,8 +63,7 @@ def check_ridge(ridge: Ridge, damping: float, coefficients: Coefficients, contro
     Raises:
         InputError: it is one of Kronecker form where there is none, or its damping is out of range.
     """
-    if not 0 < damping < float("inf"):
-        raise InputError(f"method.damping is {damping}; expected a number above 0")
+    above_zero(damping, "method.damping")
     if ridge == "kronecker" and (coefficients != "relearn" or control == "safety_only"):
         raise InputError(
             f"method.ridge is 'kronecker' with coefficients {coefficients!r} and control {control!r}; expected "

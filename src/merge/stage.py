@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from src.adapters.base_weights import open_base, weight_files
+from src.adapters.base_weights import BaseWeights, open_base, weight_files
 from src.adapters.checks import base_revision, check_weights, revision_for
 from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
 from src.errors import InputError
@@ -126,19 +126,20 @@ def merge(
         check_apart(Path(output), [adapter.base for adapter in inputs.adapters])
         count, place = len(points) * len(values), base or inputs.experts[0].base
         revision = base_revision(inputs.adapters, place)
+        if weights is None and full_model:
+            weights = stack.enter_context(open_base(weights_folder(place), revision))
         extra: dict[str, Any] = {"flags": flags, "license": license}
-        if weights is not None or full_model:
-            read = weights or stack.enter_context(open_base(weights_folder(place), revision))
-            extra["base_weights"] = {
-                "path": place,
-                "fingerprint": check_weights(inputs.adapters, read, place, aliases or ()),
-            } | ({} if revision is None else {"revision": revision})
+        if weights is not None:
+            fingerprint = check_weights(inputs.adapters, weights, place, aliases or ())
+            at = {} if revision is None else {"revision": revision}
+            extra["base_weights"] = {"path": place, "fingerprint": fingerprint} | at
         workers = stack.enter_context(one_thread_each())
+        whole = weights if full_model else None
         if dry_run:
-            sys.stdout.write(_description(points, inputs, form, values, (place, revision), workers) + "\n")
+            sys.stdout.write(_description(points, inputs, form, values, whole, workers) + "\n")
             return
         several, largest = isinstance(alpha, list), int(shard_size * 1e9)
-        target = Target(form, place, revision, largest, workers, several, extra, measured, name)
+        target = Target(form, whole, largest, workers, several, extra, measured, name)
         folder = stack.enter_context(new_directory(Path(output)))
         for point, total, patch in derived(points, inputs):
             _write_point(folder / point.folder, point, inputs, (total, patch), values if method else [None], target)
@@ -157,39 +158,28 @@ def _listed(given: list[str] | str | None) -> list[str]:
 
 
 def _description(
-    points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any], base: tuple[str, str | None], workers: int
+    points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any], base: BaseWeights | None, workers: int
 ) -> str:
     """What a dry run says, after the checks of a real one, of every point.
 
     What costs much, such as a pencil, is not solved: its patch is known by shapes and ranks (``MergeMethod.outline``).
     """
-    with ExitStack() as stack:
-        name, revision = base
-        weights = stack.enter_context(open_base(weights_folder(name), revision)) if form.full_model else None
-        size = 0 if weights is None else sum(path.stat().st_size for path in weight_files(weights.folder))
-        # Element-wise combinations keep the adapters' number format; others may work in float64.
-        plain = all(isinstance(one, Combination | None) and not (one and one.needs_fisher) for one in _stages(points))
-        outlines = [
-            outline(merged, form, weights, size, itemsize=4 if plain else 8)
-            for merged in _planned(points, inputs, form, values)
-        ]
+    size = 0 if base is None else sum(path.stat().st_size for path in weight_files(base.folder))
+    # Element-wise combinations keep the adapters' number format; others may work in float64.
+    stages = points[0].combine, points[0].method
+    plain = all(isinstance(one, Combination | None) and not (one and one.needs_fisher) for one in stages)
+    planned = _planned(points, inputs, form, values)
+    outlines = [outline(merged, form, base, size, itemsize=4 if plain else 8) for merged in planned]
     return describe(inputs, outlines, form, workers)
-
-
-def _stages(points: Sequence[Variant]) -> list[MergeMethod | None]:
-    return [points[0].combine, points[0].method]
 
 
 def _planned(points: Sequence[Variant], inputs: Inputs, form: Form, values: list[Any]) -> Iterator[Deltas]:
     """An update of the shapes and ranks of each output."""
-    for _, group in groupby(points, key=lambda point: id(point.combine)):
-        same = list(group)
-        total = same[0].combine.combine(inputs.as_experts())
-        _check_stages_fit(same[0], total, inputs)
+    for same, total in _groups(points, inputs):
         for point in same:
             patch = dict[str, Delta]()
             if point.method is not None:
-                patch |= point.method.outline(*_both(point.combine, total, inputs), inputs.fisher)
+                patch |= point.method.outline(*_both(point.combine, total, inputs), inputs.calibration.pair)
             for alpha in values:
                 merged = combined([total.deltas, patch], [1.0, alpha])
                 form.check(merged, _title(point))
@@ -247,18 +237,24 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
     Raises:
         InputError: a method cannot work on a full-rank combination.
     """
-    for _, group in groupby(points, key=lambda point: id(point.combine)):
-        same = list(group)
-        total = same[0].combine.combine(inputs.as_experts())
+    for same, total in _groups(points, inputs):
         method = same[0].method
         if method is None:
             yield from ((point, total, Patch({})) for point in same)
             continue
-        _check_stages_fit(same[0], total, inputs)
-        variants = [point.method for point in same if point.method is not None]
-        patches = method.patches(variants, *_both(same[0].combine, total, inputs), inputs.fisher)
+        methods = [point.method for point in same if point.method is not None]
+        patches = method.patches(methods, *_both(same[0].combine, total, inputs), inputs.calibration.pair)
         for point, patch in zip(same, patches, strict=True):
             yield point, total, patch
+
+
+def _groups(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[list[Variant], Combined]]:
+    """The choices of options that share a combination, and what it gives, checked to be what their method takes."""
+    for _, group in groupby(points, key=lambda point: id(point.combine)):
+        same = list(group)
+        total = same[0].combine.combine(inputs.as_experts())
+        _check_stages_fit(same[0], total, inputs)
+        yield same, total
 
 
 def _both(combine: Combination, total: Combined, inputs: Inputs) -> tuple[KeyedDeltas, KeyedDeltas]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.adapters.base_weights import open_base
+from src.adapters.base_weights import BaseWeights
 from src.adapters.checks import base_revision
 from src.adapters.constant_input import lora_rank
 from src.adapters.deltas import Delta
@@ -16,7 +16,6 @@ from src.merge.card import merge_card, stated_licence
 from src.merge.evaluation import Evaluation
 from src.merge.forms import Form
 from src.merge.inputs import Inputs
-from src.models.base import weights_folder
 from src.own_classes import check_json
 
 
@@ -26,8 +25,7 @@ class Target:
 
     Attributes:
         form: The form.
-        base: Base of a full model.
-        revision: Its git revision, where the adapters name one.
+        base: The base's weights, for a full model; else none.
         shard_bytes: Largest file of a full model.
         workers: Threads to use.
         by_alpha: Whether each strength has a directory of its own.
@@ -37,8 +35,7 @@ class Target:
     """
 
     form: Form
-    base: str
-    revision: str | None
+    base: BaseWeights | None
     shard_bytes: int
     workers: int
     by_alpha: bool
@@ -62,16 +59,15 @@ def write(folder: Path, deltas: Mapping[str, Delta], inputs: Inputs, record: dic
     """
     for made in (record, record["combine"]):
         check_json(made["findings"], f"method {made['method']}: its finding")
-    if target.form.full_model:
-        with open_base(weights_folder(target.base), target.revision) as base:
-            write_model(
-                folder,
-                base,
-                deltas,
-                transposed=inputs.layout.transposed,
-                shard_bytes=target.shard_bytes,
-                constant=inputs.layout.constant,
-            )
+    if target.base is not None:
+        write_model(
+            folder,
+            target.base,
+            deltas,
+            transposed=inputs.layout.transposed,
+            shard_bytes=target.shard_bytes,
+            constant=inputs.layout.constant,
+        )
         made = record | {"output": {"form": target.form.label}} | target.record
         write_provenance(folder, manifest=made, seen=inputs.seen, card=merge_card(made, licences=_licences(inputs)))
         return

@@ -8,7 +8,7 @@ harm can give it.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args
@@ -18,6 +18,8 @@ from src.errors import InputError
 from src.own_classes import UNDERSCORE, check_json, is_own, own_sources
 
 Property = Literal["refusal", "harmful"]
+CUT = "cut"
+"""Reply of a model that read a part of what it judged."""
 UNDECIDED = "undecided"
 """Beginning of the reply of a judge that would not say yes or no, where that is counted as no."""
 
@@ -29,6 +31,18 @@ class Judgement:
     positive: bool
     score: float | None = None
     reply: str = ""
+
+
+def is_undecided(reply: object) -> bool:
+    """Whether it is the reply of a judge that would not say yes or no."""
+    return str(reply).startswith(UNDECIDED)
+
+
+def reservations(replies: Iterable[str]) -> dict[str, int]:
+    """Verdicts on a part of an answer, and those that a judge would not give, where there are any."""
+    said = list(replies)
+    counts = {"cut": said.count(CUT), "undecided": sum(map(is_undecided, said))}
+    return {name: count for name, count in counts.items() if count}
 
 
 class Unfinished(InputError):

@@ -17,7 +17,7 @@ from math import inf, isfinite
 
 import torch
 
-from src.metrics.bootstrap import DRAWS, ENDS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import ENDS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
 
 UNDEFINED = "undefined: no safety gain"
 
@@ -58,7 +58,7 @@ def safety_tax(
         return Tax(loss, gain, UNDEFINED)
     lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
     gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()
-    losses, gains = (resampled_means(each, seed=s, draws=DRAWS) for each, s in ((lost, seed), (gained, seed + 1)))
+    losses, gains = (resampled_means(each, seed=s) for each, s in ((lost, seed), (gained, seed + 1)))
     low, high = _ratio_interval(losses, gains)
     if not isfinite(high - low):
         return Tax(loss, gain, UNDEFINED)

@@ -1,7 +1,7 @@
 """One of many adapters on a live model at a time; the base is loaded once."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 
 import torch
 
@@ -19,17 +19,15 @@ class Swap:
 
     def __init__(self, model: torch.nn.Module, adapters: Sequence[Adapter | None]) -> None:
         self.model, self.adapters = model, list(adapters)
-        self._present: tuple[int, AbstractContextManager[None]] | None = None
+        self._present: int | None = None
+        self._attached = ExitStack()
 
     def to(self, number: int | None) -> None:
         """Attach an adapter in place of the present one; ``None`` leaves the bare base."""
-        if self._present is not None:
-            if self._present[0] == number:
-                return
-            self._present[1].__exit__(None, None, None)
-            self._present = None
+        if number == self._present:
+            return
+        self._attached.close()
+        self._present = number
         if number is not None:
             adapter = self.adapters[number]
-            manager = attached(self.model, adapter.pairs if adapter else {})
-            manager.__enter__()
-            self._present = number, manager
+            self._attached.enter_context(attached(self.model, adapter.pairs if adapter else {}))

@@ -29,12 +29,6 @@ from src.hub import UNREACHABLE
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 PACKAGE_SCHEME = "pkg://"
 ELSEWHERE = ("transformers_version", "dtype", "torch_dtype")
 """Entries of a configuration that are told apart elsewhere: among the versions, and with each tensor."""
@@ -140,13 +134,6 @@ def weights_folder(name: str) -> str:
     return name if gguf is None else str(_dequantised(gguf))
 
 
-def _quiet() -> None:
-    """No progress bar for reading local files."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-
-
 @contextmanager
 def _loading(spec: BaseSpec, what: str) -> Iterator[None]:
     """Say in one line what cannot be loaded, and with which attention where that is the reason."""
@@ -183,12 +170,13 @@ def load_model(spec: BaseSpec) -> torch.nn.Module:
             is missing.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    _quiet()
+    disable_progress_bar()
     where, extra = _location(spec)
     if spec.quantization != "none":
         extra["quantization_config"] = _bitsandbytes(spec)
-    dtype = "auto" if spec.dtype == "auto" else DTYPES[spec.dtype]
+    dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     with _loading(spec, "the model"):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=spec.attention, **extra)
     for module in model.modules():
@@ -245,7 +233,7 @@ def _bitsandbytes(spec: BaseSpec) -> Any:
 
     if spec.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    products = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
+    products = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=products)
 
 

@@ -1,12 +1,12 @@
 """Which rows a training checkpoint is of: what goes on from it with others would hide what it was trained on."""
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback
+
+from src.models.checkpoints import opened
 
 ROWS = "learnt_sha256"
 """Entry of a checkpoint: SHA-256 of what is learnt from the rows, by split."""
@@ -36,9 +36,6 @@ def other_rows(path: Path, rows: Mapping[str, str]) -> str:
         path: The checkpoint.
         rows: SHA-256 of the rows here by split.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError):
-        return ""
+    found = opened(path)
     before = (found.get(ROWS) if isinstance(found, dict) else None) or rows
     return next((f"data.{split}" for split, sha256 in rows.items() if before.get(split) != sha256), "")

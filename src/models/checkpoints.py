@@ -83,6 +83,14 @@ class RecentCheckpoint(Callback):
             self._saved = time.monotonic()
 
 
+def opened(path: Path) -> Any:
+    """What ``torch.save`` wrote to a file, its tensors left on the disk; ``None`` where it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        return None
+
+
 def check_adapter(path: str, checkpoint: dict[str, Any], facts: dict[str, Any]) -> None:
     """Check that a checkpoint is of the adapter that is built: torch would leave out what has another name.
 
@@ -129,14 +137,14 @@ def check_processes(path: str, checkpoint: dict[str, Any], processes: int, *, sa
 
 def goes_on_with(path: Path, processes: int, *, same_steps: bool) -> bool:
     """Whether :func:`check_processes` lets a training go on; a file that is no such checkpoint is judged elsewhere."""
-    if not (path.is_file() and can_go_on(path)):
+    found = opened(path)
+    if not isinstance(found, dict) or not set(found) >= GOING_ON:
         return True
     try:
-        found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
         check_processes(str(path), found, processes, same_steps=same_steps)
     except InputError:
         return False
-    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError):
+    except KeyError:
         return True
     return True
 
@@ -231,12 +239,8 @@ def _find_moved(checkpoint: dict[str, Any], folder: Path) -> None:
 
 def can_go_on(path: Path) -> bool:
     """Whether a checkpoint holds what a training goes on from, and not weights alone, as far as it can be read."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return True
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):
-        return True  # what is wrong with it is said where it is checked
+    found = opened(path)
+    # What is wrong with another file is said where it is checked.
     return not isinstance(found, dict) or set(found) >= GOING_ON
 
 
@@ -268,10 +272,9 @@ def check_checkpoint(path: str, *, goes_on: bool) -> None:
         return
     if not zipfile.is_zipfile(place):
         raise InputError(f"--ckpt_path {path}: not a readable checkpoint (no archive of torch.save)")
-    try:
-        found = torch.load(place, map_location="cpu", weights_only=False, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__})") from None
+    found = opened(place)
+    if found is None:
+        raise InputError(f"--ckpt_path {path}: not a readable checkpoint (torch.load cannot read it)")
     if not isinstance(found, dict) or "state_dict" not in found:
         raise InputError(f"--ckpt_path {path}: holds no state_dict; expected a checkpoint that fit wrote")
     if goes_on and not set(found) >= GOING_ON:

@@ -12,9 +12,8 @@ from src.data.batches import Batch, EncodedRows
 from src.data.chat import Encoded
 from src.data.suite import Suite
 from src.data.suite_tokens import SuiteTokens
-from src.models.choices import letter_scores
 from src.models.generation import Choose, greedy, likeliest, sampler
-from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack
+from src.models.logits import SCORED_TOGETHER, answer_nll, can_pack, letter_scores
 from src.models.partial import Record
 from src.models.products import NarrowCopies, fast_products
 from src.models.settling import MOST_SHARED, settle
@@ -80,8 +79,7 @@ class Computation:
     def likelihoods(self, batch: Batch) -> list[Record]:
         """Negative log-likelihood (nats) and number of tokens of each reference answer."""
         torch.set_float32_matmul_precision(self.modes["score"])
-        together = len(batch.index) if self.sharded else SCORED_TOGETHER
-        nll, counts = answer_nll(self.model, batch, pack=self._packs(batch), together=together)
+        nll, counts = answer_nll(self.model, batch, pack=self._packs(batch), together=self._together(batch))
         return [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), counts.tolist(), strict=True)]
 
     def choices(self, tokens: SuiteTokens, batch: Batch) -> list[Record]:
@@ -119,8 +117,7 @@ class Computation:
             self._copies = NarrowCopies(self.model)
         with self._copies.used() if narrow and self._copies else nullcontext():
             if not tokens.letters:
-                together = len(batch.index) if self.sharded else SCORED_TOGETHER
-                nll, _ = answer_nll(self.model, batch, pack=packs, narrow=narrow, together=together)
+                nll, _ = answer_nll(self.model, batch, pack=packs, narrow=narrow, together=self._together(batch))
                 return [[-one] for one in nll.tolist()]
             parts = [batch] if packs or self.sharded else self._within_budget(batch)
             found = [letter_scores(self.model, part, tokens.letters, pack=packs, narrow=narrow) for part in parts]
@@ -129,7 +126,7 @@ class Computation:
         return [one[: len(row.choices)] for one, row in zip(scores, rows, strict=True)]
 
     def strangeness(self, tokens: SuiteTokens, batch: Batch, answers: Sequence[str]) -> list[float]:
-        """Mean negative log-likelihood (nats per token) of generated answers; 0 where there is none."""
+        """Mean negative log-likelihood (nats per token) of generated answers; an empty one's is of the end token."""
         encoder, rows = tokens.encoder, []
         for index, answer in zip(batch.index.tolist(), answers, strict=True):
             prompt = tokens.encoded[index].prompt_ids
@@ -138,6 +135,10 @@ class Computation:
         whole = EncodedRows(rows, encoder.tokenizer.pad_token_id)[(list(range(len(rows))), batch.weight)]
         found = self.likelihoods(whole.to(batch.ids.device))
         return [record["nll"] / record["tokens"] for record in found]
+
+    def _together(self, batch: Batch) -> int:
+        """Rows whose answers are scored in one pass: of sharded weights every process makes one a batch."""
+        return len(batch.index) if self.sharded else SCORED_TOGETHER
 
     def _within_budget(self, batch: Batch) -> Iterator[Batch]:
         """Parts of a batch that was laid out for a beginning that is computed once, where each row computes it."""

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import torch
+
 from src.adapters.attach import linear_shape
 from src.data.calibration import CalibrationData
 from src.data.chat import Encoded
 from src.errors import InputError
 from src.fisher.base import Representation, Shapes
 from src.fisher.scores import Granularity
-from src.models.base import DTYPES, BaseSpec, model_without_weights
+from src.models.base import BaseSpec, model_without_weights
 
 PRECISION_BYTES = {"64-true": 8, "16-true": 2, "bf16-true": 2}
 """Bytes per number where the Trainer's precision converts the model."""
@@ -174,7 +176,7 @@ def estimate(
     whole = {name: layers[name] for name in shapes}
     sides = whole if weight_coordinates else shapes
     rows = {name: len(encoded) for name, encoded in data.encoded.items()}
-    own_width = 4 if base.dtype == "float32" else DTYPES.get(base.dtype, model.dtype).itemsize
+    own_width = (model.dtype if base.dtype == "auto" else getattr(torch, base.dtype)).itemsize
     width = PRECISION_BYTES.get(precision, own_width)
     per_weight = QUANTISED_BYTES[base.quantization] or width
     batches = [sorted(encoded, key=lambda row: -len(row.ids))[: data.batch_size] for encoded in data.encoded.values()]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import check_fits
 from src.adapters.peft_files import Adapter, read_adapter
@@ -25,6 +24,7 @@ from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model,
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
+from src.models.fisher_settings import check_matmul_error
 from src.models.generation import NotFinite, own_ends
 from src.models.judging import awaited_judges, check_judges, share_judges
 from src.models.kept_buffers import KeptBuffers
@@ -76,6 +76,7 @@ class EvaluationModule(KeptBuffers):
         max_matmul_error: float = 1e-5,
     ) -> None:
         super().__init__()
+        check_matmul_error(max_matmul_error)
         self.base, self.allow_seen, self.allow_code_execution = base, allow_seen, allow_code_execution
         self.matmul, self.max_matmul_error = matmul, max_matmul_error
         named = [adapters] if isinstance(adapters, str) else adapters or []
@@ -113,16 +114,12 @@ class EvaluationModule(KeptBuffers):
     def _adapters(self) -> list[Adapter]:
         return [adapter for adapter in self.models.values() if adapter is not None]
 
-    @property
-    def _sharded(self) -> bool:
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
-
     def setup(self, stage: str) -> None:
         """Refuse what cannot be evaluated, before anything is loaded."""
         self._scores = stage == "test"
         option = "limit_test_batches" if self._scores else "limit_predict_batches"
         check_whole(getattr(self.trainer, option), option, "evaluation")
-        if self._sharded:
+        if self.sharded:
             check_sampling(self._data.suites)
         if self._scores:
             check_programs(self._data.suites, allow=self.allow_code_execution)
@@ -146,9 +143,9 @@ class EvaluationModule(KeptBuffers):
         check_trained_on(self._adapters, self.base, self.base_fingerprint)
         for adapter in self._adapters:
             check_fits(self.model, adapter.pairs, adapter.name)
-        if self._sharded:
+        if self.sharded:
             shard(self.model, self.device_mesh)
-        self._computation = Computation(self.model, modes, self._sharded, self._data.max_tokens)
+        self._computation = Computation(self.model, modes, self.sharded, self._data.max_tokens)
         self._swap = Swap(self.model, list(self.models.values()))
         self._plan()
 
@@ -162,9 +159,9 @@ class EvaluationModule(KeptBuffers):
         self._records = self.trainer.strategy.broadcast(known)
         if self._scores:
             judges = awaited_judges(data, self._records, len(self.models), self.output / FOLDER)
-            check_judges(judges, self.trainer.strategy, first=self.global_rank == 0)
+            check_judges(judges, first=self.global_rank == 0)
         done = {place: set(records) for place, records in self._records.items()}
-        data.plan(len(self.models), done, sharded=self._sharded)
+        data.plan(len(self.models), done, sharded=self.sharded)
         if found := sum(map(len, done.values())):
             log.info("%d results of an earlier run are taken up again", found)
         self._progress = Progress(sum(len(step.rows) for step in data.steps if step.weight))

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.adapters.attach import attach, check_fits
 from src.adapters.base_weights import on_hub
@@ -25,6 +24,7 @@ from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
 from src.models.checkpoints import ADAPTER, bring_home, check_adapter, check_processes, keeps_schedule, rewind_to_step
 from src.models.core_tuning import Core
+from src.models.fisher_settings import check_matmul_error
 from src.models.fused_lora import fuse
 from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
@@ -108,6 +108,7 @@ class ExpertModule(KeptBuffers):
         super().__init__()
         if not 0 <= warmup < 1:
             raise InputError(f"model.warmup is {warmup}; expected a share in [0, 1)")
+        check_matmul_error(max_matmul_error)
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
         self.schedule, self.warmup, self.seed = schedule, warmup, seed
         # Layers that are computed again in the backward pass meet the packed attention no more.
@@ -133,12 +134,11 @@ class ExpertModule(KeptBuffers):
         if self.model is not None:
             return
         model = load_model(self.base)
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if sharded and (self.core is not None or self.beside):
+        if self.sharded and (self.core is not None or self.beside):
             raise InputError("model.core and model.beside need the whole model on each process; use ddp.yaml")
         plain = model.dtype == torch.float32 and self.trainer.precision == "32-true"
         device = self.trainer.strategy.root_device.type
-        copies = not sharded and plain and device == "cpu"
+        copies = not self.sharded and plain and device == "cpu"
         if self.matmul == "bfloat16" and not copies:
             raise InputError(
                 "model.matmul bfloat16 is for an unsharded float32 base on a CPU; elsewhere set trainer.precision"
@@ -162,10 +162,10 @@ class ExpertModule(KeptBuffers):
         trainable, total = self.model.get_nb_trainable_parameters()
         log.info("training %s of %s parameters (%s)", f"{trainable:,}", f"{total:,}", self._trained())
         if self.regularizer is not None:
-            if sharded:
+            if self.sharded:
                 raise InputError("model.regularizer reads whole weights; a sharding strategy has none")
             self.regularizer.bind(self.model, self.base_fingerprint)
-        if sharded:
+        if self.sharded:
             shard(self.model, self.device_mesh)
 
     @property
@@ -210,7 +210,7 @@ class ExpertModule(KeptBuffers):
 
     def _packs(self, batch: Batch) -> bool:
         """Whether to pack this batch; tried out once per run, on the first batch that has a common prefix."""
-        if not self.pack or self.device.type != "cpu" or isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if not self.pack or self.device.type != "cpu" or self.sharded:
             return False
         if self._can_pack is None and batch.common_prefix:
             self._can_pack = can_pack(self.model, next(batch.split(2)), narrow=self._narrow)

@@ -1,11 +1,11 @@
 """The module that measures Fisher matrices: ``Trainer.predict`` over calibration rows, scores from activations.
 
-F_s is taken where the refusals happen, at θ0 + ΔW_u + P; F_u at θ0 + ΔW_u. Both in one set of coordinates.
+F_s is taken where the refusals happen, at θ0 + ΔW_u + ΔW_s; F_u at θ0 + ΔW_u. Both in one set of coordinates.
 """
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +34,8 @@ from src.models.fisher_output import publish, ready_file, remove_joined, remove_
 from src.models.fisher_pass import Coordinates, FisherPass
 from src.models.fisher_record import write_pass
 from src.models.fisher_settings import (
-    check_draws,
     check_matmul_error,
-    check_relearn,
-    check_representation,
+    check_settings,
     check_utility,
 )
 from src.models.kept_buffers import KeptBuffers
@@ -113,15 +111,12 @@ class FisherModule(KeptBuffers):
         super().__init__()
         self.labels: dict[str, LabelSource] = {"safety": labels, "utility": labels_utility or labels}
         self.labels["benign"] = self.labels["utility"]
-        check_draws(draws, self.labels.values())
-        check_representation(representation, coordinates)
         check_matmul_error(max_matmul_error)
-        if relearn:
-            check_relearn(self.labels.values(), coordinates, granularity)
+        check_settings(
+            self.labels.values(), draws, representation, coordinates, granularity, shard_rows, relearn=relearn
+        )
         names = [utility] if isinstance(utility, str) else utility
         self.weights = check_utility(names, utility_weights)
-        if shard_rows < 1:
-            raise InputError(f"model.shard_rows is {shard_rows}; expected at least 1")
         self.base, self.draws, self.granularity, self.seed = base, draws, granularity, seed
         self.representation, self.coordinates = representation, coordinates
         self.relearn, self.halves, self.shard_rows = relearn, halves, shard_rows
@@ -145,7 +140,7 @@ class FisherModule(KeptBuffers):
         self.model: Any = None
         self.base_fingerprint = self.base_digest = self.matmul_chosen = ""
         self._recorder: ScoreRecorder
-        self._at: AbstractContextManager[None] | None = None
+        self._at = ExitStack()
         self._running: dict[str, FisherPass] = {}
         self._progress: Progress
 
@@ -206,11 +201,6 @@ class FisherModule(KeptBuffers):
         self._recorder = ScoreRecorder(self.model, *bases)
 
     @property
-    def sharded(self) -> bool:
-        """Whether other processes hold parts of the weights."""
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
-
-    @property
     def data(self) -> CalibrationData:
         """The calibration rows."""
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
@@ -235,16 +225,13 @@ class FisherModule(KeptBuffers):
         """Move to the pass's reference point at its first batch."""
         if batch_idx == 0:
             self._leave()
-            self._at = attached(self.model, self._reference(list(self.passes)[dataloader_idx]))
-            self._at.__enter__()
+            self._at.enter_context(attached(self.model, self._reference(list(self.passes)[dataloader_idx])))
 
     def _leave(self) -> None:
         """Leave the reference point, and write what the pass there has found since its last shard."""
         for running in self._running.values():
             running.flush()
-        if self._at is not None:
-            self._at.__exit__(None, None, None)
-            self._at = None
+        self._at.close()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take up the scores of a batch, unless they are on the disk already."""

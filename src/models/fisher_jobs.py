@@ -57,7 +57,7 @@ def backward_jobs(
     log_p = widened(logits).log_softmax(-1)
 
     def jobs(chosen: torch.Tensor, unit: Granularity, count: int, sinks: Sequence[Accumulator[Any]]) -> list[Job]:
-        weights = running.weights_of(unit)[batch.index] * batch.weight
+        weights = running.weights[unit][batch.index] * batch.weight
         parts = backward_parts(log_p.gather(1, chosen[:, None]).squeeze(1), owners, len(ids), unit)
         return [
             Job(total, examples(batch.index, ids, draws=count, present=present, token=j, row_weights=weights), sinks)

@@ -33,14 +33,12 @@ def open_pass(module: "FisherModule", name: str) -> FisherPass:
     # Sharded processes must skip the same steps.
     watched = range(world) if module.sharded else [rank]
     finished = frozenset.intersection(*(frozenset(shards.numbers(other)) for other in watched))
-    weights = pass_weights(module, name)
     if finished:
         log.info("F_%s: %d parts of an interrupted pass are kept", name, len(finished))
     return FisherPass(
         name=name,
         rows=sum(len(row.ids) > row.answer_start for row in module.data.encoded[name]),
-        weights=weights["sequence"],
-        token_weights=weights["token"],
+        weights=pass_weights(module, name),
         make=lambda: _sums(module, name, folder / f"rank-{rank}"),
         shards=shards,
         rank=rank,

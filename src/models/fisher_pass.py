@@ -1,6 +1,6 @@
 """One pass of Fisher measurement: what it accumulates, and the shards that it leaves on the disk as it goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,8 +56,7 @@ class FisherPass:
     Attributes:
         name: ``safety``, ``utility`` or ``benign``.
         rows: Number of its rows that have an answer token.
-        weights: (n,) weight of each row of the data, mean 1.
-        token_weights: (n,) weight of each answer token of a row, mean 1 over the tokens; unset means 1.
+        weights: (n,) weight of each example of a row, mean 1 over the examples, by what an example is.
         make: Makes fresh accumulators.
         shards: Where finished parts go.
         rank: This process.
@@ -67,25 +66,18 @@ class FisherPass:
 
     name: str
     rows: int
-    weights: torch.Tensor
+    weights: Mapping[Granularity, torch.Tensor]
     make: Make
     shards: Shards
     rank: int
     steps_per_shard: int
     finished: frozenset[int]
-    token_weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.fisher, self.mean = self.make()
         self.problem = ""
         self._open: int | None = None
         self._rows = 0
-
-    def weights_of(self, unit: Granularity) -> torch.Tensor:
-        """(n,) weight of each example of a row."""
-        if unit == "sequence":
-            return self.weights
-        return torch.ones_like(self.weights) if self.token_weights is None else self.token_weights
 
     def skips(self, step: int) -> bool:
         """Whether a step's rows are on the disk already."""

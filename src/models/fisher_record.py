@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 CODE = (
     "fisher/*.py",
     "models/fisher*.py",
+    "models/kept_buffers.py",
     "models/logits.py",
     "models/packing.py",
     "models/patch_at.py",
@@ -30,7 +31,9 @@ CODE = (
     "models/speed.py",
     "adapters/attach.py",
     "adapters/basis.py",
+    "adapters/constant_input.py",
     "adapters/pairs.py",
+    "adapters/read_together.py",
     "data/batches.py",
 )
 """What computes Fisher matrices and mean scores."""

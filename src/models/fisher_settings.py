@@ -15,15 +15,38 @@ IN_WEIGHTS = ("kronecker", "diagonal", "magnitude")
 """Representations that exist in weight coordinates."""
 
 
-def check_draws(draws: int, labels: Collection[str]) -> None:
-    """Check that several draws of labels are drawn at all.
+def check_settings(
+    labels: Collection[str],
+    draws: int,
+    representation: Representation,
+    coordinates: Coordinates,
+    granularity: Granularity,
+    shard_rows: int,
+    *,
+    relearn: bool,
+) -> None:
+    """Stop where settings contradict each other or are out of range.
 
-    Raises:
-        InputError: they are not.
+    Scores of tokens are only warned of: both Fisher matrices serve without the mean scores, which are of rows.
     """
     if draws < 1 or (draws > 1 and "model" not in labels):
         given = ", ".join(dict.fromkeys(labels))
         raise InputError(f"model.draws is {draws} with labels {given}; expected 1, or more with labels model")
+    if coordinates == "weight" and representation not in IN_WEIGHTS:
+        expected = " or ".join(IN_WEIGHTS)
+        raise InputError(f"model.representation {representation} has no weight coordinates; expected {expected}")
+    if coordinates == "core" and representation == "magnitude":
+        raise InputError("model.representation magnitude has no core coordinates; pass --model.coordinates weight")
+    if relearn and coordinates == "weight":
+        raise InputError("model.relearn: re-learned coefficients are of cores; expected model.coordinates core")
+    if relearn and "random_tokens" in labels:
+        raise InputError("model.relearn: rows of random tokens have no answers to learn; expected labels model or data")
+    if shard_rows < 1:
+        raise InputError(f"model.shard_rows is {shard_rows}; expected at least 1")
+    if relearn and granularity == "token":
+        log.warning(
+            "model.relearn: no merge re-learns coefficients with scores of tokens; expected granularity sequence"
+        )
 
 
 def check_utility(utility: Sequence[str], weights: Sequence[float] | None) -> list[float]:
@@ -40,24 +63,6 @@ def check_utility(utility: Sequence[str], weights: Sequence[float] | None) -> li
     return given
 
 
-def check_relearn(labels: Collection[str], coordinates: Coordinates, granularity: Granularity) -> None:
-    """Check that re-learned coefficients can work with a measurement: in core coordinates, on rows with answers.
-
-    Scores of tokens are only warned of: both Fisher matrices serve without the mean scores, which are of rows.
-
-    Raises:
-        InputError: they cannot.
-    """
-    if coordinates == "weight":
-        raise InputError("model.relearn: re-learned coefficients are of cores; expected model.coordinates core")
-    if "random_tokens" in labels:
-        raise InputError("model.relearn: rows of random tokens have no answers to learn; expected labels model or data")
-    if granularity == "token":
-        log.warning(
-            "model.relearn: no merge re-learns coefficients with scores of tokens; expected granularity sequence"
-        )
-
-
 def check_matmul_error(largest: float) -> None:
     """Check the largest relative error of a product that is accepted.
 
@@ -66,16 +71,3 @@ def check_matmul_error(largest: float) -> None:
     """
     if not largest > 0:
         raise InputError(f"model.max_matmul_error is {largest}; expected a number above 0")
-
-
-def check_representation(representation: Representation, coordinates: Coordinates) -> None:
-    """Check that a representation exists in these coordinates.
-
-    Raises:
-        InputError: it does not.
-    """
-    if coordinates == "weight" and representation not in IN_WEIGHTS:
-        expected = " or ".join(IN_WEIGHTS)
-        raise InputError(f"model.representation {representation} has no weight coordinates; expected {expected}")
-    if coordinates == "core" and representation == "magnitude":
-        raise InputError("model.representation magnitude has no core coordinates; pass --model.coordinates weight")

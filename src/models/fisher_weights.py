@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from src.data.calibration import row_weights
 from src.errors import InputError
 from src.fisher.scores import Granularity
 
@@ -46,12 +45,9 @@ def example_weights(
     Raises:
         InputError: a source has no example.
     """
-    each = torch.tensor(examples)
-    counts = [int(part.sum()) for part in each.split(list(sizes))]
+    counts = [int(part.sum()) for part in torch.tensor(examples).split(list(sizes))]
     if not all(counts):
         raise InputError(f"data: no row of source {counts.index(0) + 1} has an answer token; raise data.max_length")
-    if weights is None and per_row:
-        weights = [count * weight for count, weight in zip(counts, per_row, strict=True)]
-    found = row_weights(counts, weights)
-    # A row's weight is that of its first example.
-    return found[(each.cumsum(0) - each).clamp(max=len(found) - 1)]
+    weights = weights or [n * w for n, w in zip(counts, per_row or [1.0] * len(counts), strict=True)]
+    each_of = [w / sum(weights) * sum(counts) / n for n, w in zip(counts, weights, strict=True)]
+    return torch.tensor(each_of, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))

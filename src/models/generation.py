@@ -107,23 +107,23 @@ def greedy(
     if sharded:
         return _greedy_in_step(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id)
     # transformers is too heavy to import before there is something to decode.
-    from src.models.kv_cache import reserve, select_rows
+    from src.models.kv_cache import cache_option, reserve
 
     ids, mask, cache = _prefill_inputs(model, batch, pad_id, max_new_tokens)
     stops = torch.tensor(list(stop_ids), device=ids.device)
     answers: list[list[int]] = [[] for _ in range(len(batch.ids))]
     rows = torch.arange(len(batch.ids), device=ids.device)
     live = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
-    position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+    position, option = mask.cumsum(1)[:, -ids.shape[1] :] - 1, cache_option(model)
     for step in range(max_new_tokens):
         with _contiguous_output(model), _finite_masks():
             out = model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=position.clamp_min(0),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{option: cache},
             )
         check_finite(out.logits[:, -1], rows.tolist())
         cache, token = _cache_of(out, model), choose(out.logits[:, -1], rows.tolist())
@@ -138,7 +138,7 @@ def greedy(
         position, mask = position[:, -1:] + 1, torch.nn.functional.pad(mask, (0, 1), value=1)
         if live.sum() < COMPACT_BELOW * len(live):
             kept = live.nonzero().squeeze(1)
-            select_rows(cache, kept)
+            cache.reorder_cache(kept)
             rows, token, position, mask, live = (x[kept] for x in (rows, token, position, mask, live))
         ids = token[:, None]
     return answers
@@ -151,11 +151,8 @@ def _contiguous_output(model: Any) -> Iterator[None]:
     def copied(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0].contiguous(), *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(copied)
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(copied):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -211,9 +208,10 @@ def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[t
 
 
 def _cache_of(out: Any, model: Any) -> Any:
-    if getattr(out, "past_key_values", None) is None:
-        raise InputError(f"{type(model).__name__} keeps no keys and values of past tokens; expected a transformer")
-    return out.past_key_values
+    for name in ("cache", "past_key_values"):
+        if (cache := getattr(out, name, None)) is not None:
+            return cache
+    raise InputError(f"{type(model).__name__} keeps no keys and values of past tokens; expected a transformer")
 
 
 def _greedy_in_step(

@@ -21,14 +21,15 @@ from src.metrics.collapse import collapse
 from src.metrics.counters import FlagRate, share
 from src.metrics.exact import is_exact
 from src.metrics.flags import FLAGS
-from src.metrics.judging import UNDECIDED, Judge, Judgement
+from src.metrics.judging import Judge, Judgement, reservations
 from src.metrics.perplexity import AnswerPerplexity, perplexity_difference
 from src.metrics.refusal import is_refusal
 from src.metrics.rouge import rouge_l
-from src.models.choices import by_length, chosen, tied
 from src.models.partial import Record
 
 MEANS = ("rouge_l",)
+TIE = 1e-6
+"""Nats: two log-likelihoods from float32 logits that are no further apart may change places in another batch."""
 COMPARISON_DRAWS = 2000
 """Bootstrap draws of a difference: there is one for every model, suite and score."""
 
@@ -75,6 +76,22 @@ def graded_choice(suite: Suite, row: ChoiceRow, records: Sequence[Record]) -> Re
     if suite.style != "letters":
         found["correct_norm"] = chosen(by_length(scores, row.choices)) == row.answer
     return found | {"tied": tied(scores)}
+
+
+def chosen(scores: Sequence[float]) -> int:
+    """Position of the highest score; the first of equal ones, as numpy's argmax has it."""
+    return max(range(len(scores)), key=lambda i: scores[i])
+
+
+def tied(scores: Sequence[float]) -> bool:
+    """Whether the two highest scores are within :data:`TIE`: then the choice hangs on rounding."""
+    first, second = sorted(scores, reverse=True)[:2]
+    return first - second <= TIE
+
+
+def by_length(scores: Sequence[float], choices: Sequence[str]) -> list[float]:
+    """Scores divided by the number of characters of each choice, for ``accuracy_norm``."""
+    return [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
 
 
 def graded_code(suite: Suite, records: Sequence[Record], outcomes: Sequence[Mapping[str, str]]) -> Record:
@@ -156,12 +173,8 @@ def _counts(records: Sequence[Record]) -> Record:
         found["collapse_ways"] = {way: ways.count(way) for way in sorted(set(ways))}
     if "tied" in records[0]:
         found["ties"] = sum(record["tied"] for record in records)
-    if judge_cut := sum(record.get("verdict", {}).get("reply") == "cut" for record in records):
-        found["judge_cut"] = judge_cut
-    replies = (str(record.get("verdict", {}).get("reply", "")) for record in records)
-    if undecided := sum(reply.startswith(UNDECIDED) for reply in replies):
-        found["judge_undecided"] = undecided
-    return found
+    judged = reservations(record["verdict"]["reply"] for record in records if "verdict" in record)
+    return found | {f"judge_{name}": count for name, count in judged.items()}
 
 
 def safety_summary(suites: Mapping[str, Record]) -> Record:

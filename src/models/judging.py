@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from src.data.suite import Suite
 from src.data.suites import EvaluationData
@@ -10,6 +9,7 @@ from src.errors import InputError
 from src.judges.verdicts import Verdicts
 from src.metrics.judging import Judge
 from src.models.partial import Record
+from src.models.stopping import stop_together
 
 
 def share_judges(suites: Sequence[Suite]) -> None:
@@ -56,19 +56,17 @@ def awaited_judges(
     return list(found.values())
 
 
-def check_judges(judges: Sequence[Judge], strategy: Any, *, first: bool) -> None:
-    """Try the judges in the first process; what is wrong stops all processes.
+def check_judges(judges: Sequence[Judge], *, first: bool) -> None:
+    """Try the judges in the first process; what is wrong stops all processes. A collective operation.
 
     Raises:
         InputError: one cannot judge.
     """
-    problem = None
+    problem = ""
     if first:
         try:
             for judge in judges:
                 judge.check()
         except InputError as error:
             problem = str(error)
-    problem = strategy.broadcast(problem)
-    if problem is not None:
-        raise InputError(problem)
+    stop_together([problem])

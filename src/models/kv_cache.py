@@ -4,6 +4,7 @@ The cache that models make grows by concatenation: every step copies every key a
 Layers that forget (sliding windows, recurrent states) keep their own way.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, layer: DynamicLayer, more: int) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self._key_room, self._value_room = _with_room(layer.keys, more), _with_room(layer.values, more)
         self._show(layer.keys.shape[-2])
 
@@ -42,10 +43,10 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self._show(start + more)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep some rows (M,)."""
         length = self.keys.shape[-2]
-        self._key_room, self._value_room = self._key_room[indices], self._value_room[indices]
+        self._key_room, self._value_room = self._key_room[beam_idx], self._value_room[beam_idx]
         self._show(length)
 
 
@@ -63,15 +64,11 @@ def reserve(cache: Any, more: int) -> None:
             cache.layers[number] = ReservedLayer(layer, more)
 
 
+def cache_option(model: Any) -> str:
+    """What a model's ``forward`` calls its cache: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
 def has_states(cache: Any) -> bool:
     """Whether layers keep states of all tokens so far, which have no places that could be shared or repeated."""
     return any(hasattr(layer, "recurrent_states") for layer in cache.layers)
-
-
-def select_rows(cache: Any, rows: torch.Tensor) -> None:
-    """Keep some rows (M,) of every layer."""
-    for layer in cache.layers:
-        if hasattr(layer, "recurrent_states"):
-            layer.reorder_cache(rows)
-        else:
-            layer.batch_select_indices(rows)

@@ -4,7 +4,7 @@ The vocabulary is a quarter of a small model's arithmetic. A hook in front of th
 states, so whatever the model does after that layer (soft-capping, scaling) still happens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -35,12 +35,9 @@ def answer_logits(model: Any, batch: Batch, *, pack: bool = False, narrow: bool 
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][chosen][None], *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        with packing.packed_attention(model) if packs else nullcontext():
-            logits: torch.Tensor = model(**given, use_cache=False).logits[0]
-    finally:
-        handle.remove()
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    with hook, packing.packed_attention(model) if packs else nullcontext():
+        logits: torch.Tensor = model(**given, use_cache=False).logits[0]
     return logits
 
 
@@ -58,11 +55,8 @@ def leaf_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
         leaves.append(out.detach().requires_grad_())
         return leaves[-1]
 
-    handle = model.get_input_embeddings().register_forward_hook(detach)
-    try:
+    with model.get_input_embeddings().register_forward_hook(detach):
         yield leaves
-    finally:
-        handle.remove()
 
 
 def can_pack(model: Any, batch: Batch, *, narrow: bool = False) -> bool:
@@ -141,6 +135,14 @@ def answer_nll(
         sums.append(torch.zeros(rows, dtype=torch.float64, device=nll.device).index_add_(0, owners, nll))
         counts.append(torch.bincount(owners, minlength=rows))
     return torch.cat(sums), torch.cat(counts)
+
+
+def letter_scores(
+    model: Any, batch: Batch, letters: Sequence[int], *, pack: bool, narrow: bool = False
+) -> torch.Tensor:
+    """Log-likelihoods (N, C) in nats, float64, of C single tokens behind each question, read off one position."""
+    wide = widened(answer_logits(model, batch, pack=pack, narrow=narrow))
+    return wide.log_softmax(-1)[:, torch.tensor(letters, device=wide.device)].double()
 
 
 class _AnswerLoss(torch.autograd.Function):

@@ -21,7 +21,6 @@ CODE = (
         f"models/{name}.py"
         for name in (
             "adapter_swap",
-            "choices",
             "computation",
             "generation",
             "kv_cache",

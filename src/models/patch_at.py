@@ -23,9 +23,14 @@ OUTSIDE = 1e-3
 """Largest share of the update that may lie outside the core space."""
 
 
+def reference_point(reference: Reference) -> dict[str, float]:
+    """The weight of each adapter that a reference point is made of."""
+    return {name: weight for name, weight in reference_weights(reference).items() if weight}
+
+
 def is_patched(reference: Reference) -> bool:
     """Whether a point is θ0 + ΔW_u + ΔW_s, by whatever name."""
-    return {name: weight for name, weight in reference_weights(reference).items() if weight} == NAMED["patched"]
+    return reference_point(reference) == NAMED["patched"]
 
 
 def patch_at(

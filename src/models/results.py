@@ -79,7 +79,7 @@ class Results:
         return found
 
     def _whole(self, parts: Sequence[Mapping[Any, Any]], model: int, number: int) -> list[Record]:
-        """Records of every sequence, in order; what this run computed stands before what was known."""
+        """Records of every sequence, in order; one that several processes hold is the same in each."""
         suite = self.data.suites[number]
         found: dict[int, Record] = {}
         for part in parts:

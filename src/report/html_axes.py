@@ -26,6 +26,8 @@ class Frame:
         height: Its height.
         left: Margin for the labels of the vertical axis.
         bottom: Margin for those of the horizontal one.
+        right: Margin without labels.
+        top: Margin without labels.
     """
 
     across: Axis

@@ -25,8 +25,7 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     frame = Frame(_range([p["x"] for p in points]), _range([p["y"] for p in points]))
     lines = "".join(_line(line, i, frame, front) for i, line in enumerate(front["series"]))
     legend = "".join(
-        f'<li><svg class="key c{i % COLOURS}" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">'
-        f"{mark(i, 0, 0)}</svg>{escape(line['name'])}</li>"
+        f"<li>{key(f'c{i % COLOURS}', mark(i, 0, 0))}{escape(line['name'])}</li>"
         for i, line in enumerate(front["series"])
     )
     label = f"{front['title']}: {front['y']['label']} over {front['x']['label']}"
@@ -55,20 +54,34 @@ def _line(line: Mapping[str, Any], number: int, frame: Frame, front: Mapping[str
     places = [(frame.x(p["x"]["value"]), frame.y(p["y"]["value"])) for p in line["points"]]
     path = " ".join(f"{x},{y}" for x, y in places)
     parts = [f'<polyline points="{path}"/>'] if len(places) > 1 else []
-    for point, (x, y) in zip(line["points"], places, strict=True):
-        left, right = frame.x(point["x"]["low"]), frame.x(point["x"]["high"])
-        low, high = frame.y(point["y"]["low"]), frame.y(point["y"]["high"])
-        said = escape(f"{point['model']}: {_said(front['x'], point['x'])}; {_said(front['y'], point['y'])}")
-        parts.append(
-            f'<g class="point" tabindex="0" role="img" aria-label="{said}" data-tip="{said}"><title>{said}</title>'
+    for one, (x, y) in zip(line["points"], places, strict=True):
+        left, right = frame.x(one["x"]["low"]), frame.x(one["x"]["high"])
+        low, high = frame.y(one["y"]["low"]), frame.y(one["y"]["high"])
+        whiskers = (
             f'<line class="whisker" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
-            f'<line class="whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>{mark(number, x, y)}</g>'
+            f'<line class="whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>'
         )
+        said = f"{one['model']}: {_said(front['x'], one['x'])}; {_said(front['y'], one['y'])}"
+        parts.append(point(said, whiskers + mark(number, x, y)))
     return f'<g class="c{number % COLOURS}">{"".join(parts)}</g>'
 
 
 def _said(axis: Mapping[str, Any], number: Mapping[str, Any]) -> str:
     return f"{axis['label']} {number['value']:.3f} [{number['low']:.3f}, {number['high']:.3f}], n = {number['n']}"
+
+
+def point(said: str, shape: str, stop: int = 0) -> str:
+    """A shape that says something on hover and focus; ``stop`` −1 takes it out of the order of the tab key."""
+    said = escape(said)
+    return (
+        f'<g class="point" tabindex="{stop}" role="img" aria-label="{said}" data-tip="{said}">'
+        f"<title>{said}</title>{shape}</g>"
+    )
+
+
+def key(kind: str, drawn: str) -> str:
+    """The key of a legend's entry: what is drawn, in its class of colour and stroke."""
+    return f'<svg class="key {kind}" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">{drawn}</svg>'
 
 
 def mark(number: int, x: float, y: float, r: float = 5) -> str:

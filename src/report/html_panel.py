@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from src.report.html_axes import Frame
-from src.report.html_fronts import mark
+from src.report.html_fronts import key, mark, point
 
 SMALL = 3.0
 """Radius of the marks of a line with many points."""
@@ -31,8 +31,7 @@ def panel(title: str, drawing: str, width: int, height: int, legend: Sequence[tu
 def _key(kind: str) -> str:
     if not kind:
         return ""
-    drawn = mark(5, 0, 0) if "ring" in kind else '<polyline points="-8,0 8,0"/>'
-    return f'<svg class="key {kind}" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">{drawn}</svg>'
+    return key(kind, mark(5, 0, 0) if "ring" in kind else '<polyline points="-8,0 8,0"/>')
 
 
 def line_of(places: Sequence[tuple[float, float]], frame: Frame, kind: str) -> str:
@@ -57,11 +56,6 @@ def reached(shapes: Sequence[str], tips: Sequence[str], columns: int) -> str:
         tips: What each says.
         columns: Shapes in a row; 1 for a line, along which all arrows go.
     """
-    parts = []
-    for number, (shape, tip) in enumerate(zip(shapes, tips, strict=True)):
-        said, stop = escape(tip), 0 if number == 0 else -1
-        parts.append(
-            f'<g class="point" tabindex="{stop}" role="img" aria-label="{said}" data-tip="{said}">'
-            f"<title>{said}</title>{shape}</g>"
-        )
-    return f'<g class="reached" data-columns="{columns}">{"".join(parts)}</g>'
+    pairs = enumerate(zip(shapes, tips, strict=True))
+    points = "".join(point(tip, shape, -1 if number else 0) for number, (shape, tip) in pairs)
+    return f'<g class="reached" data-columns="{columns}">{points}</g>'

@@ -1,6 +1,6 @@
 """The fronts of a study as one PNG, for places that show no page (a README, a paper)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ def draw_fronts(fronts: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not shown:
         path.unlink(missing_ok=True)
         return
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(6.2 * len(shown), 5.2), squeeze=False)
+    figure = Figure(figsize=(6.2 * len(shown), 5.2))
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, front in zip(axes[0], shown, strict=True):
         for number, line in enumerate(front["series"]):
             _draw_line(axis, line, number)
@@ -30,21 +28,13 @@ def draw_fronts(fronts: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.04 + 0.035 * (len(labels) // 5 + 1), 1, 1))
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
 
 
 def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
     """A method's path with its intervals."""
     points = line["points"]
     values = {key: [point[key]["value"] for point in points] for key in ("x", "y")}
-    errors = {
-        f"{key}err": [
-            # A percentile interval of a skewed draw need not hold its mean.
-            [max(0.0, point[key]["value"] - point[key]["low"]) for point in points],
-            [max(0.0, point[key]["high"] - point[key]["value"]) for point in points],
-        ]
-        for key in ("x", "y")
-    }
+    errors = {f"{key}err": error_bars(point[key] for point in points) for key in ("x", "y")}
     style = {
         "label": legend_name(line["name"]),
         "linewidth": 1.2,
@@ -53,6 +43,12 @@ def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
         **series_style(number),
     }
     axis.errorbar(values["x"], values["y"], **errors, **style)
+
+
+def error_bars(numbers: Iterable[Mapping[str, float]]) -> list[list[float]]:
+    """Lengths below and above each value; 0 at an end beyond it, as a skewed draw's interval need not hold its mean."""
+    ends = [(one["value"] - one["low"], one["high"] - one["value"]) for one in numbers]
+    return [[max(0.0, below) for below, _ in ends], [max(0.0, above) for _, above in ends]]
 
 
 def legend_name(name: str) -> str:

@@ -1,11 +1,12 @@
 """The plot: what safety costs. Refusal against over-refusal, and refusal against utility, with 95 % intervals."""
 
+from dataclasses import asdict
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.files import write_atomically
-from src.report.html_png import legend_name
+from src.report.html_png import error_bars, legend_name
 from src.report.results import ModelResult
 
 # Okabe and Ito's colours: told apart by colour-blind readers too; shapes say the same in print.
@@ -41,12 +42,12 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
     others = [c for prefix in ("over-refusal", "accuracy", "ROUGE-L") for c in columns if c.startswith(prefix)][:3]
     if safety is None or not others:
         return False
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(others), figsize=(5.6 * len(others), 5.4), sharey=True, squeeze=False)
+    figure = Figure(figsize=(5.6 * len(others), 5.4))
+    FigureCanvasAgg(figure)  # labels are measured before the picture is written
+    axes = figure.subplots(1, len(others), sharey=True, squeeze=False)
     labels = [_draw(axis, results, column, safety) for axis, column in zip(axes[0], others, strict=True)]
     axes[0][0].set_ylabel(f"{safety}, harmful prompts  (higher is safer)")
     handles, methods = axes[0][0].get_legend_handles_labels()
@@ -57,7 +58,6 @@ def plot_fronts(results: list[ModelResult], path: Path) -> bool:
         _place(axis, own)
     # An explicit format: the temporary file's name does not end in .png.
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
     return True
 
 
@@ -73,8 +73,8 @@ def _draw(axis: Any, results: list[ModelResult], column: str, safety: str) -> li
         axis.errorbar(
             [s.value for s in x],
             [s.value for s in y],
-            xerr=[[s.value - s.low for s in x], [s.high - s.value for s in x]],
-            yerr=[[s.value - s.low for s in y], [s.high - s.value for s in y]],
+            xerr=error_bars(map(asdict, x)),
+            yerr=error_bars(map(asdict, y)),
             color=colour,
             marker=marker,
             markersize=MARKER,

@@ -8,6 +8,7 @@ from typing import Any
 from src.errors import InputError, one_line
 from src.files import read_json
 from src.merge.sweep import swept_once
+from src.metrics.bootstrap import Estimate
 
 COLUMNS = {
     "harmful": (("refusal", "refusal"), ("attack_success", "attack success")),
@@ -24,23 +25,6 @@ EXPERT_ORDER = ("utility", "safety")
 
 
 @dataclass(frozen=True)
-class Share:
-    """A measured share with its 95 % interval and number of rows.
-
-    Wilson's; of ROUGE-L and of pass@1 over several samples, which are means of parts, a bootstrap's.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        """``.53 [.44, .62]``."""
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-@dataclass(frozen=True)
 class ModelResult:
     """One evaluated model.
 
@@ -48,7 +32,8 @@ class ModelResult:
         name: Its name in the evaluation.
         method: ``base``, ``expert`` or the merge method.
         alpha: Strength of a merge.
-        shares: Column to share.
+        shares: Column to share, with Wilson's interval; of ROUGE-L and of pass@1 over several samples, which are means
+            of parts, with a bootstrap's.
         collapse: Suite to share of collapsed answers.
         perplexity: Suite to perplexity of the reference answers.
         swept: The option and value that tell a merge from the others of its path, where alpha does not.
@@ -57,7 +42,7 @@ class ModelResult:
     name: str
     method: str
     alpha: float | None
-    shares: dict[str, Share]
+    shares: dict[str, Estimate]
     collapse: dict[str, float]
     perplexity: dict[str, float]
     swept: tuple[str, float] | None = None
@@ -131,7 +116,7 @@ def _result(model: dict[str, Any]) -> ModelResult:
         for key, column in (("rouge_l", "ROUGE-L"),) if "rouge_l" in suite else COLUMNS[suite["kind"]]:
             if key in suite:
                 low, high = suite[key]["interval"]
-                shares[f"{column} ({name})"] = Share(suite[key]["value"], low, high, suite[key]["n"])
+                shares[f"{column} ({name})"] = Estimate(suite[key]["value"], low, high, suite[key]["n"])
     return ModelResult(
         name=model["name"],
         method=str(method),

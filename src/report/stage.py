@@ -18,7 +18,7 @@ from src.report.html import SOURCE
 from src.report.plot import plot_fronts
 from src.report.results import METRICS, ModelResult, load_results
 from src.report.tradeoff import Tradeoff, find_expert, tradeoff
-from src.report.tradeoff_tables import COST_COLUMNS, cost_columns, cost_rows, front_rows
+from src.report.tradeoff_tables import COST_COLUMNS, cost_columns, cost_rows, front_rows, measured
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _intervals(columns: list[str]) -> str:
 def _shares(found: list[ModelResult], columns: list[str]) -> Rows:
     """Heading and a row per model."""
     heads = ["model", *(f"{column}, n = {found[0].shares[column].n}" for column in columns)]
-    return [heads, *([one.label, *(str(one.shares[column]) for column in columns)] for one in found)]
+    return [heads, *([one.label, *(measured(one.shares[column]) for column in columns)] for one in found)]
 
 
 def _show(title: str, rows: Rows) -> None:

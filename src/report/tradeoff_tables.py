@@ -11,7 +11,8 @@ def _signed(value: Estimate | str) -> str:
     return value if isinstance(value, str) else f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
-def _number(value: Estimate | None) -> str:
+def measured(value: Estimate | None) -> str:
+    """``0.53 [0.44, 0.62]``, or a dash where there is nothing."""
     return NOTHING if value is None else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
@@ -40,7 +41,7 @@ def front_rows(found: Tradeoff) -> list[list[str]]:
 
 def _front(front: Front) -> list[str]:
     numbers = (front.safety_at_utility, front.utility_at_attack, front.hypervolume)
-    return [front.method, str(front.points), *map(_number, numbers)]
+    return [front.method, str(front.points), *map(measured, numbers)]
 
 
 COST_COLUMNS = [

@@ -26,7 +26,7 @@ shapes = {f"m{i}": (16, 16) for i in range(dim // 256)}
 before = own()
 seen = watch()
 running = FisherPass(
-    name="safety", rows=rows, weights=torch.ones(rows).double(),
+    name="safety", rows=rows, weights={},
     make=lambda: make_accumulators("lowrank", shapes, mean=False, halves=True),
     shards=Shards(folder, "key"), rank=0, steps_per_shard=32, finished=frozenset(),
 )

@@ -83,7 +83,7 @@ def load(rows):
     sources = [RowSource(path=path, limit=share, seed=0) for path in SOURCES[rows]]
     encoded = [encoder.encode(row) for row in load_rows(sources, need_response=True)]
     data = EncodedRows(encoded, encoder.tokenizer.pad_token_id)
-    order = LengthBatches([len(row.ids) for row in encoded], BATCH, rank=0, world_size=1, even=True)
+    order = LengthBatches([len(row.ids) for row in encoded], BATCH, rank=0, world_size=1)
     return data, [data[key] for key in order]
 
 
@@ -93,7 +93,7 @@ def fisher_pass(model, basis, batches, count, folder, granularity="sequence"):
     running = FisherPass(
         name="bench",
         rows=count,
-        weights=torch.ones(count, dtype=torch.float64),
+        weights=dict.fromkeys(("sequence", "token"), torch.ones(count, dtype=torch.float64)),
         make=lambda: (LowRankAccumulator(basis.shapes), None),
         shards=Shards(folder, "bench"),
         rank=0,

@@ -155,7 +155,7 @@ def test_fit_against_transformers_trainer(case, tmp_path, monkeypatch):
     monkeypatch.setattr(ExpertModule, "on_train_start", start)
     monkeypatch.setattr(ExpertModule, "on_train_end", end)
     ours(case, tmp_path / "ours")
-    order = LengthBatches([len(row.ids) for row in train], 8, rank=0, world_size=1, even=True, seed=0)
+    order = LengthBatches([len(row.ids) for row in train], 8, rank=0, world_size=1, seed=0)
     seconds["peer"] = peer(train, tmp_path / "peer")
     seconds["peer, batches in our order"] = peer(train, tmp_path / "twin", [batch for batch, _ in order])
     tokens = sum(len(row.ids) for row in train)

@@ -2,8 +2,8 @@
 
 from src.adapters.deltas import Delta, blocks
 from src.errors import InputError
-from src.merge.combination import share
 from src.merge.elementwise import Election, ElementWise, Rule, Sparsifier
+from src.merge.ranges import share
 from src.merge.selection import kept_count, kth_magnitude
 from src.merge.sparsify import between
 

@@ -1,8 +1,8 @@
 """DARE (2311.03099): drop elements at random and rescale the rest."""
 
 from src.adapters.deltas import Delta
-from src.merge.combination import share
 from src.merge.elementwise import Election, ElementWise, Rule, Sparsifier
+from src.merge.ranges import share
 from src.merge.sparsify import Rescale, drop_at_random
 
 

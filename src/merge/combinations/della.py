@@ -2,8 +2,8 @@
 
 from src.adapters.deltas import Delta
 from src.errors import InputError
-from src.merge.combination import finite, share
 from src.merge.elementwise import Election, ElementWise, Rule, Sparsifier
+from src.merge.ranges import finite, share
 from src.merge.sparsify import Rescale, drop_by_rank
 
 

@@ -21,10 +21,12 @@ import scipy.linalg
 import torch
 
 from src.adapters.deltas import Delta, Deltas, LazyDelta
+from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
-from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape
+from src.merge.combination import Combination, Combined, Expert, common_shape
+from src.merge.ranges import above_zero
 from src.merge.weight_fishers import Latest, changed_modules, diagonal_norm, fishers_of, module_fisher, per_weight
 
 FLOOR, RIDGE = 1e-6, 1e-3
@@ -64,8 +66,8 @@ class FisherAverage(Combination):
         floored: Literal["first", "normalised"] = "first",
         weight_safety: float = 1.0,
     ) -> None:
-        if floor is not None and not 0 < floor < float("inf"):
-            raise InputError(f"FisherAverage floor is {floor}; expected a number above 0")
+        if floor is not None:
+            above_zero(floor, "FisherAverage floor")
         self.normalise, self.floor, self.floored = normalise, floor, floored
         self.weight_safety = above_zero(weight_safety, "FisherAverage weight_safety")
 
@@ -80,8 +82,7 @@ class FisherAverage(Combination):
         deltas: Deltas = {}
         for name in changed_modules(experts):
             shape = common_shape(name, experts)
-            zero = LazyDelta(shape, lambda rows, shape=shape: torch.zeros(shape[0], shape[1])[rows])  # type: ignore[misc]
-            updates = [expert.deltas.get(name, zero) for expert in experts]
+            updates = [expert.deltas.get(name, LowRankPair.zero(shape)) for expert in experts]
             own = [module_fisher(f, name, shape, e.key[:12]) for f, e in zip(fishers, experts, strict=True)]
             diagonal = [f for f in own if isinstance(f, DiagonalFisher)]
             factored = [f for f in own if isinstance(f, KroneckerFisher)]

@@ -10,7 +10,7 @@ import torch
 
 from src.adapters.geometry import spaces
 from src.adapters.pairs import LowRankPair
-from src.merge.combination import finite
+from src.merge.ranges import finite
 from src.merge.subspace import Part, Subspace
 
 

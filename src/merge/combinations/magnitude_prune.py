@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from src.adapters.deltas import Delta
 from src.merge.base import FisherPair, Patch
-from src.merge.combination import as_expert, share
+from src.merge.combination import as_expert
 from src.merge.elementwise import ElementWise, Sparsifier
+from src.merge.ranges import share
 from src.merge.sparsify import keep_largest
 
 

@@ -19,7 +19,8 @@ from src.adapters.geometry import orthonormal, spaces
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
 from src.fisher.kronecker import KroneckerFisher
-from src.merge.combination import Combination, Combined, Expert, above_zero, common_shape, share
+from src.merge.combination import Combination, Combined, Expert, common_shape
+from src.merge.ranges import above_zero, share
 from src.merge.weight_fishers import Latest, changed_modules, fishers_of, module_fisher
 
 
@@ -68,7 +69,9 @@ class RegMean(Combination):
             for fisher, expert in zip(fishers, experts, strict=True):
                 found = module_fisher(fisher, name, shape, expert.key[:12])
                 if not isinstance(found, KroneckerFisher):
-                    raise InputError(f"RegMean needs Fisher files of the representation kronecker, not {found}")
+                    raise InputError(
+                        f"RegMean needs Fisher files of the representation kronecker, not {found.representation}"
+                    )
                 own.append(found)
             try:
                 deltas[name] = self._merged(name, shape, experts, own, latest)
@@ -85,7 +88,7 @@ class RegMean(Combination):
         latest: Latest,
     ) -> LowRankPair | LazyDelta:
         weights = [expert.weight for expert in experts]
-        pairs = [expert.deltas.get(name, _nothing(shape)) for expert in experts]
+        pairs = [expert.deltas.get(name, LowRankPair.zero(shape)) for expert in experts]
         low = [pair for pair in pairs if isinstance(pair, LowRankPair)]
         if len(low) == len(pairs):
             v = _input_space(low) if self.space == "core" else None
@@ -112,11 +115,6 @@ def _input_space(pairs: Sequence[LowRankPair]) -> torch.Tensor:
     """
     balanced = [(sigma.sqrt(), v) for pair in pairs if pair.rank for _, sigma, v in (spaces(pair),)]
     return orthonormal([v * root for root, v in balanced])[0]
-
-
-def _nothing(shape: tuple[int, int]) -> LowRankPair:
-    """The update of an expert without this module: its inputs count, its update is zero."""
-    return LowRankPair(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0))
 
 
 def regmean_pairs(

@@ -5,8 +5,9 @@ from itertools import chain
 from typing import Literal
 
 from src.adapters.deltas import Delta, blocks
-from src.merge.combination import Expert, finite, share
+from src.merge.combination import Expert
 from src.merge.elementwise import ElementWise, Majority, Rule, Sparsifier
+from src.merge.ranges import finite, share
 from src.merge.selection import kept_count, kth_magnitude
 from src.merge.sparsify import above, keep_largest
 
