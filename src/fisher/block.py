@@ -28,6 +28,10 @@ class BlockFisher(SummedFisher):
         """(p·q, p·q) block of a module."""
         return self.mean(name)
 
+    def module_diagonal(self, name: str) -> torch.Tensor:
+        """(p·q,) diagonal of a module's block, without the block."""
+        return self.sums[name].diagonal(dim1=1, dim2=2).sum(0) / self.counts.sum()
+
     def module_trace(self, name: str) -> float:
         """Trace of a module's block."""
         return self.module_block(name).trace().item()

@@ -108,7 +108,7 @@ def _warn_of_strangers(aligned: BaseWeights, base: BaseWeights, modules: list[st
         log.warning(
             "method.aligned %s: weights %.0f %% of their norm away from those of %s; expected a model trained from it",
             aligned.folder,
-            100 * (change / norm) ** 0.5,
+            100 * (change / norm) ** 0.5 if norm else float("inf"),
             base.folder,
         )
     return same

@@ -24,7 +24,6 @@ from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model,
 from src.models.computation import Computation, choose_modes
 from src.models.discovery import find_baseline, named_adapters
 from src.models.evaluation_checks import check_programs, check_sampling, check_unseen
-from src.models.fisher_settings import check_matmul_error
 from src.models.generation import NotFinite, own_ends
 from src.models.judging import awaited_judges, check_judges, share_judges
 from src.models.kept_buffers import KeptBuffers
@@ -32,7 +31,7 @@ from src.models.partial import FOLDER, Parts, Record, answers_key, result_key
 from src.models.progress import Progress
 from src.models.results import Results
 from src.models.sharding import shard
-from src.models.speed import MatmulMode
+from src.models.speed import MatmulMode, check_matmul_error
 from src.models.stopping import stop_together
 from src.models.whole_data import check_whole
 from src.provenance import versions

@@ -24,13 +24,12 @@ from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
 from src.models.checkpoints import ADAPTER, bring_home, check_adapter, check_processes, keeps_schedule, rewind_to_step
 from src.models.core_tuning import Core
-from src.models.fisher_settings import check_matmul_error
 from src.models.fused_lora import fuse
 from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
 from src.models.regularizers import Regularizer
 from src.models.sharding import shard
-from src.models.speed import TrainingMode, choose_matmul
+from src.models.speed import TrainingMode, check_matmul_error, choose_matmul
 
 log = logging.getLogger(__name__)
 

@@ -33,18 +33,14 @@ from src.models.fisher_open import open_pass
 from src.models.fisher_output import publish, ready_file, remove_joined, remove_stale
 from src.models.fisher_pass import Coordinates, FisherPass
 from src.models.fisher_record import write_pass
-from src.models.fisher_settings import (
-    check_matmul_error,
-    check_settings,
-    check_utility,
-)
+from src.models.fisher_settings import check_settings, check_utility
 from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_places, leaf_embeddings
 from src.models.patch_at import patch_at
 from src.models.progress import Progress
 from src.models.reference import Reference, named_by, reference_update
 from src.models.sharding import shard
-from src.models.speed import MatmulMode, choose_matmul
+from src.models.speed import MatmulMode, check_matmul_error, choose_matmul
 from src.models.stopping import stop_together
 from src.models.whole_data import check_whole
 

@@ -61,13 +61,3 @@ def check_utility(utility: Sequence[str], weights: Sequence[float] | None) -> li
     if len(given) != len(utility) or not all(map(math.isfinite, given)):
         raise InputError(f"model.utility_weights is {given}; expected {len(utility)} finite numbers, one an adapter")
     return given
-
-
-def check_matmul_error(largest: float) -> None:
-    """Check the largest relative error of a product that is accepted.
-
-    Raises:
-        InputError: it is no positive number.
-    """
-    if not largest > 0:
-        raise InputError(f"model.max_matmul_error is {largest}; expected a number above 0")

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch.nn.functional import linear
 
+from src.errors import InputError
+
 log = logging.getLogger(__name__)
 
 MatmulMode = Literal["auto", "highest", "high", "medium"]
@@ -25,6 +27,16 @@ EXACT, WORTH = 1e-6, 1.2
 HOPELESS = 2.0
 """A mode that takes so many times as long as another is not measured to the end."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def check_matmul_error(largest: float) -> None:
+    """Check the largest relative error of a product that is accepted.
+
+    Raises:
+        InputError: it is no positive number.
+    """
+    if not largest > 0:
+        raise InputError(f"model.max_matmul_error is {largest}; expected a number above 0")
 
 
 def default_accelerator() -> str:
