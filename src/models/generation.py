@@ -209,7 +209,10 @@ def _prefill_inputs(model: Any, batch: Batch, pad_id: int, more: int) -> tuple[t
 
 def _cache_of(out: Any, model: Any) -> Any:
     for name in ("cache", "past_key_values"):
-        if (cache := getattr(out, name, None)) is not None:
+        cache = getattr(out, name, None)
+        # Mamba and xLSTM keep states alone; MiniMax keeps its own beside the layers, where no row can be dropped.
+        keys = any(getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ()))
+        if keys and not hasattr(cache, "linear_cache"):
             return cache
     raise InputError(f"{type(model).__name__} keeps no keys and values of past tokens; expected a transformer")
 
