@@ -7,7 +7,7 @@ from src.cli import main
 from src.data.batches import EncodedRows
 from src.data.chat import Encoded, Encoder
 from src.data.rows import Row
-from src.models.generation import NotFinite, check_finite, greedy
+from src.models.generation import NotFinite, check_finite, finite, greedy
 from tests.commands import ROOT, run_processes
 from tests.evaluations import answers, evaluate, flags, write_jsonl
 from tests.tiny import make_model, make_tokenizer
@@ -110,7 +110,7 @@ def test_logits_that_are_no_numbers_are_one_line_and_no_answer(tmp_path, capsys)
 @pytest.mark.parametrize("row", [[0.0, float("nan")], [0.0, float("inf")], [-float("inf"), -float("inf")]])
 def test_a_row_without_a_likeliest_token_is_named(row):
     with pytest.raises(NotFinite) as error:
-        check_finite(torch.tensor([[0.0, -float("inf")], row]), [4, 7])
+        check_finite(finite(torch.tensor([[0.0, -float("inf")], row])).tolist(), [4, 7])
     assert error.value.place == 7
 
 

@@ -202,12 +202,24 @@ class MeanAccumulator(Accumulator[MeanScores]):
         super().__init__(shapes, halves=halves)
         kept = len(self.counts)
         self._sums = {name: allocate(f"mean.{name}", (kept, *shape)) for name, shape in self.shapes.items()}
+        self._parts_now: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen = 0
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
-        """Add one module: ``Σ_n w_n Σ_t δ x``, one product over all tokens of a half."""
+        """Add one module, ``Σ_n w_n Σ_t δ x``: one product over all tokens of a half."""
         for half, weight, (deltas, inputs) in self._parts(delta, x):
             weighted = deltas.double() * weight[:, None, None]
-            self._sums[name][half] += (weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)).cpu()
+            part = weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)
+            self._parts_now.append((self._sums[name][half], part))
+        self._seen += 1
+        if self._seen < len(self.shapes):
+            return
+        if self._parts_now:  # copied once: each copy to the host waits for the GPU
+            copied = torch.cat([part.flatten() for _, part in self._parts_now]).cpu()
+            sizes = [part.numel() for _, part in self._parts_now]
+            for (total, part), own in zip(self._parts_now, copied.split(sizes), strict=True):
+                total += own.view_as(part)
+        self._parts_now, self._seen = [], 0
 
     def sums(self) -> Iterator[torch.Tensor]:
         """The sums, module by module."""

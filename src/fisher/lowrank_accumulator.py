@@ -57,11 +57,12 @@ class LowRankAccumulator(Accumulator[LowRankFisher]):
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
         """Add one module; the backward pass is complete with its last one."""
-        self._parts_now[name] = core_score(delta, x).cpu()
+        self._parts_now[name] = core_score(delta, x)
         if len(self._parts_now) < len(self.shapes):
             return
         batch, kept = self._batch, self._batch.weight > 0
-        scores = torch.cat([self._parts_now[module] for module in self.shapes], dim=1)[kept]
+        # Copied once: each copy to the host waits for the GPU.
+        scores = torch.cat([self._parts_now[module] for module in self.shapes], dim=1).cpu()[kept]
         self._scores.append(scores * batch.weight[kept, None].sqrt().to(scores.dtype))
         self._keys.append(torch.stack([batch.index[kept], torch.full_like(batch.index[kept], batch.token)], dim=1))
         self._weights.append(batch.weight[kept])

@@ -41,19 +41,23 @@ class NotFinite(ArithmeticError):
         self.place = place
 
 
-def check_finite(logits: torch.Tensor, rows: Sequence[int]) -> None:
-    """Check that logits (N, V) name a likeliest token each; −∞ may exclude others.
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Which rows of logits (N, V) name a likeliest token, (N,) bool; −∞ may exclude others."""
+    return logits.amax(-1).isfinite()
+
+
+def check_finite(fine: Sequence[int], rows: Sequence[int]) -> None:
+    """Check that the logits of all rows name a likeliest token.
 
     Args:
-        logits: Logits of N rows.
-        rows: Their positions in the batch.
+        fine: Whether those of each row do (:func:`finite`).
+        rows: Positions of the rows in the batch.
 
     Raises:
         NotFinite: those of a row do not; it says which.
     """
-    finite = logits.amax(-1).isfinite().tolist()
-    for row, fine in zip(rows, finite, strict=True):
-        if not fine:
+    for row, its in zip(rows, fine, strict=True):
+        if not its:
             raise NotFinite(row)
 
 
@@ -110,10 +114,8 @@ def greedy(
     from src.models.kv_cache import cache_option, reserve
 
     ids, mask, cache = _prefill_inputs(model, batch, pad_id, max_new_tokens)
-    stops = torch.tensor(list(stop_ids), device=ids.device)
     answers: list[list[int]] = [[] for _ in range(len(batch.ids))]
-    rows = torch.arange(len(batch.ids), device=ids.device)
-    live = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+    rows, live = list(range(len(answers))), [True] * len(answers)
     position, option = mask.cumsum(1)[:, -ids.shape[1] :] - 1, cache_option(model)
     for step in range(max_new_tokens):
         with _contiguous_output(model), _finite_masks():
@@ -125,21 +127,26 @@ def greedy(
                 logits_to_keep=1,
                 **{option: cache},
             )
-        check_finite(out.logits[:, -1], rows.tolist())
-        cache, token = _cache_of(out, model), choose(out.logits[:, -1], rows.tolist())
+        logits = out.logits[:, -1]
+        cache, token = _cache_of(out, model), choose(logits, rows)
         if step == 0:
             reserve(cache, max_new_tokens - 1)
-        live &= ~torch.isin(token, stops)
-        for row, value, going in zip(rows.tolist(), token.tolist(), live.tolist(), strict=True):
+        # The host waits for the GPU once a step: all that it is told comes in one copy.
+        told, fine = torch.stack([token, finite(logits).to(token.dtype)]).tolist()
+        check_finite(fine, rows)
+        live = [going and value not in stop_ids for going, value in zip(live, told, strict=True)]
+        for row, value, going in zip(rows, told, live, strict=True):
             if going:
                 answers[row].append(value)
-        if not live.any():
+        if not any(live):
             break
         position, mask = position[:, -1:] + 1, torch.nn.functional.pad(mask, (0, 1), value=1)
-        if live.sum() < COMPACT_BELOW * len(live):
-            kept = live.nonzero().squeeze(1)
+        if sum(live) < COMPACT_BELOW * len(live):
+            kept = torch.tensor([place for place, going in enumerate(live) if going], device=ids.device)
             cache.reorder_cache(kept)
-            rows, token, position, mask, live = (x[kept] for x in (rows, token, position, mask, live))
+            token, position, mask = token[kept], position[kept], mask[kept]
+            rows = [row for row, going in zip(rows, live, strict=True) if going]
+            live = [True] * len(rows)
         ids = token[:, None]
     return answers
 
@@ -225,7 +232,7 @@ def _greedy_in_step(
 
     def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         try:
-            check_finite(logits, rows)
+            check_finite(finite(logits).tolist(), rows)
         except NotFinite as error:
             found.append(error)  # the other processes need this one to the last step
         return logits

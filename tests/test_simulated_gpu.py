@@ -1,0 +1,204 @@
+"""Commands on a simulated GPU (:mod:`tests.simulated_gpu`): nothing mixes devices, and all is what a CPU finds."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from src.adapters.peft_files import read_adapter
+from src.cli import main
+from src.data.batches import EncodedRows
+from src.fisher.files import load_fisher
+from src.judges.causal import Causal
+from src.judges.classifier import Classifier
+from src.models.generation import greedy
+from tests.commands import fisher_flags, fit_flags
+from tests.evaluations import flags, metrics, suites_of_every_kind
+from tests.simulated_gpu import GPU, GpuTensor, simulated_gpu
+from tests.test_judges import ANSWERS, PROMPTS, make_classifier
+from tests.test_pipeline import suites
+
+FEW = "{path: ROWS, answer_tokens: 3}"
+
+
+def both(command, folder):
+    """Run a command, made by an output and a hardware file, on both; returns the outputs and the waits for the GPU."""
+    assert main(command(folder / "cpu", "cpu.yaml")) == 0
+    with simulated_gpu() as waits:
+        assert main(command(folder / "gpu", "gpu.yaml")) == 0
+    assert sum(waits.values()), "nothing ran on the GPU"
+    return folder / "cpu", folder / "gpu", dict(waits)
+
+
+def test_the_simulation_refuses_what_a_gpu_refuses():
+    with simulated_gpu() as waits:
+        layer = torch.nn.Linear(4, 5).to("cuda")
+        x = torch.randn(3, 4)
+        for mixed in (
+            lambda: layer(x),
+            lambda: x.cuda() + x,
+            lambda: x[torch.arange(2, device=GPU)],
+            lambda: x.cuda().index_select(0, torch.arange(2)),
+            lambda: torch.cat([x, x.cuda()]),
+        ):
+            with pytest.raises(RuntimeError, match="device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            layer.weight.detach().numpy()
+        assert not waits["tolist"]
+        assert isinstance(layer.weight, GpuTensor)
+        assert layer(x.cuda()).device == GPU
+        assert (x.cuda()[torch.arange(2)] * torch.tensor(2.0)).cpu().tolist() == (x[:2] * 2).tolist()
+        layer(x.cuda()).square().sum().backward()
+        assert layer.weight.grad.device == GPU
+        before = waits.total()
+        layer.weight.grad.sum().item()
+        assert waits.total() == before + 1
+    assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--model.gradient_checkpointing", "true", "--trainer.accumulate_grad_batches", "2"],
+        ["--model.regularizer", "AlignGuard", "--model.regularizer.fisher", "FISHER", "--model.regularizer.k", "4"],
+        ["--model.core", "SAFETY", "--model.beside", "{UTILITY: 1.0}"],
+    ],
+)
+def test_training(base, adapters, rows, tmp_path, more):
+    places = {"UTILITY": str(adapters["utility"]), "SAFETY": str(adapters["safety"])}
+    if "FISHER" in more:
+        assert main(fisher_flags(base, adapters, rows, tmp_path / "fisher")) == 0
+        places["FISHER"] = str(tmp_path / "fisher")
+    for word, place in places.items():
+        more = [flag.replace(word, place) for flag in more]
+    cpu, gpu, _ = both(lambda out, hardware: fit_flags(base, rows, out, *more, hardware=hardware), tmp_path)
+    expected, found = read_adapter(cpu), read_adapter(gpu)
+    assert set(found.pairs) == set(expected.pairs)
+    for name, pair in expected.pairs.items():
+        torch.testing.assert_close(found.pairs[name].dense(), pair.dense(), rtol=1e-4, atol=1e-6)
+    assert found.manifest["val_loss"] == pytest.approx(expected.manifest["val_loss"], rel=1e-5)
+
+
+def test_a_training_goes_on(base, rows, tmp_path):
+    whole = tmp_path / "whole"
+    stop = ["--trainer.callbacks+", "tests.test_pipeline.StopAfter", "--trainer.callbacks.steps", "10"]
+    with simulated_gpu():
+        assert main(fit_flags(base, rows, whole, hardware="gpu.yaml")) == 0
+        assert main(fit_flags(base, rows, tmp_path / "parts", *stop, hardware="gpu.yaml")) == 0
+        assert main(fit_flags(base, rows, tmp_path / "parts", "--resume", "true", hardware="gpu.yaml")) == 0
+    expected, found = read_adapter(whole).pairs, read_adapter(tmp_path / "parts").pairs
+    for name, pair in expected.items():
+        torch.testing.assert_close(found[name].dense(), pair.dense())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        [
+            "--model.relearn",
+            "true",
+            "--model.basis",
+            "union",
+            "--model.reference_safety",
+            "{utility: 1.0, safety: 0.5}",
+        ],
+        ["--model.granularity", "token", "--data.safety", FEW, "--data.utility", FEW],
+        ["--model.labels", "random_tokens", "--data.random_rows", "8"],
+        ["--model.gradient_checkpointing", "true", "--model.draws", "2"],
+        ["--model.representation", "block"],
+        ["--model.representation", "kronecker"],
+        ["--model.representation", "diagonal", "--model.coordinates", "weight"],
+        ["--model.representation", "kronecker", "--model.coordinates", "weight", "--model.halves", "false"],
+        ["--model.representation", "magnitude", "--model.coordinates", "weight", "--model.labels", "data"],
+    ],
+)
+def test_fisher_passes(base, adapters, rows, tmp_path, more):
+    more = [flag.replace("ROWS", str(rows["harmful"])) for flag in more]
+
+    def command(out, hardware):
+        return fisher_flags(base, adapters, rows, out, *more, hardware=hardware)
+
+    cpu, gpu, _ = both(command, tmp_path)
+    files = sorted(path.name for path in cpu.glob("*.safetensors"))
+    assert files
+    for name in files:
+        expected, found = load_fisher(cpu / name), load_fisher(gpu / name)
+        assert found.record["trace"] == pytest.approx(expected.record["trace"], rel=1e-5)
+        for key, tensor in expected.fisher.tensors().items():
+            torch.testing.assert_close(found.fisher.tensors()[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_host_waits_for_no_single_module_of_a_fisher_pass(base, adapters, rows, tmp_path):
+    found = {}
+    for size in (1, 30):
+        more = ["--data.batch_size", str(size), "--model.relearn", "true"]
+        with simulated_gpu() as waits:
+            assert main(fisher_flags(base, adapters, rows, tmp_path / str(size), *more, hardware="gpu.yaml")) == 0
+        found[size] = waits.total()
+    batches, modules = 7 + 22 + 22 - 3, 14  # of harmful rows, and of benign ones at two points
+    assert 0 < (found[1] - found[30]) / batches < modules
+
+
+def test_the_host_waits_for_a_step_of_decoding_once(model, encoded):
+    found = {}
+    for steps in (4, 24):
+        with simulated_gpu() as waits, torch.inference_mode():
+            gpu = copy.deepcopy(model).to(GPU)
+            batch = EncodedRows(encoded, 256)[(list(range(len(encoded))), 1.0)].to(GPU)
+            greedy(gpu, batch, max_new_tokens=steps, stop_ids=[], pad_id=256)
+        found[steps] = waits.total()
+    of_transformers = 1  # it looks whether anything is masked
+    assert (found[24] - found[4]) / 20 == 1 + of_transformers
+
+
+def test_evaluation(base, adapters, rows, tmp_path):
+    every = suites(rows) + suites_of_every_kind(tmp_path)
+    more = ["--adapters", str(adapters["utility"]), str(adapters["safety"]), "--model.allow_code_execution", "true"]
+
+    def command(out, hardware):
+        return flags(base, tmp_path, every, out, *more, hardware=hardware)
+
+    cpu, gpu, _ = both(command, tmp_path)
+    close(metrics(gpu), metrics(cpu))
+    for path in sorted((cpu / "answers").rglob("*.jsonl")):
+        expected, found = (
+            [json.loads(line) for line in (folder / path.relative_to(cpu)).read_text().splitlines()]
+            for folder in (cpu, gpu)
+        )
+        close(found, expected)
+
+
+def close(found, expected):
+    """Compare what JSON holds; floats up to rounding."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected)
+        for key in expected:
+            close(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+    else:
+        assert found == expected
+
+
+def test_judges(base, tmp_path):
+    kinds = [
+        lambda: Causal(str(base), yes="yes", no="no", dtype="float64"),
+        lambda: Classifier(str(make_classifier(tmp_path)), positive="harmful"),
+    ]
+    for kind in kinds:
+        found = {}
+        with simulated_gpu():
+            for device in ("cpu", "cuda"):
+                judge = kind()
+                judge.load(device)
+                found[device] = [one.score for one in judge.judge(PROMPTS, ANSWERS)]
+                judge.unload()
+        assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-5)
