@@ -3,10 +3,11 @@
 An operation that mixes them with tensors of the CPU fails as it would on a GPU, and so does ``numpy()``. Python sees
 ``cuda``; to the C++ side they lie on ``lazy``, a device that needs no driver and whose backward passes run in the
 caller's thread. What is simulated is where tensors lie, and when the host waits for them: no kernel, no memory limit,
-no rounding of a GPU's, no autocast of its own, and no NCCL.
+no rounding of a GPU's, no autocast of its own, and of NCCL one process (:func:`simulated_nccl`).
 """
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from unittest import mock
 import lightning.fabric.accelerators.cuda as of_fabric
 import lightning.pytorch.accelerators.cuda as of_lightning
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -43,6 +45,9 @@ DRIVER = {
 """What functions of ``torch.cuda`` return."""
 waits: Counter[str] = Counter()
 """How often the host has waited for the GPU, by operation."""
+
+collectives: Counter[str] = Counter()
+"""How often processes have talked, by operation (:func:`simulated_nccl`)."""
 
 
 class GpuTensor(torch.Tensor):
@@ -81,11 +86,16 @@ class GpuTensor(torch.Tensor):
 
 def _computed(func, args, kwargs):
     """An operation, on the GPU where an operand lies there or its result shall."""
+    if func.namespace == "c10d":
+        collectives[func.__name__] += 1
+        own = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if "barrier" not in func.__name__ and not all(isinstance(leaf, GpuTensor) for leaf in own):
+            raise RuntimeError(f"{func}: no backend type associated with device type cpu")
     wanted = kwargs.get("device")
     onto = wanted is not None and torch.device(wanted).type in ("cuda", "lazy")
     if not onto and not any(isinstance(leaf, GpuTensor) for leaf in tree_leaves((args, kwargs))):
         return func(*args, **kwargs)
-    if wanted is None and func is not aten.copy_.default:
+    if wanted is None and func is not aten.copy_.default and func.namespace != "c10d":
         _check(func, args, kwargs)
     off = (wanted is not None and not onto) or (func is aten.copy_.default and not isinstance(args[0], GpuTensor))
     by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
@@ -165,3 +175,25 @@ def simulated_gpu() -> Iterator[Counter[str]]:
         stack.enter_context(_Calls())
         stack.enter_context(_Operations())
         yield waits
+
+
+@contextlib.contextmanager
+def simulated_nccl() -> Iterator[Counter[str]]:
+    """A process group of one process that takes tensors of the simulated GPU only; gives the count of collectives."""
+    start = dist.init_process_group
+
+    def started(backend, *args, device_id=None, **kwargs):
+        assert backend == "nccl"
+        assert device_id in (None, GPU)
+        start("gloo", *args, **kwargs)
+
+    collectives.clear()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(mock.patch.object(dist, "init_process_group", started))
+        stack.enter_context(mock.patch.object(dist.distributed_c10d, "_get_object_coll_device", return_value="cuda"))
+        try:
+            yield collectives
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -15,7 +15,7 @@ from src.judges.classifier import Classifier
 from src.models.generation import greedy
 from tests.commands import fisher_flags, fit_flags
 from tests.evaluations import flags, metrics, suites_of_every_kind
-from tests.simulated_gpu import GPU, GpuTensor, simulated_gpu
+from tests.simulated_gpu import GPU, GpuTensor, simulated_gpu, simulated_nccl
 from tests.test_judges import ANSWERS, PROMPTS, make_classifier
 from tests.test_pipeline import suites
 
@@ -156,8 +156,8 @@ def test_the_host_waits_for_a_step_of_decoding_once(model, encoded):
 
 
 def test_evaluation(base, adapters, rows, tmp_path):
-    every = suites(rows) + suites_of_every_kind(tmp_path)
-    more = ["--adapters", str(adapters["utility"]), str(adapters["safety"]), "--model.allow_code_execution", "true"]
+    every = suites(rows)[2:] + suites_of_every_kind(tmp_path)
+    more = ["--adapters", str(adapters["utility"]), "--model.allow_code_execution", "true"]
 
     def command(out, hardware):
         return flags(base, tmp_path, every, out, *more, hardware=hardware)
@@ -186,6 +186,28 @@ def close(found, expected):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
     else:
         assert found == expected
+
+
+def test_processes_talk_by_tensors_of_the_gpu(base, adapters, rows, tmp_path):
+    """NCCL takes no others. A training's gradients are torch's to reduce: DistributedDataParallel is not simulated."""
+    suite = {"name": "safe", "kind": "borderline", "rows": str(rows["eval_safe"]), "max_new_tokens": 2}
+
+    def fisher(out, hardware):
+        return fisher_flags(base, adapters, rows, out, "--model.relearn", "true", hardware=hardware)
+
+    def test(out, hardware):
+        return flags(base, tmp_path, [suite], out, hardware=hardware)
+
+    for name, command in (("fisher", fisher), ("test", test)):
+        assert main(command(tmp_path / name / "cpu", "cpu.yaml")) == 0
+        with simulated_gpu(), simulated_nccl() as collectives:
+            assert main(command(tmp_path / name / "gpu", "ddp.yaml")) == 0
+        assert collectives["allreduce_.default"]
+        assert collectives["allgather_.default"]
+    for path in (tmp_path / "fisher" / "cpu").glob("*.safetensors"):
+        found = load_fisher(tmp_path / "fisher" / "gpu" / path.name)
+        assert found.record["trace"] == pytest.approx(load_fisher(path).record["trace"], rel=1e-5)
+    close(metrics(tmp_path / "test" / "gpu"), metrics(tmp_path / "test" / "cpu"))
 
 
 def test_judges(base, tmp_path):

@@ -218,7 +218,7 @@ class MeanAccumulator(Accumulator[MeanScores]):
             copied = torch.cat([part.flatten() for _, part in self._parts_now]).cpu()
             sizes = [part.numel() for _, part in self._parts_now]
             for (total, part), own in zip(self._parts_now, copied.split(sizes), strict=True):
-                total += own.view_as(part)
+                total.add_(own.view_as(part))
         self._parts_now, self._seen = [], 0
 
     def sums(self) -> Iterator[torch.Tensor]:
