@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from typing import Any
 
 from src.arguments import evaluation_options, long_names, name_in_help, resolve_names, with_default_config
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.signals import terminated_like_interrupted
 
 COMMANDS = {
@@ -52,6 +52,8 @@ INTERRUPTED = (
     "interrupted; what was finished is kept: the same command goes on from there (fisher, test, predict, "
     "experiment, fit --resume true; judge keeps its verdicts) or starts again (the others)"
 )
+
+LESS_MEMORY = "try a smaller --data.batch_size, shorter rows, or --model.gradient_checkpointing true (fit, fisher)"
 
 CHATTER = (
     ".*does not have many workers.*",
@@ -173,6 +175,15 @@ def _command(arguments: list[str]) -> int:
     return 0 if problem is None else _stop(problem)
 
 
+def _of_the_machine(error: OSError | RuntimeError) -> str | None:
+    """What the machine has not enough of, in a sentence; None where the error is another."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{one_line(error)}; {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) or error.errno not in OF_THE_MACHINE or error.filename == STDOUT:
+        return None
+    return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
+
+
 def _run(command: str, arguments: list[str]) -> str | None:
     """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
     arguments = long_names(arguments)
@@ -190,10 +201,11 @@ def _run(command: str, arguments: list[str]) -> str | None:
         if not isinstance(stop.__context__, KeyboardInterrupt) and type(stop).__name__ != "SIGTERMException":
             raise
         return INTERRUPTED
-    except OSError as error:
-        if error.errno not in OF_THE_MACHINE or error.filename == STDOUT:
+    except (OSError, RuntimeError) as error:
+        problem = _of_the_machine(error)
+        if problem is None:
             raise
-        return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
+        return problem
     except _misconfigured() as error:
         return f"trainer: {error}"
     return None

@@ -1,9 +1,12 @@
 """A GPU that there is not: tensors that say ``cuda:0``, compute on the CPU, and refuse what a GPU's tensors refuse.
 
-An operation that mixes them with tensors of the CPU fails as it would on a GPU, and so does ``numpy()``. Python sees
-``cuda``; to the C++ side they lie on ``lazy``, a device that needs no driver and whose backward passes run in the
-caller's thread. What is simulated is where tensors lie, and when the host waits for them: no kernel, no memory limit,
-no rounding of a GPU's, no autocast of its own, and of NCCL one process (:func:`simulated_nccl`).
+An operation that mixes them with tensors of the CPU fails, and so does ``numpy()``. Python sees ``cuda``; to the C++
+side they lie on ``lazy``, a device that needs no driver and whose backward passes run in the caller's thread. What is
+simulated is where tensors lie, and how often the host waits for the GPU: no kernel, no memory limit, no rounding of a
+GPU's, no mixed precision, and of NCCL one process (:func:`simulated_nccl`).
+
+What remains in the process: torch's C++ side believes that CUDA has been set up, so that a later use of ``cuda`` fails
+with another message than before.
 """
 
 import contextlib
@@ -20,13 +23,26 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.utils.import_utils import is_torch_cuda_available
 
 CPU, GPU, INSIDE = torch.device("cpu"), torch.device("cuda", 0), torch.device("lazy", 0)
 aten = torch.ops.aten
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 """Operations whose indices may lie on the CPU."""
-WAITING = {aten._local_scalar_dense.default, aten.nonzero.default}
-"""Operations whose result the host needs before it goes on."""
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten._unique2.default,
+    aten.bincount.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+}
+"""Operations whose result, or its size, the host needs before it goes on."""
+COPIES = {aten._to_copy.default, aten.copy_.default}
+"""Operations that may copy between the two; the host waits for their end in either direction."""
+SINGLE = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill_.Tensor}
+"""Operations that take a single number of the CPU, beside those that work number by number."""
 DRIVER = {
     "_lazy_init": None,
     "current_device": 0,
@@ -95,11 +111,15 @@ def _computed(func, args, kwargs):
     onto = wanted is not None and torch.device(wanted).type in ("cuda", "lazy")
     if not onto and not any(isinstance(leaf, GpuTensor) for leaf in tree_leaves((args, kwargs))):
         return func(*args, **kwargs)
-    if wanted is None and func is not aten.copy_.default and func.namespace != "c10d":
+    if wanted is None and func not in COPIES and func.namespace != "c10d":
         _check(func, args, kwargs)
+    if onto and kwargs.get("generator") is not None:
+        raise RuntimeError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
     off = (wanted is not None and not onto) or (func is aten.copy_.default and not isinstance(args[0], GpuTensor))
+    between = func in COPIES and off == isinstance(args[0 if func is aten._to_copy.default else 1], GpuTensor)
     by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
-    waits[str(func)] += off or by_mask or func in WAITING
+    if between or by_mask or func in WAITING:
+        waits[str(func)] += 1
     given, named = tree_map_only(GpuTensor, lambda leaf: leaf.held, (args, kwargs))
     found = func(*given, **named | ({"device": CPU} if onto else {}))
     if func is aten.copy_.default:
@@ -111,13 +131,15 @@ def _computed(func, args, kwargs):
 
 
 def _check(func, args, kwargs):
-    """Raise where a tensor of the CPU is an operand; a GPU takes single numbers and indices from there."""
+    """Raise where a tensor of the CPU is an operand; a GPU takes some single numbers, and indices, from there."""
+    changed = func._schema.arguments and func._schema.arguments[0].is_write
     if func in INDEXED:
-        args, kwargs = (args[0], *args[2:]), {}
-        if not isinstance(args[0], GpuTensor):
-            raise RuntimeError(f"{func}: indices should be either on cpu or on the device of the indexed tensor (cpu)")
+        args, kwargs, changed = (args[0], *args[2:]), {}, True
+    single = torch.Tag.pointwise in func.tags or func in SINGLE
+    if changed and isinstance(args[0], torch.Tensor) and not isinstance(args[0], GpuTensor):
+        raise RuntimeError(f"{func}: a tensor on the device cpu is changed or indexed by one on cuda:0")
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if any(not isinstance(tensor, GpuTensor) and tensor.dim() for tensor in tensors):
+    if any(not isinstance(tensor, GpuTensor) and (tensor.dim() or not single) for tensor in tensors):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu")
 
 
@@ -164,6 +186,7 @@ def simulated_gpu() -> Iterator[Counter[str]]:
         return submit(pool, inside, *args, **kwargs)
 
     waits.clear()
+    is_torch_cuda_available.cache_clear()
     with contextlib.ExitStack() as stack:
         for name, value in DRIVER.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
@@ -172,6 +195,7 @@ def simulated_gpu() -> Iterator[Counter[str]]:
             stack.enter_context(mock.patch.object(module, "_clear_cuda_memory"))
         stack.enter_context(mock.patch.object(of_fabric, "_get_all_visible_cuda_devices", return_value=[0]))
         stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submitted))
+        stack.callback(is_torch_cuda_available.cache_clear)
         stack.enter_context(_Calls())
         stack.enter_context(_Operations())
         yield waits

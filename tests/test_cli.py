@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 
 from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
-from src.cli import COMMANDS, INTERRUPTED, main
+from src.cli import COMMANDS, INTERRUPTED, LESS_MEMORY, main
 from src.errors import InputError
 from src.parsing import run_function
 from tests.commands import clean_environment
@@ -171,6 +171,20 @@ def test_an_interrupt_names_every_command_that_goes_on():
     before, _, others = INTERRUPTED.partition(" or starts again")
     assert others == " (the others)"
     assert all(name in before for name in ("fisher", "test", "predict", "experiment", "fit --resume true", "judge"))
+
+
+def test_a_gpu_without_room_is_one_line_and_other_errors_stay(monkeypatch, capsys):
+    def runs(error):
+        def command(_):
+            raise error
+
+        monkeypatch.setattr("src.cli.runner", lambda _: command)
+        return main(["fit"])
+
+    assert runs(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")) == 2
+    assert capsys.readouterr().err == f"error: CUDA out of memory. Tried to allocate 2.00 GiB.; {LESS_MEMORY}\n"
+    with pytest.raises(RuntimeError, match="a mistake"):
+        runs(RuntimeError("a mistake"))
 
 
 def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):

@@ -14,21 +14,24 @@ from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.models.generation import greedy
 from tests.commands import fisher_flags, fit_flags
+from tests.conftest import random_adapter
 from tests.evaluations import flags, metrics, suites_of_every_kind
 from tests.simulated_gpu import GPU, GpuTensor, simulated_gpu, simulated_nccl
 from tests.test_judges import ANSWERS, PROMPTS, make_classifier
 from tests.test_pipeline import suites
+from tests.tiny import make_model, make_tokenizer
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 FEW = "{path: ROWS, answer_tokens: 3}"
 
 
 def both(command, folder):
-    """Run a command, made by an output and a hardware file, on both; returns the outputs and the waits for the GPU."""
+    """Run a command, made from an output and a hardware file, on the CPU and on the GPU; returns both outputs."""
     assert main(command(folder / "cpu", "cpu.yaml")) == 0
     with simulated_gpu() as waits:
         assert main(command(folder / "gpu", "gpu.yaml")) == 0
     assert sum(waits.values()), "nothing ran on the GPU"
-    return folder / "cpu", folder / "gpu", dict(waits)
+    return folder / "cpu", folder / "gpu"
 
 
 def test_the_simulation_refuses_what_a_gpu_refuses():
@@ -41,20 +44,23 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
             lambda: x[torch.arange(2, device=GPU)],
             lambda: x.cuda().index_select(0, torch.arange(2)),
             lambda: torch.cat([x, x.cuda()]),
+            lambda: torch.zeros(()).add_(x.cuda().sum()),
+            lambda: torch.stack([x.cuda().sum(), torch.ones(())]),
+            lambda: torch.randn(3, generator=torch.Generator(), device=GPU),
         ):
             with pytest.raises(RuntimeError, match="device"):
                 mixed()
         with pytest.raises(TypeError, match="numpy"):
             layer.weight.detach().numpy()
-        assert not waits["tolist"]
         assert isinstance(layer.weight, GpuTensor)
         assert layer(x.cuda()).device == GPU
         assert (x.cuda()[torch.arange(2)] * torch.tensor(2.0)).cpu().tolist() == (x[:2] * 2).tolist()
         layer(x.cuda()).square().sum().backward()
         assert layer.weight.grad.device == GPU
-        before = waits.total()
-        layer.weight.grad.sum().item()
-        assert waits.total() == before + 1
+        for waiting in (layer.weight.grad.sum().item, x.cuda, layer.weight.cpu, layer.weight.detach().tolist):
+            before = waits.total()
+            waiting()
+            assert waits.total() == before + 1
     assert not torch.cuda.is_available()
 
 
@@ -74,7 +80,7 @@ def test_training(base, adapters, rows, tmp_path, more):
         places["FISHER"] = str(tmp_path / "fisher")
     for word, place in places.items():
         more = [flag.replace(word, place) for flag in more]
-    cpu, gpu, _ = both(lambda out, hardware: fit_flags(base, rows, out, *more, hardware=hardware), tmp_path)
+    cpu, gpu = both(lambda out, hardware: fit_flags(base, rows, out, *more, hardware=hardware), tmp_path)
     expected, found = read_adapter(cpu), read_adapter(gpu)
     assert set(found.pairs) == set(expected.pairs)
     for name, pair in expected.pairs.items():
@@ -83,15 +89,22 @@ def test_training(base, adapters, rows, tmp_path, more):
 
 
 def test_a_training_goes_on(base, rows, tmp_path):
-    whole = tmp_path / "whole"
+    """Two epochs of three, then the third: what three at once give, and fewer waits than they take."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     stop = ["--trainer.callbacks+", "tests.test_pipeline.StopAfter", "--trainer.callbacks.steps", "10"]
-    with simulated_gpu():
-        assert main(fit_flags(base, rows, whole, hardware="gpu.yaml")) == 0
-        assert main(fit_flags(base, rows, tmp_path / "parts", *stop, hardware="gpu.yaml")) == 0
-        assert main(fit_flags(base, rows, tmp_path / "parts", "--resume", "true", hardware="gpu.yaml")) == 0
-    expected, found = read_adapter(whole).pairs, read_adapter(tmp_path / "parts").pairs
+    found = []
+    for folder, more in ((whole, []), (parts, stop), (parts, ["--resume", "true"])):
+        with simulated_gpu() as waits:
+            assert main(fit_flags(base, rows, folder, *more, hardware="gpu.yaml")) == 0
+        found.append(waits.total())
+        if more == stop:
+            assert read_adapter(parts).sha256 != read_adapter(whole).sha256
+            (parts / "adapter_config.json").unlink()  # a killed run has not written its adapter
+    assert 0 < found[1] < found[0]
+    assert 0 < found[2] < found[0]
+    expected, resumed = read_adapter(whole).pairs, read_adapter(parts).pairs
     for name, pair in expected.items():
-        torch.testing.assert_close(found[name].dense(), pair.dense())
+        torch.testing.assert_close(resumed[name].dense(), pair.dense())
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,7 @@ def test_fisher_passes(base, adapters, rows, tmp_path, more):
     def command(out, hardware):
         return fisher_flags(base, adapters, rows, out, *more, hardware=hardware)
 
-    cpu, gpu, _ = both(command, tmp_path)
+    cpu, gpu = both(command, tmp_path)
     files = sorted(path.name for path in cpu.glob("*.safetensors"))
     assert files
     for name in files:
@@ -132,27 +145,34 @@ def test_fisher_passes(base, adapters, rows, tmp_path, more):
             torch.testing.assert_close(found.fisher.tensors()[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_the_host_waits_for_no_single_module_of_a_fisher_pass(base, adapters, rows, tmp_path):
+def test_the_host_waits_for_no_single_module_of_a_fisher_pass(rows, tmp_path):
+    deep = make_model(num_hidden_layers=6)
+    deep.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    own = {name: random_adapter(tmp_path / name, tmp_path / "base", 2, 1, deep) for name in ("utility", "safety")}
     found = {}
     for size in (1, 30):
         more = ["--data.batch_size", str(size), "--model.relearn", "true"]
         with simulated_gpu() as waits:
-            assert main(fisher_flags(base, adapters, rows, tmp_path / str(size), *more, hardware="gpu.yaml")) == 0
+            command = fisher_flags(tmp_path / "base", own, rows, tmp_path / str(size), *more, hardware="gpu.yaml")
+            assert main(command) == 0
         found[size] = waits.total()
-    batches, modules = 7 + 22 + 22 - 3, 14  # of harmful rows, and of benign ones at two points
-    assert 0 < (found[1] - found[30]) / batches < modules
+    batches, modules = 7 + 22 + 22 - 3, 6 * 7  # of harmful rows, and of benign ones at two points
+    assert 0 < (found[1] - found[30]) / batches < modules / 2
 
 
-def test_the_host_waits_for_a_step_of_decoding_once(model, encoded):
+def test_the_host_is_told_of_a_step_of_decoding_once(model, encoded):
     found = {}
     for steps in (4, 24):
         with simulated_gpu() as waits, torch.inference_mode():
             gpu = copy.deepcopy(model).to(GPU)
             batch = EncodedRows(encoded, 256)[(list(range(len(encoded))), 1.0)].to(GPU)
             greedy(gpu, batch, max_new_tokens=steps, stop_ids=[], pad_id=256)
-        found[steps] = waits.total()
+        found[steps] = waits["tolist"], waits.total()
+    told, waited = ((many - few) / 20 for few, many in zip(found[4], found[24], strict=True))
     of_transformers = 1  # it looks whether anything is masked
-    assert (found[24] - found[4]) / 20 == 1 + of_transformers
+    assert told == 1
+    assert waited <= told + of_transformers
 
 
 def test_evaluation(base, adapters, rows, tmp_path):
@@ -162,7 +182,7 @@ def test_evaluation(base, adapters, rows, tmp_path):
     def command(out, hardware):
         return flags(base, tmp_path, every, out, *more, hardware=hardware)
 
-    cpu, gpu, _ = both(command, tmp_path)
+    cpu, gpu = both(command, tmp_path)
     close(metrics(gpu), metrics(cpu))
     for path in sorted((cpu / "answers").rglob("*.jsonl")):
         expected, found = (
@@ -205,8 +225,9 @@ def test_processes_talk_by_tensors_of_the_gpu(base, adapters, rows, tmp_path):
         assert collectives["allreduce_.default"]
         assert collectives["allgather_.default"]
     for path in (tmp_path / "fisher" / "cpu").glob("*.safetensors"):
-        found = load_fisher(tmp_path / "fisher" / "gpu" / path.name)
-        assert found.record["trace"] == pytest.approx(load_fisher(path).record["trace"], rel=1e-5)
+        found = load_fisher(tmp_path / "fisher" / "gpu" / path.name).fisher.tensors()
+        for key, tensor in load_fisher(path).fisher.tensors().items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6)
     close(metrics(tmp_path / "test" / "gpu"), metrics(tmp_path / "test" / "cpu"))
 
 
@@ -218,9 +239,11 @@ def test_judges(base, tmp_path):
     for kind in kinds:
         found = {}
         with simulated_gpu():
-            for device in ("cpu", "cuda"):
+            for device in ("cpu", "cuda", "auto"):
                 judge = kind()
-                judge.load(device)
+                with GPU:  # Lightning loads models there; a judge is tried on the CPU all the same
+                    judge.load(device)
+                assert judge._model.device.type == ("cpu" if device == "cpu" else "cuda")
                 found[device] = [one.score for one in judge.judge(PROMPTS, ANSWERS)]
                 judge.unload()
-        assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-5)
+        assert found["cuda"] == found["auto"] == pytest.approx(found["cpu"], rel=1e-5)

@@ -1,7 +1,8 @@
 """How a Fisher matrix is accumulated: per backward pass and module, reduced over processes once, divided once.
 
 A recorder (:mod:`src.fisher.scores`) hands over each module's projected output gradients and inputs as the backward
-pass meets them, so nothing but one module's temporaries is alive beside the sums.
+pass meets them, so nothing but one module's temporaries is alive beside the sums; of cores, which are small, all
+modules' parts, which come to the host in one copy: each copy waits for a GPU.
 
 Legend of shapes: N examples of a backward pass, T tokens, p and q sides of a core, H halves.
 """
@@ -114,10 +115,11 @@ class Accumulator(ABC, Generic[Result]):
         self.shapes = dict(shapes)
         self.counts = torch.zeros(2 if halves else 1, dtype=torch.float64)
         self._batch: Examples
+        self._placed: dict[torch.device, list[tuple[int, torch.Tensor | None, torch.Tensor]]] = {}
 
     def begin(self, batch: Examples) -> None:
         """Announce the examples of the next backward pass, and count them."""
-        self._batch = batch
+        self._batch, self._placed = batch, {}
         for half, chosen in enumerate(self._chosen()):
             self.counts[half] += batch.weight[chosen].sum()
 
@@ -173,12 +175,15 @@ class Accumulator(ABC, Generic[Result]):
 
     def _parts(self, *tensors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, list[torch.Tensor]]]:
         """``(half, weights (n,), the half's rows of the tensors)`` for each half that has examples."""
-        for half, chosen in enumerate(self._chosen()):
-            if len(chosen) == len(self._batch.weight):
-                yield half, self._batch.weight.to(tensors[0].device), list(tensors)
-            elif len(chosen):
-                rows = chosen.to(tensors[0].device)
-                yield half, self._batch.weight[chosen].to(rows.device), [tensor[rows] for tensor in tensors]
+        device, weight = tensors[0].device, self._batch.weight
+        if device not in self._placed:
+            self._placed[device] = [
+                (half, None if len(chosen) == len(weight) else chosen.to(device), weight[chosen].to(device))
+                for half, chosen in enumerate(self._chosen())
+                if len(chosen)
+            ]
+        for half, rows, weights in self._placed[device]:
+            yield half, weights, [tensor if rows is None else tensor[rows] for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -202,24 +207,27 @@ class MeanAccumulator(Accumulator[MeanScores]):
         super().__init__(shapes, halves=halves)
         kept = len(self.counts)
         self._sums = {name: allocate(f"mean.{name}", (kept, *shape)) for name, shape in self.shapes.items()}
-        self._parts_now: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._seen = 0
+        self._parts_now: dict[str, list[tuple[int, torch.Tensor]]] = {}
+
+    def begin(self, batch: Examples) -> None:
+        """Announce the examples of the next backward pass; what one that did not end has left counts for nothing."""
+        super().begin(batch)
+        self._parts_now = {}
 
     def update(self, name: str, delta: torch.Tensor, x: torch.Tensor) -> None:
-        """Add one module, ``Σ_n w_n Σ_t δ x``: one product over all tokens of a half."""
+        """Add one module, ``Σ_n w_n Σ_t δ x``: one product over all tokens of a half; the last one adds all up."""
+        own = self._parts_now[name] = []
         for half, weight, (deltas, inputs) in self._parts(delta, x):
             weighted = deltas.double() * weight[:, None, None]
-            part = weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)
-            self._parts_now.append((self._sums[name][half], part))
-        self._seen += 1
-        if self._seen < len(self.shapes):
+            own.append((half, weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)))
+        if len(self._parts_now) < len(self.shapes):
             return
-        if self._parts_now:  # copied once: each copy to the host waits for the GPU
-            copied = torch.cat([part.flatten() for _, part in self._parts_now]).cpu()
-            sizes = [part.numel() for _, part in self._parts_now]
-            for (total, part), own in zip(self._parts_now, copied.split(sizes), strict=True):
-                total.add_(own.view_as(part))
-        self._parts_now, self._seen = [], 0
+        totals = [self._sums[module][half] for module, parts in self._parts_now.items() for half, _ in parts]
+        if totals:
+            found = torch.cat([part.flatten() for parts in self._parts_now.values() for _, part in parts]).cpu()
+            for total, part in zip(totals, found.split([total.numel() for total in totals]), strict=True):
+                total.add_(part.view_as(total))
+        self._parts_now = {}
 
     def sums(self) -> Iterator[torch.Tensor]:
         """The sums, module by module."""

@@ -36,14 +36,14 @@ class ModelJudge(Judge):
             torch.cuda.empty_cache()
 
     def _open(self, auto: Any, what: str, **options: Any) -> Any:
-        """Load the tokenizer and a model of an Auto class.
+        """Load the tokenizer and a model of an Auto class, on the CPU whatever device is the default.
 
         Raises:
             InputError: nothing loadable has that name, or it has no weights for what makes it a ``what``.
         """
         from transformers import AutoTokenizer
 
-        with self._loading(what):
+        with self._loading(what), torch.device("cpu"):
             self._tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
             model, found = auto.from_pretrained(self.name, revision=self.revision, output_loading_info=True, **options)
         # transformers only warns of an output layer that it has drawn at random.
@@ -53,11 +53,13 @@ class ModelJudge(Judge):
         return model
 
     def _placed(self, model: Any, device: str) -> Any:
-        """The model, ready to judge on a device.
+        """The model, ready to judge on a device; ``auto`` is the GPU, where there is one.
 
         Raises:
             InputError: there is no such device, or no room on it.
         """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             return model.eval().requires_grad_(False).to(device)
         except (RuntimeError, AssertionError) as error:

@@ -31,7 +31,7 @@ def judge(
     judge: Judge | None = None,
     output: str = "logs/judge",
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Judge stored answers, or measure a judge against labels.
 
@@ -42,7 +42,7 @@ def judge(
         judge: The judge; unset is the refusal matcher.
         output: Directory to write: ``judged.json`` and the answers with their verdicts, or ``agreement.json``.
         overwrite: Replace an output that exists; verdicts on unchanged answers are kept.
-        device: Where a judge that is a model runs, such as ``cuda``.
+        device: Where a judge that is a model runs, such as ``cuda:1``; ``auto`` is the GPU, where there is one.
     """
     if (predictions is None) == (labels is None):
         raise InputError("judge: name either --predictions (answers to judge) or --labels (answers with human labels)")

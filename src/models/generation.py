@@ -46,23 +46,23 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(-1).isfinite()
 
 
-def check_finite(fine: Sequence[int], rows: Sequence[int]) -> None:
+def check_finite(sound: Sequence[bool], rows: Sequence[int]) -> None:
     """Check that the logits of all rows name a likeliest token.
 
     Args:
-        fine: Whether those of each row do (:func:`finite`).
+        sound: Whether those of each row do (:func:`finite`).
         rows: Positions of the rows in the batch.
 
     Raises:
         NotFinite: those of a row do not; it says which.
     """
-    for row, its in zip(rows, fine, strict=True):
-        if not its:
+    for row, good in zip(rows, sound, strict=True):
+        if not good:
             raise NotFinite(row)
 
 
 Choose = Callable[[torch.Tensor, list[int]], torch.Tensor]
-"""Next tokens (N,) from logits (N, V) and the positions of these rows in the batch."""
+"""Next tokens (N,) from logits (N, V), checked after it, and the positions of these rows in the batch."""
 
 
 def likeliest(logits: torch.Tensor, _: list[int]) -> torch.Tensor:
@@ -128,12 +128,13 @@ def greedy(
                 **{option: cache},
             )
         logits = out.logits[:, -1]
-        cache, token = _cache_of(out, model), choose(logits, rows)
+        token = choose(logits, rows)
+        # All that the host is told of a step comes in one copy: each waits for the GPU.
+        told, sound = torch.stack([token, finite(logits).to(token.dtype)]).tolist()
+        check_finite(list(map(bool, sound)), rows)
+        cache = _cache_of(out, model)
         if step == 0:
             reserve(cache, max_new_tokens - 1)
-        # The host waits for the GPU once a step: all that it is told comes in one copy.
-        told, fine = torch.stack([token, finite(logits).to(token.dtype)]).tolist()
-        check_finite(fine, rows)
         live = [going and value not in stop_ids for going, value in zip(live, told, strict=True)]
         for row, value, going in zip(rows, told, live, strict=True):
             if going:
