@@ -86,6 +86,18 @@ def test_projections_of_narrow_activations_are_summed_in_float32(dtype):
     assert (found - exact).norm() / exact.norm() < 1e-5
 
 
+def test_an_identity_basis_keeps_the_layers_own_input_and_hands_on_a_wide_one():
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 12, bias=False)).bfloat16().requires_grad_(False)
+    recorder, kept = ScoreRecorder(layer, {"0": None}, {"0": None}), []
+    by_row = recorder._by_row
+    recorder._by_row = lambda name, seen: kept.append(seen) or by_row(name, seen)
+    x = torch.randn(4, 5, 16).bfloat16().requires_grad_()
+    found = passed_scores(recorder, lambda: layer(x).sum().backward())
+    assert kept[0].data_ptr() == x.data_ptr()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x.detach().float().sum(1)[:, None].expand(4, 12, 16).flatten(1))
+
+
 def test_a_layer_used_twice_is_refused():
     layer = torch.nn.Linear(3, 3, bias=False).requires_grad_(False)
     model = torch.nn.ModuleDict({"m": layer})

@@ -66,6 +66,11 @@ def backward_parts(
     return [(log_p[position == j].sum(), totals > j) for j in range(int(totals.max()) if len(rows) else 0)]
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The format of what is handed on."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class ScoreRecorder:
     """Hooks on a model that turn one backward pass into projected activations, module by module.
 
@@ -95,7 +100,7 @@ class ScoreRecorder:
         self.u, self.v = dict(u), dict(v)
         self._answers: torch.Tensor | None = None
         self._seen: set[str] = set()
-        self._ready: dict[tuple[str, bool], torch.Tensor | None] = {}
+        self._ready: dict[tuple[str, bool], torch.Tensor] = {}
 
     @contextmanager
     def recording(self, answers: torch.Tensor | None = None) -> Iterator[None]:
@@ -128,24 +133,26 @@ class ScoreRecorder:
         self._seen = set()
 
     def _basis(self, name: str, like: torch.Tensor, *, output: bool) -> torch.Tensor | None:
-        """A module's basis in the working format, converted once."""
-        ready = self._ready.get((name, output))
-        if ready is None or ready.device != like.device or ready.dtype != like.dtype:
-            basis = (self.u if output else self.v)[name]
-            ready = None if basis is None else basis.to(like.device, like.dtype)
-            self._ready[name, output] = ready
+        """A module's basis in the working format, converted once; None is the identity."""
+        basis = (self.u if output else self.v)[name]
+        if basis is None:
+            return None
+        ready, dtype = self._ready.get((name, output)), _wide(like.dtype)
+        if ready is None or (ready.device, ready.dtype) != (like.device, dtype):
+            ready = self._ready[name, output] = basis.to(like.device, dtype)
         return ready
 
     def _project(self, name: str, tensor: torch.Tensor, *, output: bool) -> torch.Tensor:
         # Autocast would round these small products to bfloat16, and their sums over tokens with them.
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-            wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-            basis = self._basis(name, wide, output=output)
+            seen = tensor.detach()
+            basis = self._basis(name, seen, output=output)
             if basis is None:
-                return wide
-            if len(basis) == wide.shape[-1] + 1:
-                return wide @ basis[:-1] + basis[-1]
-            return wide @ basis
+                return seen  # the layer's own input is kept for the backward pass anyway, a wider copy is not
+            seen = seen.to(basis.dtype)
+            if len(basis) == seen.shape[-1] + 1:
+                return seen @ basis[:-1] + basis[-1]
+            return seen @ basis
 
     def _by_row(self, name: str, seen: torch.Tensor) -> torch.Tensor:
         """What a layer saw or gave, (N, T, ·): of a batch's tokens one after the other (N·T, ·), or of M (1, M, ·).
@@ -187,7 +194,8 @@ class ScoreRecorder:
                     )
                 self._seen.add(name)
                 with torch.autocast(grad.device.type, enabled=False):
-                    self.sink(name, self._by_row(name, self._project(name, grad, output=True)), x)
+                    delta = self._by_row(name, self._project(name, grad, output=True))
+                    self.sink(name, delta.to(_wide(delta.dtype)), x.to(_wide(x.dtype)))
 
             out.register_hook(store)
 
