@@ -142,6 +142,37 @@ def test_fused_lora_equals_peft(batch, rslora):
         torch.testing.assert_close(plain, quick)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_lora_keeps_no_wide_copy_of_what_a_narrow_base_gives(dtype):
+    """On a base in 16 bits the numbers are PEFT's, whose update is float32; kept for the backward pass is the input."""
+    results, kept = [], []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        base = torch.nn.Sequential(torch.nn.Linear(64, 48)).to(dtype)
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
+        peft = get_peft_model(base, config)
+        assert fuse(peft) == 1 if fused else True
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        held = {}
+
+        def pack(tensor, held=held):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = peft(x)
+        trained = [p for p in peft.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *trained])])
+        kept.append(sum(held.values()))
+    exact = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    for plain, quick in zip(*results, strict=True):
+        assert plain.dtype == quick.dtype
+        torch.testing.assert_close(quick, plain, **exact)
+    if dtype != torch.float32:
+        assert kept[0] - kept[1] >= 2 * 5 * 64 * (4 - 2)
+
+
 def test_narrow_products_round_to_bfloat16_and_no_further(batch):
     results = []
     for narrow in (False, True):

@@ -7,8 +7,9 @@ both ride on the matrix products (``addmm`` with a factor). Gradients follow by 
 
     z = x Aᵀ,  h = ḡ B:   x̄ = ḡ W + s h A,   Ā = s hᵀ x,   B̄ = s ḡᵀ z
 
-The products with W, nearly all of the arithmetic, may run in bfloat16, W being converted once for the whole run; sums
-with the update, and the update itself, stay in the format of x.
+The products with W, nearly all of the arithmetic, may run in bfloat16: W is so stored, or converted once for the whole
+run. Sums with the update, and the update itself, stay in the adapter's format; of x is kept what came in, which layers
+that get the same share, where PEFT keeps a wide copy for each.
 
 Legend of shapes: M tokens, I input features, O output features, R rank.
 """
@@ -33,21 +34,23 @@ class FusedLora(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         """(M, O) output."""
-        z = x @ a.T
+        z = x.to(a.dtype) @ a.T
         ctx.save_for_backward(x, weight, a, b, z)
         ctx.scale = scale
-        return linear(x.to(weight.dtype), weight, bias).to(x.dtype).addmm_(z, b.T, alpha=scale)
+        out = linear(x.to(weight.dtype), weight, bias).to(a.dtype)
+        return out.addmm_(z, b.T, alpha=scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, a and b."""
         (grad,) = grads
         x, weight, a, b, z = ctx.saved_tensors
-        h = grad @ b
+        wide = grad.to(a.dtype)
+        h = wide @ b
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = (grad.to(weight.dtype) @ weight).to(x.dtype).addmm_(h, a, alpha=ctx.scale)
-        return for_x, None, None, (h.T @ x).mul_(ctx.scale), (z.T @ grad).mul_(ctx.scale).T, None
+            for_x = (grad.to(weight.dtype) @ weight).to(a.dtype).addmm_(h, a, alpha=ctx.scale).to(x.dtype)
+        return for_x, None, None, (h.T @ x.to(a.dtype)).mul_(ctx.scale), (z.T @ wide).mul_(ctx.scale).T, None
 
 
 def fuse(model: torch.nn.Module, *, narrow: bool = False) -> int:
@@ -58,7 +61,7 @@ def fuse(model: torch.nn.Module, *, narrow: bool = False) -> int:
         narrow: Multiply by a bfloat16 copy of each frozen weight (half the weights' memory on top).
 
     Layers with dropout, DoRA, LoRA biases or a quantised base keep PEFT's own forward, and so do all layers under
-    autocast and on a base in another format than the adapter's.
+    autocast and where an adapter is narrower than what comes in.
     """
     from peft.tuners.lora.layer import Linear
 
@@ -94,7 +97,7 @@ def _forward(layer: Any, original: Any, *, narrow: bool) -> Any:
             return original(x, *args, **kwargs)
         name, base = active[0], layer.base_layer
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if x.dtype != a.dtype:
+        if torch.promote_types(x.dtype, a.dtype) != a.dtype:
             return original(x, *args, **kwargs)
         weight, bias = copies or (base.weight, base.bias)
         out = FusedLora.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, layer.scaling[name])
