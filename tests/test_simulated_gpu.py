@@ -21,7 +21,7 @@ from tests.test_judges import ANSWERS, PROMPTS, make_classifier
 from tests.test_pipeline import suites
 from tests.tiny import make_model, make_tokenizer
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has CUDA and would look for a driver")
 FEW = "{path: ROWS, answer_tokens: 3}"
 
 
