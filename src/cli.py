@@ -175,15 +175,6 @@ def _command(arguments: list[str]) -> int:
     return 0 if problem is None else _stop(problem)
 
 
-def _of_the_machine(error: OSError | RuntimeError) -> str | None:
-    """What the machine has not enough of, in a sentence; None where the error is another."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"{one_line(error)}; {LESS_MEMORY}"
-    if isinstance(error, RuntimeError) or error.errno not in OF_THE_MACHINE or error.filename == STDOUT:
-        return None
-    return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
-
-
 def _run(command: str, arguments: list[str]) -> str | None:
     """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
     arguments = long_names(arguments)
@@ -209,6 +200,15 @@ def _run(command: str, arguments: list[str]) -> str | None:
     except _misconfigured() as error:
         return f"trainer: {error}"
     return None
+
+
+def _of_the_machine(error: OSError | RuntimeError) -> str | None:
+    """What the machine has not enough of, in a sentence; None where the error is another."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{one_line(error)}; {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) or error.errno not in OF_THE_MACHINE or error.filename == STDOUT:
+        return None
+    return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
 
 
 def _misconfigured() -> type[Exception]:

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.data.batches import EncodedRows
-from src.fisher.files import load_fisher
 from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.models.generation import greedy
@@ -22,7 +22,7 @@ from tests.test_pipeline import suites
 from tests.tiny import make_model, make_tokenizer
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has CUDA and would look for a driver")
-FEW = "{path: ROWS, answer_tokens: 3}"
+FEW = '{"path":"ROWS","answer_tokens":3}'
 
 
 def both(command, folder):
@@ -67,10 +67,10 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
 @pytest.mark.parametrize(
     "more",
     [
-        [],
-        ["--model.gradient_checkpointing", "true", "--trainer.accumulate_grad_batches", "2"],
-        ["--model.regularizer", "AlignGuard", "--model.regularizer.fisher", "FISHER", "--model.regularizer.k", "4"],
-        ["--model.core", "SAFETY", "--model.beside", "{UTILITY: 1.0}"],
+        "",
+        "--model.gradient_checkpointing true --trainer.accumulate_grad_batches 2",
+        "--model.regularizer AlignGuard --model.regularizer.fisher FISHER --model.regularizer.k 4",
+        '--model.core SAFETY --model.beside {"UTILITY":1.0}',
     ],
 )
 def test_training(base, adapters, rows, tmp_path, more):
@@ -79,8 +79,8 @@ def test_training(base, adapters, rows, tmp_path, more):
         assert main(fisher_flags(base, adapters, rows, tmp_path / "fisher")) == 0
         places["FISHER"] = str(tmp_path / "fisher")
     for word, place in places.items():
-        more = [flag.replace(word, place) for flag in more]
-    cpu, gpu = both(lambda out, hardware: fit_flags(base, rows, out, *more, hardware=hardware), tmp_path)
+        more = more.replace(word, place)
+    cpu, gpu = both(lambda out, hardware: fit_flags(base, rows, out, *more.split(), hardware=hardware), tmp_path)
     expected, found = read_adapter(cpu), read_adapter(gpu)
     assert set(found.pairs) == set(expected.pairs)
     for name, pair in expected.pairs.items():
@@ -110,39 +110,34 @@ def test_a_training_goes_on(base, rows, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        [],
-        [
-            "--model.relearn",
-            "true",
-            "--model.basis",
-            "union",
-            "--model.reference_safety",
-            "{utility: 1.0, safety: 0.5}",
-        ],
-        ["--model.granularity", "token", "--data.safety", FEW, "--data.utility", FEW],
-        ["--model.labels", "random_tokens", "--data.random_rows", "8"],
-        ["--model.gradient_checkpointing", "true", "--model.draws", "2"],
-        ["--model.representation", "block"],
-        ["--model.representation", "kronecker"],
-        ["--model.representation", "diagonal", "--model.coordinates", "weight"],
-        ["--model.representation", "kronecker", "--model.coordinates", "weight", "--model.halves", "false"],
-        ["--model.representation", "magnitude", "--model.coordinates", "weight", "--model.labels", "data"],
+        "",
+        '--model.relearn true --model.basis union --model.reference_safety {"utility":1.0,"safety":0.5}',
+        f"--model.granularity token --data.safety {FEW} --data.utility {FEW}",
+        "--model.labels random_tokens --data.random_rows 8",
+        "--model.gradient_checkpointing true --model.draws 2",
+        "--model.representation block",
+        "--model.representation kronecker",
+        "--model.representation diagonal --model.coordinates weight",
+        "--model.representation kronecker --model.coordinates weight --model.halves false",
+        "--model.representation magnitude --model.coordinates weight --model.labels data",
     ],
 )
 def test_fisher_passes(base, adapters, rows, tmp_path, more):
-    more = [flag.replace("ROWS", str(rows["harmful"])) for flag in more]
+    given = more.replace("ROWS", str(rows["harmful"])).split()
+    cpu, gpu = both(lambda out, hardware: fisher_flags(base, adapters, rows, out, *given, hardware=hardware), tmp_path)
+    check_same_fishers(cpu, gpu)
 
-    def command(out, hardware):
-        return fisher_flags(base, adapters, rows, out, *more, hardware=hardware)
 
-    cpu, gpu = both(command, tmp_path)
+def check_same_fishers(cpu, gpu):
+    """Compare everything in the files of two directories: matrices, mean scores, bases."""
     files = sorted(path.name for path in cpu.glob("*.safetensors"))
+    assert files == sorted(path.name for path in gpu.glob("*.safetensors"))
     assert files
     for name in files:
-        expected, found = load_fisher(cpu / name), load_fisher(gpu / name)
-        assert found.record["trace"] == pytest.approx(expected.record["trace"], rel=1e-5)
-        for key, tensor in expected.fisher.tensors().items():
-            torch.testing.assert_close(found.fisher.tensors()[key], tensor, rtol=1e-4, atol=1e-6)
+        expected, found = load_file(cpu / name), load_file(gpu / name)
+        assert set(found) == set(expected)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_the_host_waits_for_no_single_module_of_a_fisher_pass(rows, tmp_path):
@@ -224,10 +219,7 @@ def test_processes_talk_by_tensors_of_the_gpu(base, adapters, rows, tmp_path):
             assert main(command(tmp_path / name / "gpu", "ddp.yaml")) == 0
         assert collectives["allreduce_.default"]
         assert collectives["allgather_.default"]
-    for path in (tmp_path / "fisher" / "cpu").glob("*.safetensors"):
-        found = load_fisher(tmp_path / "fisher" / "gpu" / path.name).fisher.tensors()
-        for key, tensor in load_fisher(path).fisher.tensors().items():
-            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6)
+    check_same_fishers(tmp_path / "fisher" / "cpu", tmp_path / "fisher" / "gpu")
     close(metrics(tmp_path / "test" / "gpu"), metrics(tmp_path / "test" / "cpu"))
 
 
