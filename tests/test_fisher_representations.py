@@ -117,25 +117,6 @@ def test_the_diagonal_of_a_large_module_is_taken_a_few_rows_at_a_time(model, enc
     )
 
 
-def test_a_gpu_adds_up_the_rows_of_a_large_module_and_copies_them_once(monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    sides = [torch.rand(6, 2, side, generator=draw, dtype=torch.float64) for side in (3, 5)]
-
-    def measured(accumulator):
-        accumulator.begin(examples(torch.arange(6), list("abcdef")))
-        accumulator.update("m", *sides)
-        return accumulator.finish()
-
-    monkeypatch.setattr("src.fisher.diagonal.ENTRIES", 1)
-    expected = measured(DiagonalAccumulator({"m": (3, 5)}))
-    copied, cpu = [], torch.Tensor.cpu
-    monkeypatch.setattr("src.fisher.diagonal._adds_up", lambda _: True)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor.shape) or cpu(tensor))
-    found = measured(DiagonalAccumulator({"m": (3, 5)}))
-    assert copied.count((15,)) == 2
-    torch.testing.assert_close(found.sums["m"], expected.sums["m"], rtol=1e-12, atol=0.0)
-
-
 @pytest.mark.parametrize("kind", ACCUMULATORS)
 def test_batch_sizes_give_the_same_result(model, encoded, core, kind):
     one, two, seven = (finish(model, encoded, kind(core.shapes), core.u, core.v, size=n).tensors() for n in (1, 2, 7))

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.data.batches import EncodedRows
+from src.fisher.accumulate import examples
+from src.fisher.diagonal import DiagonalAccumulator
 from src.judges.causal import Causal
 from src.judges.classifier import Classifier
 from src.models.generation import greedy
@@ -154,6 +156,27 @@ def test_the_host_waits_for_no_single_module_of_a_fisher_pass(rows, tmp_path):
         found[size] = waits.total()
     batches, modules = 7 + 22 + 22 - 3, 6 * 7  # of harmful rows, and of benign ones at two points
     assert 0 < (found[1] - found[30]) / batches < modules / 2
+
+
+def test_rows_of_a_large_module_are_added_up_on_the_gpu_and_copied_once(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    sides = [torch.rand(6, 2, side, generator=draw) for side in (3, 5)]
+
+    def measured(*sides):
+        accumulator = DiagonalAccumulator({"m": (3, 5)})
+        accumulator.begin(examples(torch.arange(6), list("abcdef")))
+        accumulator.update("m", *sides)
+        return accumulator.finish().sums["m"]
+
+    monkeypatch.setattr("src.fisher.diagonal.ENTRIES", 1)
+    expected = measured(*sides)
+    with simulated_gpu() as waits:
+        given = [side.to(GPU) for side in sides]
+        before = waits.total()
+        found = measured(*given)
+        halves, places_and_weights = 2, 2 * 2
+        assert waits.total() - before == halves + places_and_weights
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
 
 
 def test_the_host_is_told_of_a_step_of_decoding_once(model, encoded):

@@ -2,8 +2,8 @@
 
 Every example's score is squared by itself: the square of a batch's mean gradient is smaller by about the batch size
 (1905.12558). In weight coordinates g_i = Σ_t δ_t x_tᵀ is as large as the weight, so rows are taken a few at a time, in
-the format of their scores; what these few add up to is added to a sum in float64. :mod:`src.fisher.magnitude` takes the
-mean of |g| in the same way.
+the format of their scores; what these few add up to (on a GPU, the rows of a backward pass) is added to a sum in
+float64. :mod:`src.fisher.magnitude` takes the mean of |g| in the same way.
 
 Legend of shapes: N examples, T tokens, p and q sides of a core (O and I of a weight), H halves of the examples.
 """
@@ -67,18 +67,14 @@ class CoordinateAccumulator(SummedAccumulator[Means]):
         for half, weight, (deltas, inputs) in self._parts(delta, x):
             chunks = torch.arange(len(weight), device=delta.device).split(rows)
             kept = self._sums[name][half]
-            # Each copy to the host waits for the GPU: of several, it adds them up itself.
-            total = torch.zeros_like(kept, device=delta.device) if len(chunks) > 1 and _adds_up(delta) else kept
+            # Each copy to the host waits for the GPU, and is as large as the weight: several chunks are added up first.
+            apart = len(chunks) > 1 and delta.device != kept.device
+            total = torch.zeros(kept.shape, dtype=delta.dtype, device=delta.device) if apart else kept
             for some in chunks:
                 values = self.measure_(core_score(deltas[some], inputs[some]))
                 total += (weight[some].to(values.dtype) @ values).to(total.device)
-            if total is not kept:
+            if apart:
                 kept += total.cpu()
-
-
-def _adds_up(tensor: torch.Tensor) -> bool:
-    """Whether sums in float64 are formed where a tensor lies: not on Apple's GPU; on a CPU they are there already."""
-    return tensor.is_cuda
 
 
 class DiagonalAccumulator(CoordinateAccumulator[DiagonalFisher]):
