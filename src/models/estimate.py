@@ -69,7 +69,7 @@ class Estimate:
             f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards + self.joined)} of parts until the "
             "pass ends",
             f"memory        about {_size(self.peak)} a process: weights {_size(self.weights)}, activations "
-            f"{_size(self.activations)}, sums {_size(self.sums)}{' in mapped files' if self.mapped else ''}",
+            f"{_size(self.activations)}, sums {_size(self.sums)} {'in mapped files' if self.mapped else 'of the host'}",
         ]
 
 
