@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.experiments.equal_refusal import (
-    Gap,
-    common_levels,
-    cost_at,
-    covered,
-    equal_refusal_table,
-    gaps,
-    meets,
-    sentences,
-)
+from src.experiments.equal_refusal import Gap, common_levels, cost_at, covered, gaps, meets
+from src.experiments.equal_refusal_tables import equal_refusal_table, sentences, shares_table
 from src.experiments.scores import Scores
 from src.metrics.bootstrap import resampled_means
 
@@ -32,6 +24,7 @@ OVER = scores({"u": 0.02, "a1": 0.1, "a2": 0.3, "a3": 0.6, "b1": 0.5, "b2": 0.9,
 CURVES = {"A": ["u", "a1", "a2", "a3"], "B": ["u", "b1", "b2"], "C": ["u", "c1", "c2"]}
 CURVES["A again"] = ["a3", "u", "a1", "a2"]  # the order of a path says nothing
 FOUND = {"refusal": REFUSAL, "over_refusal": OVER}
+WHERE = "test rows"
 
 
 def line_at(level, points):
@@ -68,19 +61,19 @@ def test_a_wide_gap_between_neighbours_is_no_path():
     sparse = scores({"u": 0.02, "a1": 0.4, "a2": 0.7, "a3": 0.97, "d1": 0.9, "d2": 0.96}, 3)
     over = scores({"u": 0.02, "a1": 0.1, "a2": 0.3, "a3": 0.6, "d1": 0.6, "d2": 0.7}, 4)
     curves = {"A": ["u", "a1", "a2", "a3"], "D": ["u", "d1", "d2"]}
-    (gap,) = gaps({"refusal": sparse, "over_refusal": over}, curves, "A")
+    (gap,) = gaps([{"refusal": sparse, "over_refusal": over}], curves, "A")
     reached = sparse.values.mean(0)[sparse.models.index("d1")].item()
-    assert gap.levels
-    assert min(gap.levels) >= reached - 1e-9
+    assert gap.met == 1
+    assert min(gap.levels[0]) >= reached - 1e-9
 
 
 def test_the_difference_and_its_interval_are_those_of_a_loop_over_draws():
-    (gap,) = gaps(FOUND, {"A": CURVES["A"], "B": CURVES["B"]}, "A")
+    (gap,) = gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "A")
     drawn = {name: resampled_means(one.values, seed=0, draws=4000) for name, one in FOUND.items()}
     column = {name: i for i, name in enumerate(REFUSAL.models)}
 
     def mean_cost(path, x, y):
-        found = [line_at(level, [(x[column[m]].item(), y[column[m]].item()) for m in path]) for level in gap.levels]
+        found = [line_at(level, [(x[column[m]].item(), y[column[m]].item()) for m in path]) for level in gap.levels[0]]
         return sum(found) / len(found)
 
     pairs = [(REFUSAL.values.mean(0), OVER.values.mean(0))]
@@ -90,43 +83,85 @@ def test_the_difference_and_its_interval_are_those_of_a_loop_over_draws():
     assert found.value == pytest.approx(differences[0], abs=1e-12)
     assert (found.low, found.high) == pytest.approx(np.quantile(differences[1:], (0.025, 0.975)), abs=0.02)
     assert found.n == 200
-    assert gap.levels[0] >= 0.5
-    assert gap.levels[-1] <= REFUSAL.values.mean(0)[column["b2"]].item()
+    assert gap.levels[0][0] >= 0.5
+    assert gap.levels[0][-1] <= REFUSAL.values.mean(0)[column["b2"]].item()
 
 
 def test_a_planted_difference_is_said_and_nothing_else():
-    found = gaps(FOUND, CURVES, "A")
+    found = gaps([FOUND], CURVES, "A")
     assert [gap.other for gap in found] == ["B", "C", "A again"]
     assert [gap.wins("over_refusal") for gap in found if gap.differences] == [1, 0]
     assert found[2].differences["over_refusal"].value == pytest.approx(0.0, abs=1e-12)
-    (said,) = sentences(found, "A")
+    said, apart = sentences(found, "A")
     assert said.startswith("At equal refusal, the over-refusal of A is better than B (-0.")
     assert said.endswith("not shown to differ from A again.")
-    (back,) = sentences(gaps(FOUND, {"A": CURVES["A"], "B": CURVES["B"]}, "B"), "B")
+    assert apart == "At no common level of refusal, so not compared with A: C."
+    (back,) = sentences(gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "B"), "B")
     assert "worse than A (+0." in back
-    rows = equal_refusal_table(found, "A")["rows"]
+    rows = equal_refusal_table(found, "A", WHERE)["rows"]
     assert [row["range"] == "no common range" for row in rows] == [False, True, False]
     assert meets(found)
     assert rows[1]["over_refusal"] == ""
 
 
+def test_the_range_the_widest_step_and_what_does_not_hold_after_adjustment_are_said():
+    (gap,) = gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "A")
+    means = dict(zip(REFUSAL.models, REFUSAL.values.mean(0).tolist(), strict=True))
+    assert means["b1"] - means["u"] > 0.5  # a gap, no step
+    assert gap.step == pytest.approx(max(means["a2"] - means["a1"], means["b2"] - means["b1"]))
+    (said,) = sentences([gap], "A")
+    low, high = gap.levels[0][0], gap.levels[0][-1]
+    assert f"], {low:.2f} – {high:.2f}; across a step of {gap.step:.2f})" in said
+    assert "°" not in said
+    weak = Gap("B", ((0.5,), ()), gap.differences, {"over_refusal": 0.06})
+    doubtful, why = sentences([weak], "A")
+    assert " B° (" in doubtful
+    assert "], 0.50 – 0.50; 1 of 2 seeds)" in doubtful
+    assert why == "° does not hold at 5 % after Holm's adjustment for 1 comparisons."
+
+
+def test_shares_are_ratios_of_over_refusal_level_by_level():
+    (gap,) = gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "A")
+    means = {name: dict(zip(one.models, one.values.mean(0).tolist(), strict=True)) for name, one in FOUND.items()}
+    over = {
+        path: lambda level, path=path: line_at(level, [(means["refusal"][m], means["over_refusal"][m]) for m in path])
+        for path in (tuple(CURVES["A"]), tuple(CURVES["B"]))
+    }
+    ours, other = over.values()
+    assert list(gap.shares) == list(gap.levels[0])
+    for level, share in gap.shares.items():
+        assert share.value == pytest.approx(ours(level) / other(level))
+        assert share.low < share.value < share.high
+    (row,) = shares_table([gap], "A", WHERE)["rows"]
+    assert row[f"{gap.levels[0][0]:.2f}"]["value"] == gap.shares[gap.levels[0][0]].value
+
+
+def test_a_share_of_nothing_is_no_share():
+    never = scores(dict.fromkeys(OVER.models, 0.0) | {"a3": 0.2}, 2)
+    (gap,) = gaps([{"refusal": REFUSAL, "over_refusal": never}], {"A": CURVES["A"], "B": CURVES["B"]}, "A")
+    assert gap.differences
+    assert gap.shares == {}
+    assert shares_table([gap], "A", WHERE) is None
+
+
 def test_without_refusals_or_ours_nothing_is_compared():
-    assert gaps({"over_refusal": OVER}, CURVES, "A") == []
-    assert gaps({"refusal": REFUSAL}, CURVES, "A") == []
-    assert gaps(FOUND, CURVES, "nobody") == []
-    assert equal_refusal_table([], "A")["rows"] == []
+    assert gaps([{"over_refusal": OVER}], CURVES, "A") == []
+    assert gaps([{"refusal": REFUSAL}], CURVES, "A") == []
+    assert gaps([], CURVES, "A") == []
+    assert gaps([FOUND], CURVES, "nobody") == []
+    assert equal_refusal_table([], "A", WHERE)["rows"] == []
     assert sentences([], "A") == []
     assert not meets([])
-    assert not meets([Gap("B", (), {}, {})])
+    assert not meets([Gap("B", ((),), {}, {})])
 
 
 def test_p_values_are_adjusted_for_every_comparison_of_the_table():
     answers = scores({name: 0.5 for name in OVER.models}, 5)  # no model differs from another
-    found = gaps(FOUND | {"answer_nll": answers}, CURVES, "A")
+    found = gaps([FOUND | {"answer_nll": answers}], CURVES, "A")
     drawn = {name: resampled_means(one.values, seed=0, draws=4000).numpy() for name, one in FOUND.items()}
     paths = {name: [REFUSAL.models.index(model) for model in CURVES[name]] for name in "AB"}
     one, two = (
-        cost_at(np.array(found[0].levels), drawn["refusal"][:, path], drawn["over_refusal"][:, path]).mean(1)
+        cost_at(np.array(found[0].levels[0]), drawn["refusal"][:, path], drawn["over_refusal"][:, path]).mean(1)
         for path in (paths["A"], paths["B"])
     )
     p = 2 * (1 + min((one <= two).sum(), (one >= two).sum())) / 4001
@@ -134,7 +169,7 @@ def test_p_values_are_adjusted_for_every_comparison_of_the_table():
     assert found[0].p_values == {"over_refusal": pytest.approx(4 * p), "answer_nll": 1.0}
     assert found[1].p_values == {}
     assert found[2].p_values == {"over_refusal": 1.0, "answer_nll": 1.0}
-    written = equal_refusal_table(found, "A")
+    written = equal_refusal_table(found, "A", WHERE)
     assert written["rows"][0]["over_refusal_holm"] == pytest.approx(4 * p)
     assert written["rows"][1]["over_refusal_holm"] == ""
     assert "for all 4 of this table together: of the 1 differences whose interval excludes 0, 1 also" in written["note"]

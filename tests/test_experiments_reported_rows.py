@@ -129,16 +129,25 @@ def test_every_table_of_a_comparison_counts_test_rows_alone(compared):
         "Chosen on validation rows, measured on test rows",
         f"{MIDDLE} against the others (test rows)",
         "TA at equal refusal (test rows)",
+        "TA at equal refusal, over-refusal level by level (test rows)",
         "TA at equal refusal, seed by seed (test rows)",
+        "TA at equal refusal, paths of means over seeds (test rows)",
         "Safety tax",
         "Seed by seed (test rows)",
         "Refusal by category of harm (test rows)",
     }
     for title, rows in tables.items():
         assert {cell["n"] for cell in numbers(rows)} <= counts("test"), title
-    equal, apart = tables["TA at equal refusal (test rows)"], tables["TA at equal refusal, seed by seed (test rows)"]
-    assert [row["seed"] for row in apart] == ["0", "1", "mean of the seeds"]
-    assert [row["over_refusal"]["value"] for row in (*equal, *apart)] == pytest.approx([-1.0] * 4)
+    titles = (
+        "TA at equal refusal",
+        "TA at equal refusal, seed by seed",
+        "TA at equal refusal, paths of means over seeds",
+    )
+    equal, apart, pooled = (tables[f"{title} (test rows)"] for title in titles)
+    assert [row["seed"] for row in apart] == ["0", "1"]
+    assert [row["over_refusal"]["value"] for row in (*equal, *apart, *pooled)] == pytest.approx([-1.0] * 4)
+    (shares,) = tables["TA at equal refusal, over-refusal level by level (test rows)"]
+    assert {cell["value"] for cell in numbers([shares])} == {0.0}
     for title in ("Seed by seed (test rows)", "Refusal by category of harm (test rows)"):
         found = [row.get("refusal", row.get("category x")) for row in tables[title] if row["model"] == MIDDLE]
         assert found
@@ -151,9 +160,13 @@ def test_ablations_show_validation_rows_alone():
     assert set(tables) == {
         "Variants (validation rows)",
         "The reference against its variants (validation rows)",
-        "TA at equal refusal (validation rows)",
-        "other at equal refusal (validation rows)",
+        *(
+            f"{ours} at equal refusal{what} (validation rows)"
+            for ours in ("TA", "other")
+            for what in ("", ", seed by seed", ", paths of means over seeds")
+        ),
     }
+    assert found["summary"][0].startswith("These are validation rows")
     (refusal,) = (row["refusal"]["value"] for row in tables["Variants (validation rows)"] if row["model"] == MIDDLE)
     assert refusal == 1.0
     points = points_of(found["fronts"][0])

@@ -3,8 +3,8 @@
 import pytest
 
 from src.experiments.equal_refusal import gaps
-from src.experiments.equal_refusal_seeds import MEAN, seed_gaps, seed_gaps_table
-from src.experiments.scores import gathered
+from src.experiments.equal_refusal_tables import equal_refusal_tables, sentences
+from src.experiments.scores import gathered, seed_by_seed
 
 ROWS = 400
 
@@ -46,55 +46,72 @@ def bent(refusal):
     return 0.2 * refusal if refusal <= 0.5 else 0.1 + 1.6 * (refusal - 0.5)
 
 
+def compared(known, seeds):
+    """Ours against the other method, seed by seed."""
+    (gap,) = gaps(seed_by_seed(known, seeds), CURVES, "ours")
+    return gap
+
+
 def test_on_one_straight_line_methods_do_not_differ_seed_by_seed_nor_pooled():
     known = {name: on(straight, *refusals) for name, refusals in PLAIN.items()}
-    found = seed_gaps(known, [3, 4], CURVES, "ours")
-    assert [(other, seed) for other, seed, *_ in found] == [("other", "3"), ("other", "4"), ("other", MEAN)]
-    for *_, differences in found:
+    found = compared(known, 2)
+    for differences in (found.differences, *found.each):
         assert differences["over_refusal"].value == pytest.approx(0.0, abs=1e-9)
-    (pooled,) = gaps(gathered(known), CURVES, "ours")
+    (pooled,) = gaps([gathered(known)], CURVES, "ours")
     assert pooled.differences["over_refusal"].value == pytest.approx(0.0, abs=1e-9)
 
 
-def test_methods_on_one_bent_curve_do_not_differ_seed_by_seed_though_pooled_paths_do():
+def test_methods_on_one_bent_curve_do_not_differ_though_pooled_paths_do():
     """The very case: both methods lie on one curve, and means over seeds of scattered points lie above it."""
     known = {name: on(bent, *refusals) for name, refusals in PLAIN.items()}
-    found = seed_gaps(known, [3, 4], CURVES, "ours")
-    levels = {seed: (reached[0], reached[-1]) for _, seed, reached, _ in found if reached}
-    assert levels == {"3": (0.5, pytest.approx(0.9)), "4": (0.5, pytest.approx(0.9))}
-    assert all(abs(differences["over_refusal"].value) < 1e-9 for *_, differences in found)
-    (pooled,) = gaps(gathered(known), CURVES, "ours")
-    assert pooled.differences["over_refusal"].value < -0.02
+    found = compared(known, 2)
+    assert [(levels[0], levels[-1]) for levels in found.levels] == [(0.5, pytest.approx(0.9))] * 2
+    assert all(abs(one["over_refusal"].value) < 1e-9 for one in (found.differences, *found.each))
+    assert all(share.value == pytest.approx(1.0) for share in found.shares.values())
+    (pooled,) = gaps([gathered(known)], CURVES, "ours")
+    assert pooled.differences["over_refusal"].high < 0
+    assert "better than other" in sentences([pooled], "ours")[0]
+    assert sentences([found], "ours") == [
+        "At equal refusal, the over-refusal of ours is not shown to differ from other."
+    ]
+    main, shares, each, last = equal_refusal_tables([found], [pooled], "ours", [3, 4], "all rows")
+    assert main["rows"][0]["over_refusal"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert shares["rows"][0]["0.50"]["value"] == pytest.approx(1.0)
+    assert [row["seed"] for row in each["rows"]] == ["3", "4"]
+    assert last["rows"][0]["over_refusal"]["high"] < 0
+    assert "over_refusal_holm" not in last["rows"][0]
 
 
 def test_the_mean_of_the_seeds_is_that_of_their_differences_and_of_those_alone_that_meet():
     below = {name: on(straight, *refusals) for name, refusals in PLAIN.items()}
-    # On seed 5 both methods lie apart by .1, on seed 6 by .2; on seed 7 the other one never refuses.
+    # On the first seed both methods lie apart by .1, on the second by .2; on the third the other one never refuses.
     for name in CURVES["ours"]:
         first, _ = PLAIN[name]
         below[name] = [answered(first, straight(first) - less) for less in (0.1, 0.2, 0.0)]
     for name in CURVES["other"]:
         first, _ = PLAIN[name]
         below[name] = [answered(first, straight(first))] * 2 + [answered(0.0, 0.0)]
-    found = {
-        seed: (reached, differences) for _, seed, reached, differences in seed_gaps(below, [5, 6, 7], CURVES, "ours")
-    }
-    assert found["5"][1]["over_refusal"].value == pytest.approx(-0.1, abs=2e-3)
-    assert found["6"][1]["over_refusal"].value == pytest.approx(-0.2, abs=2e-3)
-    assert found["7"] == ((), {})
-    mean = found[MEAN][1]["over_refusal"]
-    assert mean.value == pytest.approx((found["5"][1]["over_refusal"].value + found["6"][1]["over_refusal"].value) / 2)
+    found = compared(below, 3)
+    one, two, three = found.each
+    assert one["over_refusal"].value == pytest.approx(-0.1, abs=2e-3)
+    assert two["over_refusal"].value == pytest.approx(-0.2, abs=2e-3)
+    assert (found.levels[2], three, found.met) == ((), {}, 2)
+    mean = found.differences["over_refusal"]
+    assert mean.value == pytest.approx((one["over_refusal"].value + two["over_refusal"].value) / 2)
     assert mean.low < mean.value < mean.high < 0
-    (table,) = seed_gaps_table(seed_gaps(below, [5, 6, 7], CURVES, "ours"), "ours", "all rows")
-    assert [row["range"] for row in table["rows"]] == ["0.50 – 0.90", "0.50 – 0.90", "no common range", ""]
-    assert table["rows"][2]["over_refusal"] == ""
+    main, _, each, _ = equal_refusal_tables([found], [], "ours", [5, 6, 7], "all rows")
+    assert (main["rows"][0]["range"], main["rows"][0]["seeds"]) == ("0.50 – 0.90", 2)
+    assert [row["range"] for row in each["rows"]] == ["0.50 – 0.90", "0.50 – 0.90", "no common range"]
+    assert each["rows"][2]["over_refusal"] == ""
+    assert "2 of 3 seeds" in sentences([found], "ours")[0]
 
 
-def test_one_seed_or_an_unknown_method_has_no_such_table():
+def test_one_seed_has_no_tables_of_several():
     known = {name: on(straight, *refusals)[:1] for name, refusals in PLAIN.items()}
-    assert seed_gaps(known, [3], CURVES, "ours") == []
-    assert seed_gaps({name: on(straight, *refusals) for name, refusals in PLAIN.items()}, [3, 4], CURVES, "x") == []
-    assert seed_gaps_table([], "ours", "all rows") == []
+    main, shares = equal_refusal_tables([compared(known, 1)], [], "ours", [3], "all rows")
+    assert "seed" not in main["note"]
+    assert "seeds" not in [column["key"] for column in main["columns"]]
+    assert "level by level" in shares["title"]
 
 
 def test_a_seed_without_a_measure_that_meets_nobody_ends_nothing():
@@ -110,7 +127,6 @@ def test_a_seed_without_a_measure_that_meets_nobody_ends_nothing():
         first = PLAIN[name][0]
         lost = answered(0.0 if name.startswith("other") else first, straight(first))
         known[name] = [with_nll(lost, float("inf")), *(with_nll(answered(first, straight(first)), 2.0) for _ in "ab")]
-    found = seed_gaps(known, [1, 2, 3], CURVES, "ours")
-    (mean,) = (differences for _, seed, _, differences in found if seed == MEAN)
-    assert mean["answer_nll"].value == 0.0
-    assert found[0][1:3] == ("1", ())
+    found = compared(known, 3)
+    assert found.differences["answer_nll"].value == 0.0
+    assert (found.levels[0], found.each[0]) == ((), {})

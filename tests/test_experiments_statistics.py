@@ -364,7 +364,7 @@ def test_the_better_side_is_the_one_beyond_the_interval_whatever_the_measure_rew
     assert better("utility", difference) == said
     assert better("over_refusal", difference) == -said
     assert Claim("A", "B", "over_refusal", difference, 0.05, 0.05).winner == {1: "B", -1: "A", 0: None}[said]
-    assert Gap("B", (0.5,), {"utility": difference}, {}).wins("utility") == said
+    assert Gap("B", ((0.5,),), {"utility": difference}, {}).wins("utility") == said
 
 
 def test_draws_without_a_difference_are_in_both_tails_however_they_were_rounded():

@@ -111,6 +111,9 @@ def test_a_comparison_can_be_of_some_of_its_methods_only(base, rows, folder):
     found = document(folder, "some")
     assert [row["model"].split(" @ ")[0] for row in found["tables"][0]["rows"]] == ["base", "utility", "safety", "SST"]
     assert not any("left out" in note for note in found["notes"])
+    (aside,) = (note for note in found["notes"] if "study.only" in note)
+    assert aside.startswith("Of 3 methods 1 are shown")
+    assert aside.endswith("the others are TA, TIES.")
 
 
 def with_further(asked, folder, *names):

@@ -9,11 +9,12 @@ from src.errors import InputError
 from src.experiments.comparison import CLAIMED, Choice, check_choice, chosen_point, summary
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
-from src.experiments.equal_refusal import equal_refusal_table, gaps, meets, sentences
+from src.experiments.equal_refusal import gaps, meets
+from src.experiments.equal_refusal_tables import equal_refusal_tables, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.plain_settings import at_path, layered
-from src.experiments.scores import draws_for, gathered, not_finite
+from src.experiments.scores import draws_for, gathered, not_finite, seed_by_seed
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
@@ -32,6 +33,7 @@ from src.experiments.study import (
 from src.merge.settings import with_option
 
 PARTS = ("method", "fisher", "safety")
+VALIDATION = "These are validation rows, on which strengths are chosen: for choosing defaults, not for claims."
 
 
 @dataclass
@@ -141,21 +143,29 @@ class Ablations(Study):
         others = [name for method, name in chosen.items() if method not in (*REFERENCES, self.reference.name)]
         made = claims(scores, ours, others, CLAIMED) if ours else []
         lines = curves(series, [*(spec for spec, _ in self._points), *self.methods])
-        equal = {spec.name: gaps(scores, lines, spec.name) for spec in (self.reference, *self.methods)}
+        seeds = list(dict.fromkeys(model.seed for model in plan.models))
+        each = seed_by_seed(known, len(seeds), "validation", draws=draws, **split)
+        ways = [spec.name for spec in (self.reference, *self.methods)]
+        equal = {name: gaps(each, lines, name) for name in ways}
+        pooled = {name: gaps([scores], lines, name) for name in ways}
         rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
         columns = [column("model", "model"), *measure_columns(scores)]
-        note = "Strengths are chosen on the rows that are shown: for choosing defaults, not for claims."
         best = best_rows(scores, list(chosen.values()))
         tables = [
-            table("Variants (validation rows)", columns, rows, note=note, best=best),
+            table("Variants (validation rows)", columns, rows, note=VALIDATION, best=best),
             claims_table(made, "The reference against its variants (validation rows)"),
-            *(equal_refusal_table(found, name, "validation rows") for name, found in equal.items() if meets(found)),
+            *(
+                one
+                for name, found in equal.items()
+                if meets(found)
+                for one in equal_refusal_tables(found, pooled[name], name, seeds, "validation rows")
+            ),
             overlap_table(of_methods(points), store),
             cost_table(of_methods(points), store),
         ]
         said = [sentence for name, found in equal.items() for sentence in sentences(found, name)]
         return {
-            "summary": [*said, *summary(made, ours)],
+            "summary": [VALIDATION, *said, *summary(made, ours)],
             "notes": [*notes, *plan.notes, *not_finite(known, "validation", **split)],
             "fronts": fronts(scores, series, "validation rows"),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),

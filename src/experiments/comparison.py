@@ -17,19 +17,20 @@ from src.experiments.document import (
     measure_columns,
     table,
 )
-from src.experiments.equal_refusal import equal_refusal_table, gaps, sentences
-from src.experiments.equal_refusal_seeds import seed_gaps, seed_gaps_table
+from src.experiments.equal_refusal import gaps
+from src.experiments.equal_refusal_tables import equal_refusal_tables, sentences
 from src.experiments.grid import Grid, Model
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
-from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, not_finite
+from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, not_finite, seed_by_seed
 from src.experiments.settings import MethodSpec
-from src.experiments.statements import Claim, claims, claims_table, tally
+from src.experiments.statements import NOT_AFTER_HOLM, Claim, claims, claims_table, tally
 from src.experiments.store import Record, Store
 from src.experiments.study import (
     REFERENCES,
     Plan,
     Study,
+    aside_note,
     check_names,
     curves,
     every_path,
@@ -86,7 +87,8 @@ class Comparison(Study):
         self, methods: list[MethodSpec], ours: str, choice: Choice | None = None, only: list[str] | None = None
     ) -> None:
         check_names(methods)
-        methods = only_named(methods, only)
+        every, methods = methods, only_named(methods, only)
+        self._aside = aside_note(every, methods)
         if ours not in [method.name for method in methods]:
             raise InputError(f"study.ours is {ours}; expected the name of one of the methods")
         counts = {m.name: len(m.strength.values) for m in methods if m.strength.option != "none"}
@@ -119,14 +121,13 @@ class Comparison(Study):
         made = claims(test, ours, others, CLAIMED) if ours else []
         taxes = tax_rows(test, names)
         lines = curves(series, self.methods)
-        equal = gaps(test, lines, self.ours)
         seeds = list(dict.fromkeys(model.seed for model in plan.models))
-        apart = seed_gaps(known, seeds, lines, self.ours, split="test", **split)
+        equal = gaps(seed_by_seed(known, len(seeds), "test", draws=draws, **split), lines, self.ours)
+        pooled = gaps([test], lines, self.ours)
         tables = [
             self._chosen_table(test, chosen),
             claims_table(made, f"{ours or self.ours} against the others (test rows)"),
-            equal_refusal_table(equal, self.ours),
-            *seed_gaps_table(apart, self.ours, "test rows"),
+            *equal_refusal_tables(equal, pooled, self.ours, seeds, "test rows"),
             tax_table(taxes),
             spread_table(points, known, names, split),
             category_table({name: known[name] for name in names}, "test", **split),
@@ -137,6 +138,7 @@ class Comparison(Study):
             "summary": [*sentences(equal, self.ours), *summary(made, ours)],
             "notes": [
                 *notes,
+                *self._aside,
                 *plan.notes,
                 self._rule(),
                 *further_note(plan.models),
@@ -159,7 +161,10 @@ class Comparison(Study):
         positions = {name: i for i, name in enumerate(chosen.values())}
         found = best_rows(test, competitors) if competitors else {}
         best = {key: positions[competitors[i]] for key, i in found.items()}
-        note = "Bold: better than every other method with an interval of the difference that excludes 0."
+        note = (
+            "Bold: better than every other method (not control, not reference) with an interval of the difference that "
+            "excludes 0, each for one comparison, whatever either refuses."
+        )
         return table("Chosen on validation rows, measured on test rows", columns, rows, note=note, best=best)
 
     def _rule(self) -> str:
@@ -234,4 +239,6 @@ def summary(made: Sequence[Claim], ours: str | None) -> list[str]:
             parts = [("beats", beaten), ("is beaten by", beaten_by), ("shows no difference to", equal)]
             said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts if names)
             sentences.append(f"On {MEASURES[measure][0]}, {ours} {said}.")
+    if any("°" in one for one in sentences):
+        sentences.append(NOT_AFTER_HOLM.format(count=len(made)))
     return sentences

@@ -5,29 +5,32 @@ interpolated linearly, which is what answering by one of the two models at rando
 is the mean over the levels of refusal that both reach. No strength is chosen, so none can be chosen luckily. Rows are
 resampled, the same for both methods; the curves are drawn anew each time.
 
+Of several seeds, methods are compared on the experts of one seed at a time, as a user has them, and these differences
+are averaged. A path of means over seeds at equal strengths would not do: where a strength means another refusal on
+every seed, its points are means of models that lie far apart, which on a curve that bends upwards lie above each
+seed's own curve; two methods on one curve would differ.
+
 Legend of shapes: S bootstrap draws, K points of a path, L levels of refusal.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
-from src.experiments.document import Document, better, column, number, table
-from src.experiments.scores import MEASURES, Measure, Scores, two_sided_p
-from src.experiments.statements import holm, holm_note
+from src.experiments.document import better
+from src.experiments.scores import Measure, Scores, two_sided_p
+from src.experiments.statements import holm
 from src.metrics.bootstrap import ENDS, Estimate
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
 MOST_APART = 0.5
 """Refusal by which two neighbours on a path may differ: a line across a wider gap says nothing of what lies there."""
 COSTS: tuple[Measure, ...] = ("over_refusal", "utility", "task_nll", "answer_nll")
-NOTE = (
-    f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
-    "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points; "
-    f"neighbours more than {MOST_APART:g} apart leave a gap."
-)
+Scored = Mapping[Measure, Scores]
+"""Scores by measure."""
+Levels = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -36,57 +39,82 @@ class Gap:
 
     Attributes:
         other: The method that ours is compared with.
-        levels: Levels of refusal that both reach; none where the paths have no common range.
-        differences: Ours − other by measure, means over the levels.
+        levels: Levels of refusal that both reach, on each seed; none where the paths have no common range.
+        differences: Ours − other by measure: means over the levels, then over the seeds that have some.
         p_values: Of no difference, by measure, after Holm's adjustment for all comparisons of ours.
+        each: The differences of each seed.
+        shares: Our over-refusal as a share of the other's, by level, of means over the seeds that reach it.
+        step: Refusal between the two neighbours that are furthest apart of those that a level lies between.
     """
 
     other: str
-    levels: tuple[float, ...]
+    levels: tuple[Levels, ...]
     differences: Mapping[Measure, Estimate]
     p_values: Mapping[Measure, float]
+    each: tuple[Mapping[Measure, Estimate], ...] = ()
+    shares: Mapping[float, Estimate] = field(default_factory=dict)
+    step: float = 0.0
 
     def wins(self, measure: Measure) -> int:
         """1 where ours is better, −1 where it is worse, 0 where the interval holds zero."""
         return better(measure, self.differences[measure])
 
+    @property
+    def met(self) -> int:
+        """Number of seeds whose paths meet."""
+        return sum(map(bool, self.levels))
 
-def gaps(scores: Mapping[Measure, Scores], curves: Mapping[str, Sequence[str]], ours: str) -> list[Gap]:
+
+@dataclass(frozen=True)
+class _Met:
+    """Two paths of one seed at the levels that both reach: (1 + S, L) costs of ours and of the other, by measure."""
+
+    scores: Scored
+    levels: np.ndarray
+    costs: Mapping[Measure, tuple[np.ndarray, np.ndarray]]
+
+    def drawn(self, measure: Measure) -> np.ndarray:
+        """(1 + S,) mean differences over the levels: as measured, then of resampled rows."""
+        ours, other = self.costs[measure]
+        return np.asarray((ours - other).mean(1))
+
+
+def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str) -> list[Gap]:
     """Ours against every other method.
 
     Args:
-        scores: Scores by measure; refusal must be among them.
+        each: Scores on each seed, rows resampled alike; refusal must be among them.
         curves: Method to the models of its path.
         ours: One of the methods.
     """
-    if ours not in curves or "refusal" not in scores or not scores.keys() & COSTS:
+    if ours not in curves or not any("refusal" in one and one.keys() & COSTS for one in each):
         return []
     found = []
     for other in (name for name in curves if name != ours):
-        levels, drawn = differences(scores, curves[ours], curves[other])
-        found.append((other, levels, {m: estimated(one, scores[m]) for m, one in drawn.items()}))
+        paths = curves[ours], curves[other]
+        own = [_meeting(scores, *paths) for scores in each]
+        met = [one for one in own if len(one.levels)]
+        shared = [m for m in COSTS if met and all(m in one.costs for one in met)]
+        means = {m: (np.mean([one.drawn(m) for one in met], axis=0), met[0].scores[m]) for m in shared}
+        found.append((other, paths, own, {m: estimated(*mean) for m, mean in means.items()}))
     adjusted = iter(holm([p for *_, parts in found for _, p in parts.values()]))
     return [
-        Gap(other, levels, {m: one for m, (one, _) in parts.items()}, {m: next(adjusted) for m in parts})
-        for other, levels, parts in found
+        Gap(
+            other,
+            tuple(tuple(one.levels.tolist()) for one in own),
+            {m: one for m, (one, _) in parts.items()},
+            {m: next(adjusted) for m in parts},
+            tuple({m: estimated(one.drawn(m), one.scores[m])[0] for m in one.costs} for one in own),
+            _shares(own),
+            max((_step(one, path) for one in own for path in paths), default=0.0),
+        )
+        for other, paths, own, parts in found
     ]
-
-
-def differences(
-    scores: Mapping[Measure, Scores], ours: Sequence[str], other: Sequence[str]
-) -> tuple[tuple[float, ...], dict[Measure, np.ndarray]]:
-    """The levels that two paths reach, and (1 + S,) mean differences there by measure; none without refusals."""
-    if "refusal" not in scores:
-        return (), {}
-    levels = shared_levels(scores["refusal"], ours, other)
-    measures = [m for m in COSTS if m in scores] if len(levels) else []
-    drawn = {m: drawn_differences(scores["refusal"], scores[m], ours, other, levels) for m in measures}
-    return tuple(levels.tolist()), drawn
 
 
 def meets(found: Sequence[Gap]) -> bool:
     """Whether any other path reaches a level of refusal that ours reaches."""
-    return any(gap.levels for gap in found)
+    return any(gap.met for gap in found)
 
 
 def common_levels(refusals: Sequence[np.ndarray]) -> np.ndarray:
@@ -111,6 +139,52 @@ def cost_at(levels: np.ndarray, refusals: np.ndarray, costs: np.ndarray) -> np.n
     return np.stack([np.interp(levels, a, b) for a, b in zip(x, y, strict=True)])
 
 
+def estimated(drawn: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
+    """The mean difference with its interval, and the p-value of none, from (1 + S,) draws."""
+    low, high = np.quantile(drawn[1:], ENDS)
+    return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
+
+
+def _meeting(scores: Scored, ours: Sequence[str], other: Sequence[str]) -> _Met:
+    """Two paths of one seed; without refusals they have no levels."""
+    if "refusal" not in scores:
+        return _Met(scores, np.empty(0), {})
+    refusals = [_means(scores["refusal"], path) for path in (ours, other)]
+    levels = common_levels(refusals)
+    for path in refusals:
+        levels = levels[covered(levels, path)]
+    costs = {}
+    for measure in (m for m in COSTS if m in scores and len(levels)):
+        one, two = (
+            cost_at(levels, _draws(scores["refusal"], path), _draws(scores[measure], path)) for path in (ours, other)
+        )
+        costs[measure] = one, two
+    return _Met(scores, levels, costs)
+
+
+def _shares(own: Sequence[_Met]) -> dict[float, Estimate]:
+    """Over-refusal of one method as a share of another's, by level; left out where the other's may be none at all."""
+    met = [one for one in own if "over_refusal" in one.costs]
+    found = {}
+    for level in sorted(set(chain.from_iterable(one.levels.tolist() for one in met))):
+        at = [(one, one.levels.tolist().index(level)) for one in met if level in one.levels]
+        ours, other = (
+            np.mean([one.costs["over_refusal"][side][:, place] for one, place in at], axis=0) for side in (0, 1)
+        )
+        if other.min() > 0:
+            found[level] = estimated(ours / other, at[0][0].scores["over_refusal"])[0]
+    return found
+
+
+def _step(met: _Met, path: Sequence[str]) -> float:
+    """Refusal between the two neighbours on a path that are furthest apart of those that a level lies between."""
+    if not len(met.levels):
+        return 0.0
+    points = np.sort(_means(met.scores["refusal"], path))
+    inside = (met.levels[:, None] > points[:-1] + 1e-12) & (met.levels[:, None] < points[1:] - 1e-12)
+    return float(np.diff(points)[inside.any(0)].max(initial=0.0))
+
+
 def _means(scores: Scores, models: Sequence[str]) -> np.ndarray:
     columns = [scores.models.index(model) for model in models]
     return scores.values[:, columns].mean(0).numpy()
@@ -120,67 +194,3 @@ def _draws(scores: Scores, models: Sequence[str]) -> np.ndarray:
     """(1 + S, K) means of the models: as measured, then of resampled rows."""
     columns = [scores.models.index(model) for model in models]
     return np.concatenate([_means(scores, models)[None], scores.draws[:, columns].numpy()])
-
-
-def shared_levels(refusal: Scores, ours: Sequence[str], other: Sequence[str]) -> np.ndarray:
-    """(L,) the levels of refusal that two paths reach, without those in their gaps."""
-    refusals = [_means(refusal, path) for path in (ours, other)]
-    levels = common_levels(refusals)
-    for path in refusals:
-        levels = levels[covered(levels, path)]
-    return levels
-
-
-def drawn_differences(
-    refusal: Scores, cost: Scores, ours: Sequence[str], other: Sequence[str], levels: np.ndarray
-) -> np.ndarray:
-    """(1 + S,) mean differences over the levels: as measured, then of resampled rows."""
-    one, two = (cost_at(levels, _draws(refusal, path), _draws(cost, path)).mean(1) for path in (ours, other))
-    return np.asarray(one - two)
-
-
-def estimated(drawn: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
-    """The mean difference with its interval, and the p-value of none, from (1 + S,) draws."""
-    low, high = np.quantile(drawn[1:], ENDS)
-    return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
-
-
-def equal_refusal_table(found: Sequence[Gap], ours: str, where: str = "test rows") -> Document:
-    """Differences at equal refusal, a row for each other method; ``where`` says on which rows."""
-    measures = list(dict.fromkeys(measure for gap in found for measure in gap.differences))
-    columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
-    for measure in measures:
-        columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
-        columns.append(column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
-    rows = []
-    for gap in found:
-        reached = f"{gap.levels[0]:.2f} – {gap.levels[-1]:.2f}" if gap.levels else "no common range"
-        cells: dict[str, Any] = {measure: number(one) for measure, one in gap.differences.items()}
-        cells |= {f"{measure}_holm": p for measure, p in gap.p_values.items()}
-        rows.append({"other": gap.other, "range": reached} | cells)
-    claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
-    count = sum(len(gap.p_values) for gap in found)
-    note = holm_note(claimed, count, "differences whose interval excludes 0")
-    return table(f"{ours} at equal refusal ({where})", columns, rows, note=f"{NOTE} {note}")
-
-
-def sentences(found: Sequence[Gap], ours: str) -> list[str]:
-    """Who is better at equal refusal, measure by measure."""
-    said = []
-    for measure in COSTS:
-        results = [(gap, gap.wins(measure)) for gap in found if measure in gap.differences]
-        parts = [
-            f"{verb} {', '.join(_named(gap, measure) for gap in chosen)}"
-            for verb, wanted in (("better than", 1), ("worse than", -1))
-            if (chosen := [gap for gap, result in results if result == wanted])
-        ]
-        equal = [gap.other for gap, result in results if result == 0]
-        parts += [f"not shown to differ from {', '.join(equal)}"] if equal else []
-        if parts:
-            said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
-    return said
-
-
-def _named(gap: Gap, measure: Measure) -> str:
-    one = gap.differences[measure]
-    return f"{gap.other} ({one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}])"

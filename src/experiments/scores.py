@@ -227,6 +227,13 @@ def gathered(
     return found
 
 
+def seed_by_seed(
+    records: Mapping[str, Sequence[Record]], seeds: int, split: Split = "all", **options: Any
+) -> list[dict[Measure, Scores]]:
+    """Scores of models on each of so many seeds (:func:`gathered`); rows are resampled alike in all."""
+    return [gathered({name: [own[i]] for name, own in records.items()}, split, **options) for i in range(seeds)]
+
+
 def not_finite(
     records: Mapping[str, Sequence[Record]], split: Split = "all", *, share: float = 0.5, split_seed: int = 0
 ) -> list[str]:

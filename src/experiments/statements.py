@@ -8,6 +8,8 @@ from src.experiments.document import Document, better, column, number, table
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
+LEVEL = 0.05
+"""Adjusted p-values below it hold."""
 NO_DIFFERENCE = "no difference shown"
 BOOTSTRAP = (
     "Paired bootstrap over prompts of means over seeds, 95 % intervals. A claim is made where the interval of the "
@@ -17,6 +19,7 @@ HOLM = (
     "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "
     "the {claims} {what}, {kept} also hold at 5 % after adjustment."
 )
+NOT_AFTER_HOLM = "° does not hold at 5 % after Holm's adjustment for {count} comparisons."
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,21 @@ def holm_note(claimed: Sequence[float], count: int, what: str) -> str:
         count: Comparisons of the table.
         what: The claims' name.
     """
-    return HOLM.format(count=count, claims=len(claimed), what=what, kept=sum(p < 0.05 for p in claimed))
+    return HOLM.format(count=count, claims=len(claimed), what=what, kept=sum(p < LEVEL for p in claimed))
+
+
+def marked(name: str, adjusted: float) -> str:
+    """A name, with ° where what is said of it does not hold after adjustment."""
+    return name if adjusted < LEVEL else f"{name}°"
 
 
 def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:
-    """Names that the first method beats on a measure, is beaten by, and shows no difference to."""
+    """Names that the first method beats on a measure, is beaten by (:func:`marked`), and shows no difference to."""
     beaten: list[str] = []
     beaten_by: list[str] = []
     equal: list[str] = []
     for claim in found:
         if claim.measure == measure:
             place = equal if claim.winner is None else beaten if claim.winner == claim.first else beaten_by
-            place.append(claim.second)
+            place.append(claim.second if claim.winner is None else marked(claim.second, claim.adjusted))
     return beaten, beaten_by, equal

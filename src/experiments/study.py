@@ -163,3 +163,15 @@ def only_named(methods: list[MethodSpec], only: Sequence[str] | None) -> list[Me
         names = ", ".join(method.name for method in methods)
         raise InputError(f"study.only names {', '.join(sorted(unknown))}; expected some of: {names}")
     return [method for method in methods if not only or method.name in only]
+
+
+def aside_note(every: Sequence[MethodSpec], shown: Sequence[MethodSpec]) -> list[str]:
+    """The note on methods that a study has and a page leaves out; none where it shows all."""
+    names = [method.name for method in shown]
+    aside = [method.name for method in every if method.name not in names]
+    if not aside:
+        return []
+    return [
+        f"Of {len(every)} methods {len(names)} are shown (study.only), and p-values are adjusted for these alone; the "
+        f"others are {', '.join(aside)}."
+    ]

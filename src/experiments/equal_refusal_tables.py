@@ -1,0 +1,163 @@
+"""What a page says of methods at equal refusal (:mod:`src.experiments.equal_refusal`): tables and sentences."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from src.experiments.document import Document, column, number, table
+from src.experiments.equal_refusal import COSTS, HIGHEST, LOWEST, MOST_APART, STEP, Gap
+from src.experiments.scores import MEASURES, Measure
+from src.experiments.statements import NOT_AFTER_HOLM, holm_note, marked
+
+WIDE = 0.25
+"""Refusal between neighbours on a path from which on a sentence says that a line was drawn across it."""
+NOTE = (
+    f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
+    "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points, of "
+    f"which the widest step that a level lies in is given; neighbours more than {MOST_APART:g} apart leave a gap."
+)
+BY_SEED = (
+    " Each seed's paths by themselves, then the mean over the seeds whose paths meet, rows resampled alike in all; the "
+    "range is of all of them."
+)
+POOLED = (
+    "The same on paths whose points are means over seeds at equal strengths, for comparison alone. Where a strength "
+    "means another refusal on every seed, such points lie further apart than the seeds' own paths: two methods on one "
+    "bent curve differ here."
+)
+SHARES = (
+    "At each level of refusal that both paths reach, means over the seeds that reach it, 95 % intervals, each for one "
+    "comparison. 0.5 is half of the other method's over-refusal."
+)
+NO_RANGE = "no common range"
+
+
+def equal_refusal_tables(
+    found: Sequence[Gap], pooled: Sequence[Gap], ours: str, seeds: Sequence[int], where: str
+) -> list[Document]:
+    """All tables of a method at equal refusal.
+
+    Args:
+        found: Differences, seed by seed and on average.
+        pooled: Differences of paths of means over seeds; shown beside several seeds.
+        ours: The method.
+        seeds: The seeds, in the order of the gaps' own.
+        where: Which rows they are of.
+    """
+    tables = [equal_refusal_table(found, ours, where, several=len(seeds) > 1)]
+    if shares := shares_table(found, ours, where):
+        tables.append(shares)
+    if len(seeds) > 1 and any(gap.met for gap in found):
+        tables += [seed_table(found, ours, seeds, where), pooled_table(pooled, ours, where)]
+    return tables
+
+
+def equal_refusal_table(
+    found: Sequence[Gap], ours: str, where: str = "test rows", *, several: bool = False
+) -> Document:
+    """Differences at equal refusal, a row for each other method; ``several`` says whether there are several seeds."""
+    measures = _measures(found)
+    columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
+    columns += [column("seeds", "seeds that meet")] if several else []
+    columns.append(column("step", "widest step"))
+    for measure in measures:
+        columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
+        columns.append(column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
+    rows = []
+    for gap in found:
+        row: dict[str, Any] = {"other": gap.other, "range": _range(gap), "seeds": gap.met}
+        row |= {"step": gap.step} if gap.met else {}
+        row |= {measure: number(one) for measure, one in gap.differences.items()}
+        rows.append(row | {f"{measure}_holm": p for measure, p in gap.p_values.items()})
+    claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
+    count = sum(len(gap.p_values) for gap in found)
+    note = holm_note(claimed, count, "differences whose interval excludes 0")
+    return table(_title(ours, where), columns, rows, note=f"{NOTE}{BY_SEED if several else ''} {note}")
+
+
+def seed_table(found: Sequence[Gap], ours: str, seeds: Sequence[int], where: str) -> Document:
+    """Every seed's own differences."""
+    measures = _measures(found)
+    columns = [column("other", f"{ours} against"), column("seed", "seed"), column("range", "refusal from – to")]
+    columns += [column(m, f"{MEASURES[m][0]}, difference") for m in measures]
+    rows = []
+    for gap in found:
+        for seed, levels, own in zip(seeds, gap.levels, gap.each, strict=True):
+            row: dict[str, Any] = {"other": gap.other, "seed": str(seed), "range": _span(levels)}
+            rows.append(row | {m: number(own[m]) for m in measures if m in own})
+    return table(_title(ours, where, "seed by seed"), columns, rows)
+
+
+def pooled_table(pooled: Sequence[Gap], ours: str, where: str) -> Document:
+    """Differences of paths of means over seeds; no claim is made of them."""
+    measures = _measures(pooled)
+    columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
+    columns += [column(m, f"{MEASURES[m][0]}, difference") for m in measures]
+    rows: list[dict[str, Any]] = [
+        {"other": gap.other, "range": _range(gap)} | {m: number(one) for m, one in gap.differences.items()}
+        for gap in pooled
+    ]
+    return table(_title(ours, where, "paths of means over seeds"), columns, rows, note=POOLED)
+
+
+def shares_table(found: Sequence[Gap], ours: str, where: str) -> Document | None:
+    """Over-refusal as a share of every other method's, level by level; None where there is none."""
+    levels = sorted(set(chain.from_iterable(gap.shares for gap in found)))
+    if not levels:
+        return None
+    columns = [column("other", "over-refusal as a share of that of"), *(column(f"{x:.2f}", f"{x:.2f}") for x in levels)]
+    rows = [
+        {"other": gap.other} | {f"{level:.2f}": number(one) for level, one in gap.shares.items()}
+        for gap in found
+        if gap.shares
+    ]
+    return table(_title(ours, where, "over-refusal level by level"), columns, rows, note=SHARES)
+
+
+def sentences(found: Sequence[Gap], ours: str) -> list[str]:
+    """Who is better at equal refusal, measure by measure."""
+    said = []
+    for measure in COSTS:
+        results = [(gap, gap.wins(measure)) for gap in found if measure in gap.differences]
+        parts = [
+            f"{verb} {', '.join(_named(gap, measure) for gap in chosen)}"
+            for verb, wanted in (("better than", 1), ("worse than", -1))
+            if (chosen := [gap for gap, result in results if result == wanted])
+        ]
+        equal = [gap.other for gap, result in results if result == 0]
+        parts += [f"not shown to differ from {', '.join(equal)}"] if equal else []
+        if parts:
+            said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
+    if any("°" in one for one in said):
+        said.append(NOT_AFTER_HOLM.format(count=sum(len(gap.p_values) for gap in found)))
+    apart = [gap.other for gap in found if not gap.met]
+    if said and apart:
+        said.append(f"At no common level of refusal, so not compared with {ours}: {', '.join(apart)}.")
+    return said
+
+
+def _named(gap: Gap, measure: Measure) -> str:
+    one = gap.differences[measure]
+    more = [f"{gap.met} of {len(gap.levels)} seeds"] if gap.met < len(gap.levels) else []
+    more += [f"across a step of {gap.step:.2f}"] if gap.step > WIDE else []
+    value = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+    return f"{marked(gap.other, gap.p_values[measure])} ({'; '.join([f'{value}, {_range(gap)}', *more])})"
+
+
+def _measures(found: Sequence[Gap]) -> list[Measure]:
+    return [m for m in COSTS if any(m in gap.differences for gap in found)]
+
+
+def _range(gap: Gap) -> str:
+    return _span(tuple(chain.from_iterable(gap.levels)))
+
+
+def _span(levels: Sequence[float]) -> str:
+    if not levels:
+        return NO_RANGE
+    low, high = min(levels), max(levels)
+    return f"{low:.2f} – {high:.2f}"
+
+
+def _title(ours: str, where: str, what: str = "") -> str:
+    return f"{ours} at equal refusal{', ' if what else ''}{what} ({where})"
