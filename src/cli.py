@@ -53,7 +53,14 @@ INTERRUPTED = (
     "experiment, fit --resume true; judge keeps its verdicts) or starts again (the others)"
 )
 
-LESS_MEMORY = "try a smaller --data.batch_size, shorter rows, or --model.gradient_checkpointing true (fit, fisher)"
+LESS_MEMORY = {
+    "fit": "try a smaller --data.batch_size, shorter rows, or --model.gradient_checkpointing true",
+    "fisher": "try a smaller --data.batch_size, shorter rows, or --model.gradient_checkpointing true",
+    "test": "try a smaller --data.batch_size or shorter rows",
+    "predict": "try a smaller --data.batch_size or shorter rows",
+    "judge": "try a smaller --judge.batch_size or --device cpu",
+}
+"""What a command can do on a GPU that has no room."""
 
 CHATTER = (
     ".*does not have many workers.*",
@@ -171,12 +178,11 @@ def _command(arguments: list[str]) -> int:
             return _stop(f"{argument!a}: a name with bytes that are no UTF-8; rename it (or set PYTHONUTF8=1)")
     start_logging()
     quiet_libraries()
-    problem = _run(command, arguments[1:])
-    return 0 if problem is None else _stop(problem)
+    return _run(command, arguments[1:])
 
 
-def _run(command: str, arguments: list[str]) -> str | None:
-    """Run a command; returns what was wrong, in a sentence, where the user or the machine is the cause."""
+def _run(command: str, arguments: list[str]) -> int:
+    """Run a command; returns its exit code."""
     arguments = long_names(arguments)
     try:
         if command in ("test", "predict"):
@@ -184,28 +190,28 @@ def _run(command: str, arguments: list[str]) -> str | None:
         with terminated_like_interrupted() if command in WITHOUT_TRAINER else nullcontext():
             runner(command)(resolve_names(with_default_config(command, name_in_help(arguments))))
     except InputError as error:
-        return str(error)
+        return _stop(str(error))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _stop(INTERRUPTED)
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit of its own, and SIGTERM into one that looks like success.
         if not isinstance(stop.__context__, KeyboardInterrupt) and type(stop).__name__ != "SIGTERMException":
             raise
-        return INTERRUPTED
+        return _stop(INTERRUPTED)
     except (OSError, RuntimeError) as error:
-        problem = _of_the_machine(error)
+        problem = _of_the_machine(error, command)
         if problem is None:
             raise
-        return problem
+        return _stop(problem, everywhere=True)
     except _misconfigured() as error:
-        return f"trainer: {error}"
-    return None
+        return _stop(f"trainer: {error}")
+    return 0
 
 
-def _of_the_machine(error: OSError | RuntimeError) -> str | None:
+def _of_the_machine(error: OSError | RuntimeError, command: str) -> str | None:
     """What the machine has not enough of, in a sentence; None where the error is another."""
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{one_line(error)}; {LESS_MEMORY}"
+        return "; ".join([one_line(error), *([LESS_MEMORY[command]] if command in LESS_MEMORY else [])])
     if isinstance(error, RuntimeError) or error.errno not in OF_THE_MACHINE or error.filename == STDOUT:
         return None
     return f"{error.filename or 'output'}: {error.strerror}; nothing is half-written"
@@ -218,9 +224,11 @@ def _misconfigured() -> type[Exception]:
     return MisconfigurationException
 
 
-def _stop(message: str) -> int:
-    if is_first_process():
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+def _stop(message: str, *, everywhere: bool = False) -> int:
+    """Say why a command ends: in the first process, or in whichever it happens, as where one alone has no room."""
+    if everywhere or is_first_process():
+        who = "error" if is_first_process() else f"error in process {_process()}"
+        sys.stderr.write(f"{who}: {' '.join(message.split())}\n")
     return STOPPED
 
 
@@ -237,6 +245,11 @@ def start_logging() -> None:
 def is_first_process() -> bool:
     """False in the processes that a launcher (Lightning, torchrun, SLURM) started beside the first one."""
     return all(os.environ.get(key, "0") == "0" for key in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+
+
+def _process() -> str:
+    """The number that a launcher has given this process."""
+    return next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "?")
 
 
 def quiet_libraries() -> None:

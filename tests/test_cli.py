@@ -174,17 +174,43 @@ def test_an_interrupt_names_every_command_that_goes_on():
 
 
 def test_a_gpu_without_room_is_one_line_and_other_errors_stay(monkeypatch, capsys):
-    def runs(error):
-        def command(_):
+    def runs(error, command="fit"):
+        def raises(_):
             raise error
 
-        monkeypatch.setattr("src.cli.runner", lambda _: command)
-        return main(["fit"])
+        monkeypatch.setattr("src.cli.runner", lambda _: raises)
+        return main([command])
 
-    assert runs(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")) == 2
-    assert capsys.readouterr().err == f"error: CUDA out of memory. Tried to allocate 2.00 GiB.; {LESS_MEMORY}\n"
+    full = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    for command, less in LESS_MEMORY.items():
+        assert runs(full, command) == 2
+        assert capsys.readouterr().err == f"error: {said}; {less}\n"
+    assert runs(full, "merge") == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
     with pytest.raises(RuntimeError, match="a mistake"):
         runs(RuntimeError("a mistake"))
+    # One process alone has no room; the first one knows nothing of it.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runs(full) == 2
+    assert capsys.readouterr().err == f"error in process 1: {said}; {LESS_MEMORY['fit']}\n"
+    assert runs(InputError("told by the first process")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_options_that_make_room_are_there(capsys):
+    for command, less in LESS_MEMORY.items():
+        shown = ""
+        for more in (
+            ["--help"],
+            *([["--judge.help", "Causal"], ["--judge.help", "Classifier"]] * (command == "judge")),
+        ):
+            with pytest.raises(SystemExit):
+                main([command, *more])
+            shown += capsys.readouterr().out
+        options = re.findall(r"--[\w.]+", less)
+        assert options
+        assert all(option in shown for option in options), command
 
 
 def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):

@@ -148,7 +148,7 @@ class ScoreRecorder:
             seen = tensor.detach()
             basis = self._basis(name, seen, output=output)
             if basis is None:
-                return seen  # the layer's own input is kept for the backward pass anyway, a wider copy is not
+                return seen  # no copy: layers that get the same input keep one
             seen = seen.to(basis.dtype)
             if len(basis) == seen.shape[-1] + 1:
                 return seen @ basis[:-1] + basis[-1]

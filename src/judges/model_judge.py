@@ -53,13 +53,11 @@ class ModelJudge(Judge):
         return model
 
     def _placed(self, model: Any, device: str) -> Any:
-        """The model, ready to judge on a device; ``auto`` is the GPU, where there is one.
+        """The model, ready to judge on a device.
 
         Raises:
             InputError: there is no such device, or no room on it.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             return model.eval().requires_grad_(False).to(device)
         except (RuntimeError, AssertionError) as error:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from src.data.rows import read_jsonl, read_utf8
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory, write_json, write_text
@@ -51,6 +53,8 @@ def judge(
     check_output(folder, overwrite=overwrite)
     check_apart(folder, [str(predictions if labels is None else labels)])
     cache = folder.parent / CACHE
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if labels is not None:
         record = _agreement(Path(labels), found, cache, device)
         with new_directory(folder) as new:

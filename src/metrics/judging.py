@@ -61,7 +61,7 @@ class Judge(ABC):
     """Settings that say how verdicts are counted, and by which no other is given: verdicts are kept for all of them."""
 
     def load(self, device: str) -> None:  # noqa: B027 - most judges have nothing to load
-        """Load what is needed to judge, on a device; ``auto`` is the GPU, where there is one."""
+        """Load what is needed to judge, on a device."""
 
     def unload(self) -> None:  # noqa: B027
         """Let go of what was loaded."""

@@ -131,7 +131,7 @@ def greedy(
         token = choose(logits, rows)
         # All that the host is told of a step comes in one copy: each waits for the GPU.
         told, sound = torch.stack([token, finite(logits).to(token.dtype)]).tolist()
-        check_finite(list(map(bool, sound)), rows)
+        check_finite(sound, rows)
         cache = _cache_of(out, model)
         if step == 0:
             reserve(cache, max_new_tokens - 1)
