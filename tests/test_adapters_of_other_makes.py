@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from src.adapters.attach import attached, check_fits
+from src.adapters.base_weights import open_base
 from src.adapters.checks import check_compatible
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter, write_adapter
@@ -94,6 +95,60 @@ def test_fully_trained_transposed_layers_with_biases_are_merged(tmp_path, module
     base = saved(tmp_path / "base", GPT2LMHeadModel(config))
     peft = trained(tmp_path / "a", base, tmp_path / "base", target_modules=["c_fc"], modules_to_save=[module])
     check_merges(tmp_path, peft(IDS).logits)
+
+
+@pytest.mark.parametrize("module", ["q_proj", "down_proj"])
+def test_a_layer_is_as_its_architecture_stores_it_whatever_an_adapter_says(tmp_path, module):
+    """PEFT's layers on quantised bases disregard ``fan_in_fan_out`` and keep it in the configuration."""
+    base = saved(tmp_path / "base", make_model())
+    peft = trained(tmp_path / "a", base, tmp_path / "base", target_modules=[module])
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
+    merge(utility=str(tmp_path / "a"), base=str(tmp_path / "base"), full_model=True, output=str(tmp_path / "m"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    torch.testing.assert_close(whole(IDS).logits, peft(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grown_vocabulary_is_refused_with_its_base_and_warned_of_without(tmp_path, caplog):
+    small = saved(tmp_path / "base", make_model())
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    grown.resize_token_embeddings(small.config.vocab_size + 4)
+    trained(tmp_path / "a", grown, tmp_path / "base", target_modules=["q_proj", "embed_tokens"])
+    read_adapter(tmp_path / "a")
+    assert "rows of a vocabulary that was grown are lost" in caplog.text
+    with (
+        open_base(str(tmp_path / "base")) as weights,
+        pytest.raises(InputError, match=r"embed_tokens has the shape \(262, 16\) in place of \(258, 16\)"),
+    ):
+        read_adapter(tmp_path / "a", weights)
+
+
+def test_a_copy_of_the_base_is_compared_but_for_rounding(tmp_path, caplog):
+    base = saved(tmp_path / "base", make_model())
+    trained(tmp_path / "a", base, tmp_path / "base", target_modules=["embed_tokens"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (key,) = (key for key in tensors if key.endswith("base_layer.weight"))
+    with open_base(str(tmp_path / "base")) as weights:
+        for rounded in (torch.float32, torch.bfloat16):
+            save_file(tensors | {key: tensors[key].to(rounded)}, file)
+            assert read_adapter(tmp_path / "a", weights).pairs
+        save_file(tensors | {key: tensors[key] + 0.1 * tensors[key].std()}, file)
+        with pytest.raises(InputError, match="embed_tokens has other values"):
+            read_adapter(tmp_path / "a", weights)
+    assert "copy" not in caplog.text
+
+
+def test_dora_without_its_magnitudes_is_refused(tmp_path):
+    base = saved(tmp_path / "base", make_model())
+    trained(tmp_path / "a", base, tmp_path / "base", use_dora=True)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if "magnitude" not in key}, file)
+    with (
+        open_base(str(tmp_path / "base")) as weights,
+        pytest.raises(InputError, match=r"q_proj has no DoRA magnitude, and use_dora is true"),
+    ):
+        read_adapter(tmp_path / "a", weights)
 
 
 def test_of_fully_trained_modules_a_norm_is_refused(tmp_path):
@@ -247,6 +302,21 @@ def test_a_module_under_its_name_of_before_is_the_same_module(tmp_path):
         torch.testing.assert_close(merged[name].dense(), 2 * pair.dense(), rtol=1e-4, atol=1e-4)
     assert "language_model.model." not in (tmp_path / "m" / "adapter_config.json").read_text()
     assert not any("language_model.model." in key for key in load_file(tmp_path / "m" / "adapter_model.safetensors"))
+
+
+def test_a_direction_under_names_of_before_is_of_the_same_modules(tmp_path):
+    of_multimodal(tmp_path / "later")
+    of_multimodal(tmp_path / "before", of_before)
+    found = []
+    for name in ("later", "before"):
+        merge(
+            utility=str(tmp_path / "later"),
+            method=SafeLora(aligned=str(tmp_path / name)),
+            output=str(tmp_path / name[0]),
+        )
+        found.append(read_adapter(tmp_path / name[0]).pairs)
+    for name, pair in found[0].items():
+        torch.testing.assert_close(found[1][name].dense(), pair.dense())
 
 
 def test_a_module_under_both_of_its_names_is_one_line(tmp_path):

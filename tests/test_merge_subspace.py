@@ -16,7 +16,7 @@ from src.merge.combinations.iso_c import IsoC
 from src.merge.combinations.knots import Knots
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.magnitude_prune import MagnitudePrune
-from src.merge.combinations.regmean import RegMean, regmean
+from src.merge.combinations.regmean import RegMean, regmean, smallest_eigenvalue
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.combinations.tsv_m import TsvM, polar
@@ -186,6 +186,70 @@ def test_a_singular_gram_matrix_is_refused():
     one = torch.ones(2, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="singular"):
         regmean([drawn(4, 5)], [one.T @ one], off_diagonal=1.0)
+
+
+def test_a_gram_matrix_that_rounding_alone_makes_regular_is_refused():
+    """Fewer tokens than inputs, multiplied in float32 as in a pass: the rest is noise, and its inverse anything."""
+    updates = [drawn(4, 64, seed=i) for i in range(2)]
+    passed = 0
+    for seed in range(8):
+        tokens = drawn(63, 64, seed=10 + seed).float()
+        gram = sum((part.T @ part).double() for part in tokens.split(16))
+        passed += not torch.linalg.cholesky_ex(gram)[1]
+        with pytest.raises(ValueError, match="singular"):
+            regmean(updates, [gram, gram], off_diagonal=1.0)
+        found = regmean(updates, [gram, gram])
+        assert found.norm() < 2 * max(update.norm() for update in updates)
+    assert passed  # where it would have been inverted
+
+
+def of_inputs(x):
+    """What a Fisher file of a layer of 4 outputs says of these inputs (T, 6)."""
+    found = weight_fisher({"m": (4, 6)}, "kronecker", 0)
+    found.right["m"], found.tokens["m"] = (x.T @ x)[None], torch.tensor([float(len(x))]).double()
+    return found
+
+
+def test_the_smallest_eigenvalue_is_that_of_the_dense_matrix():
+    root = drawn(20, seed=1).abs() + 0.1
+    x = drawn(30, 20)
+    gram = root[:, None] * (x.T @ x) * root
+    scale = gram.diagonal().sqrt()
+    expected = torch.linalg.eigvalsh(gram / scale / scale[:, None])[0].item()
+    found = smallest_eigenvalue(torch.linalg.cholesky(gram), gram.diagonal(), steps=100)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert smallest_eigenvalue(torch.linalg.cholesky(gram), gram.diagonal()) >= found * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("space", ["weight", "core"])
+def test_updates_of_inputs_that_were_zero_for_all_are_averaged(space):
+    weights, tokens = [1.0, 3.0], [drawn(30, 6, seed=i) for i in range(2)]
+    for x in tokens:
+        x[:, 2] = 0.0
+    tokens[0][:, 4] = 0.0  # what one alone has not seen is not averaged
+    updates = [drawn(4, 6, seed=5 + i) for i in range(2)]
+    held = [
+        Expert(str(i), w, {"m": LowRankPair(u.clone(), torch.eye(4, dtype=torch.float64))}, of_inputs(x))
+        for i, (w, u, x) in enumerate(zip(weights, updates, tokens, strict=True))
+    ]
+    found = result(RegMean(space=space), held)
+    grams = [x.T @ x / len(x) for x in tokens]
+    if space == "weight":
+        alive = [0, 1, 3, 4, 5]
+        rest = dense_regmean([u[:, alive] for u in updates], [g[alive][:, alive] for g in grams], weights, 0.9)
+        torch.testing.assert_close(found[:, alive], rest)
+        torch.testing.assert_close(found[:, 2], (updates[0][:, 2] + 3 * updates[1][:, 2]) / 4)
+    assert found.isfinite().all()
+    nothing = [Expert(e.key, e.weight, e.deltas, of_inputs(torch.zeros(5, 6, dtype=torch.float64))) for e in held]
+    torch.testing.assert_close(result(RegMean(space=space), nothing), (updates[0] + 3 * updates[1]) / 4)
+
+
+def test_an_expert_of_weight_0_adds_nothing_to_tsv_merge():
+    one, other = experts(2)
+    alone = result(TsvM(), [one])
+    both = result(TsvM(), [one, Expert(other.key, 0.0, other.deltas)])
+    torch.testing.assert_close(both, alone)
+    assert not result(TsvM(), [Expert(one.key, 0.0, one.deltas)]).any()
 
 
 def test_fisher_averages_agree_where_factors_are_diagonal():

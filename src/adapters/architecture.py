@@ -31,12 +31,21 @@ class Architecture:
         head: Module that gives the logits.
         tied: Whether both share one weight.
         transposed: Modules that store their weight as (I, O), as GPT-2's Conv1D.
+        modules: All modules; none where transformers could not build the model.
     """
 
     embeddings: frozenset[str]
     head: str
     tied: bool
     transposed: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+    def stores_transposed(self, module: str, *, told: bool) -> bool:
+        """Whether a module's weight is stored as (I, O); an adapter's word (``told``) counts where nothing else tells.
+
+        PEFT's layers on quantised bases, for one, disregard an adapter's ``fan_in_fan_out`` and keep it.
+        """
+        return module in self.transposed or (told and module not in self.modules)
 
     def embedding_key(self, base: BaseWeights) -> str | None:
         """The key of the embedding's weight."""
@@ -72,4 +81,5 @@ def read_architecture(folder: Path) -> Architecture:
         head or HEAD,
         usual.tied,
         frozenset(name for name, module in model.named_modules() if is_conv1d(module)),
+        frozenset(names.values()),
     )

@@ -4,15 +4,23 @@ DoRA (2402.09353)   ΔW = diag(m / ‖W + s·B·A‖_rows) (W + s·B·A) − W
 trained             ΔW = W_trained − W
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights
-from src.adapters.deltas import Delta, LazyDelta
-from src.adapters.pairs import LowRankPair
+from src.adapters.deltas import Delta, Deltas, LazyDelta
+from src.adapters.pairs import LowRankPair, Pairs
+from src.adapters.peft_config import Layout
+from src.adapters.peft_weights import AdapterWeights
 from src.errors import InputError
+
+log = logging.getLogger(__name__)
+ROUNDED = 2**-6
+"""Relative difference that rounding to bfloat16, once or twice, leaves room for."""
 
 
 def base_weight(
@@ -26,8 +34,8 @@ def base_weight(
     key = weight_key(base, module)
     if key is None:
         raise InputError(f"{path}: {module} is not a weight of the base {base.folder}")
-    stored = base.shape(key)
-    flip = stored == shape[::-1] and (stored != shape or transposed)
+    stored, told = base.shape(key), read_architecture(base.folder).stores_transposed(module, told=transposed)
+    flip = stored == shape[::-1] and (stored != shape or told)
     if stored != shape and not flip:
         raise InputError(f"{path}: {module} has the shape {shape}, in the base {base.folder} it is {stored}")
     weight = base.get(key)
@@ -52,6 +60,40 @@ def stored_weight(base: BaseWeights, module: str, shape: tuple[int, int]) -> tor
     if key is None or not _has(base, module, shape):
         raise InputError(f"{base.folder}: no weight of {module} with the shape {shape[::-1] if flip else shape}")
     return base.get(key).T if flip else base.get(key)
+
+
+def check_copies(path: Path, copies: Mapping[str, torch.Tensor], base: BaseWeights | None) -> None:
+    """Check that an adapter's copies of frozen weights are the base's; without a base, warn of them.
+
+    Raises:
+        InputError: one is of another shape, as after the vocabulary was grown, or holds other values.
+    """
+    for module, copy in copies.items():
+        if base is not None:
+            _check_copy(path, module, copy, base)
+        else:
+            log.warning(
+                "%s: its copy of the base's %s %s is taken to equal the base (--base has it compared); rows of a "
+                "vocabulary that was grown are lost",
+                path,
+                module,
+                tuple(copy.shape),
+            )
+
+
+def _check_copy(path: Path, module: str, copy: torch.Tensor, base: BaseWeights) -> None:
+    key = weight_key(base, module)
+    weight = None if key is None else base.get(key).float()
+    if weight is None or weight.shape != copy.shape:
+        found = f"the shape {tuple(copy.shape)}" + ("" if weight is None else f" in place of {tuple(weight.shape)}")
+    elif torch.allclose(copy.float(), weight, rtol=ROUNDED, atol=ROUNDED * weight.square().mean().sqrt().item()):
+        return
+    else:
+        found = "other values"
+    raise InputError(
+        f"{path}: its copy of the base's {module} has {found}; expected that of {base.folder} (a vocabulary that was "
+        "grown, or weights trained on their own, are no part of a merge: merge on a base that has them)"
+    )
 
 
 def weight_difference(one: BaseWeights, two: BaseWeights, module: str, shape: tuple[int, int]) -> Delta:
@@ -89,6 +131,38 @@ def _bias(base: BaseWeights, module: str, outputs: int) -> torch.Tensor:
     """(O, 1) bias of a layer, float32; zeros where it has none."""
     key = base.bias_key_of(module)
     return base.get(key).float()[:, None] if key in base.handles else torch.zeros(outputs, 1)
+
+
+def full_rank_updates(
+    path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeights | None, layout: Layout
+) -> Deltas:
+    """The updates of an adapter's DoRA layers and fully trained modules.
+
+    Args:
+        path: The adapter's file, for errors.
+        found: What is in it.
+        pairs: ``s·B·A`` of its LoRA layers.
+        base: The base.
+        layout: How the updates lie in the model.
+
+    Raises:
+        InputError: there are such, and no base, or it has no weight that one of them fits.
+    """
+    updates: Deltas = {}
+    if base is None:
+        if found.magnitudes or found.saved or found.saved_biases:
+            raise InputError(f"{path}: holds DoRA or fully trained modules that its configuration does not name")
+        return updates
+    for module, magnitude in found.magnitudes.items():
+        if module not in pairs or module in layout.embeddings:
+            raise InputError(f"{path}: {module} has a DoRA magnitude, but is no linear layer with LoRA factors")
+        weight = base_weight(path, module, pairs[module].shape, base, transposed=layout.transposed)
+        updates[module] = dora(weight, pairs[module], magnitude)
+    for module, saved in found.saved.items():
+        updates[module] = trained(path, module, saved, found.saved_biases.get(module), base)
+    if alone := set(found.saved_biases) - set(found.saved):
+        raise InputError(f"{path}: holds a fully trained bias of {min(alone)} without its weight")
+    return updates
 
 
 def dora(weight: torch.Tensor, pair: LowRankPair, magnitude: torch.Tensor) -> LazyDelta:

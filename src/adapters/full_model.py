@@ -103,7 +103,7 @@ def _entries(
         else:
             _check_once(base, key, by_key)
             by_key[key] = delta
-            flipped |= {key} if transposed or module in parts.transposed else set()
+            flipped |= {key} if parts.stores_transposed(module, told=transposed) else set()
     if embedding in by_key and tied and not extra:
         extra.append(_entry(f"{parts.head}.weight", base, str(embedding), None, transposed=False))
     entries = [

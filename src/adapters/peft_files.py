@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights, local_folder
 from src.adapters.constant_input import split, with_bias
-from src.adapters.convert import base_weight, dora, trained
+from src.adapters.convert import check_copies, full_rank_updates
 from src.adapters.deltas import Deltas
 from src.adapters.pairs import LowRankPair, Pairs, finite_values
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, named_base, scaling
@@ -94,6 +94,9 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     for module in found.embeddings:
         # The table's rows are looked up, so its factors are stored for the transposed weight.
         pairs[module] = LowRankPair(pairs[module].b.T, pairs[module].a.T)
+    check_copies(file, found.copies, base)
+    if lost := sorted(set(found.factors) - set(found.magnitudes)) if config.get("use_dora") else []:
+        raise InputError(f"{file}: {lost[0]} has no DoRA magnitude, and use_dora is true in {CONFIG}")
     _add_biases(file, found, pairs, config)
     # A fully trained embedding is one too; only the base knows which module that is.
     tables = read_architecture(base.folder).embeddings & set(found.saved) if base is not None and found.saved else set()
@@ -108,7 +111,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         manifest=_manifest(path / MANIFEST),
         seen=read_seen(path),
         layout=layout,
-        full_rank=_full_rank(file, found, pairs, base, layout),
+        full_rank=full_rank_updates(file, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
         revision=revision,
     )
@@ -180,24 +183,6 @@ def _add_biases(path: Path, found: AdapterWeights, pairs: Pairs, config: dict[st
             raise InputError(f"{path}: {module} has a LoRA bias, but no LoRA factors of a linear layer that it fits")
         factor = scaling(config, module, pair.rank)
         pairs[module] = with_bias(pair, bias * factor)
-
-
-def _full_rank(path: Path, found: AdapterWeights, pairs: Pairs, base: BaseWeights | None, layout: Layout) -> Deltas:
-    updates: Deltas = {}
-    if base is None:
-        if found.magnitudes or found.saved or found.saved_biases:
-            raise InputError(f"{path}: holds DoRA or fully trained modules that its configuration does not name")
-        return updates
-    for module, magnitude in found.magnitudes.items():
-        if module not in pairs or module in layout.embeddings:
-            raise InputError(f"{path}: {module} has a DoRA magnitude, but is no linear layer with LoRA factors")
-        weight = base_weight(path, module, pairs[module].shape, base, transposed=layout.transposed)
-        updates[module] = dora(weight, pairs[module], magnitude)
-    for module, saved in found.saved.items():
-        updates[module] = trained(path, module, saved, found.saved_biases.get(module), base)
-    if alone := set(found.saved_biases) - set(found.saved):
-        raise InputError(f"{path}: holds a fully trained bias of {min(alone)} without its weight")
-    return updates
 
 
 def _pair(path: Path, module: str, both: dict[str, torch.Tensor], config: dict[str, Any]) -> LowRankPair:

@@ -46,6 +46,7 @@ class AdapterWeights:
         magnitudes: (O,) DoRA magnitudes.
         saved: (O, I) weights of fully trained modules, as they are stored.
         saved_biases: (O,) their biases.
+        copies: Copies of the frozen base's weights, as they are stored.
     """
 
     factors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class AdapterWeights:
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, torch.Tensor] = field(default_factory=dict)
     saved_biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    copies: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
@@ -72,7 +74,7 @@ def read_weights(path: Path, modules_to_save: list[str]) -> AdapterWeights:
     found = AdapterWeights()
     for key, tensor in _tensors(path):
         if key.endswith(FROZEN_COPY):
-            log.warning("%s: %s, a copy of the frozen base, is taken to equal the base and not read", path, key)
+            found.copies[key.removeprefix(ROOT).removesuffix(FROZEN_COPY)] = tensor
         else:
             _sort(path, key, _finite(path, key, tensor), found, modules_to_save)
     if not found.factors:

@@ -1,6 +1,6 @@
 """Several adapters, read to be worked on together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,11 @@ def _same_names(adapters: Sequence[Adapter]) -> list[Adapter]:
     if not any(module.startswith(LATER_PREFIX) for adapter in adapters for module in adapter.updates):
         return list(adapters)
     return [_renamed(one) if any(m.startswith(EARLIER_PREFIX) for m in one.updates) else one for one in adapters]
+
+
+def named_like(adapter: Adapter, modules: Iterable[str]) -> Adapter:
+    """The adapter by later names of text layers, where these modules have such."""
+    return _renamed(adapter) if any(module.startswith(LATER_PREFIX) for module in modules) else adapter
 
 
 def _renamed(adapter: Adapter) -> Adapter:

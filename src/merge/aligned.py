@@ -19,6 +19,7 @@ from src.adapters.convert import weight_difference, weight_key
 from src.adapters.deltas import Delta, LazyDelta, blocks, left_product, matrix, squared_norm
 from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import CONFIG, Adapter, read_adapter
+from src.adapters.read_together import named_like
 from src.errors import InputError
 from src.merge.base import MergeMethod
 from src.models.base import weights_folder
@@ -72,7 +73,7 @@ def alignment(
         yield _checked(dict(safety), modules, "the safety adapter")
     elif _is_adapter(aligned):
         with _read_aligned(aligned, base) as adapter:
-            yield _checked(dict(adapter.updates), modules, aligned)
+            yield _checked(dict(named_like(adapter, modules).updates), modules, aligned)
     elif base is None:
         raise InputError(f"method.aligned {aligned} is a model; name the base model's directory too: --method.base")
     else:

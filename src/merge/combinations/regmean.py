@@ -23,6 +23,9 @@ from src.merge.combination import Combination, Combined, Expert, common_shape
 from src.merge.ranges import above_zero, share
 from src.merge.weight_fishers import Latest, changed_modules, fishers_of, module_fisher
 
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Times √I, what float32 products of a pass leave of an eigenvalue that is 0, of a matrix whose diagonal is 1."""
+
 
 class RegMean(Combination):
     """RegMean (2212.09849): the update whose outputs are closest to each expert's on that expert's own inputs.
@@ -30,7 +33,8 @@ class RegMean(Combination):
     Low-rank for low-rank experts, exactly (rank Σ r_i). Needs Fisher files, ``--fisher [DIR, …]``, one directory per
     utility adapter, each measured with that adapter alone (``--model.utility``) by ``--model.coordinates weight
     --model.representation kronecker``: the input factor of such a file is XᵀX per token, over the tokens that the
-    answers' loss depends on (the paper takes all tokens). As a method, the safety adapter is one more expert, with the
+    answers' loss depends on (the paper takes all tokens). Where an input was zero on all of them (a neuron that never
+    fired), updates of it are averaged. As a method, the safety adapter is one more expert, with the
     inputs of F_s measured at itself: ``--model.reference_safety {safety: 1.0}``.
 
     Args:
@@ -138,7 +142,7 @@ def regmean_pairs(
         ValueError: the summed Gram matrix is singular.
     """
     inside = list(grams) if v is None else [v.T @ gram.double() @ v for gram in grams]
-    scaled = [w * shrunk(g.double(), off_diagonal) for w, g in zip(weights, inside, strict=True)]
+    scaled = _scaled(inside, weights, off_diagonal)
     rows = [pair.a.double() if v is None else pair.a.double() @ v for pair in pairs]
     moved = torch.cat([a @ gram for a, gram in zip(rows, scaled, strict=True)])
     a = torch.cholesky_solve(moved.T, _factor(scaled)).T
@@ -169,14 +173,40 @@ def regmean(
         ValueError: the summed Gram matrix is singular: fewer tokens than features, and off-diagonals not shrunk.
     """
     given = weights or [1.0] * len(updates)
-    scaled = [w * shrunk(g.double(), off_diagonal) for w, g in zip(given, grams, strict=True)]
+    scaled = _scaled(grams, given, off_diagonal)
     right = torch.stack([g @ d.double().T for g, d in zip(scaled, updates, strict=True)]).sum(0)
     return torch.cholesky_solve(right, _factor(scaled)).T
 
 
+def _scaled(grams: Sequence[torch.Tensor], weights: Sequence[float], off_diagonal: float) -> list[torch.Tensor]:
+    """The shrunk Gram matrices times their weights.
+
+    Inputs that were zero for every expert tell nothing: as if all had seen them alike, updates of them are averaged.
+    """
+    dead = torch.stack([bool(w) * gram.diagonal() for w, gram in zip(weights, grams, strict=True)]).sum(0) == 0
+    alike = torch.diag(dead.double())
+    return [w * (shrunk(g.double(), off_diagonal) + alike) for w, g in zip(weights, grams, strict=True)]
+
+
 def _factor(scaled: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Cholesky factor of the sum."""
-    factor, failed = torch.linalg.cholesky_ex(torch.stack(list(scaled)).sum(0))
-    if failed:
+    """Cholesky factor of the sum; singular also where nothing but rounding makes it regular."""
+    total = torch.stack(list(scaled)).sum(0)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed or smallest_eigenvalue(factor, total.diagonal()) < ROUNDING * len(total) ** 0.5:
         raise ValueError("the summed Gram matrix is singular; more tokens or a smaller off_diagonal make it regular")
     return factor
+
+
+def smallest_eigenvalue(factor: torch.Tensor, diagonal: torch.Tensor, *, steps: int = 8) -> float:
+    """The smallest eigenvalue of a matrix scaled to a diagonal of ones, about (from above), by inverse iteration.
+
+    Args:
+        factor: (I, I) its Cholesky factor.
+        diagonal: (I,) its diagonal.
+        steps: Number of iterations, each a solve.
+    """
+    root = diagonal.sqrt()
+    x = torch.randn(len(root), dtype=factor.dtype, generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        x = root * torch.cholesky_solve((root * x / x.norm())[:, None], factor).squeeze(1)
+    return 1 / x.norm().item()

@@ -20,7 +20,8 @@ class Ties(ElementWise):
     Args:
         density: Share of elements that each update keeps, above 0 to 1 (the paper's 20 %).
         convention: ``peft`` elects by unweighted updates and divides by the number of agreeing ones; ``mergekit``
-            elects by weighted updates and divides by the agreeing weights. Equal where all weights are 1.
+            elects by weighted updates and divides by the agreeing weights. Equal where all weights are 1. By the first
+            an expert of weight 0 still votes, and counts among those that agree.
         trim: Keep the largest elements of each module (``tensor``) or of the whole update (``global``, the paper's;
             not as ``inner`` of another combination, which sees one module at a time).
         majority: ``total`` elects the sign of the sum, ``frequency`` that of most updates.
