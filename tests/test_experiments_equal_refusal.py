@@ -9,7 +9,7 @@ import torch
 from src.experiments.equal_refusal import Gap, common_levels, cost_at, covered, gaps, meets
 from src.experiments.equal_refusal_tables import equal_refusal_table, sentences, shares_table
 from src.experiments.scores import Scores
-from src.metrics.bootstrap import resampled_means
+from src.metrics.bootstrap import Estimate, resampled_means
 
 
 def scores(means, seed, count=200):
@@ -108,15 +108,25 @@ def test_the_range_the_widest_step_and_what_does_not_hold_after_adjustment_are_s
     (gap,) = gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "A")
     means = dict(zip(REFUSAL.models, REFUSAL.values.mean(0).tolist(), strict=True))
     assert means["b1"] - means["u"] > 0.5  # a gap, no step
-    assert gap.step == pytest.approx(max(means["a2"] - means["a1"], means["b2"] - means["b1"]))
+    assert gap.steps == pytest.approx((means["a2"] - means["a1"], means["b2"] - means["b1"]))
     (said,) = sentences([gap], "A")
     low, high = gap.levels[0][0], gap.levels[0][-1]
-    assert f"], {low:.2f} – {high:.2f}; across a step of {gap.step:.2f})" in said
+    assert f"], {low:.2f} – {high:.2f})" in said
     assert "°" not in said
+    better, worse = gap.differences["over_refusal"], Estimate(0.2, 0.1, 0.3, 9)
+    for difference, steps in ((better, (0.1, 0.4)), (worse, (0.4, 0.1))):
+        (wide,) = sentences(
+            [Gap("B", ((0.5,),), {"over_refusal": difference}, {"over_refusal": 0.0}, steps=steps)], "A"
+        )
+        assert "], 0.50; across a step of 0.40)" in wide
+        (fine,) = sentences(
+            [Gap("B", ((0.5,),), {"over_refusal": difference}, {"over_refusal": 0.0}, steps=steps[::-1])], "A"
+        )
+        assert "step" not in fine
     weak = Gap("B", ((0.5,), ()), gap.differences, {"over_refusal": 0.06})
     doubtful, why = sentences([weak], "A")
     assert " B° (" in doubtful
-    assert "], 0.50 – 0.50; 1 of 2 seeds)" in doubtful
+    assert "], 0.50; 1 of 2 seeds)" in doubtful
     assert why == "° does not hold at 5 % after Holm's adjustment for 1 comparisons."
 
 

@@ -44,7 +44,8 @@ class Gap:
         p_values: Of no difference, by measure, after Holm's adjustment for all comparisons of ours.
         each: The differences of each seed.
         shares: Our over-refusal as a share of the other's, by level, of means over the seeds that reach it.
-        step: Refusal between the two neighbours that are furthest apart of those that a level lies between.
+        steps: Refusal between the two neighbours that are furthest apart of those that a level lies between, on our
+            path and on the other's: a line across a wide step is dearer than a path that bends upwards in it.
     """
 
     other: str
@@ -53,7 +54,7 @@ class Gap:
     p_values: Mapping[Measure, float]
     each: tuple[Mapping[Measure, Estimate], ...] = ()
     shares: Mapping[float, Estimate] = field(default_factory=dict)
-    step: float = 0.0
+    steps: tuple[float, float] = (0.0, 0.0)
 
     def wins(self, measure: Measure) -> int:
         """1 where ours is better, −1 where it is worse, 0 where the interval holds zero."""
@@ -106,7 +107,7 @@ def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str)
             {m: next(adjusted) for m in parts},
             tuple({m: estimated(one.drawn(m), one.scores[m])[0] for m in one.costs} for one in own),
             _shares(own),
-            max((_step(one, path) for one in own for path in paths), default=0.0),
+            (max(_step(one, paths[0]) for one in own), max(_step(one, paths[1]) for one in own)),
         )
         for other, paths, own, parts in found
     ]

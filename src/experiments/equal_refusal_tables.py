@@ -10,11 +10,12 @@ from src.experiments.scores import MEASURES, Measure
 from src.experiments.statements import NOT_AFTER_HOLM, holm_note, marked
 
 WIDE = 0.25
-"""Refusal between neighbours on a path from which on a sentence says that a line was drawn across it."""
+"""Refusal between neighbours of the worse path beyond which a sentence says that a line was drawn across it."""
 NOTE = (
     f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
     "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points, of "
-    f"which the widest step that a level lies in is given; neighbours more than {MOST_APART:g} apart leave a gap."
+    "which the widest step that a level lies in is given (a line across it is dearer than a path that bends upwards "
+    f"there); neighbours more than {MOST_APART:g} apart leave a gap."
 )
 BY_SEED = (
     " Each seed's paths by themselves, then the mean over the seeds whose paths meet, rows resampled alike in all; the "
@@ -59,14 +60,14 @@ def equal_refusal_table(
     measures = _measures(found)
     columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
     columns += [column("seeds", "seeds that meet")] if several else []
-    columns.append(column("step", "widest step"))
+    columns += [column("own_step", "own widest step"), column("step", "the other's")]
     for measure in measures:
         columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
         columns.append(column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
     rows = []
     for gap in found:
         row: dict[str, Any] = {"other": gap.other, "range": _range(gap), "seeds": gap.met}
-        row |= {"step": gap.step} if gap.met else {}
+        row |= dict(zip(("own_step", "step"), (round(step, 3) for step in gap.steps), strict=True)) if gap.met else {}
         row |= {measure: number(one) for measure, one in gap.differences.items()}
         rows.append(row | {f"{measure}_holm": p for measure, p in gap.p_values.items()})
     claimed = [gap.p_values[measure] for gap in found for measure in gap.differences if gap.wins(measure)]
@@ -139,7 +140,8 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
 def _named(gap: Gap, measure: Measure) -> str:
     one = gap.differences[measure]
     more = [f"{gap.met} of {len(gap.levels)} seeds"] if gap.met < len(gap.levels) else []
-    more += [f"across a step of {gap.step:.2f}"] if gap.step > WIDE else []
+    dearer = gap.steps[gap.wins(measure) > 0]
+    more += [f"across a step of {dearer:.2f}"] if dearer > WIDE else []
     value = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
     return f"{marked(gap.other, gap.p_values[measure])} ({'; '.join([f'{value}, {_range(gap)}', *more])})"
 
@@ -156,7 +158,7 @@ def _span(levels: Sequence[float]) -> str:
     if not levels:
         return NO_RANGE
     low, high = min(levels), max(levels)
-    return f"{low:.2f} – {high:.2f}"
+    return f"{low:.2f} – {high:.2f}" if low < high else f"{low:.2f}"
 
 
 def _title(ours: str, where: str, what: str = "") -> str:
