@@ -10,7 +10,13 @@ from src.experiments.scores import MEASURES, Measure
 from src.experiments.statements import NOT_AFTER_HOLM, holm_note, marked
 
 WIDE = 0.25
-"""Refusal between neighbours of the worse path beyond which a sentence says that a line was drawn across it."""
+"""Refusal between neighbours of the worse path beyond which a sentence marks that a line was drawn across it."""
+FEW = 2
+"""Levels of refusal up to which a sentence names them."""
+ACROSS = (
+    f"† the worse path has a step of more than {WIDE:g} refusal there; a line across it is dearer than a path that "
+    "bends upwards."
+)
 NOTE = (
     f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
     "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points, of "
@@ -131,6 +137,8 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
             said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
     if any("°" in one for one in said):
         said.append(NOT_AFTER_HOLM.format(count=sum(len(gap.p_values) for gap in found)))
+    if any("†" in one for one in said):
+        said.append(ACROSS)
     apart = [gap.other for gap in found if not gap.met]
     if said and apart:
         said.append(f"At no common level of refusal, so not compared with {ours}: {', '.join(apart)}.")
@@ -139,11 +147,11 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
 
 def _named(gap: Gap, measure: Measure) -> str:
     one = gap.differences[measure]
-    more = [f"{gap.met} of {len(gap.levels)} seeds"] if gap.met < len(gap.levels) else []
-    dearer = gap.steps[gap.wins(measure) > 0]
-    more += [f"across a step of {dearer:.2f}"] if dearer > WIDE else []
-    value = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-    return f"{marked(gap.other, gap.p_values[measure])} ({'; '.join([f'{value}, {_range(gap)}', *more])})"
+    parts = [f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"]
+    parts += [f"at {_range(gap)}"] if len(set(chain.from_iterable(gap.levels))) <= FEW else []
+    parts += [f"{gap.met} of {len(gap.levels)} seeds"] if gap.met < len(gap.levels) else []
+    across = "†" if gap.steps[gap.wins(measure) > 0] > WIDE else ""
+    return f"{marked(gap.other, gap.p_values[measure])}{across} ({'; '.join(parts)})"
 
 
 def _measures(found: Sequence[Gap]) -> list[Measure]:
