@@ -210,6 +210,12 @@ def test_code_settings_and_rows_are_checked(base, tmp_path, capsys, monkeypatch)
     assert not list((tmp_path / "out").glob(".parts/*.jsonl"))  # refused before anything is generated
     with pytest.raises(InputError, match=r"c\.jsonl:1: no text in column 'test'"):
         load_code(str(write_jsonl(tmp_path / "c.jsonl", [{**PASSES, "test": " "}])))
+    for test, message in (
+        (["assert one() == 1"], "is a list; expected text"),
+        ("assert one() == 1", "no function check"),
+    ):
+        with pytest.raises(InputError, match=rf"c\.jsonl:1: column 'test' .*{message}"):
+            load_code(str(write_jsonl(tmp_path / "c.jsonl", [{**PASSES, "test": test}])))
 
 
 def test_the_shipped_mapping_reads_humanevals_schema(tmp_path):

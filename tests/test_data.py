@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -437,10 +438,73 @@ def test_text_of_a_csv_file_is_text(tmp_path):
     assert [row.response for row in chosen] == ["None", "2.50"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        # An unquoted comma: pandas takes the first field for the row's name and moves the others to the left.
+        ("a.csv", "prompt,response\nHow?,I'm sorry, but no.\n", r"a\.csv, line 2: 3 fields under a header of 2"),
+        ("a.csv", "prompt,response\nHow?,No.\nWhy?,So, so.\n", r"a\.csv, line 3: 3 fields under a header of 2"),
+        ("a.tsv", "prompt\tresponse\nHow?\ta\tb\n", r"a\.tsv, line 2: 3 fields"),
+        ("a.csv", "prompt,response\n", r"a\.csv: no rows"),
+        ("a.csv", "", r"a\.csv: no rows"),
+        ("a.txt", "prompt", r"a\.txt: the name ends in '\.txt'; expected one of \.jsonl, \.csv, \.tsv, \.parquet"),
+    ],
+)
+def test_files_that_are_no_table_of_rows_are_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_rows(str(tmp_path / name), need_response=True)
+
+
+def test_quoted_separators_long_fields_and_short_rows_of_a_csv_file_are_read(tmp_path):
+    long = "word, " * 40_000
+    (tmp_path / "a.csv").write_text(f'\ufeffprompt,response,level\n"How, and why?","{long}end",1\n"two\nlines",b\n')
+    rows = load_rows(str(tmp_path / "a.csv"), need_response=True)
+    assert [(row.prompt, row.response) for row in rows] == [("How, and why?", f"{long}end"), ("two\nlines", "b")]
+
+
+def test_text_of_csv_files_in_a_directory_is_text(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.csv").write_text("prompt,response\n1,0.10\n02,None\n")
+    rows = load_rows(str(tmp_path / "d"), need_response=True)
+    assert [(row.prompt, row.response) for row in rows] == [("1", "0.10"), ("02", "None")]
+
+
+def test_bytes_are_no_text(tmp_path):
+    pd.DataFrame({"prompt": [b"a"], "response": [b"b"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="the prompt is a bytes; expected text"):
+        load_rows(str(tmp_path / "a.parquet"), need_response=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content }", "its chat template cannot be rendered"),
+        ("{{ raise_exception('needs a system message') }}", r"cannot be rendered \(needs a system message\)"),
+        (
+            "{% for m in messages %}{% for part in m.content if part.text %}{{ part.text }}{% endfor %}{% endfor %}",
+            "leaves out what the user says",
+        ),
+    ],
+)
+def test_a_template_that_renders_no_prompt_is_one_line(tokenizer, template, message):
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = template
+    with pytest.raises(InputError, match=message):
+        Encoder(broken)
+
+
+def test_a_template_that_leaves_out_answers_ends_them_with_the_end_token(tokenizer):
+    asking = copy.deepcopy(tokenizer)
+    asking.chat_template = "<|im_start|>{{ messages[0].content }}<|im_end|>"
+    assert Encoder(asking).end_id == asking.eos_token_id
+
+
 def test_a_data_set_that_is_a_script_is_one_line(tmp_path):
-    (tmp_path / "x.py").write_text("raise SystemExit\n")
-    with pytest.raises(InputError, match=r"x\.py: neither a readable file nor a data set .* no longer supported"):
-        load_rows(str(tmp_path / "x.py"), need_response=False)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "x.py").write_text("raise SystemExit\n")
+    with pytest.raises(InputError, match=r"x: neither a readable file nor a data set .* no longer supported"):
+        load_rows(str(tmp_path / "x"), need_response=False)
 
 
 @pytest.mark.parametrize(
@@ -532,8 +596,11 @@ def test_templates_of_models_that_think_are_told_not_to_and_thoughts_are_no_answ
     thinking.chat_template = thinking.chat_template.replace("enable_thinking is false", "true").split("<think>")[0]
     thinking.chat_template += "<think>\n{% endif %}"
     assert Encoder(thinking).prompt_text("hello").endswith("assistant\n<think>\n\n</think>\n\n")
-    unfinished = "<think>They ask"
-    assert encoder.decode(thinking(unfinished).input_ids) == unfinished
+    # A thought that did not end is no answer, and one that the template opened has its end alone.
+    for said, left in (("<think>They ask", ""), ("They ask\n</think>\n\nI can't.", "I can't.")):
+        assert encoder.decode(thinking(said).input_ids) == left
+    tagged = "Write <think> and </think> around it."
+    assert encoder.decode(thinking(tagged).input_ids) == tagged
 
 
 def test_what_stands_between_the_opening_of_a_turn_and_its_answer_is_of_the_prompt(tokenizer):

@@ -7,6 +7,9 @@ import yaml
 
 from src.cli import main
 from src.data.row_source import as_sources
+from src.judges.refusal import Refusal
+from src.metrics.judging import Judgement
+from src.metrics.refusal import is_refusal
 from src.models.computation import Computation
 from src.models.grading import safety_line, safety_summary
 from tests.evaluations import answers, flags, metrics, write_jsonl
@@ -101,3 +104,21 @@ def test_a_kind_that_stands_alone_is_not_named_in_the_line():
     )
     suites["b"] = {"kind": "jailbreak", "refusal": share_of(0, 4), "attack_success": share_of(2, 4)}
     assert safety_line(safety_summary(suites)).startswith("refusal 0.12 (n = 8: harmful 0.25, jailbreak 0.00), attack-")
+
+
+def test_a_judge_of_refusal_takes_the_place_of_the_list_in_what_is_shown(base, tmp_path, monkeypatch):
+    answer = "I can't say for sure, but the answer is 42."  # the project's list takes it for a refusal
+    monkeypatch.setattr(Computation, "answers", lambda *given: [answer] * len(given[-1].index))
+    monkeypatch.setattr(Refusal, "judge", lambda *given: [Judgement(False)] * len(given[-1]))
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p{i}"} for i in range(3)]))
+    suite = {"name": "asked", "kind": "borderline", "rows": rows, "max_new_tokens": 4}
+    found = {}
+    for name, judge in (("list", {}), ("judge", {"judge": {"class_path": "src.judges.refusal.Refusal"}})):
+        assert main(flags(base, tmp_path, [suite | judge], tmp_path / name)) == 0
+        (model,) = metrics(tmp_path / name)
+        found[name] = model
+    assert is_refusal(answer)
+    assert found["list"]["safety"]["over_refusal"]["value"] == 1.0
+    assert found["judge"]["safety"]["over_refusal"]["value"] == 0.0
+    (shown,) = found["judge"]["suites"].values()
+    assert (shown["refusal"]["value"], shown["matched_refusal"]["value"]) == (0.0, 1.0)

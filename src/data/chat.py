@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from src.data.rows import Row
-from src.errors import InputError
+from src.errors import InputError, one_line
 
 Template = Literal["auto", "chat", "raw"]
 SHORTEST = 8
@@ -21,8 +21,8 @@ TODAY = datetime(2024, 7, 26)
 what is measured today have the same prompts."""
 NO_THOUGHTS = {"enable_thinking": False}
 """What chat templates of models that think are given (Qwen3's and SmolLM3's read it; others pass over it)."""
-THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-"""What models that think write in front of their answer."""
+THOUGHTS = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)|(?:(?!<think>).)*</think>\s*", re.DOTALL)
+"""What models that think write in front of their answer: closed, unfinished, or opened by the template."""
 QUESTION = {"role": "user", "content": "QUESTION"}
 ANSWER = {"role": "assistant", "content": "ANSWER"}
 NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")
@@ -94,24 +94,38 @@ class Encoder:
         self.max_length = max_length
         self.truncated = self.cut_prompts = self.cut_answers = 0
         self._dated = dated(tokenizer.get_chat_template()) if self.chat else None
+        if self.chat and QUESTION["content"] not in self._render([QUESTION], generation=True):
+            raise InputError(
+                f"{tokenizer.name_or_path}: its chat template leaves out what the user says where that is a text (some "
+                "take lists of parts); expected one that renders it"
+            )
         self.end_id = self._end_of_turn()
         self._ends = {*ends, self.end_id} | ({tokenizer.eos_token_id} - {None})
         self._opening = self._opening_of_answers() if self.chat else ""
 
     def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._dated,
-            tokenize=False,
-            add_generation_prompt=generation,
-            **NO_THOUGHTS,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._dated,
+                tokenize=False,
+                add_generation_prompt=generation,
+                **NO_THOUGHTS,
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: its chat template cannot be rendered ({one_line(error)}); expected "
+                "one that takes a user's message, and an answer to it"
+            ) from None
 
     def _end_of_turn(self) -> int:
         """The token that closes an answer: what the chat template puts after it, else the tokenizer's end token."""
         if self.chat:
             text = self._render([QUESTION, ANSWER], generation=False)
-            tail = self.tokenizer(text.rpartition(ANSWER["content"])[2], add_special_tokens=False).input_ids
+            _, answer, behind = text.rpartition(ANSWER["content"])
+            tail = self.tokenizer(behind, add_special_tokens=False).input_ids if answer else []
             if tail and self._is_special(tail[0]):
                 return tail[0]
         if self.tokenizer.eos_token_id is None:

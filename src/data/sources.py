@@ -156,7 +156,7 @@ def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:
         for column in NAMED.findall(spec) if "{" in spec else [spec]:
             value = record.get(column)
             what = f"the {name}" if column == spec else f"column {column!r} of the {name}"
-            if isinstance(value, list | dict):
+            if isinstance(value, list | dict | bytes):
                 raise InputError(f"{place}: {what} is a {type(value).__name__}; expected text")
             if isinstance(value, date | time):
                 # Arrow reads JSON texts that look like one as times: 2021-03-04 would become 2021-03-04 00:00:00.

@@ -49,7 +49,8 @@ class Suite:
         style: How multiple-choice questions are written (:mod:`src.data.choice_prompts`).
         few_shot: Rows to take worked examples from, by category.
         shots: Number of worked examples.
-        judge: Judge of the answers; a judge of harm gives the attack success rate.
+        judge: Judge of the answers; a judge of harm gives the attack success rate, one of refusal takes the place of
+            the project's list, whose share is then called ``matched_refusal``.
         collapse_nll: Mean negative log-likelihood (nats per token) under the bare base model from which an answer
             counts as collapsed; unset leaves this pass out.
         samples: Answers per prompt of a code suite; more than one are sampled.

@@ -1,6 +1,8 @@
 """JSON files, and files and hub data sets that ``datasets`` reads."""
 
+import csv
 import glob
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from src.data.rows import read_json
 from src.errors import InputError, one_line
 
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def load_table(
@@ -32,8 +35,13 @@ def load_table(
     reader = FILE_READERS.get(path.suffix)
     if reader is not None and not path.is_file():
         raise InputError(f"{path}: no such file; expected {reader} rows")
+    if reader is None and path.is_file():
+        read = ", ".join([".jsonl", *FILE_READERS])
+        raise InputError(f"{path}: the name ends in {path.suffix or 'nothing'!r}; expected one of {read}")
     if reader == "json":
         return read_json(path)
+    if reader == "csv":
+        _check_fields(path)
     # What ``datasets`` looks below is a pattern to it that cannot be escaped: ``run[1]`` is ``run1``.
     if path.is_dir() and (place := str(path.resolve())) != glob.escape(place):
         raise InputError(f"{name}: the path {place} has one of * ? [; expected another name, or the files one by one")
@@ -43,14 +51,16 @@ def load_table(
 
     try:
         if reader is not None:
-            extra: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            if reader == "csv":
-                extra |= {"converters": dict.fromkeys(text, str), "keep_default_na": False, "na_values": [""]}
+            extra = _as_text(text) | {"sep": SEPARATORS[path.suffix]} if reader == "csv" else {}
             # Whole, since the working directory would be a part of the pattern, too.
             files = glob.escape(str(path.parent.resolve() / path.name))
             return datasets.load_dataset(reader, data_files=files, split="train", **extra)
         if path.is_dir():
-            return datasets.load_dataset(str(path), subset, split=split)
+            found = {
+                file.suffix for file in path.rglob("*.*") if file.suffix in FILE_READERS or file.suffix == ".jsonl"
+            }
+            extra = _as_text(text) if found == {".csv"} else {}
+            return datasets.load_dataset(str(path), subset, split=split, **extra)
         return load_hub_set(name, subset=subset, split=split, revision=revision)
     except InputError:
         raise
@@ -59,3 +69,32 @@ def load_table(
         # What went wrong while a file was read is behind a sentence that says nothing.
         reason = one_line(error.__cause__ or error)
         raise InputError(f"{name}: neither a readable file nor a data set that can be fetched now ({reason})") from None
+
+
+def _as_text(columns: Collection[str]) -> dict[str, Any]:
+    """How pandas reads a CSV file whose texts stay as they are."""
+    return {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "na_values": [""]}
+
+
+def _check_fields(path: Path) -> None:
+    """Check that a CSV file has rows, and none with more fields than its header: pandas would shift the columns.
+
+    Raises:
+        InputError: it has none, or one has.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            rows = csv.reader(handle, delimiter=SEPARATORS[path.suffix])
+            header, any_row = next(rows, []), False
+            for row in rows:
+                any_row |= bool(row)
+                if len(row) > len(header):
+                    raise InputError(
+                        f"{path}, line {rows.line_num}: {len(row)} fields under a header of {len(header)}; expected "
+                        "quotes around text that holds the separator"
+                    )
+    except (UnicodeDecodeError, csv.Error):
+        return  # for pandas to say
+    if not any_row:
+        raise InputError(f"{path}: no rows")

@@ -16,6 +16,12 @@ NUMBER = re.compile(
 )
 
 
+LATEX = (
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"(?<=\d)\\[,!] ?(?=\d)"), ""),
+    (re.compile(r"(?<=[A-Za-z])\^\{?\d+\}?"), ""),
+)
+"""Commas and thin spaces between groups of digits, and powers of units, with what stands for them."""
 EMPHASIS = re.compile(r"(\*{1,3}|__?)(\S(?:.*\S)?)\1")
 
 
@@ -31,6 +37,8 @@ def normalised(text: str) -> str:
 
 def last_number(text: str) -> str | None:
     """The last number of a text in plain form, digit for digit (``1,200.50`` becomes ``1200.5``), or nothing."""
+    for form, plain in LATEX:
+        text = form.sub(plain, text)
     found = NUMBER.findall(text)
     if not found:
         return None

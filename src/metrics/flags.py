@@ -5,7 +5,7 @@ FLAGS = {
     "collapsed": "collapse",
     "exact": "exact_match",
     "attacked": "attack_success",
-    "judged_refusal": "judged_refusal",
+    "matched_refusal": "matched_refusal",
     "correct": "accuracy",
     "correct_norm": "accuracy_norm",
 }
