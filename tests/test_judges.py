@@ -35,10 +35,17 @@ ANSWERS = ["Mix flour.", "Step one: {prompt}", "I can't help with that.", ""]
 
 
 class Server:
-    """A chat endpoint that replies yes where the question holds ``Step``, after ``failures`` of the given kind."""
+    """A chat endpoint that replies yes where the question holds ``Step``, after ``failures`` of the given kind.
+
+    A failure is a state of HTTP, with a body behind it or without, or a body.
+    """
 
     def __init__(self, failure="", failures=0):
-        self.failure, self.left, self.seen, self.keys, self.bodies = failure, failures, [], [], []
+        state, _, said = failure.partition(" ")
+        self.state, self.failure = (state, said) if state.isdigit() else ("200", failure)
+        self.left, self.seen, self.keys, self.bodies = failures, [], [], []
+        self.released = threading.Event()
+        self.released.set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,13 +57,15 @@ class Server:
                 outer.keys.append(self.headers.get("Authorization"))
                 bad = outer.left > 0
                 outer.left -= bad
-                self.send_response(int(outer.failure) if bad and outer.failure.isdigit() else 200)
+                outer.released.wait(60)
+                self.send_response(int(outer.state) if bad else 200)
                 self.end_headers()
                 reply = "Yes." if "Step" in question else "no, it does not"
                 text = json.dumps({"choices": [{"message": {"content": reply}}]})
-                if bad and not outer.failure.isdigit():
+                if bad and outer.failure:
                     text = outer.failure
-                self.wfile.write(text.encode())
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked may have gone
+                    self.wfile.write(text.encode())
 
             def log_message(self, *_):
                 return
@@ -767,6 +776,73 @@ def test_an_undecided_endpoint_stops_or_counts_as_no_as_it_was_told(tmp_path):
         assert len(server.seen) == asked + 1
 
 
+FILTERED = {"code": "content_filter", "message": "The response was filtered", "innererror": {"code": "other"}}
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (f"400 {json.dumps({'error': FILTERED})}", "filtered: The response was filtered"),
+        (
+            f"400 {json.dumps({'error': {'code': 'x', 'innererror': {'code': 'ResponsibleAIPolicyViolation'}}})}",
+            "filtered: ",
+        ),
+        ('{"choices": [{"message": {"content": null, "refusal": "I will\\nnot."}}]}', "I will not."),
+        ('{"choices": [{"finish_reason": "content_filter", "message": {"content": "Y"}}]}', "filtered"),
+        ('{"choices": [{"message": {"content": null}}]}', ""),
+    ],
+)
+def test_a_reply_that_is_withheld_is_undecided(failure, said):
+    with Server(failure, 10**6) as server:
+        (found,) = endpoint(server.url, undecided="negative").judge(["p"], ["Step"])
+        assert not found.positive
+        assert found.reply.startswith(f"undecided: {said}")
+        assert len(server.seen) == (1 if said else 3)  # what is filtered now is filtered again
+        with pytest.raises(InputError, match="; undecided: negative counts such answers as"):
+            endpoint(server.url).judge(["p"], ["Step"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            json.dumps({"error": {"message": "Unknown model\n'tiny' for s3cret"}}),
+            r"\(Unknown model 'tiny' for \*\*\*\)",
+        ),
+        (json.dumps({"error": "no"}), r"\(no\)"),
+        ("<html>gone", r"\(<html>gone\)"),
+        ("[1]", r"\(\[1\]\)"),
+    ],
+)
+def test_the_reason_that_an_endpoint_gives_is_told_and_the_key_is_not(monkeypatch, body, said):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    with (
+        Server(f"404 {body}", 10**6) as server,
+        pytest.raises(InputError, match=rf"HTTP 404 Not Found {said}, after 1 tries"),
+    ):
+        endpoint(server.url).judge(["p"], ["a"])
+
+
+def test_an_interrupt_ends_waiting_for_an_endpoint_that_hangs(monkeypatch):
+    with Server("503", 10**6) as server:
+        server.released.clear()
+
+        def interrupted(asked, **_):
+            while len(server.seen) < 2:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("src.judges.endpoint.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # while both requests wait for their replies
+            endpoint(server.url, parallel=2, retries=50).judge(["p"] * 9, ["a"] * 9)
+        before = set(threading.enumerate())
+        server.released.set()
+        for thread in before:
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join(30)
+        assert len(server.seen) == 2  # neither those that had not begun, nor further tries
+
+
 @pytest.mark.parametrize("then", ["503", "401"])
 def test_an_endpoint_that_goes_away_is_never_counted_as_undecided(monkeypatch, then):
     """Its first reply may have been neither yes nor no: what stands is that it cannot be reached."""
@@ -885,7 +961,8 @@ def test_verdicts_are_read_once_and_a_hub_judge_is_looked_up_once(tmp_path, monk
     monkeypatch.setattr(Path, "read_text", lambda path, **given: read.append(path) or original(path, **given))
     again = Results(data, ["m", "n"], records, tmp_path, trainer)
     again.grade(device="cpu", allow_code_execution=False)
-    assert again.graded[1, 1][0]["judged_refusal"]
+    assert again.graded[1, 1][0]["refused"]
+    assert again.graded[1, 1][0]["matched_refusal"]
     assert read == [parts / f"verdicts-{judge.key}.0.jsonl"]
     assert awaited_judges(data, records, 2, parts) == []
     assert len(read) == 2

@@ -5,9 +5,10 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from http.client import HTTPException, HTTPResponse
+from threading import Event
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -19,6 +20,12 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may pass."""
 LONGEST_REPLY = 2**20
 """Bytes of a reply; a longer one is no verdict."""
+FILTERS = ("content_filter", "ResponsibleAIPolicyViolation")
+"""Codes of an HTTP error by which OpenAI and Azure say that a content filter withholds the reply."""
+
+
+class _Withheld(Exception):
+    """A content filter or a refusal takes the place of a reply; the message is what was said instead."""
 
 
 class Endpoint(Judge):
@@ -34,13 +41,15 @@ class Endpoint(Judge):
         no: Beginning of a reply that means its absence.
         finds: What yes means: ``harmful`` compliance, or ``refusal``.
         max_tokens: Longest reply, in tokens.
-        retries: Further tries after a failure or a reply that is neither yes nor no.
+        retries: Further tries after a failure or a reply that is neither yes nor no; a reply that a content filter or
+            a refusal withholds is not asked for again.
         wait: Seconds before the first further try; doubled each time.
         timeout: Seconds until a request counts as failed, however slowly its reply drips in.
         parallel: Requests under way at once.
         key_variable: Environment variable that holds the key.
-        undecided: What a reply means that is neither yes nor no after all tries: ``stop`` makes it an error,
-            ``negative`` counts the answer as without the property (``judge_undecided`` says how many).
+        undecided: What a reply means that is neither yes nor no after all tries, or that a content filter or a
+            refusal withholds: ``stop`` makes it an error, ``negative`` counts the answer as without the property
+            (``judge_undecided`` says how many).
     """
 
     counting = frozenset({"undecided"})
@@ -82,7 +91,7 @@ class Endpoint(Judge):
         Raises:
             InputError: the endpoint cannot be reached, or replies with neither yes nor no; or the key is none.
         """
-        self._one("Say hello.", "Hello!", settle=False)
+        self._one("Say hello.", "Hello!", Event(), settle=False)
 
     def stands(self, verdict: Mapping[str, Any]) -> bool:
         """An answer that was counted although the endpoint would not decide is asked again where that is to stop."""
@@ -91,15 +100,21 @@ class Endpoint(Judge):
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """One judgement per answer.
 
+        An interrupt ends it at once, without a further request; Python itself exits only when the requests under way
+        have ended or timed out.
+
         Raises:
             Unfinished: the endpoint cannot be reached, or goes on replying with neither yes nor no.
         """
-        with ThreadPoolExecutor(self._parallel) as pool:
-            settle = self.undecided == "negative"
-            asked = [pool.submit(self._one, p, a, settle=settle) for p, a in zip(prompts, answers, strict=True)]
+        pool, stop, settle = ThreadPoolExecutor(self._parallel), Event(), self.undecided == "negative"
+        try:
+            asked = [pool.submit(self._one, p, a, stop, settle=settle) for p, a in zip(prompts, answers, strict=True)]
             wait(asked, return_when=FIRST_EXCEPTION)
-            for future in asked:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         ended = {i: future for i, future in enumerate(asked) if not future.cancelled()}
         problems = [problem for future in ended.values() if (problem := future.exception()) is not None]
         for problem in problems:
@@ -110,16 +125,28 @@ class Endpoint(Judge):
             raise Unfinished(str(problems[0]), known)
         return [future.result() for future in asked]
 
-    def _one(self, prompt: str, answer: str, *, settle: bool) -> Judgement:
-        """The judgement of one answer; ``settle`` takes a reply that stays neither yes nor no for an absence."""
+    def _one(self, prompt: str, answer: str, stop: Event, *, settle: bool) -> Judgement:
+        """The judgement of one answer.
+
+        Args:
+            prompt: What was asked.
+            answer: What is judged.
+            stop: Once it is set there are no further tries.
+            settle: Whether a reply that is and stays neither yes nor no is taken for an absence.
+
+        Raises:
+            InputError: there is none.
+        """
         key, problem = self._key(), ""
         said: str | None = None
-        for attempt in range(self._retries + 1):
+        for attempt in self._tries(stop):  # noqa: B007 - told below
             said = None
-            if attempt:
-                time.sleep(self._wait * 2 ** (attempt - 1))
             try:
                 reply = self._reply(self._question.filled(prompt, answer), key)
+            except _Withheld as instead:
+                said = str(instead)
+                problem = f"gave no reply ({said}); expected {self.yes!r} or {self.no!r}"
+                break
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}"
                 if error.code not in RETRIED:
@@ -138,7 +165,15 @@ class Endpoint(Judge):
             return Judgement(False, None, f"{UNDECIDED}: {said}")
         unset = said is not None and self.undecided == "stop"
         hint = "; undecided: negative counts such answers as without the property" if unset else ""
-        raise InputError(f"judge {self.url}: {problem}, after {attempt + 1} tries; verdicts so far are kept{hint}")
+        raise InputError(f"judge {self.url}: {problem}, after {attempt} tries; verdicts so far are kept{hint}")
+
+    def _tries(self, stop: Event) -> Iterator[int]:
+        """Numbers of the tries, from one; each further one comes after its wait, and none once ``stop`` is set."""
+        yield 1
+        for further in range(self._retries):
+            if stop.wait(self._wait * 2**further):
+                return
+            yield further + 2
 
     def _key(self) -> str:
         """The key without the white space around it, such as the last new line of a file.
@@ -163,15 +198,70 @@ class Endpoint(Judge):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         until = time.monotonic() + self._timeout
-        with urllib.request.urlopen(request, timeout=self._timeout) as response:
-            text: str = json.loads(_body(response, until))["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError("the reply has no text")
-        text.encode()  # half of a surrogate pair (\ud800) is a ValueError here: it could not be kept
-        return text
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                return _text(json.loads(_body(response, until))["choices"][0])
+        except urllib.error.HTTPError as error:
+            found, message = _explained(error, until)
+            message = _line(message.replace(key, "***") if key else message)
+            if error.code == 400 and _is_filtered(found):
+                raise _Withheld(f"filtered: {message}") from None
+            error.msg += f" ({message})" if message else ""
+            raise
 
 
-def _body(response: HTTPResponse, until: float) -> bytes:
+def _text(choice: Any) -> str:
+    r"""The text of one choice of a chat endpoint; empty where it is null.
+
+    Raises:
+        _Withheld: it fell to a content filter, or the model refused in a field of its own.
+        KeyError: it is missing.
+        TypeError: it is no text.
+        UnicodeEncodeError: it has half of a surrogate pair (\ud800), so that it could not be kept.
+    """
+    if not (isinstance(choice, dict) and isinstance(message := choice.get("message"), dict)):
+        raise TypeError("the reply has no message")
+    if choice.get("finish_reason") == "content_filter":
+        raise _Withheld("filtered")
+    if not message.get("content") and isinstance(refusal := message.get("refusal"), str) and (line := _line(refusal)):
+        raise _Withheld(line)
+    text = message["content"]
+    if not isinstance(text, str | None):
+        raise TypeError("the reply has no text")
+    (text or "").encode()
+    return text or ""
+
+
+def _explained(error: urllib.error.HTTPError, until: float) -> tuple[dict[str, Any], str]:
+    """The ``error`` object in the body of an HTTP error, and its message; the body itself where it has none.
+
+    Both are empty where the body does not come whole by a point of time, or is too long.
+    """
+    try:
+        with error:
+            body = _body(error, until).decode(errors="replace")
+    except (OSError, HTTPException, ValueError):
+        return {}, ""
+    try:
+        found = json.loads(body)["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}, body
+    found = found if isinstance(found, dict) else {"message": found}
+    return found, message if isinstance(message := found.get("message"), str) else body
+
+
+def _is_filtered(error: Mapping[str, Any]) -> bool:
+    """Whether the ``error`` object of an HTTP error names a content filter."""
+    inner = error.get("innererror")
+    return error.get("code") in FILTERS or (isinstance(inner, dict) and inner.get("code") in FILTERS)
+
+
+def _line(text: str) -> str:
+    """A text on one line of at most 200 printable characters."""
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())[:200]
+
+
+def _body(response: HTTPResponse | urllib.error.HTTPError, until: float) -> bytes:
     """What an endpoint sends, up to a point of time (seconds of the monotonic clock).
 
     Raises:
