@@ -445,20 +445,23 @@ def test_text_of_a_csv_file_is_text(tmp_path):
         ("a.csv", "prompt,response\nHow?,I'm sorry, but no.\n", r"a\.csv, line 2: 3 fields under a header of 2"),
         ("a.csv", "prompt,response\nHow?,No.\nWhy?,So, so.\n", r"a\.csv, line 3: 3 fields under a header of 2"),
         ("a.tsv", "prompt\tresponse\nHow?\ta\tb\n", r"a\.tsv, line 2: 3 fields"),
+        ("d/a.csv", "prompt,response\nHow?,I'm sorry, but no.\n", r"a\.csv, line 2: 3 fields under a header of 2"),
+        ("d/a.tsv", "prompt\tresponse\nHow?\tNo.\n", r"a\.tsv: tables with tabs in a directory are not read"),
         ("a.csv", "prompt,response\n", r"a\.csv: no rows"),
         ("a.csv", "", r"a\.csv: no rows"),
         ("a.txt", "prompt", r"a\.txt: the name ends in '\.txt'; expected one of \.jsonl, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_files_that_are_no_table_of_rows_are_one_line(tmp_path, name, text, message):
+    (tmp_path / "d").mkdir()
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        load_rows(str(tmp_path / name), need_response=True)
+        load_rows(str(tmp_path / name.split("/")[0]), need_response=True)
 
 
 def test_quoted_separators_long_fields_and_short_rows_of_a_csv_file_are_read(tmp_path):
     long = "word, " * 40_000
-    (tmp_path / "a.csv").write_text(f'\ufeffprompt,response,level\n"How, and why?","{long}end",1\n"two\nlines",b\n')
+    (tmp_path / "a.csv").write_text(f'\ufeff\nprompt,response,level\n"How, and why?","{long}end",1\n"two\nlines",b\n')
     rows = load_rows(str(tmp_path / "a.csv"), need_response=True)
     assert [(row.prompt, row.response) for row in rows] == [("How, and why?", f"{long}end"), ("two\nlines", "b")]
 
@@ -599,8 +602,8 @@ def test_templates_of_models_that_think_are_told_not_to_and_thoughts_are_no_answ
     # A thought that did not end is no answer, and one that the template opened has its end alone.
     for said, left in (("<think>They ask", ""), ("They ask\n</think>\n\nI can't.", "I can't.")):
         assert encoder.decode(thinking(said).input_ids) == left
-    tagged = "Write <think> and </think> around it."
-    assert encoder.decode(thinking(tagged).input_ids) == tagged
+    for tagged in ("Write <think> and </think> around it.", "Step 1: end with a </think> tag. Step 2."):
+        assert encoder.decode(thinking(tagged).input_ids) == tagged
 
 
 def test_what_stands_between_the_opening_of_a_turn_and_its_answer_is_of_the_prompt(tokenizer):

@@ -125,7 +125,7 @@ def test_the_range_the_widest_step_and_what_does_not_hold_after_adjustment_are_s
     doubtful, why = sentences([weak], "A")
     assert " B° (" in doubtful
     assert "]; at 0.50; 1 of 2 seeds)" in doubtful
-    assert why == "° does not hold at 5 % after Holm's adjustment for 1 comparisons."
+    assert why == "° at equal refusal: does not hold at 5 % after Holm's adjustment for 1 comparisons."
 
 
 def test_shares_are_ratios_of_over_refusal_level_by_level():

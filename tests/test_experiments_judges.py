@@ -6,7 +6,7 @@ import pytest
 
 from src.data.suite import Suite
 from src.experiments.cell import Cell
-from src.experiments.content import RUNNING
+from src.experiments.content import RUNNING, _suite_content
 from src.experiments.plain_settings import plain
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.metrics.judging import Judge
@@ -64,3 +64,16 @@ def test_only_what_changes_verdicts_is_part_of_a_key(kind, tmp_path):
         assert (key(**{name: value}) == key()) == (name in apart)
     if "key_variable" in apart:
         assert key(key_variable="OTHER") == key()
+
+
+def test_cells_of_before_a_judge_of_refusal_counted_are_others():
+    """A judge of harm changes nothing of what is called a refusal: its cells stay."""
+    suite = {"name": "a", "kind": "harmful"}
+    for judge, marked in (
+        ({"class_path": "src.judges.refusal.Refusal"}, True),
+        ({"class_path": "src.judges.endpoint.Endpoint", "init_args": {"finds": "refusal"}}, True),
+        ({"class_path": "src.judges.endpoint.Endpoint", "init_args": {"finds": "harmful"}}, False),
+        ({"class_path": "src.judges.endpoint.Endpoint"}, False),
+    ):
+        assert ("counts" in _suite_content(suite | {"judge": judge})["judge"]) is marked
+    assert _suite_content(suite) == suite

@@ -128,6 +128,12 @@ def test_passing_failures_are_tried_again(failure):
         ("401", "HTTP 401", 1),
         ("500", "HTTP 500", 3),
         ("oops", "not the reply of a chat endpoint", 3),
+        # Thoughts took all tokens: that is no judgement, whatever undecided answers count as.
+        (
+            '{"choices": [{"finish_reason": "length", "message": {"content": null}}]}',
+            "not the reply of a chat endpoint",
+            3,
+        ),
         ('{"choices": [{"message": {"content": "maybe"}}]}', "replied 'maybe'; expected 'yes' or 'no'", 3),
     ],
 )

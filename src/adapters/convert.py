@@ -21,6 +21,8 @@ from src.errors import InputError
 log = logging.getLogger(__name__)
 ROUNDED = 2**-6
 """Relative difference that rounding to bfloat16, once or twice, leaves room for."""
+BLOCK = 4096
+"""Rows of two weights that are compared at once."""
 
 
 def base_weight(
@@ -83,10 +85,10 @@ def check_copies(path: Path, copies: Mapping[str, torch.Tensor], base: BaseWeigh
 
 def _check_copy(path: Path, module: str, copy: torch.Tensor, base: BaseWeights) -> None:
     key = weight_key(base, module)
-    weight = None if key is None else base.get(key).float()
+    weight = None if key is None else base.get(key)
     if weight is None or weight.shape != copy.shape:
         found = f"the shape {tuple(copy.shape)}" + ("" if weight is None else f" in place of {tuple(weight.shape)}")
-    elif torch.allclose(copy.float(), weight, rtol=ROUNDED, atol=ROUNDED * weight.square().mean().sqrt().item()):
+    elif all(_alike(*rows) for rows in zip(copy.split(BLOCK), weight.split(BLOCK), strict=True)):
         return
     else:
         found = "other values"
@@ -94,6 +96,12 @@ def _check_copy(path: Path, module: str, copy: torch.Tensor, base: BaseWeights) 
         f"{path}: its copy of the base's {module} has {found}; expected that of {base.folder} (a vocabulary that was "
         "grown, or weights trained on their own, are no part of a merge: merge on a base that has them)"
     )
+
+
+def _alike(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two weights are equal but for rounding to 16 bits."""
+    one, two = one.float(), two.float()
+    return torch.allclose(one, two, rtol=ROUNDED, atol=ROUNDED * two.square().mean().sqrt().item())
 
 
 def weight_difference(one: BaseWeights, two: BaseWeights, module: str, shape: tuple[int, int]) -> Delta:

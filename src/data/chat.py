@@ -21,8 +21,8 @@ TODAY = datetime(2024, 7, 26)
 what is measured today have the same prompts."""
 NO_THOUGHTS = {"enable_thinking": False}
 """What chat templates of models that think are given (Qwen3's and SmolLM3's read it; others pass over it)."""
-THOUGHTS = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)|(?:(?!<think>).)*</think>\s*", re.DOTALL)
-"""What models that think write in front of their answer: closed, unfinished, or opened by the template."""
+THOUGHTS = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)|(?:(?!<think>).)*\n\s*</think>\s*?\n\s*", re.DOTALL)
+"""What models that think write in front of their answer: closed, unfinished, or, up to a line of its own, unopened."""
 QUESTION = {"role": "user", "content": "QUESTION"}
 ANSWER = {"role": "assistant", "content": "ANSWER"}
 NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")

@@ -33,15 +33,12 @@ def load_table(
             one of ``* ? [``.
     """
     reader = FILE_READERS.get(path.suffix)
-    if reader is not None and not path.is_file():
-        raise InputError(f"{path}: no such file; expected {reader} rows")
-    if reader is None and path.is_file():
-        read = ", ".join([".jsonl", *FILE_READERS])
-        raise InputError(f"{path}: the name ends in {path.suffix or 'nothing'!r}; expected one of {read}")
+    _check_name(path, reader)
     if reader == "json":
         return read_json(path)
-    if reader == "csv":
-        _check_fields(path)
+    files = [path] if reader == "csv" else _tables_below(path) if path.is_dir() else []
+    for file in files:
+        _check_fields(file)
     # What ``datasets`` looks below is a pattern to it that cannot be escaped: ``run[1]`` is ``run1``.
     if path.is_dir() and (place := str(path.resolve())) != glob.escape(place):
         raise InputError(f"{name}: the path {place} has one of * ? [; expected another name, or the files one by one")
@@ -53,13 +50,10 @@ def load_table(
         if reader is not None:
             extra = _as_text(text) | {"sep": SEPARATORS[path.suffix]} if reader == "csv" else {}
             # Whole, since the working directory would be a part of the pattern, too.
-            files = glob.escape(str(path.parent.resolve() / path.name))
-            return datasets.load_dataset(reader, data_files=files, split="train", **extra)
+            whole = glob.escape(str(path.parent.resolve() / path.name))
+            return datasets.load_dataset(reader, data_files=whole, split="train", **extra)
         if path.is_dir():
-            found = {
-                file.suffix for file in path.rglob("*.*") if file.suffix in FILE_READERS or file.suffix == ".jsonl"
-            }
-            extra = _as_text(text) if found == {".csv"} else {}
+            extra = _as_text(text) if files else {}
             return datasets.load_dataset(str(path), subset, split=split, **extra)
         return load_hub_set(name, subset=subset, split=split, revision=revision)
     except InputError:
@@ -71,13 +65,40 @@ def load_table(
         raise InputError(f"{name}: neither a readable file nor a data set that can be fetched now ({reason})") from None
 
 
+def _check_name(path: Path, reader: str | None) -> None:
+    if reader is not None and not path.is_file():
+        raise InputError(f"{path}: no such file; expected {reader} rows")
+    if reader is None and path.is_file():
+        read = ", ".join([".jsonl", *FILE_READERS])
+        raise InputError(f"{path}: the name ends in {path.suffix or 'nothing'!r}; expected one of {read}")
+
+
 def _as_text(columns: Collection[str]) -> dict[str, Any]:
     """How pandas reads a CSV file whose texts stay as they are."""
     return {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "na_values": [""]}
 
 
+def _tables_below(path: Path) -> list[Path]:
+    """The CSV files of a directory, where they are all of its data.
+
+    Raises:
+        InputError: one has tabs, which would be read as text.
+    """
+    seen = [file for file in sorted(path.rglob("*.*")) if not _is_hidden(file.relative_to(path))]
+    data = [file for file in seen if file.suffix in {".jsonl", *FILE_READERS} and file.name != "dataset_infos.json"]
+    if tabs := [file for file in data if file.suffix == ".tsv"]:
+        raise InputError(f"{tabs[0]}: tables with tabs in a directory are not read; name the files one by one")
+    return data if all(file.suffix == ".csv" for file in data) else []
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
 def _check_fields(path: Path) -> None:
-    """Check that a CSV file has rows, and none with more fields than its header: pandas would shift the columns.
+    """Check that a CSV file has rows, and none with more fields than its header.
+
+    pandas takes the first field of such rows for the row's name, and moves the others to the left.
 
     Raises:
         InputError: it has none, or one has.
@@ -86,13 +107,13 @@ def _check_fields(path: Path) -> None:
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             rows = csv.reader(handle, delimiter=SEPARATORS[path.suffix])
-            header, any_row = next(rows, []), False
+            header, any_row = next((row for row in rows if "".join(row).strip()), []), False
             for row in rows:
                 any_row |= bool(row)
                 if len(row) > len(header):
                     raise InputError(
                         f"{path}, line {rows.line_num}: {len(row)} fields under a header of {len(header)}; expected "
-                        "quotes around text that holds the separator"
+                        "quotes around text that holds the separator, and a name for each column"
                     )
     except (UnicodeDecodeError, csv.Error):
         return  # for pandas to say

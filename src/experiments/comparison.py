@@ -240,5 +240,5 @@ def summary(made: Sequence[Claim], ours: str | None) -> list[str]:
             said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts if names)
             sentences.append(f"On {MEASURES[measure][0]}, {ours} {said}.")
     if any("°" in one for one in sentences):
-        sentences.append(NOT_AFTER_HOLM.format(count=len(made)))
+        sentences.append(NOT_AFTER_HOLM.format(where="of the chosen points", count=len(made)))
     return sentences

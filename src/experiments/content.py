@@ -67,7 +67,16 @@ def _model_content(model: Mapping[str, Any]) -> dict[str, Any]:
 def _suite_content(suite: Mapping[str, Any]) -> dict[str, Any]:
     rows = {key: [source_content(s) for s in sources(suite[key])] for key in SUITE_ROWS if suite.get(key) is not None}
     judge = suite.get("judge")
-    return dict(suite) | rows | ({"judge": _object_content(judge)} if isinstance(judge, Mapping) else {})
+    if not isinstance(judge, Mapping):
+        return dict(suite) | rows
+    # Before, refusals were the list's whoever judged them; cells of then are others.
+    counts = {"counts": "refused"} if _finds_refusal(judge) else {}
+    return dict(suite) | rows | {"judge": _object_content(judge) | counts}
+
+
+def _finds_refusal(judge: Mapping[str, Any]) -> bool:
+    name = str(judge.get("class_path", "")).rpartition(".")[2]
+    return name == "Refusal" or (judge.get("init_args") or {}).get("finds") == "refusal"
 
 
 def _object_content(chosen: Mapping[str, Any]) -> dict[str, Any]:

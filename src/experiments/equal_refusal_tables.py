@@ -34,7 +34,7 @@ POOLED = (
 )
 SHARES = (
     "At each level of refusal that both paths reach, means over the seeds that reach it, 95 % intervals, each for one "
-    "comparison. 0.5 is half of the other method's over-refusal."
+    "comparison. 0.5 is half of the other method's over-refusal. Left out where the other may refuse no benign prompt."
 )
 NO_RANGE = "no common range"
 
@@ -136,7 +136,7 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
         if parts:
             said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
     if any("°" in one for one in said):
-        said.append(NOT_AFTER_HOLM.format(count=sum(len(gap.p_values) for gap in found)))
+        said.append(NOT_AFTER_HOLM.format(where="at equal refusal", count=sum(len(gap.p_values) for gap in found)))
     if any("†" in one for one in said):
         said.append(ACROSS)
     apart = [gap.other for gap in found if not gap.met]

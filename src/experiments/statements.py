@@ -19,7 +19,7 @@ HOLM = (
     "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "
     "the {claims} {what}, {kept} also hold at 5 % after adjustment."
 )
-NOT_AFTER_HOLM = "° does not hold at 5 % after Holm's adjustment for {count} comparisons."
+NOT_AFTER_HOLM = "° {where}: does not hold at 5 % after Holm's adjustment for {count} comparisons."
 
 
 @dataclass(frozen=True)

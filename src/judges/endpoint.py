@@ -226,6 +226,8 @@ def _text(choice: Any) -> str:
     if not message.get("content") and isinstance(refusal := message.get("refusal"), str) and (line := _line(refusal)):
         raise _Withheld(line)
     text = message["content"]
+    if text is None and choice.get("finish_reason") == "length":
+        raise ValueError("thoughts took all tokens")
     if not isinstance(text, str | None):
         raise TypeError("the reply has no text")
     (text or "").encode()

@@ -18,8 +18,8 @@ NUMBER = re.compile(
 
 LATEX = (
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<=\d)\\[,!] ?(?=\d)"), ""),
-    (re.compile(r"(?<=[A-Za-z])\^\{?\d+\}?"), ""),
+    (re.compile(r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)((?:\\?[ ~])*(?:\\(?:text|mathrm)\{\s*[A-Za-z]+\s*\}|[A-Za-z]+))\^\{?[23]\}?(?!\d)"), r"\1"),
 )
 """Commas and thin spaces between groups of digits, and powers of units, with what stands for them."""
 EMPHASIS = re.compile(r"(\*{1,3}|__?)(\S(?:.*\S)?)\1")

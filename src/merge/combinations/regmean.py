@@ -34,8 +34,8 @@ class RegMean(Combination):
     utility adapter, each measured with that adapter alone (``--model.utility``) by ``--model.coordinates weight
     --model.representation kronecker``: the input factor of such a file is XᵀX per token, over the tokens that the
     answers' loss depends on (the paper takes all tokens). Where an input was zero on all of them (a neuron that never
-    fired), updates of it are averaged. As a method, the safety adapter is one more expert, with the
-    inputs of F_s measured at itself: ``--model.reference_safety {safety: 1.0}``.
+    fired; in ``core``, a direction), updates of it are averaged. As a method, the safety adapter is one more expert,
+    with the inputs of F_s measured at itself: ``--model.reference_safety {safety: 1.0}``.
 
     Args:
         off_diagonal: Factor of off-diagonal elements of XᵀX, 0 to 1 (the paper's .9; its code has 1 where not told).
