@@ -1,4 +1,4 @@
-"""Updates that are no low-rank product, from the base's weights: DoRA and fully trained modules. Exact and full rank.
+"""What of an adapter needs the base's weights: DoRA and fully trained modules, exact and full rank, and copies of it.
 
 DoRA (2402.09353)   ΔW = diag(m / ‖W + s·B·A‖_rows) (W + s·B·A) − W
 trained             ΔW = W_trained − W

@@ -147,7 +147,7 @@ class Ablations(Study):
         each = seed_by_seed(known, len(seeds), "validation", draws=draws, **split)
         ways = [spec.name for spec in (self.reference, *self.methods)]
         equal = {name: gaps(each, lines, name) for name in ways}
-        pooled = {name: gaps([scores], lines, name) for name in ways}
+        pooled = {name: gaps([scores], lines, name) if len(seeds) > 1 else [] for name in ways}
         rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
         columns = [column("model", "model"), *measure_columns(scores)]
         best = best_rows(scores, list(chosen.values()))

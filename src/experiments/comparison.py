@@ -123,7 +123,7 @@ class Comparison(Study):
         lines = curves(series, self.methods)
         seeds = list(dict.fromkeys(model.seed for model in plan.models))
         equal = gaps(seed_by_seed(known, len(seeds), "test", draws=draws, **split), lines, self.ours)
-        pooled = gaps([test], lines, self.ours)
+        pooled = gaps([test], lines, self.ours) if len(seeds) > 1 else []
         tables = [
             self._chosen_table(test, chosen),
             claims_table(made, f"{ours or self.ours} against the others (test rows)"),

@@ -59,9 +59,7 @@ def equal_refusal_tables(
     return tables
 
 
-def equal_refusal_table(
-    found: Sequence[Gap], ours: str, where: str = "test rows", *, several: bool = False
-) -> Document:
+def equal_refusal_table(found: Sequence[Gap], ours: str, where: str, *, several: bool = False) -> Document:
     """Differences at equal refusal, a row for each other method; ``several`` says whether there are several seeds."""
     measures = _measures(found)
     columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
@@ -85,8 +83,7 @@ def equal_refusal_table(
 def seed_table(found: Sequence[Gap], ours: str, seeds: Sequence[int], where: str) -> Document:
     """Every seed's own differences."""
     measures = _measures(found)
-    columns = [column("other", f"{ours} against"), column("seed", "seed"), column("range", "refusal from – to")]
-    columns += [column(m, f"{MEASURES[m][0]}, difference") for m in measures]
+    columns = [column("other", f"{ours} against"), column("seed", "seed"), *_difference_columns(measures)]
     rows = []
     for gap in found:
         for seed, levels, own in zip(seeds, gap.levels, gap.each, strict=True):
@@ -98,8 +95,7 @@ def seed_table(found: Sequence[Gap], ours: str, seeds: Sequence[int], where: str
 def pooled_table(pooled: Sequence[Gap], ours: str, where: str) -> Document:
     """Differences of paths of means over seeds; no claim is made of them."""
     measures = _measures(pooled)
-    columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
-    columns += [column(m, f"{MEASURES[m][0]}, difference") for m in measures]
+    columns = [column("other", f"{ours} against"), *_difference_columns(measures)]
     rows: list[dict[str, Any]] = [
         {"other": gap.other, "range": _range(gap)} | {m: number(one) for m, one in gap.differences.items()}
         for gap in pooled
@@ -156,6 +152,10 @@ def _named(gap: Gap, measure: Measure) -> str:
 
 def _measures(found: Sequence[Gap]) -> list[Measure]:
     return [m for m in COSTS if any(m in gap.differences for gap in found)]
+
+
+def _difference_columns(measures: Sequence[Measure]) -> list[Any]:
+    return [column("range", "refusal from – to"), *(column(m, f"{MEASURES[m][0]}, difference") for m in measures)]
 
 
 def _range(gap: Gap) -> str:
