@@ -10,8 +10,9 @@ from src.experiments.comparison import Choice, chosen_point, summary
 from src.experiments.document import best_rows, better
 from src.experiments.equal_refusal import Gap
 from src.experiments.grid import Model
-from src.experiments.interference_tables import kept_front, performance_table
-from src.experiments.interference_tables import summary as interference_summary
+from src.experiments.interference_claims import difference_table, kept_claims
+from src.experiments.interference_claims import summary as interference_summary
+from src.experiments.interference_tables import alone_table, kept_front, performance_table
 from src.experiments.kept import Kept, kept_of, mean_kept, slope
 from src.experiments.safety_tax import category_table, tax_rows
 from src.experiments.scores import (
@@ -230,8 +231,9 @@ def test_categories_of_a_split_and_of_rows_that_have_several():
 
 def kept(count, values, noise=0.0, seed=0, method="TA"):
     drift = noise * torch.randn(400, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    tasks = {f"t{i}": value for i, value in enumerate(values)}
-    return Kept(method, count, seed, tasks, {t: value + drift for t, value in tasks.items()}, dict.fromkeys(tasks, 25))
+    scores = {f"t{i}": (value, 1.0) for i, value in enumerate(values)}
+    drawn = {task: torch.stack([value + drift, torch.ones_like(drift)], 1) for task, (value, _) in scores.items()}
+    return Kept(method, count, seed, scores, drawn, dict.fromkeys(scores, 25))
 
 
 def test_slope_and_variance_of_what_is_kept():
@@ -276,24 +278,92 @@ def test_summary_of_interference_says_what_is_kept_and_whether_it_is_safe():
     ]
     refused = {"TSV-M, 8 experts": 0.05, "TIES, 8 experts": 0.8}
     points = {name: {"refusal": Estimate(share, share, share, 100)} for name, share in refused.items()}
-    first, second = interference_summary(merges, points)
+    first, ratio, safe = said_of(merges, points)
     assert first == (
         "With 8 experts merged, TSV-M keeps the largest share of the experts' performance: 0.90 [0.90, 0.90], "
-        "refusing 0.05 of the harmful prompts."
+        "refusing 0.05 of the harmful prompts; more than “TIES”."
     )
-    assert second.startswith("Of those that refuse 50% of the harmful prompts or more, TIES keeps the largest share")
-    (only,) = interference_summary(merges[1:], points)
-    assert "TIES" in only
-    assert "No method refuses 50%" in interference_summary(merges[:1], points)[1]
-    assert "refus" not in "".join(interference_summary(merges, {}))
+    assert ratio.startswith("By the ratio of mean scores, TSV-M keeps the largest share")
+    assert safe.startswith("Of those that refuse 50% of the harmful prompts or more, TIES keeps the largest share")
+    alone = said_of(merges[1:], points)
+    assert len(alone) == 2
+    assert all("TIES" in sentence and "more than" not in sentence for sentence in alone)
+    assert "No method refuses 50%" in said_of(merges[:1], points)[2]
+    assert "refus" not in "".join(said_of(merges, {}))
+    assert said_of([], {}) == ["No merge has been measured with its experts, so nothing is said about interference."]
+
+
+def said_of(merges, points):
+    return interference_summary(merges, points, kept_claims(merges))
+
+
+def test_merges_of_most_experts_are_compared_on_the_same_rows():
+    """Two merges whose intervals overlap by far differ where the same rows make both of them uncertain."""
+    merges = [
+        kept(8, [0.8, 0.7], noise=0.1, method="A"),
+        kept(8, [0.75, 0.7], noise=0.1, method="B"),
+        kept(8, [0.75, 0.7], noise=0.1, method="C"),
+        kept(4, [1.0, 1.0], method="A"),
+    ]
+    a, b = (mean_kept([one]) for one in merges[:2])
+    assert b.high > a.low
+    found = {(c.first, c.second, c.measure): c for c in kept_claims(merges)}
+    assert len(found) == 6
+    one = found["A", "B", "kept"]
+    assert (one.difference.value, one.winner) == (pytest.approx(0.025), "A")
+    assert one.adjusted == pytest.approx(6 * one.p_value)
+    assert found["B", "C", "kept"].winner is None
+    first, *_ = said_of(merges, {})
+    assert first.endswith("; more than “B”, “C”.")
+    (shown,) = difference_table(kept_claims(merges), 8)
+    assert "all 6 of this table together: of the 4 claims, 4 also hold" in shown["note"]
+    assert difference_table([], 8) == []
+
+
+def test_the_ratio_of_mean_scores_does_not_hang_on_a_task_that_its_expert_hardly_solves():
+    own = {"easy": [1] * 18 + [0] * 2, "hard": [1] + [0] * 19}
+    found = kept_by({"easy": [1] * 9 + [0] * 11, "hard": [1] * 3 + [0] * 17}, own)
+    assert mean_kept([found]).value == pytest.approx((0.5 + 3.0) / 2)
+    ratio = mean_kept([found], "ratio")
+    assert ratio.value == pytest.approx((9 + 3) / (18 + 1))
+    assert ratio.low < ratio.value < ratio.high < mean_kept([found]).high
+    merged, expert = found.drawn["hard"].unbind(1)
+    assert torch.allclose(
+        found.figure("ratio")[1], (found.drawn["easy"][:, 0] + merged) / (found.drawn["easy"][:, 1] + expert)
+    )
+
+
+def test_a_merge_that_scores_nothing_is_not_certain_to_keep_nothing():
+    own = {"a": [1, 0] * 10, "b": [1, 1, 1, 0] * 5}
+    found = kept_by({"a": [0] * 20, "b": [0] * 20}, own)
+    for how in ("mean", "ratio"):
+        none = mean_kept([found], how)
+        assert (none.value, none.low, none.n) == (0.0, 0.0, 40)
+        assert none.high == pytest.approx(wilson(0, 40)[1] / 0.625)
+
+
+def test_merges_are_shown_where_nothing_can_be_kept_and_beside_the_safety_expert():
+    points = {"A, 4 experts": {"refusal": Estimate(0.5, 0.4, 0.6, 100)}}
+    safe, merge = performance_table([("A", 4)], [], points, {"refusal": Estimate(1.0, 0.9, 1.0, 100)})["rows"]
+    assert (safe["method"], safe["refusal"]["value"], safe["experts"]) == ("safety expert alone", 1.0, "")
+    assert (merge["method"], merge["refusal"]["value"], merge["kept"]) == ("A", 0.5, "")
+
+
+def test_experts_alone_are_shown_with_their_rows():
+    (shown,) = alone_table({("a", 0): evaluated({"a": [1, 0, 0, 0]}), ("b", 0): evaluated({"b": [1] * 5})})
+    assert [(row["task"], row["score"]["value"], row["score"]["n"]) for row in shown["rows"]] == [
+        ("a", 0.25, 4),
+        ("b", 1.0, 5),
+    ]
+    assert alone_table({}) == []
 
 
 def test_performance_kept_is_also_told_for_the_tasks_in_all_merges():
     merges = [kept(2, [0.8, 0.6]), kept(4, [0.6, 0.4, 1.0, 1.0])]
-    shown = performance_table(merges, {})["rows"]
+    shown = performance_table([("TA", 2), ("TA", 4)], merges, {}, {})["rows"]
     assert [row["kept"]["value"] for row in shown] == pytest.approx([0.7, 0.75])
     assert [row["shared"]["value"] for row in shown] == pytest.approx([0.7, 0.5])
-    assert "shared" not in performance_table(merges[:1], {})["rows"][0]
+    assert "shared" not in performance_table([("TA", 2)], merges[:1], {}, {})["rows"][0]
 
 
 def test_lines_of_interference_go_through_numbers_of_experts_or_else_through_strengths():
@@ -414,5 +484,5 @@ def test_rows_of_a_task_are_drawn_alike_wherever_the_task_stands():
 def test_draws_in_which_an_expert_scores_nothing_are_drawn_again():
     found = kept_by({"a": [1] + [0] * 7}, {"a": [0, 1] + [0] * 6, "b": [0] * 3})
     assert set(found.tasks) == {"a"}
-    assert found.drawn["a"].isfinite().all()
+    assert (found.drawn["a"][:, 1] > 0).all()
     assert len(found.drawn["a"]) == DRAWS

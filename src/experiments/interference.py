@@ -6,6 +6,7 @@ normalised performance of task i = score of the merged model on task i / score o
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 from src.data.row_source import RowSource
@@ -14,19 +15,22 @@ from src.experiments.cell import Cell
 from src.experiments.costs import cost_table
 from src.experiments.document import Document, examples
 from src.experiments.grid import Grid, Model
+from src.experiments.interference_claims import KEPT, difference_table, kept_claims, summary
 from src.experiments.interference_tables import (
+    alone_table,
     degradation_table,
     geometry_table,
     kept_front,
     performance_table,
+    safety_alone,
     safety_scores,
     size_table,
-    summary,
     task_table,
 )
 from src.experiments.kept import kept_of, nothing_alone
 from src.experiments.plain_settings import plain
-from src.experiments.point_names import with_count
+from src.experiments.point_names import name_and_experts, with_count
+from src.experiments.scores import draws_for
 from src.experiments.settings import ExpertSpec, MethodSpec
 from src.experiments.store import Store
 from src.experiments.study import Plan, Study, check_names, finished, left_out, of_methods
@@ -148,17 +152,25 @@ class Interference(Study):
             for model in done
             if model.method.startswith("expert ")
         }
-        kept = [found for model in merged if (found := kept_of(model, alone, store)) is not None]
+        names = list(dict.fromkeys(map(name_and_experts, merged)))
+        most = max((count for _, count in names), default=0)
+        compared = sum(count == most for _, count in names)
+        draws = draws_for(len(KEPT) * comb(compared, 2))
+        kept = [found for model in merged if (found := kept_of(model, alone, store, draws=draws)) is not None]
+        differences = kept_claims(kept)
         scores = safety_scores(merged, store)
+        safety = safety_alone([store.read(model.test) for model in done if model.method == "safety"])
         geometry = {i: store.read(cell) for i, cell in enumerate(plan.others) if store.has_result(cell)}
         shown = {model.test.label: model for model in merged if model.seed == merged[0].seed}
         return {
-            "summary": summary(kept, scores),
+            "summary": summary(kept, scores, differences),
             "notes": [*notes, *nothing_alone(merged, alone)],
             "fronts": kept_front(kept, scores),
             "tables": [
-                performance_table(kept, scores),
+                performance_table(names, kept, scores, safety),
+                *difference_table(differences, most),
                 degradation_table(kept),
+                *alone_table(alone),
                 task_table(kept),
                 size_table(merged, store),
                 *geometry_table(geometry),

@@ -1,21 +1,18 @@
 """Tables and fronts of the interference study."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from src.experiments.document import Document, axis, column, measure_columns, number, table
 from src.experiments.grid import Model
-from src.experiments.kept import Kept, mean_kept, on_shared_tasks, slope
+from src.experiments.interference_claims import KEPT, OVER_ROWS, Points
+from src.experiments.kept import Kept, grouped, mean_kept, on_shared_tasks, slope
 from src.experiments.point_names import method_and_strength, name_and_experts, of_experts
 from src.experiments.scores import Measure, Scores, gathered
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate
 
 SHOWN: tuple[Measure, ...] = ("refusal", "over_refusal", "attack_success", "collapse")
-SAFE = 0.5
-"""Share of harmful prompts that a merge refuses to be called safe in the summary."""
-KEPT = {"measure": "kept", "label": "performance kept", "better": "higher"}
-Points = Mapping[str, Mapping[Measure, Estimate]]
 
 
 def safety_scores(models: Sequence[Model], store: Store) -> dict[str, dict[Measure, Estimate]]:
@@ -31,43 +28,59 @@ def safety_scores(models: Sequence[Model], store: Store) -> dict[str, dict[Measu
     return found
 
 
+def safety_alone(records: Sequence[Record]) -> dict[Measure, Estimate]:
+    """Refusal and the like of the safety expert alone, means over seeds; nothing where it has not been measured."""
+    scores = gathered({"safety": records}) if records else {}
+    return {measure: one.estimate("safety") for measure, one in scores.items() if measure in SHOWN}
+
+
 def _without_tasks(record: Record) -> Record:
     """A record without its task suites: seeds merge other tasks, and safety is measured on the same prompts."""
     suites = [suite for suite in record["settings"]["data"]["suites"] if suite["kind"] != "utility"]
     return record | {"settings": record["settings"] | {"data": record["settings"]["data"] | {"suites": suites}}}
 
 
-def grouped(kept: Sequence[Kept]) -> dict[str, dict[int, list[Kept]]]:
-    """Method to number of experts to seeds."""
-    found: dict[str, dict[int, list[Kept]]] = {}
-    for one in kept:
-        found.setdefault(one.method, {}).setdefault(one.count, []).append(one)
-    return found
+def performance_table(
+    merges: Iterable[tuple[str, int]], kept: Sequence[Kept], scores: Points, alone: Mapping[Measure, Estimate]
+) -> Document:
+    """Mean normalised performance, its variance over tasks and safety, by method and number of experts.
 
-
-def performance_table(kept: Sequence[Kept], scores: Points) -> Document:
-    """Mean normalised performance, its variance over tasks and safety, by method and number of experts."""
-    measures = [m for m in SHOWN if any(m in one for one in scores.values())]
+    Args:
+        merges: Methods with their numbers of experts.
+        kept: What they keep, where their experts were measured.
+        scores: Their refusal and the like.
+        alone: That of the safety expert alone.
+    """
+    measures = [m for m in SHOWN if m in alone or any(m in one for one in scores.values())]
     several = len({one.count for one in kept}) > 1
     shared = grouped(on_shared_tasks(kept)) if several else {}
-    rows = []
-    for method, counts in grouped(kept).items():
-        comparable = shared.get(method, {})
-        for count, seeds in sorted(counts.items()):
-            variance = sum(one.variance for one in seeds) / len(seeds)
-            row: dict[str, Any] = {"method": method, "experts": count, "kept": number(mean_kept(seeds))}
-            if count in comparable:
-                row["shared"] = number(mean_kept(comparable[count]))
+    every: dict[str, set[int]] = {}
+    for method, count in merges:
+        every.setdefault(method, set()).add(count)
+    known = grouped(kept)
+    rows: list[dict[str, Any]] = []
+    if alone:
+        rows.append({"method": "safety expert alone"} | {m: number(alone[m]) for m in measures if m in alone})
+    for method, counts in every.items():
+        for count in sorted(counts):
+            row: dict[str, Any] = {"method": method, "experts": count}
+            if seeds := known.get(method, {}).get(count):
+                row |= {measure: number(mean_kept(seeds, KEPT[measure])) for measure in KEPT}
+                row["variance"] = sum(one.variance for one in seeds) / len(seeds)
+            if seeds := shared.get(method, {}).get(count):
+                row["shared"] = number(mean_kept(seeds))
             shown = scores.get(of_experts(method, count), {})
-            rows.append(row | {"variance": variance} | {m: number(shown[m]) for m in measures if m in shown})
-    columns = [column("method", "method"), column("experts", "experts"), column("kept", "performance kept", True)]
+            rows.append(row | {m: number(shown[m]) for m in measures if m in shown})
+    columns = [column("method", "method"), column("experts", "experts"), *measure_columns(KEPT)]
     if several:
         columns.append(column("shared", "kept of the tasks in all merges", True))
     columns += [column("variance", "variance over tasks", False)]
     columns += measure_columns(measures)
     note = (
-        "Score of the merge over the score of each task's own expert, mean over tasks and seeds. Merges of more "
-        "experts hold other tasks as well: numbers of experts compare on the tasks that all of them hold."
+        "Performance kept: score of the merge over the score of each task's own expert, mean over tasks and seeds. "
+        "Tasks that their experts hardly solve weigh most in it, but not in the ratio of the mean scores. Merges of "
+        "more experts hold other tasks as well: numbers of experts compare on the tasks that all of them hold. "
+        f"{OVER_ROWS}"
     )
     return table("Performance kept by merges of many experts", columns, rows, note=note)
 
@@ -79,8 +92,25 @@ def degradation_table(kept: Sequence[Kept]) -> Document:
         found = slope(counts)
         rows.append({"method": method, "slope": "one number of experts only" if found is None else number(found)})
     columns = [column("method", "method"), column("slope", "change of performance kept per expert added", True)]
-    note = "Least squares over the numbers of experts, on the tasks that all of them hold."
+    note = (
+        "Least squares over the numbers of experts, on the tasks that all of them hold; the numbers themselves, in the "
+        f"table before, say whether a line fits them. {OVER_ROWS}"
+    )
     return table("Degradation", columns, rows, note=note)
+
+
+def alone_table(alone: Mapping[tuple[str, int], Record]) -> list[Document]:
+    """What every expert scores alone on its own task, mean over the rows of all seeds that trained it."""
+    rows: list[dict[str, Any]] = []
+    by_task: dict[str, list[Record]] = {}
+    for (task, _), record in alone.items():
+        by_task.setdefault(task, []).append(record)
+    for task, records in by_task.items():
+        one = gathered({task: records}).get("utility")
+        if one is not None:
+            rows.append({"task": task, "score": number(one.estimate(task))})
+    columns = [column("task", "task"), column("score", "score", True)]
+    return [table("Experts alone, on their own tasks", columns, rows)] if rows else []
 
 
 def task_table(kept: Sequence[Kept]) -> Document:
@@ -153,14 +183,16 @@ def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
         across = {"measure": "experts", "label": "experts merged", "better": None}
         lines = _lines(on_shared_tasks(kept), _experts, by_number=True)
         title = "Performance kept of the tasks in all merges"
-        found.append({"title": title, "x": across, "y": KEPT, "series": lines})
+        found.append({"title": title, "x": across, "y": axis("kept"), "series": lines})
     refusal = {name: shown["refusal"] for name, shown in scores.items() if "refusal" in shown}
     if refusal:
         known = [one for one in kept if of_experts(one.method, one.count) in refusal]
         lines = _lines(
             known, lambda seeds: number(refusal[of_experts(seeds[0].method, seeds[0].count)]), by_number=several
         )
-        found.append({"title": "Refusal against performance kept", "x": axis("refusal"), "y": KEPT, "series": lines})
+        found.append(
+            {"title": "Refusal against performance kept", "x": axis("refusal"), "y": axis("kept"), "series": lines}
+        )
     return found
 
 
@@ -178,31 +210,3 @@ def _lines(kept: Sequence[Kept], across: Callable[[Sequence[Kept]], Document], *
             point = {"model": of_experts(method, count), "x": across(seeds), "y": number(mean_kept(seeds))}
             lines.setdefault(name, []).append(point)
     return [{"name": name, "points": points} for name, points in lines.items()]
-
-
-def summary(kept: Sequence[Kept], scores: Points) -> list[str]:
-    """Which method keeps most at the largest number of experts, of all and of the safe ones, and how sure that is."""
-    if not kept:
-        return ["No merge has been measured with its experts, so nothing is said about interference."]
-    most = max(one.count for one in kept)
-    found = {m: mean_kept(c[most]) for m, c in grouped(kept).items() if most in c}
-    refusal = {m: shown["refusal"] for m in found if "refusal" in (shown := scores.get(of_experts(m, most), {}))}
-    safe = {m: found[m] for m, share in refusal.items() if share.value >= SAFE}
-    lines = [f"With {most} experts merged, {_best(found, refusal)}."]
-    if refusal and not safe:
-        lines.append(f"No method refuses {SAFE:.0%} of the harmful prompts there.")
-    elif safe and max(found, key=lambda m: found[m].value) not in safe:
-        lines.append(f"Of those that refuse {SAFE:.0%} of the harmful prompts or more, {_best(safe, refusal)}.")
-    return lines
-
-
-def _best(found: Mapping[str, Estimate], refusal: Mapping[str, Estimate]) -> str:
-    best = max(found, key=lambda method: found[method].value)
-    one = found[best]
-    said = (
-        f"{best} keeps the largest share of the experts' performance: {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
-    )
-    if best in refusal:
-        said += f", refusing {refusal[best].value:.2f} of the harmful prompts"
-    rest = [method for method, other in found.items() if method != best and other.high >= one.low]
-    return f"{said}; its interval overlaps that of {', '.join(rest)}" if rest else said

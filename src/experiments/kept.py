@@ -3,20 +3,30 @@
     kept_i = mean score of the merge on task i / mean score of expert i alone on task i
 
 The interval of the mean over tasks resamples the rows of each task, for merge and expert together: what makes a row
-hard cancels. A draw in which the expert scores nothing has no ratio and is drawn again.
+hard cancels. A draw in which the expert scores nothing has no ratio and is drawn again. A mean of ratios gives most
+weight to the tasks that their experts hardly solve, so the ratio of the means is computed beside it:
+
+    ratio = Σ_i mean score of the merge on task i / Σ_i mean score of expert i alone on task i
+
+Intervals are over rows. They say nothing about other experts, other tasks or another order of adding them.
 """
 
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from src.experiments.grid import Model
 from src.experiments.point_names import name_and_experts
-from src.experiments.scores import DRAWS, Row, row_scores
+from src.experiments.scores import DRAWS, Row, row_scores, two_sided_p
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import ENDS, Estimate, resampled_means
+from src.metrics.intervals import wilson
+
+How = Literal["mean", "ratio"]
+"""The mean of the tasks' shares, or the ratio of the mean scores."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +37,22 @@ class Kept:
         method: The method with its strength.
         count: Number of experts.
         seed: The seed.
-        tasks: Task to kept share; a task that its expert scored 0 on has none.
-        drawn: Task to (S,) bootstrap draws of its share.
+        scores: Task to the mean scores of the merge and of the task's expert, where that is above 0.
+        drawn: Task to (S, 2) bootstrap draws of both.
         rows: Task to number of rows.
     """
 
     method: str
     count: int
     seed: int
-    tasks: dict[str, float]
+    scores: dict[str, tuple[float, float]]
     drawn: dict[str, torch.Tensor]
     rows: dict[str, int]
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        """Task to kept share."""
+        return {task: merged / expert for task, (merged, expert) in self.scores.items()}
 
     @property
     def mean(self) -> float:
@@ -51,27 +66,30 @@ class Kept:
             return 0.0
         return sum((value - self.mean) ** 2 for value in self.tasks.values()) / (len(self.tasks) - 1)
 
-    @property
-    def draws(self) -> torch.Tensor:
-        """(S,) bootstrap draws of the mean over tasks."""
-        return torch.stack(list(self.drawn.values())).mean(dim=0)
+    def figure(self, how: How = "mean") -> tuple[float, torch.Tensor]:
+        """The mean of the shares or the ratio of the mean scores, with its (S,) bootstrap draws."""
+        merged, expert = torch.tensor(list(self.scores.values()), dtype=torch.float64).unbind(1)
+        drawn_merged, drawn_expert = torch.stack(list(self.drawn.values()), dim=1).unbind(2)
+        if how == "mean":
+            return (merged / expert).mean().item(), (drawn_merged / drawn_expert).mean(dim=1)
+        return (merged.sum() / expert.sum()).item(), drawn_merged.sum(dim=1) / drawn_expert.sum(dim=1)
 
     def of(self, tasks: Collection[str]) -> "Kept":
         """What is kept of some of the tasks."""
         return replace(
             self,
-            tasks={task: share for task, share in self.tasks.items() if task in tasks},
+            scores={task: pair for task, pair in self.scores.items() if task in tasks},
             drawn={task: draws for task, draws in self.drawn.items() if task in tasks},
             rows={task: count for task, count in self.rows.items() if task in tasks},
         )
 
 
-def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store) -> Kept | None:
+def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store, *, draws: int = DRAWS) -> Kept | None:
     """What a merged model keeps; nothing where no expert of it was measured with a score above 0."""
     by_task: dict[str, dict[Row, float]] = {}
     for row, value in row_scores(store.read(model.test)).get("utility", {}).items():
         by_task.setdefault(row[0], {})[row] = value
-    tasks, drawn, rows = {}, {}, {}
+    scores, drawn, rows = {}, {}, {}
     for task, values in by_task.items():
         record = alone.get((task, model.seed))
         own = {} if record is None else row_scores(record)["utility"]
@@ -79,10 +97,10 @@ def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store)
         if not len(pairs) or not pairs[:, 1].any():
             continue
         merged, expert = pairs.mean(dim=0).tolist()
-        tasks[task], drawn[task], rows[task] = merged / expert, _ratios(task, pairs), len(pairs)
-    if not tasks:
+        scores[task], drawn[task], rows[task] = (merged, expert), _drawn(task, pairs, draws), len(pairs)
+    if not scores:
         return None
-    return Kept(*name_and_experts(model), model.seed, tasks, drawn, rows)
+    return Kept(*name_and_experts(model), model.seed, scores, drawn, rows)
 
 
 def nothing_alone(models: Iterable[Model], alone: Mapping[tuple[str, int], Record]) -> list[str]:
@@ -93,26 +111,63 @@ def nothing_alone(models: Iterable[Model], alone: Mapping[tuple[str, int], Recor
         for (task, seed), record in alone.items()
         if seed in seeds and not any(row_scores(record)["utility"].values())
     ]
-    why = "the expert scores 0 there, so a merge can keep no share of it, and means are over the other tasks"
+    why = (
+        "the expert scores 0 there, so a merge can keep no share of it; means are over other tasks, where there are any"
+    )
     return [f"Left out: {', '.join(none)}; {why}."] if none else []
 
 
-def _ratios(task: str, pairs: torch.Tensor) -> torch.Tensor:
-    """(S,) ratios of mean scores, of rows drawn with replacement from pairs (N, 2) of merge and expert.
+def _drawn(task: str, pairs: torch.Tensor, draws: int) -> torch.Tensor:
+    """(S, 2) mean scores of merge and expert, of rows drawn with replacement from pairs (N, 2) of them.
 
     The draws are keyed by the task: the same rows of several merges are drawn alike.
     """
     seed = zlib.crc32(task.encode())
-    found = torch.empty(0, dtype=torch.float64)
-    while len(found) < DRAWS:
-        merged, expert = resampled_means(pairs, seed=seed, draws=DRAWS).unbind(1)
-        found, seed = torch.cat([found, (merged / expert)[expert > 0]]), seed + 1
-    return found[:DRAWS]
+    found = torch.empty(0, 2, dtype=torch.float64)
+    while len(found) < draws:
+        means = resampled_means(pairs, seed=seed, draws=draws)
+        found, seed = torch.cat([found, means[means[:, 1] > 0]]), seed + 1
+    return found[:draws]
 
 
-def mean_kept(found: Sequence[Kept]) -> Estimate:
+def grouped(kept: Sequence[Kept]) -> dict[str, dict[int, list[Kept]]]:
+    """Method to number of experts to seeds."""
+    found: dict[str, dict[int, list[Kept]]] = {}
+    for one in kept:
+        found.setdefault(one.method, {}).setdefault(one.count, []).append(one)
+    return found
+
+
+def mean_kept(found: Sequence[Kept], how: How = "mean") -> Estimate:
     """Mean over seeds of what equal merges keep, with its 95 % interval."""
-    return _estimate([one.mean for one in found], [one.draws for one in found], found[0])
+    if not any(merged for one in found for merged, _ in one.scores.values()):
+        return _nothing(found)
+    return _estimate([one.figure(how) for one in found], found[0])
+
+
+def _nothing(found: Sequence[Kept]) -> Estimate:
+    """For merges that score 0 on every row, where resampling says nothing: Wilson's end over the experts' score."""
+    rows = sum(found[0].rows.values())
+    experts = sum(expert for one in found for _, expert in one.scores.values()) / sum(len(one.scores) for one in found)
+    return Estimate(0.0, 0.0, wilson(0, rows)[1] / experts, rows)
+
+
+def difference(first: Sequence[Kept], second: Sequence[Kept], how: How = "mean") -> tuple[Estimate, float]:
+    """What one merge keeps less what another does, of the same experts and on the same rows, mean over seeds.
+
+    Args:
+        first: One merge, seed by seed.
+        second: Another of the same seeds.
+        how: What is compared.
+
+    Returns:
+        The difference with its 95 % interval, and its two-sided bootstrap p-value.
+    """
+    figures = []
+    for one, other in zip(first, second, strict=True):
+        (value, drawn), (value_other, drawn_other) = one.figure(how), other.figure(how)
+        figures.append((value - value_other, drawn - drawn_other))
+    return _estimate(figures, first[0]), two_sided_p(torch.stack([drawn for _, drawn in figures]).mean(dim=0).numpy())
 
 
 def on_shared_tasks(kept: Sequence[Kept]) -> list[Kept]:
@@ -136,17 +191,18 @@ def slope(found: Mapping[int, Sequence[Kept]]) -> Estimate | None:
     for one in on_shared_tasks([one for count in sorted(found) for one in found[count]]):
         seeds.setdefault(one.seed, []).append(one)
     several = [merges for merges in seeds.values() if len(merges) > 1]
-    values, draws = [], []
+    figures = []
     for merges in several:
         counts = torch.tensor([one.count for one in merges], dtype=torch.float64)
         centred = counts - counts.mean()
         weights = centred / (centred**2).sum()
-        values.append((weights @ torch.tensor([one.mean for one in merges], dtype=torch.float64)).item())
-        draws.append(weights @ torch.stack([one.draws for one in merges]))
-    return _estimate(values, draws, several[0][0]) if several else None
+        values, draws = zip(*(one.figure() for one in merges), strict=True)
+        figures.append(((weights @ torch.tensor(values, dtype=torch.float64)).item(), weights @ torch.stack(draws)))
+    return _estimate(figures, several[0][0]) if several else None
 
 
-def _estimate(values: Sequence[float], draws: Sequence[torch.Tensor], first: Kept) -> Estimate:
-    """The mean over seeds; ``first`` says how many rows each has."""
-    low, high = torch.quantile(torch.stack(list(draws)).mean(dim=0), ENDS).tolist()
+def _estimate(figures: Sequence[tuple[float, torch.Tensor]], first: Kept) -> Estimate:
+    """The mean over seeds of a number with its draws; ``first`` says how many rows each has."""
+    values, draws = zip(*figures, strict=True)
+    low, high = torch.quantile(torch.stack(draws).mean(dim=0), ENDS).tolist()
     return Estimate(sum(values) / len(values), low, high, sum(first.rows.values()))

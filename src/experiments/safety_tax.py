@@ -17,13 +17,18 @@ from src.experiments.document import (
 )
 from src.experiments.grid import Grid
 from src.experiments.pencils import overlap_table, pencils
-from src.experiments.scores import MEASURES, Measure, Scores, Split, by_category, gathered, not_finite
+from src.experiments.scores import MEASURES, Measure, Scores, Split, by_category, draws_for, gathered, not_finite
 from src.experiments.settings import MethodSpec
+from src.experiments.statements import LEVEL, NOT_AFTER_HOLM, claims, marked
 from src.experiments.store import Record, Store
 from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
-from src.metrics.bootstrap import EQUAL
+from src.metrics.bootstrap import EQUAL, Estimate
 from src.metrics.intervals import wilson
 from src.metrics.tradeoff import Tax, safety_tax
+
+LIKELIHOODS: tuple[Measure, ...] = ("task_nll", "answer_nll")
+LOST: tuple[Measure, ...] = ("utility", *LIKELIHOODS)
+"""What a point may lose against the utility expert: a rate, and likelihoods, which tell models apart at fewer rows."""
 
 
 class SafetyTax(Study):
@@ -47,11 +52,11 @@ class SafetyTax(Study):
         """Tax of every point, fronts and tables by category."""
         points, notes = finished(plan.models, store)
         known = records(points, store)
-        scores = gathered(known)
         names = list(points)
+        scores = gathered(known, draws=draws_for(len(LOST) * len(names)))
         rows = [{"model": name} | measure_cells(scores, name) for name in names]
         columns = [column("model", "model"), *measure_columns(scores)]
-        taxes = tax_rows(scores, names)
+        taxes = with_losses(tax_rows(scores, names), scores)
         tables = [
             table("All models", columns, rows, best=best_rows(scores, names)),
             tax_table(taxes),
@@ -91,6 +96,25 @@ def tax_rows(scores: Mapping[Measure, Scores], names: Sequence[str]) -> list[dic
     return found
 
 
+def with_losses(rows: Sequence[Mapping[str, Any]], scores: Mapping[Measure, Scores]) -> list[dict[str, Any]]:
+    """Rows of taxes with what is lost in likelihood, and with p-values of all losses.
+
+    A loss in likelihood is model − utility expert, in nats; p-values are of no difference, after Holm's adjustment for
+    all losses of all rows.
+    """
+    found = {row["model"]: dict(row) for row in rows}
+    for claim in claims(scores, "utility", list(found), LOST):
+        key = "loss" if claim.measure == "utility" else claim.measure
+        found[claim.second][f"{key}_p"] = claim.adjusted
+        if claim.measure in LIKELIHOODS:
+            found[claim.second][key] = number(_negated(claim.difference))
+    return list(found.values())
+
+
+def _negated(one: Estimate) -> Estimate:
+    return Estimate(-one.value, -one.high, -one.low, one.n)
+
+
 def _tax_cells(tax: Tax) -> dict[str, Any]:
     ratio = tax.ratio if isinstance(tax.ratio, str) else number(tax.ratio)
     return {"gain": number(tax.gain), "loss": number(tax.loss), "tax": ratio}
@@ -99,11 +123,23 @@ def _tax_cells(tax: Tax) -> dict[str, Any]:
 def tax_table(rows: Sequence[Mapping[str, Any]]) -> Document:
     """The taxes as a table."""
     columns = [column("model", "model"), column("gain", "safety gained", True), column("loss", "utility lost", False)]
+    columns.append(column("tax", "tax", False))
     note = (
         "Utility lost per safety gained against the utility expert; undefined where the gain may be nothing. Of yes/no "
         "scores the intervals are never narrower than Tango's, so they can be wider than those of the claims."
     )
-    return table("Safety tax", [*columns, column("tax", "tax", False)], rows, note=note)
+    labels = {"loss": "utility lost"} | {measure: f"{MEASURES[measure][0]}, added" for measure in LIKELIHOODS}
+    for key, label in labels.items():
+        if any(f"{key}_p" in row for row in rows):
+            columns += [column(key, label, False)] if key in LIKELIHOODS else []
+            columns.append(column(f"{key}_p", f"{label}, p (Holm)"))
+    if count := _comparisons(rows):
+        note += f" Intervals are for one comparison each; p-values are adjusted for all {count} losses of this table."
+    return table("Safety tax", columns, rows, note=note)
+
+
+def _comparisons(rows: Sequence[Mapping[str, Any]]) -> int:
+    return sum(f"{measure}_p" in row for row in rows for measure in ("loss", *LIKELIHOODS))
 
 
 def category_table(known: Mapping[str, Sequence[Record]], split: Split = "all", **options: Any) -> Document:
@@ -154,11 +190,24 @@ def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
     if not defined:
         return "No model gained safety beyond chance against the utility expert, so no safety tax is defined."
     paying = [row for row in defined if row["loss"]["low"] > EQUAL]
-    rest = len(defined) - len(paying)
-    head = f"{len(defined)} of {len(taxes)} points gained safety beyond chance."
-    unsure = f"{rest} no loss is shown on {defined[0]['loss']['n']} rows, which does not prove that there is none."
-    if not paying:
-        return f"{head} At {unsure}"
-    names, ratios = ", ".join(row["model"] for row in paying), [row["tax"]["value"] for row in paying]
-    lost = f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} per"
-    return f"{head} {lost} safety gained; at {unsure}" if rest else f"{head} {lost} safety gained."
+    said = [f"{len(defined)} of {len(taxes)} points gained safety beyond chance."]
+    if paying:
+        names = ", ".join(marked(row["model"], row["loss_p"]) for row in paying)
+        ratios = [row["tax"]["value"] for row in paying]
+        said.append(
+            f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} per "
+            "safety gained."
+        )
+    for measure in LIKELIHOODS:
+        if lost := [row for row in defined if measure in row and row[measure]["low"] > EQUAL]:
+            holds = sum(row[f"{measure}_p"] < LEVEL for row in lost)
+            rose = f"The {MEASURES[measure][0]} rose beyond chance at {len(lost)}"
+            said.append(f"{rose}, at {holds} of them after Holm's adjustment too.")
+    losses = ("loss", *LIKELIHOODS)
+    rest = [row for row in defined if not any(row[m]["low"] > EQUAL for m in losses if m in row)]
+    if rest:
+        rows = " and ".join(dict.fromkeys(str(rest[0][m]["n"]) for m in losses if m in rest[0]))
+        said.append(f"At {len(rest)} no loss is shown on {rows} rows, which does not prove that there is none.")
+    if any("°" in sentence for sentence in said):
+        said.append(NOT_AFTER_HOLM.format(where="utility lost", count=_comparisons(taxes)))
+    return " ".join(said)

@@ -25,7 +25,9 @@ DRAWS = 4000
 FINER = 80
 """Draws for each comparison of a table, where :data:`DRAWS` give no p-value that Holm's adjustment can leave at 5 %."""
 
-Measure = Literal["refusal", "attack_success", "over_refusal", "utility", "task_nll", "answer_nll", "collapse"]
+Measure = Literal[
+    "refusal", "attack_success", "over_refusal", "utility", "task_nll", "answer_nll", "collapse", "kept", "kept_ratio"
+]
 Split = Literal["validation", "test", "all"]
 MEASURES: dict[Measure, tuple[str, bool]] = {
     "refusal": ("refusal of harmful prompts", True),
@@ -35,8 +37,11 @@ MEASURES: dict[Measure, tuple[str, bool]] = {
     "task_nll": ("NLL of task answers", False),
     "answer_nll": ("NLL of benign answers", False),
     "collapse": ("collapsed answers", False),
+    "kept": ("performance kept", True),
+    "kept_ratio": ("mean score over the experts' own", True),
 }
-"""Name of a measure in tables, and whether more of it is better."""
+"""Name of a measure in tables, and whether more of it is better. The last two are of several rows, not of one
+(:mod:`src.experiments.kept`)."""
 CHECKS = {"choice": "correct", "code": "pass@1"}
 
 Row = tuple[str, str, int]

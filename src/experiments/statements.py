@@ -81,8 +81,8 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def claims_table(found: Sequence[Claim], title: str) -> Document:
-    """Claims as a table, with the note on multiple comparisons."""
+def claims_table(found: Sequence[Claim], title: str, how: str = BOOTSTRAP) -> Document:
+    """Claims as a table, with the note on multiple comparisons behind the one on how they were computed."""
     made = [claim for claim in found if claim.winner is not None]
     rows: list[dict[str, Any]] = [
         {
@@ -98,7 +98,7 @@ def claims_table(found: Sequence[Claim], title: str) -> Document:
     ]
     heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B", "p": "p", "holm": "p (Holm)"}
     columns = [column(key, label) for key, label in (heads | {"claim": "claim"}).items()]
-    note = BOOTSTRAP + holm_note([claim.adjusted for claim in made], len(found), "claims")
+    note = how + holm_note([claim.adjusted for claim in made], len(found), "claims")
     return table(title, columns, rows, note=note)
 
 
