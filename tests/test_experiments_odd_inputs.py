@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from math import isfinite
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from src.experiments.settings import EvaluationSpec, ExpertSpec, MethodSpec, Rec
 from src.experiments.study import Plan, check_names
 from src.experiments.tasks import read_tasks
 from src.merge.base import MergeMethod
+from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
 from src.merge.sst import Sst
 from src.metrics import tradeoff
 from src.metrics.bootstrap import Estimate
@@ -33,6 +36,7 @@ from src.report.html import write_report
 from tests.known_answers import KnownAnswers, model
 from tests.registries import concrete
 from tests.test_experiments_statistics import record
+from tests.tiny import write_rows
 
 
 def with_nll(values):
@@ -169,6 +173,33 @@ def test_an_index_of_tasks_that_is_none_is_one_line(tmp_path, index):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="expected a list of mappings with the key 'task'"):
         read_tasks(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b", "a"], "a is listed more than once; expected every task once"),
+        (["a", "b (v2)"], "a task is a suite of its name: suite 'b \\(v2\\)': expected a name of letters"),
+        (["a", "harmful"], "harmful is a suite of recipe.evaluation, too; expected tasks of other names"),
+    ],
+)
+def test_names_that_no_test_could_have_stop_before_any_training(tmp_path, names, message):
+    for name in names:
+        for split in ("train", "test"):
+            write_rows(tmp_path / f"{name}.{split}.jsonl", 4, what=name)
+    (tmp_path / "index.json").write_text(json.dumps([{"task": name} for name in names]))
+    methods = [MethodSpec("A", combine=Linear(), strength=Strengths("none", [1.0]))]
+    grid = SimpleNamespace(recipe=SimpleNamespace(evaluation=SimpleNamespace(suites=[{"name": "harmful"}])))
+    with pytest.raises(InputError, match=message):
+        Interference(str(tmp_path), [2], methods).plan(grid, [0])  # type: ignore[arg-type]
+
+
+def test_a_filter_is_not_measured_at_a_sum_of_experts_that_it_is_not_added_to():
+    with pytest.raises(InputError, match="method A: combine is Ties, and Fisher passes measure at a plain sum"):
+        MethodSpec("A", method=Sst(), combine=Ties(), strength=Strengths("alpha", [1.0]), rank=4).check()
+    for combine in (Linear(), Concatenate(), TaskArithmetic(), None):
+        MethodSpec("A", method=Sst(), combine=combine, strength=Strengths("alpha", [1.0])).check()
+    MethodSpec("A", method=TaskArithmetic(), combine=Ties(), strength=Strengths("alpha", [1.0]), rank=4).check()
 
 
 def alpha(name, *values):

@@ -40,19 +40,20 @@ def test_a_point_that_answers_less_likely_than_its_expert_is_not_without_loss():
     ]
     assert _summary(rows) == (
         "3 of 3 points gained safety beyond chance. The NLL of task answers rose beyond chance at 2, at 1 of them "
-        "after Holm's adjustment too. At 1 no loss is shown on 200 and 48 rows, which does not prove that there is none."
+        "after Holm's adjustment too. At 1 no loss is shown on 200 and 48 rows, which does not prove that there is "
+        "none."
     )
 
 
 def test_losses_are_differences_to_the_utility_expert_and_adjusted_together():
     generator = torch.Generator().manual_seed(0)
     names = ("utility", "a @ 1", "b @ 1")
-    keys = tuple(("suite", str(i), 0) for i in range(60))
+    rows = tuple(("suite", str(i), 0) for i in range(60))
     refused = torch.stack([torch.zeros(60), torch.ones(60), torch.ones(60)], dim=1).double()
     correct = (torch.rand(60, 3, generator=generator) < torch.tensor([0.9, 0.8, 0.3])).double()
     nll = torch.rand(60, 3, generator=generator).double() + torch.tensor([0.0, 0.0, 0.5])
     values = {"refusal": refused, "utility": correct, "task_nll": nll}
-    scores = {measure: Scores(names, keys, one) for measure, one in values.items()}
+    scores = {measure: Scores(names, rows, one) for measure, one in values.items()}
     first, second = with_losses(tax_rows(scores, names), scores)
     assert second["task_nll"]["value"] == pytest.approx((nll[:, 2] - nll[:, 0]).mean().item())
     assert second["task_nll"]["low"] > 0.3
@@ -62,15 +63,8 @@ def test_losses_are_differences_to_the_utility_expert_and_adjusted_together():
     shown = [one[key] for key in ("loss_p", "task_nll_p") for one in (first, second)]
     assert shown == pytest.approx(holm(plain))
     whole = tax_table([first, second])
-    assert [column["key"] for column in whole["columns"]] == [
-        "model",
-        "gain",
-        "loss",
-        "tax",
-        "loss_p",
-        "task_nll",
-        "task_nll_p",
-    ]
+    keys = ["model", "gain", "loss", "tax", "loss_p", "task_nll", "task_nll_p"]
+    assert [column["key"] for column in whole["columns"]] == keys
     assert "all 4 losses" in whole["note"]
     bare = tax_table(tax_rows(scores, names))
     assert [column["key"] for column in bare["columns"]] == keys[:4]

@@ -11,7 +11,13 @@ from src.adapters.peft_files import read_adapter, write_adapter
 from src.errors import InputError
 from src.gevp.pencil import make_pencil
 from src.gevp.solve import solve
+from src.merge.combinations.concatenate import Concatenate
+from src.merge.combinations.dare import Dare
+from src.merge.combinations.knots import Knots
+from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.combinations.ties import Ties
+from src.merge.combinations.tsv_m import TsvM
 from src.merge.sst import Sst
 from src.merge.stage import merge
 from tests.merging import regauged, weight_space_fishers, write_fishers
@@ -197,6 +203,20 @@ def test_fisher_files_of_other_weights_warn(adapters, fisher_folder, tmp_path, c
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     run(adapters, tmp_path / "n", method=Sst(), fisher=str(fisher_folder), utility_weights=[0.5])
     assert "measured at utility weights [1.0], not [0.5]" in caplog.text
+    caplog.clear()
+    # A mean of one expert is that expert, whatever its weight; a trimmed one is another model.
+    mean = {"combine": Linear(), "utility_weights": [0.5]}
+    run(adapters, tmp_path / "o", method=Sst(), fisher=str(fisher_folder), **mean)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    run(adapters, tmp_path / "p", method=Sst(), fisher=str(fisher_folder), combine=TsvM())
+    assert "measured at a plain sum of the utility adapters, not at what TsvM makes of them" in caplog.text
+
+
+def test_a_mean_of_experts_is_no_sum_of_them():
+    """Fisher files of two experts at weight 1 each are not those of their mean."""
+    assert Linear().sum_weights([1.0, 3.0]) == [0.25, 0.75]
+    assert TaskArithmetic().sum_weights([1.0, 3.0]) == Concatenate().sum_weights([1.0, 3.0]) == [1.0, 3.0]
+    assert all(one.sum_weights([1.0]) is None for one in (Ties(), Dare(), TsvM(), Knots()))
 
 
 @pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), [], [1.0, 1.0]])

@@ -30,6 +30,18 @@ HARMFUL, BENIGN, CHECKED = ("harmful", "jailbreak"), ("borderline", "benign"), (
 SuiteKind = Literal["harmful", "jailbreak", "borderline", "benign", "utility", "choice", "code"]
 
 
+def check_name(name: str) -> None:
+    """Stop where files cannot have the name of a suite.
+
+    Raises:
+        InputError: it holds other characters than a name has, or too many.
+    """
+    if not NAME.fullmatch(name):
+        raise InputError(f"suite {name!r}: expected a name of letters, digits, spaces and _ . - (no path)")
+    if len(name.encode()) > LONGEST_NAME:
+        raise InputError(f"suite {name[:20]}…: expected a name of at most {LONGEST_NAME} bytes")
+
+
 @dataclass
 class Suite:
     """One set of prompts and what is counted on it.
@@ -85,10 +97,7 @@ class Suite:
 
     def check(self) -> None:
         """Stop where settings contradict each other, or mean nothing for this kind."""
-        if not NAME.fullmatch(self.name):
-            raise InputError(f"suite {self.name!r}: expected a name of letters, digits, spaces and _ . - (no path)")
-        if len(self.name.encode()) > LONGEST_NAME:
-            raise InputError(f"suite {self.name[:20]}…: expected a name of at most {LONGEST_NAME} bytes")
+        check_name(self.name)
         for wrong, message in [*self._of_kind(), *self._without_effect(), *self._of_range()]:
             if wrong:
                 raise InputError(f"suite {self.name}: {message}")

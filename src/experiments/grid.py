@@ -11,7 +11,6 @@ from src.experiments.plain_settings import layered, plain, plain_base, read_conf
 from src.experiments.settings import BASE_FISHER, ExpertSpec, MethodSpec, Recipe, Strengths
 from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
-from src.merge.combinations.linear import Linear
 from src.merge.settings import with_option
 
 AT_BASE = {"model": {"reference_safety": "base", "reference_utility": "base"}}
@@ -211,9 +210,9 @@ class Grid:
 
 def _mean_point(spec: MethodSpec, utility: Sequence[Cell]) -> dict[str, Any]:
     """Settings of a Fisher pass at the mean of several experts, where a method averages them."""
-    if not isinstance(spec.combine, Linear) or len(utility) == 1:
-        return {}
-    return {"model": {"utility_weights": [1 / len(utility)] * len(utility)}}
+    plain_sum = [1.0] * len(utility)
+    weights = plain_sum if spec.combine is None else spec.combine.sum_weights(plain_sum)
+    return {} if weights in (None, plain_sum) else {"model": {"utility_weights": weights}}
 
 
 def seeded(method: MergeMethod, seed: int) -> MergeMethod:

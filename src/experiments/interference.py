@@ -100,8 +100,12 @@ class Interference(Study):
         models: list[Model] = []
         others: list[Cell] = []
         safety_suites = [plain(suite) for suite in grid.recipe.evaluation.suites]
+        asked = {suite["name"] for suite in safety_suites}
         for seed in seeds:
             tasks = self._ordered(seed)
+            if both := sorted(asked & {task.name for task in tasks}):
+                named = f"study.tasks {self.tasks}: {', '.join(both)}"
+                raise InputError(f"{named} is a suite of recipe.evaluation, too; expected tasks of other names")
             experts = [self._expert(grid, task, seed) for task in tasks]
             safety = grid.safety(seed)
             others.append(Cell("inspect", f"geometry, seed {seed}", {}, {"adapters": (*experts, safety)}, units=1.0))

@@ -120,6 +120,7 @@ class MethodSpec:
             raise InputError(
                 f"method {self.name}: combine alone has no alpha; expected strength option none or combine.NAME"
             )
+        self._check_point()
         if self.first is not None and (self.method is None or not self.method.relearns):
             raise InputError(f"method {self.name}: first is for a method with coefficients relearn")
         if getattr(self.method, BASE_FISHER, None) is not None:
@@ -179,6 +180,15 @@ class MethodSpec:
         if self.fisher and not measures:
             needy = "a method that needs Fisher files, or train beside_safety with model.regularizer in settings"
             raise InputError(f"method {self.name}: fisher is for {needy}")
+
+    def _check_point(self) -> None:
+        """Stop where Fisher matrices would be measured at another model than the one that the patch is added to."""
+        needs_fisher = self.method is not None and self.method.needs_fisher
+        if needs_fisher and self.combine is not None and self.combine.sum_weights([1.0]) is None:
+            raise InputError(
+                f"method {self.name}: combine is {type(self.combine).__name__}, and Fisher passes measure at a plain "
+                "sum of the experts; expected TaskArithmetic, Linear or Concatenate"
+            )
 
     def _check_form(self) -> None:
         """Stop where no adapter holds the merge: merges would say so after all trainings."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.data.row_source import find_file
+from src.data.suite import check_name
 from src.errors import InputError
 from src.files import read_json
 
@@ -40,6 +41,14 @@ def read_tasks(folder: str) -> list[Task]:
         listed = [(file.name.removesuffix(".train.jsonl"), "exact") for file in sorted(path.glob("*.train.jsonl"))]
     if not listed:
         raise InputError(f"study.tasks {folder}: no task; expected NAME.train.jsonl and NAME.test.jsonl")
+    names = [name for name, _ in listed]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{index}: {', '.join(twice)} is listed more than once; expected every task once")
+    for name in names:
+        try:
+            check_name(name)
+        except InputError as error:
+            raise InputError(f"study.tasks {folder}: a task is a suite of its name: {error}") from None
     return [_task(path, name, metric) for name, metric in listed]
 
 

@@ -78,6 +78,13 @@ class Combination(MergeMethod):
             experts: At least one.
         """
 
+    def sum_weights(self, weights: Sequence[float]) -> list[float] | None:
+        """Weights of the plain sum of updates that experts of these weights become; nothing where it is no such sum.
+
+        Fisher passes measure at such a sum.
+        """
+        return None
+
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """What the safety adapter changes when it is one more expert."""
         f_u, f_s = (None, None) if fisher is None else (fisher.utility, fisher.safety)

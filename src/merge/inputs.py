@@ -1,9 +1,10 @@
 """What a merge works on: adapters and Fisher files, read and checked to belong together."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isclose, isfinite
+from typing import Any
 
 from src.adapters.base_weights import BaseWeights
 from src.adapters.checks import base_revision, check_base, check_compatible
@@ -144,8 +145,24 @@ def read_inputs(
             adapter, first.base, first.fingerprint, what=what, aliases=names, option="--aliases", revision=revision
         )
     found = calibrated.read(experts, patcher, base)
-    for entry in found.files:
-        if found.pair is not None and entry["utility_weights"] != given:
-            log.warning("%s: measured at utility weights %s, not %s", entry["path"], entry["utility_weights"], given)
+    if found.pair is not None:
+        _warn_of_other_point(found.files, calibrated.combine, given)
     seen = found.seen.union(*(adapter.seen for adapter in (*adapters, *further)))
     return Inputs(experts, given, patcher, found, seen)
+
+
+def _warn_of_other_point(files: Sequence[Mapping[str, Any]], combine: Combination, given: Sequence[float]) -> None:
+    """Say so where Fisher matrices were measured at another model than the one that the patch is added to."""
+    at, name = combine.sum_weights(given), type(combine).__name__
+    if at is None:
+        log.warning(
+            "%s: measured at a plain sum of the utility adapters, not at what %s makes of them; write the combination "
+            "as an adapter first, measure at it, and merge that",
+            files[0]["path"],
+            name,
+        )
+        return
+    for entry in files:
+        known = entry["utility_weights"]
+        if len(known) != len(at) or not all(isclose(one, other) for one, other in zip(known, at, strict=True)):
+            log.warning("%s: measured at utility weights %s, not %s", entry["path"], known, at)

@@ -279,5 +279,3 @@ def _check_stages_fit(point: Variant, total: Combined, inputs: Inputs) -> None:
                     f"method {type(method).__name__} needs low-rank updates and those of {what} are full-rank; write "
                     "them with --rank first and merge that"
                 )
-    if method.needs_fisher and not isinstance(point.combine, TaskArithmetic):
-        log.warning("the Fisher files were measured at the sum of the utility adapters, not at %s", point.combine.name)

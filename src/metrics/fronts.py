@@ -59,7 +59,7 @@ def summed_up(
         pairs = list(zip(_means(attacks), useful_means, strict=True))
         resisting = utility_at_attack_success(pairs, at_most=at_most)
     return Summary(
-        None if kept is None else _best(kept, safety, safe, useful >= keep * reference),
+        None if kept is None else _best(kept, safety, safe, (useful >= keep * reference) & (reference > 0)),
         None if resisting is None else _best(resisting, utility, useful, _draws(attacks, seed + 2) <= at_most),
         _volume(points, safety, utility, volumes(safe, useful)),
     )

@@ -80,7 +80,12 @@ def drift(expert: Sequence[float], model: Sequence[float]) -> Estimate:
 
 
 def safety_at_utility(points: Sequence[Point], *, reference: float, keep: float = 0.95) -> float | None:
-    """Highest safety among points that keep a share of the reference's utility; nothing where none does."""
+    """Highest safety among points that keep a share of the reference's utility; nothing where none does.
+
+    Nor where the reference has none: every point would keep its share of nothing.
+    """
+    if reference <= 0:
+        return None
     return max((p.safety for p in points if p.utility >= keep * reference), default=None)
 
 

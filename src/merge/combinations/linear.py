@@ -15,8 +15,12 @@ class Linear(Combination):
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """The weighted mean."""
-        total = sum(expert.weight for expert in experts)
+        weights = self.sum_weights([expert.weight for expert in experts])
+        return Combined(combined([expert.deltas for expert in experts], weights))
+
+    def sum_weights(self, weights: Sequence[float]) -> list[float]:
+        """The weights over their sum."""
+        total = sum(weights)
         if abs(total) < 1e-8:
             raise InputError(f"utility_weights sum to {total:g}; the method Linear divides by their sum")
-        weights = [expert.weight / total for expert in experts]
-        return Combined(combined([expert.deltas for expert in experts], weights))
+        return [weight / total for weight in weights]

@@ -17,6 +17,10 @@ class TaskArithmetic(Combination):
         """The weighted sum."""
         return Combined(combined([expert.deltas for expert in experts], [expert.weight for expert in experts]))
 
+    def sum_weights(self, weights: Sequence[float]) -> list[float]:
+        """The weights themselves."""
+        return list(weights)
+
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """The safety update itself."""
         return Patch(dict(safety))
