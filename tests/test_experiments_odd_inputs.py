@@ -10,10 +10,12 @@ import torch
 
 from src.errors import InputError
 from src.experiments.ablations import Ablations, Axis
+from src.experiments.cell import Cell
 from src.experiments.comparison import Choice
 from src.experiments.grid import Grid
 from src.experiments.interference import Interference
 from src.experiments.interference_tables import geometry_table
+from src.experiments.lineage import mixtures
 from src.experiments.plain_settings import plain
 from src.experiments.point_names import at_strength
 from src.experiments.safety_tax import SafetyTax, category_table, tax_rows
@@ -245,3 +247,24 @@ def test_ablations_without_harmful_prompts_are_refused_before_anything_is_comput
 def test_every_option_of_a_method_is_kept_under_its_name(kind):
     """What is kept elsewhere would be left out of a study's keys."""
     assert plain(kind())["class_path"].endswith(f".{kind.__name__}")
+
+
+@pytest.mark.parametrize(
+    ("told", "processors", "noted"),
+    [
+        ([True, False], ["Xeon", "EPYC"], "(EPYC; Xeon), and 1 of 2 do not say"),
+        ([True, True], ["Xeon", "EPYC"], ""),
+        ([False, False], ["Xeon", "Xeon"], ""),
+    ],
+)
+def test_models_of_several_processors_that_do_not_tell_their_weights_are_noted(told, processors, noted):
+    fit = Cell("fit", "utility, seed 0", {})
+    tests = [Cell("test", f"model {i}", {"i": i}, {"adapter": (fit,)}) for i in range(2)]
+    records = {
+        cell.key: {"cost": {"processor": processor}} | ({"trained": {fit.key: ["f0"]}} if known else {})
+        for cell, known, processor in zip(tests, told, processors, strict=True)
+    }
+    store = SimpleNamespace(has_result=lambda cell: cell.key in records, read=lambda cell: records[cell.key])
+    notes = mixtures(tests, store)  # type: ignore[arg-type]
+    assert len(notes) == bool(noted)
+    assert noted in "".join(notes)

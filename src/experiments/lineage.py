@@ -58,18 +58,27 @@ def warn_of_other_weights(cell: Cell, before: Record, now: Record) -> None:
 
 
 def mixtures(cells: Sequence[Cell], store: Store) -> list[str]:
-    """A sentence for every training of which models of a study have different weights."""
+    """A sentence for every training of which models have different weights, and one where some may have."""
     models: dict[str, dict[str, list[str]]] = {}
     everything = closure(cells)
-    for cell in everything:
-        if cell.stage == "test" and store.has_result(cell):
-            for key, hashes in store.read(cell).get("trained", {}).items():
-                for one in hashes:
-                    models.setdefault(key, {}).setdefault(one, []).append(cell.label)
+    made = [cell for cell in everything if cell.stage == "test" and cell.parents and store.has_result(cell)]
+    records = [store.read(cell) for cell in made]
+    for cell, record in zip(made, records, strict=True):
+        for key, hashes in record.get("trained", {}).items():
+            for one in hashes:
+                models.setdefault(key, {}).setdefault(one, []).append(cell.label)
     labels = {cell.key: cell.label for cell in everything}
     found = []
     for key, groups in models.items():
         if len(groups) > 1:
             shown = "; ".join(f"{one[:SHOWN]} in {', '.join(names)}" for one, names in groups.items())
             found.append(f"{labels[key]} was trained more than once, and models differ in its weights: {shown}.")
+    untold = sum("trained" not in record for record in records)
+    processors = sorted({record["cost"].get("processor", "an unknown one") for record in records})
+    if untold and len(processors) > 1:
+        found.append(
+            f"Models were computed on several processors ({'; '.join(processors)}), and {untold} of {len(records)} do "
+            "not say which trained weights they were made from: a training that is repeated on another processor ends "
+            "slightly otherwise."
+        )
     return found
