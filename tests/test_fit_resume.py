@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 import zipfile
 from contextlib import nullcontext
 from itertools import pairwise
@@ -15,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Callback
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from src.cli import main
 from src.errors import InputError
@@ -396,7 +400,7 @@ def test_several_processes_ask_about_once_a_minute_however_long_batches_take(mon
         save_checkpoint=lambda _: saved.append(clock[0]),
     )
     callback = RecentCheckpoint(Path("recent.ckpt"))
-    callback.on_train_start()
+    callback.on_train_start(trainer)
     for _ in range(60):
         clock[0] += 30.0
         callback.on_train_batch_end(trainer)
@@ -410,6 +414,61 @@ def test_several_processes_ask_about_once_a_minute_however_long_batches_take(mon
         clock[0] += 0.01
         callback.on_train_batch_end(trainer)
     assert len(asked) == pytest.approx(1000 / 64, abs=3)
+
+
+def test_several_processes_answer_slurms_signal_at_a_common_step(monkeypatch):
+    """Its handler writes a checkpoint of all: within the signal every process would be at a step of its own."""
+    answered = []
+    environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR2)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: validates), _data_fetcher=None)
+    trainer = SimpleNamespace(
+        world_size=2,
+        fit_loop=loop,
+        is_last_batch=False,
+        received_sigterm=False,
+        strategy=SimpleNamespace(broadcast=lambda value: value, cluster_environment=environment),
+        _signal_connector=SimpleNamespace(_slurm_sigusr_handler_fn=lambda number, _: answered.append(number)),
+    )
+    callback, before = RecentCheckpoint(Path("recent.ckpt")), signal.getsignal(signal.SIGUSR2)
+    try:
+        callback.on_train_start(trainer)
+        signal.raise_signal(signal.SIGUSR2)
+        assert answered == []
+        for validates in (True, False, False):  # what goes on from before a validation would leave it out
+            callback._left = 1
+            callback.on_train_batch_end(trainer)
+            assert answered == ([] if validates else [signal.SIGUSR2])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.parametrize("slower", [0, 1])
+def test_sigterm_ends_several_processes_whatever_step_each_is_in(tmp_path, slower):
+    """Lightning's own handler broadcasts: one process would wait in it, the other one in its step, for ever."""
+    script = Path(__file__).with_name("slow_ranks.py")
+    command = [sys.executable, str(script), str(tmp_path), str(slower)]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            marks = [tmp_path / f"rank{rank}" for rank in range(2)]
+            for _ in range(600):
+                if all(mark.exists() for mark in marks) or run.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert run.poll() is None, run.stderr.read()
+            run.send_signal(signal.SIGTERM)
+            run.communicate(timeout=60)
+        finally:
+            run.kill()
+    for mark in marks:
+        for _ in range(100):
+            if not Path(f"/proc/{mark.read_text()}").exists():
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"{mark.name} is still there")
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from src.files import PROJECT
 from src.processes import PARENT
 
 MODULE = "src.experiments.launch"
+ENDS = 120.0
+"""Seconds that an interrupted command has to end in; what it has finished is on the disk by then."""
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "PL_")
 """Beginnings of the variables by which launchers tell processes apart."""
 TAIL = 600
@@ -77,7 +79,11 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
         except BaseException:
             # Ctrl-C reaches the command too; it must be gone before another one takes its folder.
             child.terminate()
-            child.wait()
+            try:
+                child.wait(ENDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
             raise
         told = peaks.read().splitlines()
     child.returncode = os.waitstatus_to_exitcode(status)

@@ -1,14 +1,17 @@
 """Training checkpoints that are whole or absent: a full disk or a kill leaves the one before as it was."""
 
 import pickle
+import signal
 import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from src.adapters.peft_files import is_trained
@@ -56,11 +59,20 @@ class RecentCheckpoint(Callback):
         self.path, self.every = path, every
         self._saved = self._asked = 0.0
         self._batches, self._left = 0, 1
+        self._requeued: int | None = None
 
-    def on_train_start(self, *_args: Any) -> None:
-        """Start the clock."""
+    def on_train_start(self, trainer: Trainer, *_args: Any) -> None:
+        """Start the clock, and let several processes answer SLURM's signal together."""
         self._saved = self._asked = time.monotonic()
         self._batches, self._left = 0, 1
+        self._requeued = None
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.world_size > 1 and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            # Lightning's handler writes a checkpoint, for which all must be at the same step, wherever it comes.
+            signal.signal(environment.requeue_signal or signal.SIGUSR1, self._on_requeue)
+
+    def _on_requeue(self, number: int, _frame: FrameType | None) -> None:
+        self._requeued = number
 
     def on_train_batch_end(self, trainer: Trainer, *_args: Any) -> None:
         """Save where it is time to; a collective operation."""
@@ -76,9 +88,14 @@ class RecentCheckpoint(Callback):
         due = stopped or now - self._saved >= self.every
         each = (now - self._asked) / self._batches
         left = max(1, min(self.TOGETHER, int(self.ASKED / max(each, 1e-6))))
-        save, self._left = trainer.strategy.broadcast((due and not validates, left))
+        asked = (due and not validates, left, None if validates else self._requeued)
+        save, self._left, requeued = trainer.strategy.broadcast(asked)
         self._asked, self._batches = now, 0
-        if save:
+        if requeued is not None:
+            self._requeued = None
+            connector: Any = trainer._signal_connector
+            connector._slurm_sigusr_handler_fn(requeued, None)
+        elif save:
             trainer.save_checkpoint(self.path)
             self._saved = time.monotonic()
 

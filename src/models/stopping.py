@@ -16,7 +16,27 @@ class StopAtSigterm(Callback):
 
     What follows the last batch of an evaluation or a Fisher pass (grading, joining, writing) may take hours, and no
     loop looks for a signal there: it interrupts.
+
+    Lightning's handler broadcasts where there are several processes: met in another step than theirs, it lets all wait
+    for each other for ever. There, the signal interrupts a process at once, as Ctrl-C does, and the others end with it.
     """
+
+    def on_sanity_check_start(self, trainer: Trainer, *_args: Any) -> None:
+        """As :meth:`on_train_start`."""
+        self.on_train_start(trainer)
+
+    def on_test_start(self, trainer: Trainer, *_args: Any) -> None:
+        """As :meth:`on_train_start`."""
+        self.on_train_start(trainer)
+
+    def on_predict_start(self, trainer: Trainer, *_args: Any) -> None:
+        """As :meth:`on_train_start`."""
+        self.on_train_start(trainer)
+
+    def on_train_start(self, trainer: Trainer, *_args: Any) -> None:
+        """Take the handler's place, once Lightning has put it there."""
+        if trainer.world_size > 1:
+            interrupt_at_sigterm()
 
     def on_predict_batch_end(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Stop, where the signal has come.
