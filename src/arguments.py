@@ -100,9 +100,9 @@ def _found(flag: str, name: str) -> str:
 def with_default_config(command: str, arguments: list[str]) -> list[str]:
     """Put the command's default configuration in front where none is named.
 
-    Merge's default is one merge of the demo's adapters: it is left out where ``--utility`` names other ones, so that no
-    method, safety adapter or strength of the demo gets into them; report's where results are named, so that their
-    tables do not replace the demo's.
+    Merge's default is one merge of the demo's adapters: it is left out where ``--utility`` or ``--safety`` names other
+    ones, so that no method, adapter or strength of the demo gets into them; report's where results are named, so that
+    their tables do not replace the demo's.
 
     Raises:
         InputError: report is given several folders.
@@ -113,7 +113,10 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
         raise InputError(
             f"report {' '.join(folders)}: {len(folders)} folders; expected one, of a study or an evaluation"
         )
-    own = {"merge": "--utility" in flags, "report": bool(folders) or "--results" in flags}
+    own = {
+        "merge": bool(flags & {"--utility", "--utility+", "--safety"}),
+        "report": bool(folders) or "--results" in flags,
+    }
     named = "--config" in flags or own.get(command, False)
     asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
     if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ _FREE: set[Path] = set()
 """Outputs that had no results at their check and may replace none: asked again when a directory is put there."""
 
 
-def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None = None) -> None:
+def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None = None, own: Sequence[str] = ()) -> None:
     """Refuse a non-empty directory or an existing file, before any work is done.
 
     Args:
@@ -106,6 +106,7 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None =
         overwrite: Whether it may exist.
         beside: Names in the directory that are no results; hidden files never are. Unset where the directory is to be
             replaced as a whole (:func:`new_directory`).
+        own: Patterns of files that the command writes: what is to be replaced as a whole holds no others, at any depth.
 
     Raises:
         InputError: ``path`` exists and ``overwrite`` is false, it is to lie in a file, or it cannot be replaced.
@@ -125,6 +126,9 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None =
         _check_replaceable(path, place)
     if has_results(path, beside or frozenset()) and not overwrite:
         raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
+    files = (file for file in place.rglob("*") if not file.is_dir() and not file.name.startswith("."))
+    if beside is None and (foreign := next((file for file in files if not any(map(file.match, own))), None)):
+        raise InputError(f"--output {path}: {foreign} is not this command's, and would be lost")
     (_FREE.discard if overwrite else _FREE.add)(place)
 
 
@@ -207,8 +211,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     Where ``path`` is a link, what it points to is replaced.
 
     Raises:
-        InputError: ``path`` is the working directory, holds it or is a mount point; or it cannot be replaced in the
-            end, as where another run has written there since the check: the new directory then stays beside it.
+        InputError: ``path`` is the working directory, holds it or is a mount point; or it cannot be replaced in the end
+            (another run has written there since the check): the new directory then stays beside it.
     """
     place = path.resolve()
     _check_replaceable(path, place)

@@ -1,5 +1,6 @@
 """Parsers whose errors are one line, and typed functions as commands."""
 
+import os
 import re
 import sys
 from argparse import SUPPRESS
@@ -10,11 +11,13 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from jsonargparse._actions import _ActionConfigLoad, remove_actions
 
-from src.errors import InputError, one_line
+from src.errors import InputError
 from src.explain import choices, overview, page
 from src.whole_values import ConfigFile, after_empty
 
 NO_CLASS = re.compile(r'^Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]*)', re.DOTALL)
+UNMADE = re.compile(r"Problem with given class_path '(?P<name>[^']+)':\n(?P<why>(?:      .*\n?)+)")
+"""What the parser says where the class of an option is there and refuses to be made."""
 REASONS = re.compile(
     r"(?:Parser key \"[^\"]+\":\s+)*(?:Option '[^']+' is not accepted[^\n]*|'[^'\n]*' is no list; [^\n]+|"
     r"Problem with given class_path [^\n]+\n?[^\n]*|the following arguments are required: [^\n]+|"
@@ -181,12 +184,25 @@ def run_function(
     config: Any = parser.parse_args(arguments)
     config.pop("config", None)
     ready = parser.instantiate(config)
-    function(**ready.as_dict() if hasattr(ready, "as_dict") else vars(ready))
+    given = ready.as_dict() if hasattr(ready, "as_dict") else vars(ready)
+    function(**{name: _at_home(value) for name, value in given.items()})
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or a list of them, with the user's home for ``~``, which a shell leaves alone in quotes and in YAML."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _of_the_user(error: BaseException) -> BaseException:
-    """The input error that made a class refuse its settings; the parser wraps it where the class is optional."""
+    """The input error that made a class refuse its settings; the parser wraps it where the class is optional.
+
+    Where a class that an option names could not be made at all, the parser tells of every type that the option has.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
+    if cause is None and (found := UNMADE.search(str(error))):
+        return InputError(f"{found['name']}: {' '.join(found['why'].split())}")
     return cause or error

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from src import parsing
 from src.arguments import evaluation_options, name_in_help, resolve_names, with_default_config
 from src.cli import COMMANDS, INTERRUPTED, LESS_MEMORY, main
 from src.errors import InputError
@@ -147,6 +148,8 @@ def test_names_are_found_as_given_then_in_their_folder(tmp_path, monkeypatch):
 def test_the_demos_merge_does_not_get_into_one_of_other_adapters(adapters, tmp_path):
     assert with_default_config("merge", ["--alpha", "1"]) == ["--config", "merge.yaml", "--alpha", "1"]
     assert with_default_config("merge", ["--utility=a"]) == ["--utility=a"]
+    for flag in ("--utility+=a", "--safety=a"):
+        assert with_default_config("merge", [flag]) == [flag]
     assert with_default_config("test", ["--utility=a"])[:2] == ["--config", "test.yaml"]
     both = f"[{adapters['utility']}, {adapters['safety']}]"
     given = ["merge", "--combine", "Ties", "--utility", both, "--rank", "32"]
@@ -490,3 +493,24 @@ def test_only_one_room_knows_pefts_key_names():
         if "adapters" not in path.parts:
             assert "base_model.model" not in path.read_text(), path
             assert "lora_A.weight" not in path.read_text(), path
+
+
+def test_a_class_that_cannot_be_made_is_one_line():
+    text = (
+        "Does not validate against any of the Union subtypes\nErrors:\n  - Problem with given class_path 'x.Logger':\n"
+        "      Requirement 'x>=1' not met.\n      HINT: pip install x\n  - Expected a <class 'bool'>\n"
+    )
+    found = parsing._of_the_user(ValueError(text))
+    assert isinstance(found, InputError)
+    assert str(found) == "x.Logger: Requirement 'x>=1' not met. HINT: pip install x"
+    other = ValueError("something else")
+    assert parsing._of_the_user(other) is other
+
+
+def test_a_tilde_in_a_list_or_a_file_is_the_users_home(adapters, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("utility", "safety"):
+        (tmp_path / name).symlink_to(adapters[name])
+    given = ["--utility", '["~/utility"]', "--safety", "~/safety", "--method", "TaskArithmetic", "--output", "~/merged"]
+    assert main(["merge", *given]) == 0
+    assert (tmp_path / "merged" / "adapter_config.json").is_file()

@@ -10,6 +10,8 @@ import pytest
 from src.cli import main
 from src.errors import InputError
 from src.files import check_output, new_directory, read_json
+from src.merge.combinations.task_arithmetic import TaskArithmetic
+from src.merge.stage import merge
 from tests.test_cli import fails
 
 
@@ -160,6 +162,19 @@ def test_json_beyond_pythons_limits_is_one_line(tmp_path, text, why):
 def test_a_directory_that_cannot_be_made_is_one_line(adapters, capsys):
     given = ["--utility", str(adapters["utility"]), "--output", "/proc/xx"]
     assert "error: /proc/xx: " in fails(["merge", *given], capsys)
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", "sub/train.jsonl", "run/checkpoints/last.ckpt", "notes.txt"])
+def test_what_a_command_has_not_written_is_not_overwritten(adapters, tmp_path, foreign):
+    given = {"utility": str(adapters["utility"]), "safety": str(adapters["safety"]), "method": TaskArithmetic()}
+    merge(**given, alpha=[0.5, 1.0], output=str(tmp_path / "m"))
+    merge(**given, alpha=1.0, output=str(tmp_path / "m"), overwrite=True)
+    (tmp_path / "m" / foreign).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "m" / foreign).write_text("mine")
+    with pytest.raises(InputError, match=f"{foreign} is not this command's, and would be lost"):
+        merge(**given, alpha=1.0, output=str(tmp_path / "m"), overwrite=True)
+    assert (tmp_path / "m" / foreign).read_text() == "mine"
+    assert (tmp_path / "m" / "adapter_config.json").is_file()
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(adapters, tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from src.merge.combinations.knots import Knots
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.ties import Ties
 from src.merge.settings import settings, with_option
+from src.merge.stage import merge
 from src.merge.write import write
 from src.metrics import judging
 from tests.evaluations import write_jsonl
@@ -241,3 +242,36 @@ def test_a_judge_whose_settings_change_as_it_judges_is_found_before_generating(l
 def test_a_shipped_judge_is_loaded_and_asked_nothing(monkeypatch):
     monkeypatch.setattr(Refusal, "judge", None)
     Refusal().check()
+
+
+WRONG = """
+import torch
+from src.adapters.pairs import LowRankPair
+from src.merge.base import MergeMethod, Patch
+class Dict(MergeMethod):
+    def patch(self, utility, safety, fisher):
+        return dict(safety)
+class Elsewhere(MergeMethod):
+    def patch(self, utility, safety, fisher):
+        return Patch({"model.layers.99.self_attn.q_proj": next(iter(safety.values()))})
+class Shape(MergeMethod):
+    def patch(self, utility, safety, fisher):
+        name, pair = next(iter(safety.items()))
+        return Patch({name: LowRankPair(pair.a[:, :-1], pair.b)})
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Dict", "method Dict returned a dict; expected a src.merge.base.Patch"),
+        ("Elsewhere", "for model.layers.99.self_attn.q_proj; expected no such module"),
+        ("Shape", "method Shape returned .* expected \\("),
+    ],
+)
+def test_a_method_of_ones_own_that_returns_no_patch_is_one_line(load, adapters, tmp_path, kind, message):
+    method = getattr(load(WRONG), kind)()
+    given = {name: str(path) for name, path in adapters.items() if name in ("utility", "safety")}
+    with pytest.raises(InputError, match=message):
+        merge(**given, method=method, output=str(tmp_path / "m"))
+    assert not (tmp_path / "m").exists()

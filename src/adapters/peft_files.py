@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights, local_folder
@@ -25,6 +26,8 @@ from src.adapters.peft_weights import AdapterWeights, read_weights
 from src.errors import InputError
 from src.files import read_json, sha256_file, write_atomically, write_json, write_text
 
+OF_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Modules that transformers 5 holds in one parameter: PEFT stacks their factors, and takes no ranks of their own."""
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
 log = logging.getLogger(__name__)
@@ -219,6 +222,7 @@ def write_adapter(
 ) -> None:
     """Write pairs as a PEFT LoRA directory with scaling 1; ranks may differ between modules.
 
+    Factors of a mixture's experts are filled up with zeros to the largest rank of the adapter: see :data:`OF_EXPERT`.
     Tensors are float32 and in sorted order, so equal inputs give equal bytes. The configuration is written last: a
     directory that has one is whole.
 
@@ -239,10 +243,16 @@ def write_adapter(
             shorten(", ".join(plain), 200, placeholder=" …"),
         )
     tensors, ranks = {}, {}
-    for name, both in sorted(pairs.items()):
-        pair, bias = split(both) if name in layout.constant else (both, torch.zeros(both.shape[0]))
-        ranks[name] = pair.rank
+    parts = {
+        name: split(both) if name in layout.constant else (both, torch.zeros(both.shape[0]))
+        for name, both in pairs.items()
+    }
+    most = max(pair.rank for pair, _ in parts.values())
+    for name, (pair, bias) in sorted(parts.items()):
         a, b = (finite_values(name, factor.to(torch.float32)) for factor in (pair.a, pair.b))
+        if OF_EXPERT.search(name):
+            a, b = pad(a, (0, 0, 0, most - pair.rank)), pad(b, (0, most - pair.rank))
+        ranks[name] = len(a)
         if layout.constant:
             tensors[f"base_model.model.{name}.lora_B.bias"] = finite_values(name, bias.to(torch.float32))
         if name in layout.embeddings:

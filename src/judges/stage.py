@@ -50,7 +50,7 @@ def judge(
         raise InputError("judge: name either --predictions (answers to judge) or --labels (answers with human labels)")
     folder, found = Path(output), judge or Refusal()
     check_finds(found)
-    check_output(folder, overwrite=overwrite)
+    check_output(folder, overwrite=overwrite, own=("*.jsonl", "judged.json", "agreement.json"))
     check_apart(folder, [str(predictions if labels is None else labels)])
     cache = folder.parent / CACHE
     if device == "auto":

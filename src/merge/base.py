@@ -11,6 +11,7 @@ import torch
 from src.adapters.basis import CoreBasis
 from src.adapters.deltas import Delta
 from src.adapters.peft_files import Adapter
+from src.errors import InputError
 from src.fisher.base import Fisher, Representation
 
 Coordinates = Literal["core", "weight"]
@@ -64,6 +65,21 @@ class Patch:
 
     pairs: Mapping[str, Delta]
     findings: dict[str, Any] = field(default_factory=dict)
+
+
+def check_patch(method: object, patch: object, updates: Sequence[Mapping[str, Delta]]) -> None:
+    """Stop where a method, one of the user's own say, returns no patch of the modules of these updates.
+
+    Raises:
+        InputError: it is no patch, or a module of it has another shape than there, or is not there.
+    """
+    named = f"method {type(method).__name__} returned"
+    if not isinstance(patch, Patch):
+        raise InputError(f"{named} a {type(patch).__name__}; expected a src.merge.base.Patch")
+    shapes = {name: tuple(delta.shape) for each in updates for name, delta in each.items()}
+    for name, delta in patch.pairs.items():
+        if shapes.get(name) != tuple(delta.shape):
+            raise InputError(f"{named} {tuple(delta.shape)} for {name}; expected {shapes.get(name, 'no such module')}")
 
 
 class MergeMethod(ABC):

@@ -52,7 +52,7 @@ def inspect_stage(
     """
     adapters = [path for name in adapters for path in _below(name)]
     if output is not None:
-        check_output(Path(output), overwrite=overwrite)
+        check_output(Path(output), overwrite=overwrite, own=("table.md", "inspect.json", "angles.png"))
         check_apart(Path(output), [*adapters, *([] if base is None else [base])])
     revision = None if base is None else revision_for(base, adapters)
     with nullcontext() if base is None else open_base(weights_folder(base), revision) as weights:

@@ -15,12 +15,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from src.adapters.base_weights import BaseWeights, open_base, weight_files
+from src.adapters.base_weights import BESIDE, BaseWeights, open_base, weight_files
 from src.adapters.checks import base_revision, check_weights, revision_for
 from src.adapters.deltas import Delta, Deltas, combined, is_lowrank
+from src.adapters.peft_files import CARD, SEEN
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory
-from src.merge.base import MergeMethod, Patch
+from src.merge.base import MergeMethod, Patch, check_patch
 from src.merge.card import check_licence
 from src.merge.combination import Combination, Combined, KeyedDeltas
 from src.merge.combinations.linear import Linear
@@ -37,6 +38,9 @@ from src.merge.write import Target, write
 from src.models.base import weights_folder
 
 log = logging.getLogger(__name__)
+
+OWN = ("*.safetensors", PLOT, CARD, SEEN, "merges.txt", "vocab.txt", *(set(BESIDE) - {"*.txt", "*.py"}))
+"""Files that a merge writes: what else lies in an output is nothing to be replaced."""
 
 
 def merge(
@@ -108,7 +112,7 @@ def merge(
     values, combination = strengths(alpha), combine or TaskArithmetic()
     points = variants(method, combination, sweep)
     _check_stages(method, safety, alpha)
-    check_output(Path(output), overwrite=overwrite)
+    check_output(Path(output), overwrite=overwrite, own=OWN)
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
     check_licence(license)
     if name is not None and not name.strip():
@@ -245,6 +249,7 @@ def derived(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[Variant
         methods = [point.method for point in same if point.method is not None]
         patches = method.patches(methods, *_both(same[0].combine, total, inputs), inputs.calibration.pair)
         for point, patch in zip(same, patches, strict=True):
+            check_patch(method, patch, [total.deltas, inputs.safety.updates if inputs.safety else {}])
             yield point, total, patch
 
 

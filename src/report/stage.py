@@ -51,7 +51,7 @@ def report(
     _check_results(results)
     if output is None:
         raise InputError(f"report of {results} needs --output: a directory to write")
-    check_output(Path(output), overwrite=overwrite)
+    check_output(Path(output), overwrite=overwrite, own=("table.*", "tradeoff.json", "fronts.png"))
     check_apart(Path(output), [results])
     found = load_results(Path(results))
     columns = list(found[0].shares)
