@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from src.errors import InputError, one_line
+from src.processes import UMASK
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         _written(write, temporary, path)
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~UMASK)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
@@ -211,8 +212,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     Where ``path`` is a link, what it points to is replaced.
 
     Raises:
-        InputError: ``path`` is the working directory, holds it or is a mount point; or it cannot be replaced in the end
-            (another run has written there since the check): the new directory then stays beside it.
+        InputError: ``path`` cannot be replaced, or not in the end (another run has written there since the check): the
+            new directory then stays beside it.
     """
     place = path.resolve()
     _check_replaceable(path, place)
@@ -221,7 +222,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary, lock = _locked_sibling(place)
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~UMASK)
         _put(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from jsonargparse._actions import _ActionConfigLoad, remove_actions
 
-from src.errors import InputError
+from src.errors import InputError, one_line
 from src.explain import choices, overview, page
 from src.whole_values import ConfigFile, after_empty
 

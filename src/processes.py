@@ -16,6 +16,10 @@ PARENT = "SST_ENGINE_PID"
 FIRST, PROCESSES = "MASTER_PID", "MASTER_PROCESSES"
 """Environment variables of the processes that Lightning's launcher starts: process id of the first, their number."""
 
+UMASK = os.umask(0o077)
+"""Permissions that files made here do not have, as the shell said."""
+os.umask(UMASK)
+
 
 def end_with_parent(name: str = PARENT) -> None:
     """Ask for SIGKILL at the parent's end, and stop at once where it is gone already.

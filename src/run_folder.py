@@ -22,6 +22,8 @@ HALF_WRITTEN = ".*.????????.tmp"
 """Files that a kill leaves in the middle of :func:`src.files.write_atomically`."""
 SAME = ("model", "data", "seed_everything")
 """Settings in which a run that goes on and the run before it agree."""
+OF_TRAINER = ("accumulate_grad_batches", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+"""Settings of the Trainer among them: they make the steps."""
 FINISHED, OTHER_SETTINGS = "that was finished", "with other settings"
 
 
@@ -69,7 +71,8 @@ def _is_finished(output: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: settings.get(key) for key in SAME}
+    trainer = settings.get("trainer") or {}
+    return {key: settings.get(key) for key in SAME} | {"trainer": {key: trainer.get(key) for key in OF_TRAINER}}
 
 
 def clear_run(output: Path, *, stays: bool) -> None:

@@ -16,7 +16,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from src.cli import COMMANDS, is_first_process, quiet_libraries
 from src.data.modules import TokenizedData
@@ -244,8 +243,7 @@ class TrainerCommand(LightningCLI):
         make_patient(trainer.strategy)
         if trainer.strategy.launcher is not None:
             tell_of_first(trainer.num_devices * trainer.num_nodes)
-        if not isinstance(trainer.strategy, ModelParallelStrategy):
-            trainer.strategy.checkpoint_io = checkpoints.AtomicCheckpoints()
+        trainer.strategy.checkpoint_io = checkpoints.AtomicCheckpoints()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.output / CHECKPOINTS).resolve())

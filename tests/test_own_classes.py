@@ -244,7 +244,7 @@ def test_a_shipped_judge_is_loaded_and_asked_nothing(monkeypatch):
     Refusal().check()
 
 
-WRONG = """
+NO_PATCHES = """
 import torch
 from src.adapters.pairs import LowRankPair
 from src.merge.base import MergeMethod, Patch
@@ -270,7 +270,7 @@ class Shape(MergeMethod):
     ],
 )
 def test_a_method_of_ones_own_that_returns_no_patch_is_one_line(load, adapters, tmp_path, kind, message):
-    method = getattr(load(WRONG), kind)()
+    method = getattr(load(NO_PATCHES), kind)()
     given = {name: str(path) for name, path in adapters.items() if name in ("utility", "safety")}
     with pytest.raises(InputError, match=message):
         merge(**given, method=method, output=str(tmp_path / "m"))

@@ -34,7 +34,7 @@ class Claims:
     def __init__(self, folder: Path, stale_after: float = 600.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.stale_after = folder, stale_after
-        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.host, self.pid, self.machine = socket.gethostname(), os.getpid(), _machine()
         self._token = uuid.uuid4().hex
         self._clock = folder / f".clock-{self.host}-{self.pid}"
         self._held: set[str] = set()
@@ -76,13 +76,14 @@ class Claims:
         owner = self._read(key)
         if owner is None:
             return age > UNWRITTEN
-        if owner.get("host") == self.host:
+        if (owner.get("host"), owner.get("machine")) == (self.host, self.machine):
             return process_start(owner["pid"]) != owner["started"]
         return age > self.stale_after
 
     def now(self) -> float:
         """Time by the clock that stamps the folder's files: clocks of machines differ."""
-        self._clock.write_text("")
+        self._clock.touch()
+        os.utime(self._clock)  # NFS sends nothing for an empty file that is emptied
         return self._clock.stat().st_mtime
 
     def _path(self, key: str) -> Path:
@@ -90,10 +91,11 @@ class Claims:
 
     def _create(self, key: str) -> bool:
         try:
-            handle = os.open(self._path(key), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(self._path(key), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        owner = {"host": self.host, "pid": self.pid, "started": process_start(self.pid), "token": self._token}
+        owner = {"host": self.host, "machine": self.machine, "pid": self.pid, "started": process_start(self.pid)}
+        owner["token"] = self._token
         with os.fdopen(handle, "w") as file:
             json.dump(owner, file)
         self._held.add(key)
@@ -119,6 +121,15 @@ class Claims:
                 # Given back meanwhile, or a file system that does not answer now: the others are still to be touched.
                 with suppress(OSError):
                     os.utime(self._path(key))
+
+
+def _machine() -> str:
+    """Which processes this one can ask about: containers may have one host name, and numbers of their own."""
+    found = []
+    with suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
 
 
 def process_start(pid: int) -> str | None:

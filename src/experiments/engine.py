@@ -148,6 +148,8 @@ class Engine:
             if fits and len(batch) < self.batch_size and self.claims.take(cell.key):
                 batch.append(cell)
         # Another process may have finished a cell, or failed, between our look at the disk and our claim.
+        if batch:
+            self.store.look_anew()
         still = {cell.key for cell in self._possible(to_compute(self.grid, self.store))}
         for cell in batch:
             if cell.key not in still:

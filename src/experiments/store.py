@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ class Store:
                     spent = record["cost"]["seconds"]
                     found[group] = seconds + spent, units + (record["units"] or 0.0), count + 1
         return found
+
+    def look_anew(self) -> None:
+        """Let a network file system forget that results and weights were absent: it does where their folders change."""
+        for folder in (self.results, self.work / "weights"):
+            if folder.is_dir():
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-"):
+                    pass
 
     def clear(self, name: str) -> None:
         """Remove what a finished command left."""

@@ -1,5 +1,6 @@
 """Training checkpoints that are whole or absent: a full disk or a kill leaves the one before as it was."""
 
+import logging
 import pickle
 import signal
 import time
@@ -17,6 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from src.adapters.peft_files import is_trained
 from src.errors import InputError
 from src.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 GOING_ON = frozenset({"optimizer_states", "loops"})
 """What a checkpoint holds beside weights."""
@@ -167,10 +170,9 @@ def goes_on_with(path: Path, processes: int, *, same_steps: bool) -> bool:
 
 
 def lies_with(path: Path, output: Path, trainer: Trainer) -> bool:
-    """Whether a checkpoint is a run's own: in its output or ``run/checkpoints`` there, or where its callbacks write."""
+    """Whether a checkpoint is a run's own: in its output, or where its callbacks write."""
     given = path.resolve()
-    in_output = output.resolve() in (given.parent, *given.parents[2:3])
-    return in_output or given.parent in [folder.resolve() for folder in _folders(trainer)]
+    return given.is_relative_to(output.resolve()) or given.parent in [folder.resolve() for folder in _folders(trainer)]
 
 
 def _folders(trainer: Trainer) -> list[Path]:
@@ -269,6 +271,11 @@ def newest_checkpoint(paths: Iterable[Path], *, weights_too: bool) -> Path | Non
         weights_too: Take the newest of weights alone where there is nothing else.
     """
     found = sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    broken = [path for path in found if opened(path) is None]
+    if len(broken) < len(found):
+        for path in broken:
+            log.warning("%s: not a readable checkpoint; left out", path)
+        found = [path for path in found if path not in broken]
     return next(filter(can_go_on, found), found[0] if found and weights_too else None)
 
 

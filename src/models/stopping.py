@@ -25,6 +25,10 @@ class StopAtSigterm(Callback):
         """As :meth:`on_train_start`."""
         self.on_train_start(trainer)
 
+    def on_validation_start(self, trainer: Trainer, *_args: Any) -> None:
+        """As :meth:`on_train_start`."""
+        self.on_train_start(trainer)
+
     def on_test_start(self, trainer: Trainer, *_args: Any) -> None:
         """As :meth:`on_train_start`."""
         self.on_train_start(trainer)
