@@ -1,5 +1,6 @@
 """What a study says about scores: splits, means over seeds, paired differences, claims, chosen strengths."""
 
+import json
 import random
 
 import numpy as np
@@ -349,8 +350,15 @@ def test_merges_are_shown_where_nothing_can_be_kept_and_beside_the_safety_expert
     assert (merge["method"], merge["refusal"]["value"], merge["kept"]) == ("A", 0.5, "")
 
 
-def test_experts_alone_are_shown_with_their_rows():
-    (shown,) = alone_table({("a", 0): evaluated({"a": [1, 0, 0, 0]}), ("b", 0): evaluated({"b": [1] * 5})})
+def test_experts_alone_are_shown_with_their_rows_and_what_one_answer_scores(tmp_path):
+    given = {("a", 0): evaluated({"a": [1, 0, 0, 0]}), ("b", 0): evaluated({"b": [1] * 5})}
+    answers = ["Yes", "no", " yes.", "maybe"]
+    lines = [json.dumps({"prompt": f"p{i}", "response": answer}) for i, answer in enumerate(answers)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for (task, _), one in given.items():
+        one["settings"]["data"]["suites"][0]["rows"] = [str(tmp_path / f"{task}.jsonl")]
+    (shown,) = alone_table(given)
+    assert [row["constant"] for row in shown["rows"]] == [0.5, ""]
     assert [(row["task"], row["score"]["value"], row["score"]["n"]) for row in shown["rows"]] == [
         ("a", 0.25, 4),
         ("b", 1.0, 5),

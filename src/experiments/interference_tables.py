@@ -8,6 +8,7 @@ from src.experiments.grid import Model
 from src.experiments.interference_claims import KEPT, OVER_ROWS, Points
 from src.experiments.kept import Kept, grouped, mean_kept, on_shared_tasks, slope
 from src.experiments.point_names import method_and_strength, name_and_experts, of_experts
+from src.experiments.rows import most_frequent
 from src.experiments.scores import Measure, Scores, gathered
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate
@@ -108,9 +109,15 @@ def alone_table(alone: Mapping[tuple[str, int], Record]) -> list[Document]:
     for task, records in by_task.items():
         one = gathered({task: records}).get("utility")
         if one is not None:
-            rows.append({"task": task, "score": number(one.estimate(task))})
+            constant = most_frequent(records[0]["settings"]["data"]["suites"][0])
+            shown = {"constant": "" if constant is None else constant}
+            rows.append({"task": task, "score": number(one.estimate(task))} | shown)
     columns = [column("task", "task"), column("score", "score", True)]
-    return [table("Experts alone, on their own tasks", columns, rows)] if rows else []
+    columns.append(column("constant", "one answer to every prompt, the most frequent one"))
+    note = (
+        "Where the expert scores no more than one answer to every prompt does, a merge that always says it keeps all."
+    )
+    return [table("Experts alone, on their own tasks", columns, rows, note=note)] if rows else []
 
 
 def task_table(kept: Sequence[Kept]) -> Document:

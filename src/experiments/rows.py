@@ -4,14 +4,16 @@ Rows are kept because every later question is a paired one: intervals of differe
 over seeds. A row is known by the beginning of its prompt's hash.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.data.row_source import find_file
-from src.data.rows import read_jsonl
+from src.data.rows import Row, read_jsonl
 from src.data.sources import load_rows
 from src.experiments.content import sources
+from src.metrics.exact import normalised
 from src.metrics.flags import FLAGS
 
 SCORES = ("rouge_l", "pass@1")
@@ -55,10 +57,25 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
     """Identifier to prompt of a suite's rows (its settings as plain values); empty where they are not on this disk."""
+    return {row.prompt_hash[:ID_LENGTH]: row.prompt for row in _rows_of(suite)}
+
+
+def most_frequent(suite: Mapping[str, Any]) -> float | None:
+    """What the most frequent reference of a suite scores as the answer to every prompt, by exact match.
+
+    Nothing where its rows are not on this disk, or answers are compared otherwise.
+    """
+    references = Counter(normalised(row.response) for row in _rows_of(suite))
+    if not references or suite.get("rouge") or suite.get("answer", "text") != "text":
+        return None
+    return max(references.values()) / references.total()
+
+
+def _rows_of(suite: Mapping[str, Any]) -> list[Row]:
     given = sources(suite["rows"])
     if any(find_file(source.path) is None for source in given):
-        return {}
-    return {row.prompt_hash[:ID_LENGTH]: row.prompt for row in load_rows([*given], need_response=False)}
+        return []
+    return load_rows([*given], need_response=False)
 
 
 def by_suite(folder: Path, suites: Sequence[str]) -> dict[str, Any]:
