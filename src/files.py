@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ _FREE: set[Path] = set()
 """Outputs that had no results at their check and may replace none: asked again when a directory is put there."""
 
 
-def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None = None, own: Sequence[str] = ()) -> None:
+def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None = None) -> None:
     """Refuse a non-empty directory or an existing file, before any work is done.
 
     Args:
@@ -107,7 +107,6 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None =
         overwrite: Whether it may exist.
         beside: Names in the directory that are no results; hidden files never are. Unset where the directory is to be
             replaced as a whole (:func:`new_directory`).
-        own: Patterns of files that the command writes: what is to be replaced as a whole holds no others, at any depth.
 
     Raises:
         InputError: ``path`` exists and ``overwrite`` is false, it is to lie in a file, or it cannot be replaced.
@@ -127,9 +126,6 @@ def check_output(path: Path, *, overwrite: bool, beside: frozenset[str] | None =
         _check_replaceable(path, place)
     if has_results(path, beside or frozenset()) and not overwrite:
         raise InputError(f"--output {path}: exists already; pass --overwrite true to replace it, or name another path")
-    files = (file for file in place.rglob("*") if not file.is_dir() and not file.name.startswith("."))
-    if beside is None and (foreign := next((file for file in files if not any(map(file.match, own))), None)):
-        raise InputError(f"--output {path}: {foreign} is not this command's, and would be lost")
     (_FREE.discard if overwrite else _FREE.add)(place)
 
 

@@ -145,7 +145,7 @@ def test_a_suite_that_cannot_be_asked_stops_before_any_training(suite, message, 
 def test_a_swept_option_that_is_none_stops_before_any_training(spec, message):
     with pytest.raises(InputError, match=message):
         spec.check()
-    MethodSpec("A", Sst(), Ties(), Strengths("combine.density", [0.5, 0.7]), rank=8).check()
+    MethodSpec("A", TaskArithmetic(), Ties(), Strengths("combine.density", [0.5, 0.7]), rank=8).check()
 
 
 ALPHA = Strengths("alpha", [0.5])

@@ -99,7 +99,7 @@ def test_the_command_prints_a_table_and_draws_a_heat_map(adapters, tmp_path, cap
     assert found["column_angles"][0][1] == pytest.approx(median(chain.from_iterable(pair["columns"].values())))
     assert (tmp_path / "i" / "table.md").read_text() in capsys.readouterr().out
     assert main(["inspect", *given, "--output", given[1], "--overwrite"]) == 2
-    assert "which is read, lies there" in capsys.readouterr().err
+    assert "is not this command's, and would be lost" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no" / "where" / "x")]) == 2
     assert "no such directory" in capsys.readouterr().err
 

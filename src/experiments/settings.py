@@ -120,7 +120,6 @@ class MethodSpec:
             raise InputError(
                 f"method {self.name}: combine alone has no alpha; expected strength option none or combine.NAME"
             )
-        self._check_point()
         if self.first is not None and (self.method is None or not self.method.relearns):
             raise InputError(f"method {self.name}: first is for a method with coefficients relearn")
         if getattr(self.method, BASE_FISHER, None) is not None:
@@ -130,6 +129,7 @@ class MethodSpec:
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
         self._check_form()
+        self._check_point()
 
     @property
     def _merges(self) -> bool:

@@ -19,6 +19,7 @@ from src.metrics.categories import category_text, each_category, named_categorie
 from src.metrics.collapse import is_collapsed
 from src.metrics.counters import FlagRate, share
 from src.metrics.judging import Judge, Judgement, check_finds, reservations
+from src.own_files import check_own
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def judge(
         raise InputError("judge: name either --predictions (answers to judge) or --labels (answers with human labels)")
     folder, found = Path(output), judge or Refusal()
     check_finds(found)
-    check_output(folder, overwrite=overwrite, own=("*.jsonl", "judged.json", "agreement.json"))
+    check_output(folder, overwrite=overwrite)
+    check_own(folder, ("*.jsonl", "judged.json", "agreement.json"))
     check_apart(folder, [str(predictions if labels is None else labels)])
     cache = folder.parent / CACHE
     if device == "auto":

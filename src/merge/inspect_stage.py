@@ -19,6 +19,7 @@ from src.files import check_apart, check_output, new_directory, write_atomically
 from src.merge.inspection import Angles, Comparison, Summary, inspect_adapters
 from src.models.base import weights_folder
 from src.models.discovery import find_adapters
+from src.own_files import check_own
 
 log = logging.getLogger(__name__)
 SHARES = {
@@ -52,7 +53,8 @@ def inspect_stage(
     """
     adapters = [path for name in adapters for path in _below(name)]
     if output is not None:
-        check_output(Path(output), overwrite=overwrite, own=("table.md", "inspect.json", "angles.png"))
+        check_output(Path(output), overwrite=overwrite)
+        check_own(Path(output), ("table.md", "inspect.json", "angles.png"))
         check_apart(Path(output), [*adapters, *([] if base is None else [base])])
     revision = None if base is None else revision_for(base, adapters)
     with nullcontext() if base is None else open_base(weights_folder(base), revision) as weights:

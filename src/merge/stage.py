@@ -36,6 +36,7 @@ from src.merge.record import manifest
 from src.merge.sweep import Variant, point_name, strengths, variants
 from src.merge.write import Target, write
 from src.models.base import weights_folder
+from src.own_files import check_own
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def merge(
     values, combination = strengths(alpha), combine or TaskArithmetic()
     points = variants(method, combination, sweep)
     _check_stages(method, safety, alpha)
-    check_output(Path(output), overwrite=overwrite, own=OWN)
+    check_output(Path(output), overwrite=overwrite)
+    check_own(Path(output), OWN)
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))
     check_licence(license)
     if name is not None and not name.strip():

@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from src.adapters.peft_files import is_trained
 from src.errors import InputError
 from src.files import write_atomically
+from src.run_folder import RUN
 
 log = logging.getLogger(__name__)
 
@@ -170,9 +171,10 @@ def goes_on_with(path: Path, processes: int, *, same_steps: bool) -> bool:
 
 
 def lies_with(path: Path, output: Path, trainer: Trainer) -> bool:
-    """Whether a checkpoint is a run's own: in its output, or where its callbacks write."""
+    """Whether a checkpoint is a run's own: in its output or ``run/`` there, or where its callbacks write."""
     given = path.resolve()
-    return given.is_relative_to(output.resolve()) or given.parent in [folder.resolve() for folder in _folders(trainer)]
+    in_output = given.parent == output.resolve() or given.is_relative_to(output.resolve() / RUN)
+    return in_output or given.parent in [folder.resolve() for folder in _folders(trainer)]
 
 
 def _folders(trainer: Trainer) -> list[Path]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory, write_json, write_text
+from src.own_files import check_own
 from src.report.html import SOURCE
 from src.report.plot import plot_fronts
 from src.report.results import METRICS, ModelResult, load_results
@@ -51,7 +52,8 @@ def report(
     _check_results(results)
     if output is None:
         raise InputError(f"report of {results} needs --output: a directory to write")
-    check_output(Path(output), overwrite=overwrite, own=("table.*", "tradeoff.json", "fronts.png"))
+    check_output(Path(output), overwrite=overwrite)
+    check_own(Path(output), ("table.*", "tradeoff.json", "fronts.png"))
     check_apart(Path(output), [results])
     found = load_results(Path(results))
     columns = list(found[0].shares)
