@@ -13,7 +13,7 @@ from src.experiments.equal_refusal import Gap
 from src.experiments.grid import Model
 from src.experiments.interference_claims import difference_table, kept_claims
 from src.experiments.interference_claims import summary as interference_summary
-from src.experiments.interference_tables import alone_table, kept_front, performance_table
+from src.experiments.interference_tables import alone_table, hardly_learnt, kept_front, performance_table
 from src.experiments.kept import Kept, kept_of, mean_kept, slope
 from src.experiments.safety_tax import category_table, tax_rows
 from src.experiments.scores import (
@@ -359,6 +359,10 @@ def test_experts_alone_are_shown_with_their_rows_and_what_one_answer_scores(tmp_
         one["settings"]["data"]["suites"][0]["rows"] = [str(tmp_path / f"{task}.jsonl")]
     (shown,) = alone_table(given)
     assert [row["constant"] for row in shown["rows"]] == [0.5, ""]
+    assert hardly_learnt(shown) == [
+        "1 of 2 experts (a) score no more than one answer to every prompt would: what is kept of them says little."
+    ]
+    assert hardly_learnt(alone_table({("b", 0): given["b", 0]})[0]) == []
     assert [(row["task"], row["score"]["value"], row["score"]["n"]) for row in shown["rows"]] == [
         ("a", 0.25, 4),
         ("b", 1.0, 5),

@@ -20,6 +20,7 @@ from src.experiments.interference_tables import (
     alone_table,
     degradation_table,
     geometry_table,
+    hardly_learnt,
     kept_front,
     performance_table,
     safety_alone,
@@ -166,15 +167,17 @@ class Interference(Study):
         safety = safety_alone([store.read(model.test) for model in done if model.method == "safety"])
         geometry = {i: store.read(cell) for i, cell in enumerate(plan.others) if store.has_result(cell)}
         shown = {model.test.label: model for model in merged if model.seed == merged[0].seed}
+        own = alone_table(alone)
+        weak = [note for one in own for note in hardly_learnt(one)]
         return {
             "summary": summary(kept, scores, differences),
-            "notes": [*notes, *nothing_alone(merged, alone)],
+            "notes": [*notes, *nothing_alone(merged, alone), *weak],
             "fronts": kept_front(kept, scores),
             "tables": [
                 performance_table(names, kept, scores, safety),
                 *difference_table(differences, most),
                 degradation_table(kept),
-                *alone_table(alone),
+                *own,
                 task_table(kept),
                 size_table(merged, store),
                 *geometry_table(geometry),

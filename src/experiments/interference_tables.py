@@ -120,6 +120,13 @@ def alone_table(alone: Mapping[tuple[str, int], Record]) -> list[Document]:
     return [table("Experts alone, on their own tasks", columns, rows, note=note)] if rows else []
 
 
+def hardly_learnt(table: Document) -> list[str]:
+    """A note on the experts of a table of :func:`alone_table` that have learnt no more than what to answer mostly."""
+    names = [row["task"] for row in table["rows"] if row["constant"] != "" and row["score"]["value"] <= row["constant"]]
+    why = "score no more than one answer to every prompt would: what is kept of them says little"
+    return [f"{len(names)} of {len(table['rows'])} experts ({', '.join(names)}) {why}."] if names else []
+
+
 def task_table(kept: Sequence[Kept]) -> Document:
     """What every merge keeps of every task, means over the seeds that merged it."""
     tasks = list(dict.fromkeys(task for one in kept for task in one.tasks))
