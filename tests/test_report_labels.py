@@ -126,3 +126,42 @@ def test_what_a_merge_writes_is_read_back():
     assert swept_once(f"SST soft, {point.label}") == ("SST soft", "t", 0.1 + 0.2)
     assert swept_once("SST soft, t = 1e-05") == ("SST soft", "t", 1e-5)
     assert swept_once("SST soft") is swept_once("of another tool, mode = fast") is None
+
+
+def test_merges_of_one_method_and_other_adapters_or_settings_are_paths_of_their_own(tmp_path):
+    """Other experts, weights, settings of the combination, Fisher files or forms make other models."""
+
+    def merged(folder, t, alpha, **more):
+        manifest = {
+            "kind": "merge",
+            "method": f"Sst, t = {t}",
+            "alpha": alpha,
+            "settings": {"filter": "soft", "t": t},
+            "combine": {"method": "Ties", "settings": {"density": 0.2}},
+            "utility": [{"sha256": "u", "weight": 1.0}],
+            "safety": {"sha256": "s"},
+            "fisher": [{"sha256": "f"}],
+            "flags": {"rank": None, "energy": None},
+        }
+        name = f"out/{folder}/t-{t}/alpha-{alpha}"
+        return {"name": name, "adapter": name, "manifest": manifest | more, "suites": {}}
+
+    def read(*models):
+        (tmp_path / "metrics.json").write_text(json.dumps({"models": models}))
+        return load_results(tmp_path)
+
+    same = [merged("a", t, alpha) for t in (5, 10) for alpha in (0.5, 1.0)]
+    assert {one.path for one in read(*same)} == {"Sst, t = 5", "Sst, t = 10"}
+    others = [
+        {"utility": [{"sha256": "v", "weight": 1.0}]},
+        {"utility": [{"sha256": "u", "weight": 0.5}]},
+        {"safety": {"sha256": "r"}},
+        {"fisher": [{"sha256": "g"}]},
+        {"settings": {"filter": "topk", "t": 5}},
+        {"combine": {"method": "Ties", "settings": {"density": 0.3}}},
+        {"flags": {"rank": 4, "energy": None}},
+    ]
+    for other in others:
+        found = read(*same, merged("b", 5, 0.5, **other))
+        assert {one.path for one in found} == {"Sst (out/a), t = 5", "Sst (out/a), t = 10", "Sst (out/b), t = 5"}
+        assert len({one.label for one in found}) == 5

@@ -1,6 +1,9 @@
 """Evaluation results as rows of a table: one per model, in the order base, experts, merges by method and strength."""
 
+import json
+import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,11 @@ COLUMNS = {
     "code": (("pass@1", "pass@1"),),
 }
 """Kind of suite to the counters that matter for it, where it has them, each with the name of its column."""
+OPTION = re.compile(r", ([\w.]+) = ")
+SWEPT = re.compile(r"(?:, [\w.]+ = -?[\d.]+(?:e[+-]?\d+)?)+$")
+"""What the name of a merge ends in where options were swept."""
+POINT = re.compile(r"[\w.]+-[\d.]+(?:e[+-]?\d+)?")
+"""Name of a folder of one point: ``alpha-0.5``."""
 METRICS = "metrics.json"
 EXPERT_ORDER = ("utility", "safety")
 
@@ -85,11 +93,41 @@ def load_results(folder: Path) -> list[ModelResult]:
     if not isinstance(record, dict) or not record.get("models"):
         raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
     try:
-        found = [_result(model) for model in record["models"]]
+        found = _told_apart(record["models"], [_result(model) for model in record["models"]])
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         why = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{path}: 'models' is not what `python -m src test` writes there ({why})") from None
     return sorted(_by_sweep(found), key=_order)
+
+
+def _told_apart(models: Sequence[Mapping[str, Any]], found: list[ModelResult]) -> list[ModelResult]:
+    """Merges of one method that differ in more than their strengths get the folders that they lie in beside its name.
+
+    Points of one path are of the same settings, adapters and Fisher files; others are a method of their own.
+    """
+    made: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, (model, one) in enumerate(zip(models, found, strict=True)):
+        if one.alpha is not None:
+            made[SWEPT.sub("", one.method)][_made_of(model["manifest"], one.method)].append(i)
+    several = {i: name for name, groups in made.items() if len(groups) > 1 for each in groups.values() for i in each}
+    for i, name in several.items():
+        folder = Path(found[i].name)
+        while POINT.fullmatch(folder.name):
+            folder = folder.parent
+        found[i] = replace(found[i], method=f"{name} ({folder}){found[i].method[len(name) :]}")
+    return found
+
+
+def _made_of(manifest: Mapping[str, Any], method: str) -> str:
+    """What a merge was made of and how, but for its strength and the options that its name says were swept."""
+    swept = set(OPTION.findall(method))
+    combine = manifest.get("combine") or {}
+    own = {key: value for key, value in (manifest.get("settings") or {}).items() if key not in swept}
+    first = {k: value for k, value in (combine.get("settings") or {}).items() if f"combine.{k}" not in swept}
+    experts = [[one.get("sha256"), one.get("weight")] for one in manifest.get("utility") or ()]
+    files = [(manifest.get("safety") or {}).get("sha256"), *(one.get("sha256") for one in manifest.get("fisher") or ())]
+    form = {key: (manifest.get("flags") or {}).get(key) for key in ("rank", "energy")}
+    return json.dumps([own, combine.get("method"), first, experts, files, form], sort_keys=True, default=str)
 
 
 def _by_sweep(found: list[ModelResult]) -> list[ModelResult]:
@@ -132,5 +170,5 @@ def _order(result: ModelResult) -> tuple[int, int, str, float, str]:
     leaf = Path(result.name).name
     expert = EXPERT_ORDER.index(leaf) if leaf in EXPERT_ORDER else len(EXPERT_ORDER)
     # Task arithmetic is the baseline: its block comes before those of other methods.
-    method = "" if result.method == "TaskArithmetic" else result.path
+    method = result.path.removeprefix("TaskArithmetic")
     return group, expert, method, result.strength[1] if result.strength else 0.0, result.name
