@@ -27,5 +27,5 @@ class KnownAnswers:
         for name, kind in self.suites.items():
             ids = [f"{name}{i:03d}" for i in range(60)]
             rows[name] = {"ids": ids, "categories": [""] * 60, COLUMNS[kind]: [draw.random() < share for _ in ids]}
-        suites = [{"name": name, "kind": kind} for name, kind in self.suites.items()]
+        suites = [{"name": name, "kind": kind, "rows": "absent.jsonl"} for name, kind in self.suites.items()]
         return {"settings": {"data": {"suites": suites}}, "found": {"rows": rows, "examples": {}}}
