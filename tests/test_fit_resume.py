@@ -385,20 +385,19 @@ def test_a_validation_loss_is_that_of_the_step_that_is_written(base, rows, tmp_p
     assert manifest["val_loss"] == (pytest.approx(last, rel=1e-6) if measured else None)
 
 
+def of_two(strategy, validates, **more):
+    """A Trainer of two processes in the middle of an epoch."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_check_val_fx=validates), _data_fetcher=None)
+    shared = {"world_size": 2, "fit_loop": loop, "is_last_batch": False, "received_sigterm": False}
+    return SimpleNamespace(strategy=strategy, **shared, **more)
+
+
 def test_several_processes_ask_about_once_a_minute_however_long_batches_take(monkeypatch):
     """The first process says after how many batches; all count alike."""
     clock, asked, saved = [0.0], [], []
     monkeypatch.setattr("src.models.checkpoints.time.monotonic", lambda: clock[0])
     strategy = SimpleNamespace(broadcast=lambda value: asked.append(clock[0]) or value)
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: False), _data_fetcher=None)
-    trainer = SimpleNamespace(
-        world_size=2,
-        fit_loop=loop,
-        is_last_batch=False,
-        received_sigterm=False,
-        strategy=strategy,
-        save_checkpoint=lambda _: saved.append(clock[0]),
-    )
+    trainer = of_two(strategy, lambda _: False, save_checkpoint=lambda _: saved.append(clock[0]))
     callback = RecentCheckpoint(Path("recent.ckpt"))
     callback.on_train_start(trainer)
     for _ in range(60):
@@ -420,15 +419,9 @@ def test_several_processes_answer_slurms_signal_at_a_common_step(monkeypatch):
     """Its handler writes a checkpoint of all: within the signal every process would be at a step of its own."""
     answered = []
     environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR2)
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: validates), _data_fetcher=None)
-    trainer = SimpleNamespace(
-        world_size=2,
-        fit_loop=loop,
-        is_last_batch=False,
-        received_sigterm=False,
-        strategy=SimpleNamespace(broadcast=lambda value: value, cluster_environment=environment),
-        _signal_connector=SimpleNamespace(_slurm_sigusr_handler_fn=lambda number, _: answered.append(number)),
-    )
+    strategy = SimpleNamespace(broadcast=lambda value: value, cluster_environment=environment)
+    connector = SimpleNamespace(_slurm_sigusr_handler_fn=lambda number, _: answered.append(number))
+    trainer = of_two(strategy, lambda _: validates, _signal_connector=connector)
     callback, before = RecentCheckpoint(Path("recent.ckpt")), signal.getsignal(signal.SIGUSR2)
     try:
         callback.on_train_start(trainer)
