@@ -27,6 +27,7 @@ from src.models import checkpoints
 from src.models.base import load_tokenizer
 from src.models.checkpoint_rows import RowsRecord, other_rows
 from src.models.fisher_output import remove_done
+from src.models.recent_checkpoint import RecentCheckpoint
 from src.models.sharding import make_patient
 from src.models.speed import default_accelerator, keep_freed_memory
 from src.models.stopping import StopAtSigterm
@@ -250,7 +251,7 @@ class TrainerCommand(LightningCLI):
         if self.command == "fit":
             trainer.callbacks.insert(0, RowsRecord(lambda: self.learnt))  # type: ignore[attr-defined]
         if self.command == "fit" and config.trainer.enable_checkpointing is not False:
-            recent = checkpoints.RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
+            recent = RecentCheckpoint(self.output / CHECKPOINTS / RECENT)
             trainer.callbacks.insert(0, recent)  # type: ignore[attr-defined]
         return trainer
 

@@ -24,10 +24,8 @@ from src.experiments.settings import EvaluationSpec, ExpertSpec, MethodSpec, Rec
 from src.experiments.study import Plan, check_names
 from src.experiments.tasks import read_tasks
 from src.merge.base import MergeMethod
-from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
-from src.merge.combinations.ties import Ties
 from src.merge.sst import Sst
 from src.metrics import tradeoff
 from src.metrics.bootstrap import Estimate
@@ -194,14 +192,6 @@ def test_names_that_no_test_could_have_stop_before_any_training(tmp_path, names,
     grid = SimpleNamespace(recipe=SimpleNamespace(evaluation=SimpleNamespace(suites=[{"name": "harmful"}])))
     with pytest.raises(InputError, match=message):
         Interference(str(tmp_path), [2], methods).plan(grid, [0])  # type: ignore[arg-type]
-
-
-def test_a_filter_is_not_measured_at_a_sum_of_experts_that_it_is_not_added_to():
-    with pytest.raises(InputError, match="method A: combine is Ties, and Fisher passes measure at a plain sum"):
-        MethodSpec("A", method=Sst(), combine=Ties(), strength=Strengths("alpha", [1.0]), rank=4).check()
-    for combine in (Linear(), Concatenate(), TaskArithmetic(), None):
-        MethodSpec("A", method=Sst(), combine=combine, strength=Strengths("alpha", [1.0])).check()
-    MethodSpec("A", method=TaskArithmetic(), combine=Ties(), strength=Strengths("alpha", [1.0]), rank=4).check()
 
 
 def alpha(name, *values):

@@ -29,7 +29,9 @@ from src.experiments.settings import (
 from src.experiments.stage import experiment
 from src.experiments.store import Store
 from src.merge.base import MergeMethod
+from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.dare import Dare
+from src.merge.combinations.linear import Linear
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.resta import Resta
@@ -247,6 +249,25 @@ def test_settings_of_a_method_reach_the_passes_of_a_first_step_that_has_any(reci
 def test_ablations_refuse_what_a_reference_does_not_read(spec, axes, message):
     with pytest.raises(InputError, match=message):
         Ablations(spec, axes)
+
+
+def test_a_filter_is_not_measured_at_a_sum_of_experts_that_it_is_not_added_to(recipe):
+    grid = Grid(recipe())
+    experts = [Cell("fit", f"expert {i}", {"i": i}) for i in range(2)]
+
+    def merges(method, combine, rank=None):
+        spec = MethodSpec("A", method=method, combine=combine, strength=Strengths("alpha", [1.0]), rank=rank)
+        return grid.merges(spec, experts, experts[0], 0)
+
+    with pytest.raises(InputError, match="method A: combine is Ties, and Fisher passes measure at a plain sum"):
+        merges(Sst(), Ties(), 4)
+    weights = [
+        merge.needs["fisher"][0].settings["model"].get("utility_weights")
+        for combine in (Linear(), Concatenate(), TaskArithmetic(), None)
+        for _, merge in merges(Sst(), combine)
+    ]
+    assert weights == [[0.5, 0.5], None, None, None]
+    assert len(merges(TaskArithmetic(), Ties(), 4)) == 1
 
 
 def test_interference_trains_no_cores():

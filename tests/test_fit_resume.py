@@ -24,7 +24,6 @@ from src.cli import main
 from src.errors import InputError
 from src.models.checkpoints import (
     GOING_ON,
-    RecentCheckpoint,
     can_go_on,
     check_checkpoint,
     check_processes,
@@ -33,6 +32,7 @@ from src.models.checkpoints import (
     lies_with,
     rewind_to_step,
 )
+from src.models.recent_checkpoint import RecentCheckpoint
 from tests.commands import fit_flags, run_processes
 
 BATCHES = 5
@@ -395,7 +395,7 @@ def of_two(strategy, validates, **more):
 def test_several_processes_ask_about_once_a_minute_however_long_batches_take(monkeypatch):
     """The first process says after how many batches; all count alike."""
     clock, asked, saved = [0.0], [], []
-    monkeypatch.setattr("src.models.checkpoints.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("src.models.recent_checkpoint.time.monotonic", lambda: clock[0])
     strategy = SimpleNamespace(broadcast=lambda value: asked.append(clock[0]) or value)
     trainer = of_two(strategy, lambda _: False, save_checkpoint=lambda _: saved.append(clock[0]))
     callback = RecentCheckpoint(Path("recent.ckpt"))

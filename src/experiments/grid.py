@@ -209,10 +209,19 @@ class Grid:
 
 
 def _mean_point(spec: MethodSpec, utility: Sequence[Cell]) -> dict[str, Any]:
-    """Settings of a Fisher pass at the mean of several experts, where a method averages them."""
+    """Settings of a Fisher pass at the mean of several experts, where a method averages them.
+
+    Raises:
+        InputError: its experts are no sum, and passes would measure at another model than the patch is added to.
+    """
     plain_sum = [1.0] * len(utility)
     weights = plain_sum if spec.combine is None else spec.combine.sum_weights(plain_sum)
-    return {} if weights in (None, plain_sum) else {"model": {"utility_weights": weights}}
+    if weights is None:
+        raise InputError(
+            f"method {spec.name}: combine is {type(spec.combine).__name__}, and Fisher passes measure at a plain sum "
+            "of the experts; expected TaskArithmetic, Linear or Concatenate"
+        )
+    return {} if weights == plain_sum else {"model": {"utility_weights": weights}}
 
 
 def seeded(method: MergeMethod, seed: int) -> MergeMethod:

@@ -129,7 +129,6 @@ class MethodSpec:
         if self.strength.option == "none" and len(self.strength.values) > 1:
             raise InputError(f"method {self.name}: {len(self.strength.values)} values of strength option none")
         self._check_form()
-        self._check_point()
 
     @property
     def _merges(self) -> bool:
@@ -180,15 +179,6 @@ class MethodSpec:
         if self.fisher and not measures:
             needy = "a method that needs Fisher files, or train beside_safety with model.regularizer in settings"
             raise InputError(f"method {self.name}: fisher is for {needy}")
-
-    def _check_point(self) -> None:
-        """Stop where Fisher matrices would be measured at another model than the one that the patch is added to."""
-        needs_fisher = self.method is not None and self.method.needs_fisher
-        if needs_fisher and self.combine is not None and self.combine.sum_weights([1.0]) is None:
-            raise InputError(
-                f"method {self.name}: combine is {type(self.combine).__name__}, and Fisher passes measure at a plain "
-                "sum of the experts; expected TaskArithmetic, Linear or Concatenate"
-            )
 
     def _check_form(self) -> None:
         """Stop where no adapter holds the merge: merges would say so after all trainings."""

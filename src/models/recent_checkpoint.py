@@ -1,0 +1,70 @@
+"""One checkpoint of the last minutes of a training, which a kill does not cost more than."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+
+class RecentCheckpoint(Callback):
+    """Keeps one checkpoint of the last minutes of a training, and of the step at which SIGTERM ends it.
+
+    It is no ``ModelCheckpoint``: those of the configuration alone say which checkpoint is the best.
+
+    Args:
+        path: File to write.
+        every: Seconds from one time to the next.
+    """
+
+    TOGETHER = 64
+    """Most batches after which several processes ask the first whether it is time: an answer makes them wait for it."""
+    ASKED = 60.0
+    """Seconds after which they ask it, as long as batches take."""
+
+    def __init__(self, path: Path, every: float = 600.0) -> None:
+        self.path, self.every = path, every
+        self._saved = self._asked = 0.0
+        self._batches, self._left = 0, 1
+        self._requeued: int | None = None
+
+    def on_train_start(self, trainer: Trainer, *_args: Any) -> None:
+        """Start the clock, and let several processes answer SLURM's signal together."""
+        self._saved = self._asked = time.monotonic()
+        self._batches, self._left = 0, 1
+        self._requeued = None
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.world_size > 1 and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            # Lightning's handler writes a checkpoint, for which all must be at the same step, wherever it comes.
+            signal.signal(environment.requeue_signal or signal.SIGUSR1, self._on_requeue)
+
+    def _on_requeue(self, number: int, _frame: FrameType | None) -> None:
+        self._requeued = number
+
+    def on_train_batch_end(self, trainer: Trainer, *_args: Any) -> None:
+        """Save where it is time to; a collective operation."""
+        self._batches, self._left = self._batches + 1, self._left - 1
+        if trainer.world_size > 1 and self._left > 0:
+            return
+        loop: Any = trainer.fit_loop
+        # A run that goes on from here would leave out the validation that comes next.
+        validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        # Several processes learn of a signal at different batches, and cannot write together then.
+        stopped = trainer.received_sigterm and trainer.world_size == 1
+        now = time.monotonic()
+        due = stopped or now - self._saved >= self.every
+        each = (now - self._asked) / self._batches
+        left = max(1, min(self.TOGETHER, int(self.ASKED / max(each, 1e-6))))
+        asked = (due and not validates, left, None if validates else self._requeued)
+        save, self._left, requeued = trainer.strategy.broadcast(asked)
+        self._asked, self._batches = now, 0
+        if requeued is not None:
+            self._requeued = None
+            connector: Any = trainer._signal_connector
+            connector._slurm_sigusr_handler_fn(requeued, None)
+        elif save:
+            trainer.save_checkpoint(self.path)
+            self._saved = time.monotonic()
