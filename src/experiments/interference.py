@@ -175,7 +175,7 @@ class Interference(Study):
             "fronts": kept_front(kept, scores),
             "tables": [
                 performance_table(names, kept, scores, safety),
-                *difference_table(differences, most),
+                *difference_table(differences, kept),
                 degradation_table(kept),
                 *own,
                 task_table(kept),

@@ -38,10 +38,11 @@ def kept_claims(kept: Sequence[Kept]) -> list[Claim]:
     ]
 
 
-def difference_table(found: Sequence[Claim], count: int) -> list[Document]:
-    """Claims of :func:`kept_claims`."""
+def difference_table(found: Sequence[Claim], kept: Sequence[Kept]) -> list[Document]:
+    """Claims of :func:`kept_claims`, which are of the merges of most experts."""
     if not found:
         return []
+    count = max(one.count for one in kept)
     how = (
         "Rows of every task drawn anew, for merges and their experts together, means over seeds, 95 % intervals. A "
         f"claim is made where the interval of the difference excludes 0. {OVER_ROWS} "
