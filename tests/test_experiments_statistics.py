@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from src.experiments.comparison import Choice, chosen_point, summary
@@ -134,9 +135,9 @@ def test_a_long_table_has_draws_enough_for_its_claims_to_hold():
     assert "of the 100 claims, 100 also hold at 5 % after adjustment." in claims_table(hundred, "Claims")["note"]
     few = claims_table(claims(scores, "A", ["B"] * 135, ["refusal"]), "Claims")["note"]
     assert "of the 135 claims, 0 also hold" in few
-    assert [draws_for(count) for count in (1, 100, 101, 135)] == [4000, 4000, 8080, 10_800]
+    assert [draws_for(count) for count in (1, 10, 11, 135)] == [4000, 4000, 4400, 54_000]
     finer = claims(gathered(models, draws=draws_for(135)), "A", ["B"] * 135, ["refusal"])
-    assert finer[0].p_value == pytest.approx(2 / 10_801)
+    assert finer[0].p_value == pytest.approx(2 / 54_001)
     assert "of the 135 claims, 135 also hold" in claims_table(finer, "Claims")["note"]
 
 
@@ -453,6 +454,34 @@ def test_draws_without_a_difference_are_in_both_tails_however_they_were_rounded(
     exact = np.array([0.1] * 960 + [0.0] * 40)
     noise = np.where(exact == 0, 1e-17 * (-1.0) ** np.arange(1000), exact)
     assert two_sided_p(noise) == two_sided_p(exact) == pytest.approx(2 * 41 / 1001)
+
+
+@pytest.mark.parametrize(("first", "second"), [(10, 0), (5, 0), (1, 0), (0, 0), (9, 2), (30, 12)])
+def test_few_yes_no_rows_that_differ_are_no_surer_than_mcnemars_exact_test_says(first, second):
+    flags = torch.zeros(200, 2, dtype=torch.float64)
+    flags[:first, 0], flags[first : first + second, 1] = 1, 1
+    scores = Scores(("A", "B"), tuple(("s", str(i), 0) for i in range(200)), flags, count=16_000)
+    exact = scipy.stats.binomtest(first, first + second).pvalue if first + second else 1.0
+    assert scores.p_value("A", "B") == pytest.approx(exact, rel=0.15, abs=4e-4)
+    assert scores.p_value("A", "B") == scores.p_value("B", "A")
+    found, (low, high) = scores.difference("A", "B"), tango(first, second, 200)
+    assert found.low <= low < high <= found.high
+
+
+def test_a_p_value_is_the_larger_of_the_bootstraps_and_of_scipys_paired_permutation_test():
+    draw = np.random.default_rng(3)
+    larger = set()
+    for shift in (0.0, 0.15, 0.3):
+        for values in (draw.normal(shift, 1, (90, 1)), draw.exponential(0.7 + shift, (90, 1)) - 0.7):
+            rows = tuple(("s", str(i), 0) for i in range(90))
+            scores = Scores(("A", "B"), rows, torch.tensor(np.c_[values, 0 * values]), count=8000)
+            swapped = scipy.stats.permutation_test(
+                (values[:, 0],), np.mean, permutation_type="samples", n_resamples=8000, rng=1
+            ).pvalue
+            resampled = two_sided_p(scores.draws[:, 0].numpy())
+            larger.add(swapped > resampled)
+            assert scores.p_value("A", "B") == pytest.approx(max(swapped, resampled), rel=0.15, abs=1e-3)
+    assert larger == {True, False}
 
 
 def evaluated(scores):

@@ -18,12 +18,13 @@ import torch
 
 from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
-from src.metrics.bootstrap import ENDS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import ENDS, EQUAL, Estimate, bootstrap, flipped_means, resampled_means, widest
 from src.metrics.categories import categories_of
 
 DRAWS = 4000
-FINER = 80
-"""Draws for each comparison of a table, where :data:`DRAWS` give no p-value that Holm's adjustment can leave at 5 %."""
+FINER = 400
+"""Draws for each comparison of a table, where :data:`DRAWS` are fewer: Holm's adjustment then leaves a difference that
+no draw contradicts a p-value of .5 %, far enough from 5 % for a draw more or less not to decide."""
 
 Measure = Literal[
     "refusal", "attack_success", "over_refusal", "utility", "task_nll", "answer_nll", "collapse", "kept", "kept_ratio"
@@ -146,25 +147,33 @@ class Scores:
             return bootstrap(values.tolist(), draws=self.count)
         return self._estimate(values.mean().item(), self.draws[:, column])
 
-    def difference(self, first: str, second: str) -> Estimate:
-        """Mean of ``first − second`` over the rows with its 95 % interval.
+    @cached_property
+    def flips(self) -> torch.Tensor:
+        """(S, M) means over rows of random signs; the same signs for all models."""
+        return flipped_means(self.values, seed=self.seed, draws=self.count)
 
-        Where all rows differ alike it is :func:`paired_difference`'s for that case.
-        """
+    def difference(self, first: str, second: str) -> Estimate:
+        """Mean of ``first − second`` over the rows with its 95 % interval, honest at its edges (:func:`widest`)."""
         one, two = self.models.index(first), self.models.index(second)
-        differences = self.values[:, one] - self.values[:, two]
-        if _alike(differences):
-            return paired_difference(self.values[:, one].tolist(), self.values[:, two].tolist(), draws=self.count)
-        return self._estimate(differences.mean().item(), self.draws[:, one] - self.draws[:, two])
+        pairs = [(float(a), float(b)) for a, b in self.values[:, [one, two]].tolist()]
+        value = (self.values[:, one] - self.values[:, two]).mean().item()
+        found = self._estimate(value, self.draws[:, one] - self.draws[:, two])
+        low, high = widest(pairs, value)
+        return Estimate(value, min(found.low, low), max(found.high, high), found.n)
 
     def p_value(self, first: str, second: str) -> float:
-        """Two-sided bootstrap p-value of no difference; 1 where all rows differ alike, and are too few to say more."""
+        """Two-sided p-value of no difference: the larger of the bootstrap's and of the paired randomisation test's.
+
+        The latter (R. A. Fisher, The Design of Experiments, 1935, on Darwin's pairs) swaps the two models in rows at
+        random; where all scores are yes or no it is McNemar's exact test. Where few rows differ the bootstrap's tail is
+        too light: of 10 rows for one model and none for the other it draws none without a difference.
+        """
         one, two = self.models.index(first), self.models.index(second)
-        if _alike(self.values[:, one] - self.values[:, two]):
-            found = self.difference(first, second)
-            if found.low <= EQUAL and found.high >= -EQUAL:
-                return 1.0
-        return two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy())
+        value = (self.values[:, one] - self.values[:, two]).mean()
+        swapped = self.flips[:, one] - self.flips[:, two]
+        as_far = int((swapped.abs() >= value.abs() - EQUAL).sum())
+        randomised = (as_far + 1) / (len(swapped) + 1)
+        return max(randomised, two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy()))
 
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
         low, high = torch.quantile(drawn, ENDS).tolist()
@@ -186,8 +195,8 @@ def two_sided_p(drawn: np.ndarray) -> float:
 
 
 def draws_for(comparisons: int) -> int:
-    """How many draws a table of so many comparisons needs: as many as usual, unless none could hold after Holm's."""
-    return DRAWS if 2 * comparisons / (DRAWS + 1) < 0.05 else FINER * comparisons
+    """How many draws a table of so many comparisons needs: :data:`FINER` for each, and never fewer than usual."""
+    return max(DRAWS, FINER * comparisons)
 
 
 def gathered(

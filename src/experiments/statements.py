@@ -13,7 +13,7 @@ LEVEL = 0.05
 NO_DIFFERENCE = "no difference shown"
 BOOTSTRAP = (
     "Paired bootstrap over prompts of means over seeds, 95 % intervals. A claim is made where the interval of the "
-    "difference excludes 0. "
+    "difference excludes 0. p is the larger of the bootstrap's and of the paired randomisation test's. "
 )
 HOLM = (
     "Intervals are for one comparison each; the Holm-adjusted p-values are for all {count} of this table together: of "

@@ -51,6 +51,21 @@ def resampled_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) 
     return torch.cat(means).reshape(-1, *values.shape[1:])
 
 
+def flipped_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) -> torch.Tensor:
+    """Means (draws, …) of values (N, …) under random signs of the rows, float64.
+
+    A difference of two columns is one of models that change places in random rows (paired randomisation test).
+    """
+    count = len(values)
+    generator = torch.Generator().manual_seed(seed)
+    flat = values.double().reshape(count, -1)
+    means = []
+    for start in range(0, draws, 500):
+        signs = torch.randint(2, (min(500, draws - start), count), generator=generator).double() * 2 - 1
+        means.append(signs @ flat / count)
+    return torch.cat(means).reshape(-1, *values.shape[1:])
+
+
 def bootstrap(values: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
     """Mean of per-example scores with its 95 % interval: percentiles, or Wilson's where all are equal in [0, 1].
 
@@ -87,12 +102,20 @@ def paired_difference(
         raise ValueError(f"{len(first)} and {len(second)} values are not of the same rows")
     pairs = [(float(a), float(b)) for a, b in zip(first, second, strict=True)]
     found = _percentiles([a - b for a, b in pairs], seed=seed, draws=draws)
-    low, high = _widest(pairs, found.value)
+    low, high = widest(pairs, found.value)
     return Estimate(found.value, min(found.low, low), max(found.high, high), found.n)
 
 
-def _widest(pairs: Sequence[tuple[float, float]], value: float) -> tuple[float, float]:
-    """Ends that the interval of a difference must reach: of yes/no scores, and where resampling says nothing."""
+def widest(pairs: Sequence[tuple[float, float]], value: float) -> tuple[float, float]:
+    """Ends that the interval of a mean difference must reach: of yes/no scores, and where resampling says nothing.
+
+    Args:
+        pairs: Scores of both on each row.
+        value: The mean difference.
+
+    Returns:
+        Both ends; the value itself where neither case is given.
+    """
     if all(a in (0, 1) and b in (0, 1) for a, b in pairs):
         return tango(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))
     if all(abs(a - b - value) < EQUAL and 0 <= min(a, b) <= max(a, b) <= 1 for a, b in pairs):
