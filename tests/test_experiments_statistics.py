@@ -15,7 +15,7 @@ from src.experiments.grid import Model
 from src.experiments.interference_claims import difference_table, kept_claims
 from src.experiments.interference_claims import summary as interference_summary
 from src.experiments.interference_tables import alone_table, hardly_learnt, kept_front, performance_table
-from src.experiments.kept import Kept, kept_of, mean_kept, slope
+from src.experiments.kept import Kept, difference, kept_of, mean_kept, slope
 from src.experiments.safety_tax import category_table, tax_rows
 from src.experiments.scores import (
     DRAWS,
@@ -30,7 +30,7 @@ from src.experiments.scores import (
     two_sided_p,
 )
 from src.experiments.statements import Claim, claims, claims_table, holm, tally
-from src.metrics.bootstrap import Estimate, paired_difference
+from src.metrics.bootstrap import Estimate, bias_corrected, paired_difference
 from src.metrics.intervals import tango, wilson
 
 KINDS = {"bad": "harmful", "safe": "borderline", "task": "utility", "free": "utility", "said": "benign"}
@@ -338,10 +338,42 @@ def test_the_ratio_of_mean_scores_does_not_hang_on_a_task_that_its_expert_hardly
 def test_a_merge_that_scores_nothing_is_not_certain_to_keep_nothing():
     own = {"a": [1, 0] * 10, "b": [1, 1, 1, 0] * 5}
     found = kept_by({"a": [0] * 20, "b": [0] * 20}, own)
-    for how in ("mean", "ratio"):
+    for how, share in (("mean", (1 / 0.5 + 1 / 0.75) / 2), ("ratio", 1 / 0.625)):
         none = mean_kept([found], how)
         assert (none.value, none.low, none.n) == (0.0, 0.0, 40)
-        assert none.high == pytest.approx(wilson(0, 40)[1] / 0.625)
+        assert none.high == pytest.approx(wilson(0, 40)[1] * share)
+
+
+def test_merges_that_score_alike_on_every_row_are_not_certain_to_be_alike():
+    own = {"a": [1, 0] * 10, "b": [1, 1, 1, 0] * 5}
+    found = kept_by({"a": [1, 0] * 10, "b": [1, 0] * 10}, own)
+    same, p = difference([found], [found], "ratio")
+    assert (same.value, same.low, same.high) == pytest.approx((0, -wilson(0, 40)[1] / 0.625, wilson(0, 40)[1] / 0.625))
+    assert p == 1.0
+    other, p = difference([found], [kept_by({"a": [0, 1] * 10, "b": [1, 0] * 10}, own)], "ratio")
+    assert other.value == 0.0
+    assert p > 0.9
+
+
+def test_intervals_of_what_is_kept_hold_the_truth_as_often_as_they_should():
+    """Percentiles of resampled ratios lie too high: on few rows their lower end misses one time in ten."""
+    draw = np.random.default_rng(0)
+    tasks, rows, runs = 12, 30, 250
+    held, plain = [], []
+    for _ in range(runs):
+        chance = draw.uniform(0.2, 0.9, tasks)
+        keeps = draw.uniform(0.4, 1.0, tasks)
+        own = draw.random((tasks, rows)) < chance[:, None]
+        merged = draw.random((tasks, rows)) < (chance * keeps)[:, None]
+        again = draw.integers(rows, size=(400, tasks, rows))
+        theirs, ours = (np.take_along_axis(flags[None], again, 2).mean(2) for flags in (own, merged))
+        drawn = torch.tensor((ours / np.maximum(theirs, 1 / rows)).mean(1))
+        low, high, _ = bias_corrected((merged.mean(1) / own.mean(1)).mean(), drawn)
+        truth = keeps.mean()
+        held.append(low <= truth <= high)
+        plain.append(np.quantile(drawn, 0.025) <= truth <= np.quantile(drawn, 0.975))
+    assert np.mean(plain) < 0.92
+    assert 0.935 < np.mean(held) < 0.985
 
 
 def test_merges_are_shown_where_nothing_can_be_kept_and_beside_the_safety_expert():

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from src.data.rows import Row
 from src.data.suite import Suite
 from src.metrics.agreement import Pairs, count_pairs, kappa, mcnemar
-from src.metrics.bootstrap import bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import bias_corrected, bootstrap, paired_difference, resampled_means
 from src.metrics.code import pass_at_k
 from src.metrics.counters import FlagRate
 from src.metrics.fronts import summed_up, volumes
@@ -54,6 +54,25 @@ def test_bootstrap_agrees_with_scipy():
     assert bootstrap(values.tolist(), seed=1) != ours
     with pytest.raises(ValueError, match="no values"):
         bootstrap([])
+
+
+def test_bias_corrected_percentiles_are_efrons():
+    """scipy has them with Efron's acceleration, which is 0 of a mean of symmetric values; so a mean is moved aside."""
+    half = np.random.default_rng(4).normal(0.0, 1.0, 40)
+    values = np.concatenate([1 + half, 1 - half])
+    theirs = scipy_bootstrap((values,), np.mean, method="BCa", n_resamples=20_000, rng=5)
+    drawn = torch.tensor(theirs.bootstrap_distribution)
+    low, high, p = bias_corrected(values.mean(), drawn)
+    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=1e-3)
+    assert p == pytest.approx(2 / 20_001)
+    # Draws that lie to one side of the number: the definition, and an end at 0 has a p-value of 5 %.
+    place = norm.ppf((drawn.numpy() < 1.1).mean())
+    ends = np.quantile(drawn, norm.cdf(2 * place + norm.ppf([0.025, 0.975])))
+    low, high, _ = bias_corrected(1.1, drawn)
+    assert (low, high) == pytest.approx(tuple(ends), abs=1e-3)
+    assert bias_corrected(1.1 - low, drawn - low)[2] == pytest.approx(0.05, abs=1e-3)
+    assert bias_corrected(0.5, torch.full((100,), 0.5, dtype=torch.float64))[:2] == (0.5, 0.5)
+    assert bias_corrected(0.0, torch.zeros(100, dtype=torch.float64)) == (0.0, 0.0, 1.0)
 
 
 def test_resampled_means_have_the_spread_of_a_mean():

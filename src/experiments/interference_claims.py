@@ -44,8 +44,8 @@ def difference_table(found: Sequence[Claim], kept: Sequence[Kept]) -> list[Docum
         return []
     count = max(one.count for one in kept)
     how = (
-        "Rows of every task drawn anew, for merges and their experts together, means over seeds, 95 % intervals. A "
-        f"claim is made where the interval of the difference excludes 0. {OVER_ROWS} "
+        "Rows of every task drawn anew, for merges and their experts together, means over seeds, bias-corrected 95 % "
+        f"intervals. A claim is made where the interval of the difference excludes 0. {OVER_ROWS} "
     )
     return [claims_table(found, f"Differences between merges of {count} experts", how)]
 
