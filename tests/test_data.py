@@ -449,7 +449,11 @@ def test_text_of_a_csv_file_is_text(tmp_path):
         ("d/a.tsv", "prompt\tresponse\nHow?\tNo.\n", r"a\.tsv: tables with tabs in a directory are not read"),
         ("a.csv", "prompt,response\n", r"a\.csv: no rows"),
         ("a.csv", "", r"a\.csv: no rows"),
-        ("a.txt", "prompt", r"a\.txt: the name ends in '\.txt'; expected one of \.jsonl, \.csv, \.tsv, \.parquet"),
+        (
+            "a.txt",
+            "prompt",
+            r"a\.txt: the name ends in '\.txt'; expected one of \.jsonl, \.jsonl\.gz, \.csv, \.tsv, \.parquet",
+        ),
     ],
 )
 def test_files_that_are_no_table_of_rows_are_one_line(tmp_path, name, text, message):

@@ -77,7 +77,7 @@ def test_choices_are_those_that_their_source_names(tmp_path):
 def test_prompts_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
     for prompt, message in (
-        ([{"role": "user", "content": "x"}], "the prompt is a list; expected text"),
+        (["x"], "the prompt is a list; expected text"),
         ({"a": 1}, "the prompt is a dict; expected text"),
     ):
         write_jsonl(path, [{"prompt": prompt}])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from src.data.conversations import Message
 from src.data.rows import Row
 from src.errors import InputError, one_line
 
@@ -155,16 +156,25 @@ class Encoder:
         """Tokens at which generation stops."""
         return sorted(self._ends)
 
-    def prompt_text(self, prompt: str) -> str:
-        """The text in front of the answer."""
+    def prompt_text(self, prompt: str, before: Sequence[Message] = ()) -> str:
+        """The text in front of the answer.
+
+        Raises:
+            InputError: messages stand before the prompt, and no template says how.
+        """
         if not self.chat:
+            if before:
+                raise InputError(
+                    f"{self.tokenizer.name_or_path}: rows with a system's message or earlier turns need a chat template"
+                )
             return prompt + "\n"
-        opened = self._render([{"role": "user", "content": prompt}], generation=True)
+        messages = [{"role": role, "content": text} for role, text in (*before, ("user", prompt))]
+        opened = self._render(messages, generation=True)
         return without_thought(opened) + self._opening
 
     def encode(self, row: Row, *, with_answer: bool = True) -> Encoded:
         """Token ids of a row; the answer part is empty where the row has no response, or its prompt alone is asked."""
-        prompt = text_ids(self.tokenizer, self.prompt_text(row.prompt), special=not self.chat)
+        prompt = text_ids(self.tokenizer, self.prompt_text(row.prompt, row.before), special=not self.chat)
         answer: list[int] = []
         if row.response and with_answer:
             answer = [*self.tokenizer(row.response, add_special_tokens=False).input_ids, self.end_id]

@@ -20,9 +20,9 @@ class RowSource:
     r"""A set of rows.
 
     Args:
-        path: A JSONL, JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data set's name; or a
-            YAML file of these options (such as ``gsm8k.yaml``), over which the others here stand. One that is given its
-            default here leaves the file's: ``split: train`` does not change a mapping's ``test``.
+        path: A JSONL (also .jsonl.gz), JSON, CSV or Parquet file, a directory that ``datasets`` reads, or a hub data
+            set's name; or a YAML file of these options (such as ``gsm8k.yaml``), over which the others here stand. One
+            that is given its default here leaves the file's: ``split: train`` does not change a mapping's ``test``.
         split: The hub data set's or directory's split; slices such as ``train[:500]`` are allowed. Files have none.
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
@@ -30,10 +30,14 @@ class RowSource:
             ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
             leaves a field empty. Braces of a template that name no column are an error; they stay as they are where
             they hold nothing, white space alone, or a quotation mark, comma, colon or backslash, and where they stand
-            directly behind ``\word``, its braces, ``^`` or ``_`` (JSON, LaTeX).
+            directly behind ``\word``, its braces, ``^`` or ``_`` (JSON, LaTeX). A prompt's column may hold a list of
+            messages, such as ``messages``, which is read where there is no column ``prompt``: the last of the user's
+            is the prompt, the assistant's behind it the response; others stand before the prompt and are not learnt.
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
+        system: What the system says before every prompt, in place of what a list of messages has; it needs a chat
+            template that takes it.
         answer_tokens: Learn or measure the first tokens of each answer only, not its end unless it is that short: what
             decides whether a model refuses (Qi et al., 2406.05946). For training and Fisher passes.
         weight: How much each row counts in the mean beside rows of other sources; above 0. For Fisher passes.
@@ -53,6 +57,7 @@ class RowSource:
     where: dict[str, Any] = field(default_factory=dict)
     remove: str | None = None
     response: str | None = None
+    system: str | None = None
     answer_tokens: int | None = None
     weight: float = 1.0
     answered: bool = False

@@ -1,13 +1,16 @@
 """A row: one prompt, and for training and scoring its reference answer."""
 
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from src.data.conversations import Message, spoken
 from src.errors import InputError, one_line
 
 NO_SPACE = re.compile(r"\S")
@@ -24,6 +27,7 @@ class Row:
         category: Kind of prompt, where known.
         source: Where the row was read.
         answer_tokens: Number of tokens of the answer that are learned or measured, from its first on; nothing is all.
+        before: Roles and texts of the messages before the prompt: the system's, and earlier turns.
     """
 
     id: str
@@ -32,19 +36,28 @@ class Row:
     category: str = ""
     source: str = ""
     answer_tokens: int | None = None
+    before: tuple[Message, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """The prompt, with the turns before it where there are some."""
+        return spoken(self.before, self.prompt)
 
     @property
     def prompt_hash(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of the prompt, case and white space folded."""
-        return hashlib.sha256(" ".join(self.prompt.casefold().split()).encode()).hexdigest()[:16]
+        """First 16 hexadecimal digits of the SHA-256 of what is asked, case and white space folded."""
+        return hashlib.sha256(" ".join(self.asked.casefold().split()).encode()).hexdigest()[:16]
 
 
 def rows_sha256(rows: Iterable[Any]) -> str:
     """SHA-256 of rows (data classes), identifiers included, in their order."""
     digest = hashlib.sha256()
     for row in rows:
-        # Rows of whole answers have the hash that they had before answers could be cut.
-        values = {key: value for key, value in asdict(row).items() if (key, value) != ("answer_tokens", None)}
+        # Rows of whole answers to single prompts have the hash that they had before there were others.
+        values = asdict(row)
+        for key, usual in (("answer_tokens", None), ("before", ())):
+            if values[key] == usual:
+                del values[key]
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
@@ -53,7 +66,7 @@ def learnt_sha256(rows: Iterable[Any]) -> str:
     """SHA-256 of prompts and answers, as far as they are learnt, in their order: not of identifiers and paths."""
     digest = hashlib.sha256()
     for row in rows:
-        values = [row.prompt, row.response, row.answer_tokens]
+        values = [row.prompt, row.response, row.answer_tokens, *([row.before] if row.before else [])]
         digest.update(json.dumps(values, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
@@ -145,7 +158,13 @@ def read_utf8(path: Path) -> str:
         InputError: there is none, or it is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # what Windows writes begins with a mark
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        # What Windows writes begins with a mark, and ends lines in two.
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a whole gzip file ({one_line(error)})") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a JSONL file of rows") from None
     except IsADirectoryError:

@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
+from src.data.conversations import Message, answer_of, is_conversation, read_conversation
 from src.data.row_source import RowSource, Sources, as_sources, find_file
 from src.data.rows import Row, read_jsonl
 from src.data.tables import load_table
@@ -18,6 +19,8 @@ from src.metrics.categories import category_text
 
 log = logging.getLogger(__name__)
 FIELDS = ("id", "prompt", "response", "category")
+OF_ANSWERS = ("remove", "response", "system", "answer_tokens", "weight", "answered")
+"""Options of sources whose rows are a prompt and an answer."""
 NAMED = re.compile(r"\{([^{}]+)\}")
 """A column that a template names."""
 NO_NAME = re.compile(r"[\"',:\\]")
@@ -70,7 +73,7 @@ def load_records(
         fields: What columns may be named for.
         build: Makes a row: ``build(source, number, place, record)``.
     """
-    refuse_options(value, "rows of a prompt and an answer", "remove", "response", "answer_tokens", "weight", "answered")
+    refuse_options(value, "rows of a prompt and an answer", *OF_ANSWERS)
     return _from_all(value, fields, lambda source: [build(source, *each) for each in _chosen(source)])
 
 
@@ -115,6 +118,8 @@ def _select(rows: list[R], source: RowSource) -> list[R]:
 def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
     remove = _pattern(source)
     answer = source.response
+    if source.system is not None and not source.system.strip():
+        raise InputError(f"{source.path}: system is {source.system!r}; expected a text")
     if answer is not None:
         if not answer.strip() or remove is not None or "response" in source.columns:
             raise InputError(
@@ -122,13 +127,16 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             )
         source = replace(source, columns={**source.columns, "response": ""})
     _check_numbers(source)
-    for number, place, record in _chosen(source):
+    for number, place, given in _chosen(source):
+        before, record = _as_texts(given, source, place)
         _check_texts(record, source, place)
         values = {name: _field(record, name, source, place) for name in FIELDS}
         if not values["prompt"]:
             raise InputError(
                 f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}"
             )
+        if source.system is not None:
+            before = (("system", source.system.strip()), *(one for one in before if one[0] != "system"))
         if answer is not None:
             values["response"] = answer.strip()
         elif remove is not None:
@@ -138,7 +146,23 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
                 f"{place}: the row has no answer; expected text in {source.columns.get('response', 'response')!r}"
             )
         values["id"] = values["id"] or f"{Path(source.path).name}/{number}"
-        yield Row(**values, source=source.path, answer_tokens=source.answer_tokens)
+        yield Row(**values, source=source.path, answer_tokens=source.answer_tokens, before=before)
+
+
+def _as_texts(record: dict[str, Any], source: RowSource, place: str) -> tuple[tuple[Message, ...], dict[str, Any]]:
+    """The messages before a row's prompt, and the row with prompt and response as texts where these were messages."""
+    asked, answered = source.columns.get("prompt", "prompt"), source.columns.get("response", "response")
+    given = record.get("messages" if asked == "prompt" and "prompt" not in record else asked)
+    answer = record.get(answered)
+    texts: dict[str, Any] = {answered: answer_of(answer, place)} if is_conversation(answer) else {}
+    if not is_conversation(given):
+        return (), record | texts
+    found = read_conversation(given, place)
+    if answered and answered != asked and answered in record:
+        if found.response:
+            raise InputError(f"{place}: both the messages and the column {answered!r} have an answer; expected one")
+        return found.before, record | texts | {asked: found.prompt}
+    return found.before, record | {asked: found.prompt, answered: found.response}
 
 
 def _check_numbers(source: RowSource) -> None:
@@ -221,7 +245,7 @@ def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:
     path = find_file(source.path) or Path(source.path)
     if "[" in source.split and path.is_file():
         raise InputError(f"{source.path}: split is {source.split!r}, and a file has none; use skip and limit")
-    if path.suffix == ".jsonl":
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from read_jsonl(path)
         return
     table = load_table(

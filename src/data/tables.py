@@ -69,7 +69,7 @@ def _check_name(path: Path, reader: str | None) -> None:
     if reader is not None and not path.is_file():
         raise InputError(f"{path}: no such file; expected {reader} rows")
     if reader is None and path.is_file():
-        read = ", ".join([".jsonl", *FILE_READERS])
+        read = ", ".join([".jsonl", ".jsonl.gz", *FILE_READERS])
         raise InputError(f"{path}: the name ends in {path.suffix or 'nothing'!r}; expected one of {read}")
 
 

@@ -57,7 +57,7 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
     """Identifier to prompt of a suite's rows (its settings as plain values); empty where they are not on this disk."""
-    return {row.prompt_hash[:ID_LENGTH]: row.prompt for row in _rows_of(suite)}
+    return {row.prompt_hash[:ID_LENGTH]: row.asked for row in _rows_of(suite)}
 
 
 def most_frequent(suite: Mapping[str, Any]) -> float | None:
