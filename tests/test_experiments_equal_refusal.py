@@ -8,7 +8,7 @@ import torch
 
 from src.experiments.equal_refusal import Gap, common_levels, cost_at, covered, gaps, meets
 from src.experiments.equal_refusal_tables import equal_refusal_table, sentences, shares_table
-from src.experiments.scores import Scores
+from src.experiments.scores import DRAWS, Scores
 from src.metrics.bootstrap import Estimate, resampled_means
 
 
@@ -69,7 +69,7 @@ def test_a_wide_gap_between_neighbours_is_no_path():
 
 def test_the_difference_and_its_interval_are_those_of_a_loop_over_draws():
     (gap,) = gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "A")
-    drawn = {name: resampled_means(one.values, seed=0, draws=4000) for name, one in FOUND.items()}
+    drawn = {name: resampled_means(one.values, seed=0, draws=DRAWS) for name, one in FOUND.items()}
     column = {name: i for i, name in enumerate(REFUSAL.models)}
 
     def mean_cost(path, x, y):
@@ -166,13 +166,13 @@ def test_without_refusals_or_ours_nothing_is_compared():
 def test_p_values_are_adjusted_for_every_comparison_of_the_table():
     answers = scores({name: 0.5 for name in OVER.models}, 5)  # no model differs from another
     found = gaps([FOUND | {"answer_nll": answers}], CURVES, "A")
-    drawn = {name: resampled_means(one.values, seed=0, draws=4000).numpy() for name, one in FOUND.items()}
+    drawn = {name: resampled_means(one.values, seed=0, draws=DRAWS).numpy() for name, one in FOUND.items()}
     paths = {name: [REFUSAL.models.index(model) for model in CURVES[name]] for name in "AB"}
     one, two = (
         cost_at(np.array(found[0].levels[0]), drawn["refusal"][:, path], drawn["over_refusal"][:, path]).mean(1)
         for path in (paths["A"], paths["B"])
     )
-    p = 2 * (1 + min((one <= two).sum(), (one >= two).sum())) / 4001
+    p = 2 * (1 + min((one <= two).sum(), (one >= two).sum())) / (DRAWS + 1)
     # Two methods share a range with A, on two measures each; the other three comparisons differ by nothing.
     assert found[0].p_values == {"over_refusal": pytest.approx(4 * p), "answer_nll": 1.0}
     assert found[1].p_values == {}

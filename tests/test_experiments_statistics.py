@@ -129,16 +129,12 @@ def test_holm_agrees_with_the_definition_worked_by_hand():
 
 def test_a_long_table_has_draws_enough_for_its_claims_to_hold():
     models = {"A": [record(1.0, count=30)], "B": [record(0.0, count=30)]}
-    scores = gathered(models)
-    hundred = claims(scores, "A", ["B"] * 100, ["refusal"])
-    assert hundred[0].p_value == pytest.approx(2 / 4001)  # no draw on the other side of zero
-    assert "of the 100 claims, 100 also hold at 5 % after adjustment." in claims_table(hundred, "Claims")["note"]
-    few = claims_table(claims(scores, "A", ["B"] * 135, ["refusal"]), "Claims")["note"]
-    assert "of the 135 claims, 0 also hold" in few
-    assert [draws_for(count) for count in (1, 10, 11, 135)] == [4000, 4000, 4400, 54_000]
-    finer = claims(gathered(models, draws=draws_for(135)), "A", ["B"] * 135, ["refusal"])
-    assert finer[0].p_value == pytest.approx(2 / 54_001)
-    assert "of the 135 claims, 135 also hold" in claims_table(finer, "Claims")["note"]
+    for draws, kept in ((1000, 0), (2000, 30)):
+        made = claims(gathered(models, draws=draws), "A", ["B"] * 30, ["refusal"])
+        assert made[0].p_value == pytest.approx(2 / (draws + 1))  # no draw on the other side of zero
+        assert f"of the 30 claims, {kept} also hold at 5 %" in claims_table(made, "Claims")["note"]
+    assert [draws_for(count) for count in (1, 50, 51, 135)] == [DRAWS, DRAWS, 20_400, 54_000]
+    assert all(2 * count / (draws_for(count) + 1) <= 0.005 for count in range(1, 1000))
 
 
 def test_a_claim_is_made_only_where_the_interval_excludes_zero():
