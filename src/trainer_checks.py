@@ -59,10 +59,10 @@ def making_trainer() -> Iterator[None]:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Say in one line where validations are further apart than an epoch is long.
+    """Say in one line what Lightning finds wrong with its options only while it trains.
 
     Raises:
-        InputError: they are.
+        InputError: validations are further apart than an epoch is long, or a callback watches what is not logged.
     """
     try:
         yield
@@ -70,6 +70,12 @@ def fitting() -> Iterator[None]:
         if "val_check_interval" not in str(error):
             raise
         raise InputError(f"trainer.val_check_interval: {one_line(error)}") from None
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {one_line(error)}") from None
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise InputError(f"trainer.callbacks: {one_line(error)}") from None
 
 
 class RunRecord(SaveConfigCallback):

@@ -232,6 +232,20 @@ def test_a_validation_after_every_0_batches_is_one_line(base, rows, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        ("EarlyStopping", "trainer.callbacks: Early stopping conditioned on metric `vall_loss` which is not available"),
+        ("ModelCheckpoint", "trainer: `ModelCheckpoint(monitor='vall_loss')` could not find the monitored key"),
+    ],
+)
+def test_a_callback_that_watches_what_is_not_logged_is_one_line(base, rows, tmp_path, capsys, callback, said):
+    watched = [f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor", "vall_loss"]
+    assert main(fit_flags(base, rows, tmp_path / "out", *watched)) == 2
+    assert said in one_error(capsys)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
 def test_a_number_of_steps_is_enough(base, rows, tmp_path):
     steps = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "10"]
     assert main(fit_flags(base, rows, tmp_path / "out", *steps)) == 0
