@@ -1,18 +1,23 @@
 """Options of Lightning's Trainer that it takes without complaint or ends in a traceback over; the record of a run."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import SaveConfigCallback
 
 from src.errors import InputError, one_line
 from src.files import write_text
 from src.run_folder import CONFIG_RECORD, RUN
+
+log = logging.getLogger(__name__)
 
 
 def check_training_length(trainer: Namespace) -> None:
@@ -42,6 +47,34 @@ def check_training_length(trainer: Namespace) -> None:
         raise InputError("trainer.overfit_batches: batches hold rows of like length here; set data.train.limit instead")
     if (trainer.get("gradient_clip_val") or 0.0) < 0:
         raise InputError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected 0 (off) or more")
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Stop at callbacks that average weights by copying the whole module; say where none chooses a checkpoint.
+
+    Raises:
+        InputError: there is one that averages.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} copies the base model, too; expected to do without it "
+                "(merge averages adapters)"
+            )
+    chosen = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    if chosen and all(one.monitor is None for one in chosen):
+        log.warning(
+            "no callback chooses a checkpoint by val_loss: the adapter will be that of the last one (a list of "
+            "trainer.callbacks replaces the list before it; --trainer.callbacks+= adds to it)"
+        )
+
+
+def check_whole(trainer: Trainer, planned: float) -> None:
+    """Say where a training ended before so many steps."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        log.warning("fast_dev_run: trained on one batch, so this adapter is for trying the command only")
+    elif trainer.global_step < planned < inf:
+        log.warning("the training ended after %d of %d steps", trainer.global_step, planned)
 
 
 @contextmanager

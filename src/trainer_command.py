@@ -44,7 +44,7 @@ from src.run_folder import (
     other_run,
     unfinished_checkpoints,
 )
-from src.trainer_checks import RunRecord, check_training_length, making_trainer
+from src.trainer_checks import RunRecord, check_callbacks, check_training_length, making_trainer
 from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
 
@@ -249,6 +249,7 @@ class TrainerCommand(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.output / CHECKPOINTS).resolve())
         if self.command == "fit":
+            check_callbacks(trainer)
             trainer.callbacks.insert(0, RowsRecord(lambda: self.learnt))  # type: ignore[attr-defined]
         if self.command == "fit" and config.trainer.enable_checkpointing is not False:
             recent = RecentCheckpoint(self.output / CHECKPOINTS / RECENT)

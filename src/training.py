@@ -23,7 +23,7 @@ from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
 from src.provenance import versions
 from src.signals import terminated_like_interrupted
-from src.trainer_checks import fitting
+from src.trainer_checks import check_whole, fitting
 from src.trainer_command import TrainerCommand
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def fit(arguments: list[str]) -> None:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        check_whole(trainer, trainer.estimated_stepping_batches)
         save_expert(trainer, module, data, command)  # type: ignore[arg-type]
         command.end()
 
@@ -51,7 +52,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     Raises:
         InputError: its weights or its loss are not finite.
     """
-    weights, measured = _kept(trainer, module)
+    weights, measured, step = _kept(trainer, module)
     if not trainer.is_global_zero:
         return
     if not (isfinite(measured or 0.0) and all(tensor.isfinite().all() for tensor in weights.values())):
@@ -68,6 +69,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
         "rows": {split: len(rows) for split, rows in data.rows.items()},
         "rows_sha256": {split: rows_sha256(rows) for split, rows in data.rows.items()},
         "steps": trainer.global_step,
+        "step": step,
         "val_loss": measured,
         "others": [{"path": one.name, "sha256": one.sha256} for one in module.others],
         "regularizer": list(module.regularizer.sources) if module.regularizer is not None else [],
@@ -84,8 +86,8 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     log.info("adapter written to %s (validation loss %s)", folder, found)
 
 
-def _kept(trainer: Trainer, module: ExpertModule) -> tuple[dict[str, torch.Tensor], float | None]:
-    """LoRA weights of the best checkpoint (of the last step without one), gathered from all shards, and their loss.
+def _kept(trainer: Trainer, module: ExpertModule) -> tuple[dict[str, torch.Tensor], float | None, int]:
+    """LoRA weights of the best checkpoint (of the last step without one), gathered from all shards; their loss, step.
 
     The loss is that of a validation at their step: nothing where there was none, or where the checkpoint was chosen by
     something else.
@@ -101,7 +103,7 @@ def _kept(trainer: Trainer, module: ExpertModule) -> tuple[dict[str, torch.Tenso
         if best:
             log.warning("%s is not there any more: the adapter is that of the last step", best)
         state = trainer.strategy.lightning_module_state_dict()
-    return trained_weights(state), module.validated.get(step) if by_loss else None
+    return trained_weights(state), module.validated.get(step) if by_loss else None, step
 
 
 def validate(arguments: list[str]) -> None:

@@ -71,6 +71,7 @@ def test_prompts_alone_need_no_answer(tmp_path):
         (TURNS[:3], None),
         (TURNS[:1], "the messages end without one of the user's"),
         ([TURNS[1], TURNS[2], TURNS[2]], "the messages end without one of the user's"),
+        ([TURNS[1], TURNS[0], TURNS[4]], "a message of the system stands among the others"),
         ([TURNS[1], TURNS[0], TURNS[3]], "a message of the system stands among the others"),
         ([TURNS[0], TURNS[0], TURNS[3]], "a message of the system stands among the others"),
         ([TURNS[4]], "the messages end without one of the user's"),
@@ -96,6 +97,29 @@ def test_what_the_system_says_is_said_before_every_row(tmp_path):
     assert [row.before for row in rows] == [(("system", "You are kind."),), (("system", "You are kind."), *BEFORE[1:])]
     with pytest.raises(InputError, match="system is ' '; expected a text"):
         read(tmp_path, {"prompt": "Hi", "response": "Hello"}, system=" ")
+
+
+def test_a_column_of_what_the_system_says_is_read_and_may_be_left_out(tmp_path):
+    record = {"prompt": "Hi", "response": "Hello", "system": " Be kind. "}
+    assert read(tmp_path, record)[0].before == (("system", "Be kind."),)
+    assert read(tmp_path, record | {"system": None})[0].before == ()
+    assert read(tmp_path, record, columns={"system": ""})[0].before == ()
+    assert read(tmp_path, record, system="Be brief.")[0].before == (("system", "Be brief."),)
+    named = {"prompt": "Hi", "response": "Hello", "system_prompt": "Be kind."}
+    assert read(tmp_path, named, columns={"system": "system_prompt"})[0].before == (("system", "Be kind."),)
+    assert read(tmp_path, {"messages": TURNS, "system": "Be kind."})[0].before == (("system", "Be kind."), *BEFORE[1:])
+
+
+@pytest.mark.parametrize("messages", [[], '[{"role": "user", "content": "x"}]'])
+def test_messages_that_are_no_list_of_messages_are_said(tmp_path, messages):
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: messages is .*; expected a list of messages"):
+        read(tmp_path, {"messages": messages})
+
+
+@pytest.mark.parametrize("name", ["", "null"])
+def test_an_empty_name_is_no_source(name):
+    with pytest.raises(InputError, match=f"a source of rows is '{name}'; expected a file"):
+        load_rows(name, need_response=True)
 
 
 def test_hashes_tell_conversations_apart_and_leave_those_of_single_prompts(tmp_path):

@@ -246,6 +246,48 @@ def test_a_callback_that_watches_what_is_not_logged_is_one_line(base, rows, tmp_
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
+def test_callbacks_that_average_weights_are_one_line(base, rows, tmp_path, capsys):
+    assert main(fit_flags(base, rows, tmp_path / "out", "--trainer.callbacks+=EMAWeightAveraging")) == 2
+    assert "trainer.callbacks: EMAWeightAveraging copies the base model" in one_error(capsys)
+
+
+def with_the_experts_config(flags):
+    return [flags[0], "--config", "expert.yaml", *flags[1:]]
+
+
+def test_a_list_of_callbacks_without_a_choice_of_checkpoint_is_said(base, rows, tmp_path, capsys):
+    hardware = tmp_path / "callbacks.yaml"
+    hardware.write_text("callbacks: [{class_path: LearningRateMonitor}]\n")
+    assert main(with_the_experts_config(fit_flags(base, rows, tmp_path / "a"))) == 0
+    assert "no callback chooses" not in capsys.readouterr().err
+    replaced = fit_flags(base, rows, tmp_path / "b", "--trainer", str(hardware))
+    assert main(with_the_experts_config(replaced)) == 0
+    assert "no callback chooses a checkpoint by val_loss" in capsys.readouterr().err
+
+
+def test_a_training_that_ends_before_its_steps_is_said(base, rows, tmp_path, capsys):
+    assert main(fit_flags(base, rows, tmp_path / "a")) == 0
+    assert "the training ended after" not in capsys.readouterr().err
+    assert main(fit_flags(base, rows, tmp_path / "b", "--trainer.max_time", "00:00:00:00")) == 0
+    assert "the training ended after 0 of 15 steps" in capsys.readouterr().err
+    assert main(fit_flags(base, rows, tmp_path / "c", "--trainer.fast_dev_run", "true")) == 0
+    assert "fast_dev_run: trained on one batch" in capsys.readouterr().err
+
+
+def test_names_of_layers_may_stand_in_a_text(base, rows, tmp_path):
+    assert main(fit_flags(base, rows, tmp_path / "out", "--model.lora.targets", "q_proj,v_proj")) == 0
+    assert {name.rsplit(".", 1)[1] for name in read_adapter(tmp_path / "out").pairs} == {"q_proj", "v_proj"}
+
+
+def test_the_manifest_says_of_which_step_the_weights_are(base, rows, tmp_path):
+    ruin = ["--model.optimizer.lr", "0.1", "--model.schedule", "constant", "--trainer.max_epochs", "3"]
+    assert main(with_the_experts_config(fit_flags(base, rows, tmp_path / "out", *ruin))) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (best,) = (tmp_path / "out" / "run" / "checkpoints").glob("epoch*.ckpt")
+    assert f"step={manifest['step']}.ckpt" in best.name
+    assert manifest["step"] <= manifest["steps"]
+
+
 def test_a_number_of_steps_is_enough(base, rows, tmp_path):
     steps = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "10"]
     assert main(fit_flags(base, rows, tmp_path / "out", *steps)) == 0

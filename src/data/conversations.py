@@ -43,11 +43,11 @@ def read_conversation(value: Any, place: str) -> Conversation:
         InputError: a message has another form, another role, or no text; the user says nothing in the end.
     """
     messages = [_message(one, place) for one in value]
+    if any(role == "system" for role, _ in messages[1:]):
+        raise InputError(f"{place}: a message of the system stands among the others; expected it in front")
     answer = messages.pop()[1] if messages[-1][0] == "assistant" else ""
     if not messages or messages[-1][0] != "user":
         raise InputError(f"{place}: the messages end without one of the user's; expected one, and at most an answer")
-    if any(role == "system" for role, _ in messages[1:]):
-        raise InputError(f"{place}: a message of the system stands among the others; expected it in front")
     *before, (_, prompt) = messages
     return Conversation(tuple(before), prompt, answer)
 

@@ -26,8 +26,8 @@ class RowSource:
         split: The hub data set's or directory's split; slices such as ``train[:500]`` are allowed. Files have none.
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
-        columns: For each field of a row (id, prompt, response, category): a column's name, or a template such as
-            ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
+        columns: For each field of a row (id, prompt, response, category, system): a column's name, or a template such
+            as ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
             leaves a field empty. Braces of a template that name no column are an error; they stay as they are where
             they hold nothing, white space alone, or a quotation mark, comma, colon or backslash, and where they stand
             directly behind ``\word``, its braces, ``^`` or ``_`` (JSON, LaTeX). A prompt's column may hold a list of
@@ -36,8 +36,8 @@ class RowSource:
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.
-        system: What the system says before every prompt, in place of what a list of messages has; it needs a chat
-            template that takes it.
+        system: What the system says before every prompt, in place of what a column or a list of messages has; it needs
+            a chat template that takes it.
         answer_tokens: Learn or measure the first tokens of each answer only, not its end unless it is that short: what
             decides whether a model refuses (Qi et al., 2406.05946). For training and Fisher passes.
         weight: How much each row counts in the mean beside rows of other sources; above 0. For Fisher passes.
@@ -101,6 +101,8 @@ def as_sources(value: Sources | None) -> list[RowSource]:
     items = value if isinstance(value, list) else [] if value is None else [value]
     found: list[RowSource] = []
     for item in items:
+        if item in ("", "null"):  # an unset variable of a shell, and no rows as YAML has them
+            raise InputError(f"a source of rows is {item!r}; expected a file, a directory or a data set's name")
         if isinstance(item, str) and item.startswith(("[", "{")):
             found += _written_out(item)
         else:

@@ -18,7 +18,7 @@ from src.errors import InputError
 from src.metrics.categories import category_text
 
 log = logging.getLogger(__name__)
-FIELDS = ("id", "prompt", "response", "category")
+FIELDS = ("id", "prompt", "response", "category", "system")
 OF_ANSWERS = ("remove", "response", "system", "answer_tokens", "weight", "answered")
 """Options of sources whose rows are a prompt and an answer."""
 NAMED = re.compile(r"\{([^{}]+)\}")
@@ -135,8 +135,9 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             raise InputError(
                 f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}"
             )
-        if source.system is not None:
-            before = (("system", source.system.strip()), *(one for one in before if one[0] != "system"))
+        if said := (source.system or values["system"]).strip():
+            before = (("system", said), *(one for one in before if one[0] != "system"))
+        del values["system"]
         if answer is not None:
             values["response"] = answer.strip()
         elif remove is not None:
@@ -156,6 +157,8 @@ def _as_texts(record: dict[str, Any], source: RowSource, place: str) -> tuple[tu
     answer = record.get(answered)
     texts: dict[str, Any] = {answered: answer_of(answer, place)} if is_conversation(answer) else {}
     if not is_conversation(given):
+        if given is record.get("messages") is not None:
+            raise InputError(f"{place}: messages is {str(given)[:40]!r}; expected a list of messages")
         return (), record | texts
     found = read_conversation(given, place)
     if answered and answered != asked and answered in record:
@@ -175,7 +178,7 @@ def _check_numbers(source: RowSource) -> None:
 
 def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:
     """Stop at a prompt or an answer that is no text, such as the messages of a conversation, or has such a part."""
-    for name in ("prompt", "response"):
+    for name in ("prompt", "response", "system"):
         spec = source.columns.get(name, name)
         for column in NAMED.findall(spec) if "{" in spec else [spec]:
             value = record.get(column)

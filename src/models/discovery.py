@@ -51,6 +51,8 @@ def named_adapters(named: Sequence[str], discover: str | None) -> dict[str, str]
     """
     found: list[tuple[str, str]] = []
     for name in named:
+        if not name:
+            raise InputError("model.adapters: an empty name; expected a directory or a hub repository")
         folder = Path(name)
         inner = find_adapters(folder) if folder.is_dir() and not (folder / CONFIG).exists() else []
         if inner:

@@ -32,6 +32,7 @@ from src.models.sharding import shard
 from src.models.speed import TrainingMode, check_matmul_error, choose_matmul
 
 log = logging.getLogger(__name__)
+NAMES = re.compile(r"\w+(,\w+)*")
 
 
 @dataclass
@@ -41,7 +42,7 @@ class LoraSpec:
     Args:
         rank: Inner dimension r of the update.
         alpha: The update is scaled by alpha / rank (alpha / √rank with ``rslora``).
-        targets: Names of the layers to adapt, or ``all-linear``.
+        targets: Names of the layers to adapt, a regular expression of whole names, or ``all-linear``.
         dropout: Probability that an input of the update is dropped in training.
         rslora: Rank-stabilised scaling (2312.03732).
     """
@@ -58,6 +59,8 @@ class LoraSpec:
                 f"lora: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank of at least 1, "
                 "alpha above 0 and dropout in [0, 1)"
             )
+        if isinstance(self.targets, str) and self.targets != "all-linear" and NAMES.fullmatch(self.targets):
+            self.targets = self.targets.split(",")  # PEFT would take a text for a pattern of whole names
 
 
 class ExpertModule(KeptBuffers):
