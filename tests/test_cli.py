@@ -335,7 +335,7 @@ def test_hardware_that_is_not_here_is_one_line(base, rows, tmp_path, capsys):
     [
         (["--model.lora.rank", "0"], "rank 0"),
         (["--model.warmup", "1.5"], "model.warmup is 1.5"),
-        (["--model.lora.targets", "nonsense"], "lora.targets nonsense"),
+        (["--model.lora.targets", "nonsense"], "lora.targets ['nonsense']"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
         (["--data.window", "0"], "data.window is 0; expected at least 1 batch"),
         (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate"),

@@ -294,7 +294,7 @@ def test_all_code_that_fisher_matrices_are_computed_by_belongs_to_the_key_of_the
     apart = {
         "adapters": "architecture base_weights checks convert peft_config peft_files peft_weights "
         "deltas geometry truncate",
-        "data": "calibration chat hub_sets modules row_source sources tables",
+        "data": "calibration chat conversations hub_sets modules row_source sources tables",
         "models": "base checkpointing estimate progress sharding stopping whole_data",
         "metrics": "categories",
     }

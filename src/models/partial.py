@@ -35,6 +35,7 @@ CODE = (
     "adapters/pairs.py",
     "data/batches.py",
     "data/chat.py",
+    "data/conversations.py",
 )
 """What computes answers and scores."""
 
