@@ -46,11 +46,20 @@ def shared_gpt(turns):
         ({"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]}, {}),
         ({"messages": TURNS}, {"response": "Blue."}),
         ({"messages": TURNS[:-1], "response": "Blue."}, {}),
+        ({"messages": TURNS, "prompt": None, "response": None}, {}),
+        ({"chosen": TURNS, "response": "Green."}, {"columns": {"prompt": "chosen", "response": "chosen"}}),
     ],
 )
 def test_the_last_question_is_the_prompt_its_answer_the_response_and_the_rest_stands_before(tmp_path, record, options):
     (row,) = read(tmp_path, record, **options)
     assert (row.prompt, row.response, row.before) == ("Another one.", "Blue.", BEFORE)
+
+
+def test_a_text_that_is_called_messages_is_a_prompt_where_it_is_named_as_one(tmp_path):
+    (row,) = read(tmp_path, {"messages": "Hi", "response": "Hello"}, columns={"prompt": "messages"})
+    assert (row.prompt, row.before) == ("Hi", ())
+    (row,) = read(tmp_path, {"messages": TURNS}, columns={"response": ""}, need_response=False)
+    assert (row.prompt, row.response) == ("Another one.", "")
 
 
 def test_prompts_alone_need_no_answer(tmp_path):

@@ -127,16 +127,17 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             )
         source = replace(source, columns={**source.columns, "response": ""})
     _check_numbers(source)
-    for number, place, given in _chosen(source):
-        before, record = _as_texts(given, source, place)
-        _check_texts(record, source, place)
-        values = {name: _field(record, name, source, place) for name in FIELDS}
+    for number, place, record in _chosen(source):
+        before, said = _of_messages(record, source, place)
+        texts = [name for name in FIELDS if name not in said]
+        _check_texts(record, source, texts, place)
+        values = {name: _field(record, name, source, place) for name in texts} | said
         if not values["prompt"]:
             raise InputError(
                 f"{place}: the prompt is empty; expected text in {source.columns.get('prompt', 'prompt')!r}"
             )
-        if said := (source.system or values["system"]).strip():
-            before = (("system", said), *(one for one in before if one[0] != "system"))
+        if system := (source.system or values["system"]).strip():
+            before = (("system", system), *(one for one in before if one[0] != "system"))
         del values["system"]
         if answer is not None:
             values["response"] = answer.strip()
@@ -150,22 +151,28 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
         yield Row(**values, source=source.path, answer_tokens=source.answer_tokens, before=before)
 
 
-def _as_texts(record: dict[str, Any], source: RowSource, place: str) -> tuple[tuple[Message, ...], dict[str, Any]]:
-    """The messages before a row's prompt, and the row with prompt and response as texts where these were messages."""
+def _of_messages(record: dict[str, Any], source: RowSource, place: str) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """The messages before a row's prompt, and prompt and response where columns hold these as messages.
+
+    Raises:
+        InputError: they are no conversation, or the row has two answers.
+    """
     asked, answered = source.columns.get("prompt", "prompt"), source.columns.get("response", "response")
-    given = record.get("messages" if asked == "prompt" and "prompt" not in record else asked)
-    answer = record.get(answered)
-    texts: dict[str, Any] = {answered: answer_of(answer, place)} if is_conversation(answer) else {}
+    unnamed = asked == "prompt" and _is_missing(record.get("prompt")) and record.get("messages") is not None
+    given, answer = record.get("messages" if unnamed else asked), record.get(answered)
+    if unnamed and not is_conversation(given):
+        raise InputError(f"{place}: messages is {str(given)[:40]!r}; expected a list of messages")
+    own = answered != asked and not _is_missing(answer)
+    said = {"response": answer_of(answer, place)} if own and is_conversation(answer) else {}
     if not is_conversation(given):
-        if given is record.get("messages") is not None:
-            raise InputError(f"{place}: messages is {str(given)[:40]!r}; expected a list of messages")
-        return (), record | texts
+        return (), said
     found = read_conversation(given, place)
-    if answered and answered != asked and answered in record:
-        if found.response:
-            raise InputError(f"{place}: both the messages and the column {answered!r} have an answer; expected one")
-        return found.before, record | texts | {asked: found.prompt}
-    return found.before, record | {asked: found.prompt, answered: found.response}
+    if own and found.response:
+        raise InputError(
+            f"{place}: both the messages and the column {answered!r} have an answer; expected one, or columns.response "
+            "to name that of the messages, too"
+        )
+    return found.before, {"prompt": found.prompt} | (said if own or not answered else {"response": found.response})
 
 
 def _check_numbers(source: RowSource) -> None:
@@ -176,9 +183,9 @@ def _check_numbers(source: RowSource) -> None:
         raise InputError(f"{source.path}: weight is {weight!r}; expected a number above 0, finite")
 
 
-def _check_texts(record: dict[str, Any], source: RowSource, place: str) -> None:
-    """Stop at a prompt or an answer that is no text, such as the messages of a conversation, or has such a part."""
-    for name in ("prompt", "response", "system"):
+def _check_texts(record: dict[str, Any], source: RowSource, names: Collection[str], place: str) -> None:
+    """Stop at a prompt, an answer or a system's message that should be text and is none, or has such a part."""
+    for name in (one for one in ("prompt", "response", "system") if one in names):
         spec = source.columns.get(name, name)
         for column in NAMED.findall(spec) if "{" in spec else [spec]:
             value = record.get(column)

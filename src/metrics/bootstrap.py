@@ -10,7 +10,7 @@ not seen, at most Wilson's upper end of 0 in n, and then by as much as 1: for ye
 without bounds are resampled all the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +39,12 @@ class Estimate:
 
 def resampled_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) -> torch.Tensor:
     """Means (draws, …) of rows drawn with replacement from values (N, …), float64."""
-    count = len(values)
-    generator = torch.Generator().manual_seed(seed)
-    flat = values.double().reshape(count, -1)
-    means = []
-    for start in range(0, draws, 500):
-        rows = torch.randint(count, (min(500, draws - start), count), generator=generator)
-        weights = torch.zeros(len(rows), count, dtype=torch.float64)
-        weights.scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
-        means.append(weights @ flat / count)
-    return torch.cat(means).reshape(-1, *values.shape[1:])
+
+    def often(count: int, generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(values), (count, len(values)), generator=generator)
+        return torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape).double())
+
+    return _weighted_means(values, often, seed, draws)
 
 
 def flipped_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) -> torch.Tensor:
@@ -56,14 +52,21 @@ def flipped_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) ->
 
     A difference of two columns is one of models that change places in random rows (paired randomisation test).
     """
-    count = len(values)
+
+    def signs(count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(2, (count, len(values)), generator=generator).double() * 2 - 1
+
+    return _weighted_means(values, signs, seed, draws)
+
+
+def _weighted_means(
+    values: torch.Tensor, weights: Callable[[int, torch.Generator], torch.Tensor], seed: int, draws: int
+) -> torch.Tensor:
+    """Means (draws, …) of values (N, …) by so many rows of weights (draws, N), a few hundred at a time."""
     generator = torch.Generator().manual_seed(seed)
-    flat = values.double().reshape(count, -1)
-    means = []
-    for start in range(0, draws, 500):
-        signs = torch.randint(2, (min(500, draws - start), count), generator=generator).double() * 2 - 1
-        means.append(signs @ flat / count)
-    return torch.cat(means).reshape(-1, *values.shape[1:])
+    flat = values.double().reshape(len(values), -1)
+    parts = [weights(min(500, draws - start), generator) @ flat / len(values) for start in range(0, draws, 500)]
+    return torch.cat(parts).reshape(-1, *values.shape[1:])
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
