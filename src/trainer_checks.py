@@ -69,7 +69,7 @@ def check_callbacks(trainer: Trainer) -> None:
         )
 
 
-def check_whole(trainer: Trainer, planned: float) -> None:
+def warn_of_early_end(trainer: Trainer, planned: float) -> None:
     """Say where a training ended before so many steps."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.warning("fast_dev_run: trained on one batch, so this adapter is for trying the command only")

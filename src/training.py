@@ -23,7 +23,7 @@ from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
 from src.provenance import versions
 from src.signals import terminated_like_interrupted
-from src.trainer_checks import check_whole, fitting
+from src.trainer_checks import fitting, warn_of_early_end
 from src.trainer_command import TrainerCommand
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def fit(arguments: list[str]) -> None:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        check_whole(trainer, trainer.estimated_stepping_batches)
+        warn_of_early_end(trainer, trainer.estimated_stepping_batches)
         save_expert(trainer, module, data, command)  # type: ignore[arg-type]
         command.end()
 
