@@ -48,12 +48,13 @@ class Watch(Callback):
     Args:
         notes: Folder of the files.
         stop: Batches of the run before its end; -1 lets it come to its end.
-        number: Signal to send to the process at that batch; 0 is Ctrl-C, which Python raises itself.
+        number: Signal to send to the process at that batch; 0 ends the run there, with no checkpoint.
+        times: How often it is sent.
         every: Seconds from one recent checkpoint to the next; 0 saves after every batch.
     """
 
-    def __init__(self, notes: str, stop: int = -1, number: int = 0, every: float = 600.0) -> None:
-        self.notes, self.stop, self.number, self.every = Path(notes), stop, number, every
+    def __init__(self, notes: str, stop: int = -1, number: int = 0, every: float = 600.0, times: int = 1) -> None:
+        self.notes, self.stop, self.number, self.every, self.times = Path(notes), stop, number, every, times
 
     def setup(self, trainer, pl_module, stage):
         for callback in trainer.callbacks:
@@ -62,9 +63,9 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.stop:
-            if self.number:
+            for _ in range(self.times if self.number else 0):
                 signal.raise_signal(self.number)  # to this thread, so that it is handled before the batch
-            if self.number != signal.SIGTERM:
+            if self.number not in (signal.SIGTERM, signal.SIGINT):
                 raise KeyboardInterrupt
         self.note(trainer, [trainer.current_epoch, batch_idx, batch.index.tolist()])
 
@@ -83,9 +84,9 @@ def interruptible():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def flags(base, rows, folder, *more, stop=-1, number=0, every=600.0, hardware="cpu.yaml"):
+def flags(base, rows, folder, *more, stop=-1, number=0, every=600.0, times=1, hardware="cpu.yaml"):
     folder.mkdir(exist_ok=True)
-    watch = {"notes": str(folder), "stop": stop, "number": int(number), "every": every}
+    watch = {"notes": str(folder), "stop": stop, "number": int(number), "every": every, "times": times}
     given = [part for key, value in watch.items() for part in (f"--trainer.callbacks.{key}", str(value))]
     watched = ["--trainer.callbacks+", "tests.test_fit_resume.Watch", *given]
     output = folder / "expert"
@@ -150,14 +151,41 @@ def test_a_training_goes_on_from_a_validation_within_its_epoch(base, rows, whole
     check_equal(whole(*more), tmp_path / "parts", kept)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_terminated_training_leaves_a_checkpoint_of_its_last_batch(base, rows, whole, tmp_path, capsys, accumulated):
+def test_a_stopped_training_leaves_a_checkpoint_of_its_last_batch(
+    base, rows, whole, tmp_path, capsys, accumulated, number
+):
     more = ["--trainer.accumulate_grad_batches", str(accumulated)]
-    assert main(flags(base, rows, tmp_path / "parts", *more, stop=2, number=signal.SIGTERM)) == 2
+    assert main(flags(base, rows, tmp_path / "parts", *more, stop=2, number=number)) == 2
     assert "error: interrupted" in capsys.readouterr().err
     assert len(seen(tmp_path / "parts")[0]) == 3
     assert main(flags(base, rows, tmp_path / "parts", *more, "--resume", "true")) == 0
     check_equal(whole(*more), tmp_path / "parts", 3 if accumulated == 1 else 2)
+
+
+def test_a_second_ctrl_c_stops_at_once(base, rows, tmp_path, capfd):
+    assert main(flags(base, rows, tmp_path / "parts", stop=2, number=signal.SIGINT, times=2)) == 2
+    said = capfd.readouterr().err
+    assert said.count("the training stops after this batch, with a checkpoint") == 1
+    assert "error: interrupted" in said
+    assert len(seen(tmp_path / "parts")[0]) == 2
+    assert not (tmp_path / "parts" / "expert" / RECENT).exists()
+
+
+def test_ctrl_c_before_a_validation_stops_behind_it(base, rows, whole, tmp_path):
+    """A checkpoint of the batch before would leave it out."""
+    assert main(flags(base, rows, tmp_path / "parts", stop=BATCHES - 1, number=signal.SIGINT)) == 2
+    assert len(seen(tmp_path / "parts")[0]) == BATCHES + 1
+    assert main(flags(base, rows, tmp_path / "parts", "--resume", "true")) == 0
+    check_equal(whole(), tmp_path / "parts", BATCHES + 1)
+
+
+def test_ctrl_c_in_the_last_batch_comes_too_late(base, rows, whole, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    assert main(flags(base, rows, tmp_path / "parts", stop=2 * BATCHES - 1, number=signal.SIGINT)) == 0
+    assert result(tmp_path / "parts") == result(whole())
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # at the end of the epoch that is over

@@ -1,6 +1,8 @@
 """One checkpoint of the last minutes of a training, which a kill does not cost more than."""
 
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -11,7 +13,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 
 class RecentCheckpoint(Callback):
-    """Keeps one checkpoint of the last minutes of a training, and of the step at which SIGTERM ends it.
+    """Keeps one checkpoint of the last minutes of a training, and of the step at which SIGTERM or Ctrl-C ends it.
+
+    Ctrl-C waits for the end of a batch (of a validation, where one has begun); a second one ends the training at once.
+    Several processes hear of both at different batches: they have the checkpoint of the last minutes.
 
     It is no ``ModelCheckpoint``: those of the configuration alone say which checkpoint is the best.
 
@@ -24,28 +29,53 @@ class RecentCheckpoint(Callback):
     """Most batches after which several processes ask the first whether it is time: an answer makes them wait for it."""
     ASKED = 60.0
     """Seconds after which they ask it, as long as batches take."""
+    WAITS = b"\nCtrl-C: the training stops after this batch, with a checkpoint; again, it stops at once, without one\n"
 
     def __init__(self, path: Path, every: float = 600.0) -> None:
         self.path, self.every = path, every
         self._saved = self._asked = 0.0
         self._batches, self._left = 0, 1
         self._requeued: int | None = None
+        self._interrupted = False
+        self._handler: Any = None
 
     def on_train_start(self, trainer: Trainer, *_args: Any) -> None:
-        """Start the clock, and let several processes answer SLURM's signal together."""
+        """Start the clock, take over Ctrl-C, and let several processes answer SLURM's signal together."""
         self._saved = self._asked = time.monotonic()
         self._batches, self._left = 0, 1
         self._requeued = None
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._interrupted, self._handler = False, signal.signal(signal.SIGINT, self._on_interrupt)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.world_size > 1 and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             # Lightning's handler writes a checkpoint, for which all must be at the same step, wherever it comes.
             signal.signal(environment.requeue_signal or signal.SIGUSR1, self._on_requeue)
 
+    def on_train_end(self, *_args: Any) -> None:
+        """Give Ctrl-C back."""
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def on_exception(self, _trainer: Trainer, _module: Any, exception: BaseException) -> None:
+        """As :meth:`on_train_end`; Lightning lets no second Ctrl-C disturb its answer to the first."""
+        if not isinstance(exception, KeyboardInterrupt):
+            self.on_train_end()
+
+    def _on_interrupt(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupted = True
+        self.on_train_end()
+        os.write(2, self.WAITS)
+
     def _on_requeue(self, number: int, _frame: FrameType | None) -> None:
         self._requeued = number
 
     def on_train_batch_end(self, trainer: Trainer, *_args: Any) -> None:
-        """Save where it is time to; a collective operation."""
+        """Save where it is time to; a collective operation.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C has come, and there is a checkpoint of this batch.
+        """
         self._batches, self._left = self._batches + 1, self._left - 1
         if trainer.world_size > 1 and self._left > 0:
             return
@@ -53,7 +83,7 @@ class RecentCheckpoint(Callback):
         # A run that goes on from here would leave out the validation that comes next.
         validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         # Several processes learn of a signal at different batches, and cannot write together then.
-        stopped = trainer.received_sigterm and trainer.world_size == 1
+        stopped = self._interrupted or (trainer.received_sigterm and trainer.world_size == 1)
         now = time.monotonic()
         due = stopped or now - self._saved >= self.every
         each = (now - self._asked) / self._batches
@@ -68,3 +98,5 @@ class RecentCheckpoint(Callback):
         elif save:
             trainer.save_checkpoint(self.path)
             self._saved = time.monotonic()
+            if self._interrupted:
+                raise KeyboardInterrupt
