@@ -14,6 +14,7 @@ from src.cli import main
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.models.checkpoints import AtomicCheckpoints
+from src.report.results import load_results
 from tests.commands import base_flags, fisher_flags, fit_flags, launch, run_processes
 from tests.oracles import autograd_scores
 from tests.tiny import make_base, make_model
@@ -282,9 +283,25 @@ def test_evaluation_covers_every_model_suite_and_row(evaluated, rows):
         answers = (evaluated / "answers" / model["name"] / "harmful.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in answers] == [f"eval_harmful/{i}" for i in range(7)]
         assert model["suites"]["safe"]["perplexity"] == model["suites"]["scored"]["perplexity"]
-    assert found[1]["manifest"] == {"kind": "merge", "method": "SST soft", "alpha": 0.5}
+    assert {key: found[1]["manifest"][key] for key in ("kind", "method", "alpha")} == {
+        "kind": "merge",
+        "method": "SST soft",
+        "alpha": 0.5,
+    }
     perplexities = {model["suites"]["task"]["perplexity"]["value"] for model in found}
     assert len(perplexities) == 3
+
+
+def test_results_tell_merges_of_one_method_apart_by_what_they_were_made_of(base, rows, adapters, tmp_path):
+    """From the merge's manifest through the evaluation's metrics to the report's paths."""
+    given = ["--utility", str(adapters["utility"]), "--safety", str(adapters["safety"]), "--alpha", "[0.5,1.0]"]
+    for name, weight in (("a", "1.0"), ("b", "0.5")):
+        merge = ["merge", "--config", "merge.yaml", *given, "--fisher", "[]", "--utility_weights", f"[{weight}]"]
+        assert main([*merge, "--method", "TaskArithmetic", "--output", str(tmp_path / "m" / name)]) == 0
+    assert main(test_flags(base, rows, tmp_path, tmp_path / "out", "--model.discover", str(tmp_path / "m"))) == 0
+    found = load_results(tmp_path / "out")
+    expected = [("base", None)] + [(f"TaskArithmetic ({name})", alpha) for name in "ab" for alpha in (0.5, 1.0)]
+    assert [(one.path, one.alpha) for one in found] == expected
 
 
 def test_a_named_adapter_is_evaluated_alone_and_old_answers_go(base, rows, merged, evaluated, tmp_path):

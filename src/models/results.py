@@ -180,9 +180,7 @@ class Results:
                 {
                     "name": name,
                     "adapter": adapter and {"path": adapter.name, "sha256": adapter.sha256},
-                    "manifest": {}
-                    if adapter is None
-                    else {k: adapter.manifest.get(k) for k in ("kind", "method", "alpha")},
+                    "manifest": {} if adapter is None else _of_manifest(adapter.manifest),
                     "suites": suites,
                     "safety": safety_summary(suites),
                 }
@@ -242,3 +240,14 @@ def _raw(suite: Suite, records: Sequence[Record]) -> Record:
     if suite.kind == "code":
         return {"answers": [record["answer"] for record in records]}
     return records[0]
+
+
+def _of_manifest(manifest: Mapping[str, Any]) -> Record:
+    """What an adapter is listed under and, of a merge, what tells it from others of its method and strength."""
+    kept = {key: manifest.get(key) for key in ("kind", "method", "alpha")}
+    if kept["kind"] != "merge":
+        return kept
+    kept |= {key: manifest.get(key) for key in ("settings", "utility", "safety", "fisher")}
+    for key, parts in (("combine", ("method", "settings")), ("flags", ("rank", "energy"))):
+        kept[key] = {part: (manifest.get(key) or {}).get(part) for part in parts}
+    return kept
