@@ -59,13 +59,16 @@ def test_scores_in_weight_coordinates_are_refused(tmp_path):
         FisherFile(random_fisher(LowRankAccumulator), {}, {}, {}).save(tmp_path / "f.safetensors")
 
 
-def test_files_written_before_there_were_representations_still_load(tmp_path):
-    scores = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-    u, v = bases()
-    tensors = {"scores": scores} | {f"u.{n}": t for n, t in u.items()} | {f"v.{n}": t for n, t in v.items()}
-    record = '{"modules": ["model.layers.0.a", "model.layers.1.b"], "count": 4, "representation": "lowrank"}'
-    save_file(tensors, tmp_path / "f.safetensors", metadata={RECORD: record})
-    assert torch.equal(load_fisher(tmp_path / "f.safetensors").fisher.scores, scores)
+@pytest.mark.parametrize("key", ["modules", "shapes", "coordinates", "count", "representation"])
+def test_a_record_without_a_key_is_named(tmp_path, key):
+    path = tmp_path / "f.safetensors"
+    FisherFile(random_fisher(LowRankAccumulator), *bases(), {}).save(path)
+    with safe_open(path, "pt") as handle:
+        record = json.loads(handle.metadata()[RECORD])
+    del record[key]
+    save_file(load_file(path), path, metadata={RECORD: json.dumps(record)})
+    with pytest.raises(InputError, match=rf"f\.safetensors: has no '{key}'; expected a file written by"):
+        load_fisher(path)
 
 
 @pytest.mark.parametrize("kind", ACCUMULATORS)

@@ -39,7 +39,7 @@ def test_eigenvalues_equal_scipy(n_s, n_u, dim, rho_s):
 def test_eigenvectors_are_orthonormal_in_the_metric(n_s, n_u, dim):
     safety, utility, _ = fishers(n_s, n_u, dim)
     system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
-    metric = utility.dense() + system.epsilon * torch.eye(dim, dtype=torch.float64)
+    metric = utility.dense() + system.pencil.epsilon * torch.eye(dim, dtype=torch.float64)
     vectors = eigenvectors(system)
     torch.testing.assert_close(vectors.T @ metric @ vectors, torch.eye(len(system.values)).double())
 
@@ -49,7 +49,7 @@ def test_eigenvectors_are_orthonormal_in_the_metric(n_s, n_u, dim):
 def test_soft_filter_equals_the_direct_solve(n_s, n_u, dim, rho_s):
     safety, utility, patch = fishers(n_s, n_u, dim)
     system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=rho_s))
-    tau = 3.0 * system.trace_ratio
+    tau = 3.0 * system.pencil.trace_ratio
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=rho_s)
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
@@ -104,7 +104,7 @@ def test_rank_deficient_and_badly_scaled_inputs():
     utility = LowRankFisher(torch.randn(9, 2, generator=draw, dtype=torch.float64) @ thin * 1e-6, 9)
     patch = torch.randn(15, generator=draw, dtype=torch.float64)
     system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=1.0))
-    tau = system.trace_ratio
+    tau = system.pencil.trace_ratio
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=1.0)
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-7)
@@ -116,7 +116,7 @@ def test_soft_filter_equals_the_direct_solve_on_random_shapes(n_s, n_u, dim, see
     safety, utility, patch = fishers(n_s, n_u, dim, seed, scale)
     system = lowrank_system(make_pencil(safety, utility, rho=0.1, rho_s=2.0))
     left, right = dense_pencil(safety.dense().numpy(), utility.dense().numpy(), rho=0.1, rho_s=2.0)
-    tau = 10 * system.trace_ratio
+    tau = 10 * system.pencil.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-6, atol=1e-9)
 

@@ -51,10 +51,10 @@ def test_shares_are_measured_on_the_other_half(kind):
     safety, utility, folds = folds_of(kind)
     patch, halves = random_patch(DIM), (safety.halves(0), utility.halves(0))
     kept = {"safety_energy_kept": 0.0, "utility_tax_kept": 0.0}
-    patches = [fold.expansion.at(soft(fold.expansion.system.trace_ratio)) for fold in folds]
+    patches = [fold.expansion.at(soft(fold.expansion.system.pencil.trace_ratio)) for fold in folds]
     for fit, made in enumerate(patches):
         system = solve(pencil(halves[0][fit], halves[1][fit]))
-        expected = system.expand(patch).at(soft(system.trace_ratio))
+        expected = system.expand(patch).at(soft(system.pencil.trace_ratio))
         torch.testing.assert_close(made, expected)
         for name, half in zip(kept, halves, strict=True):
             dense = half[1 - fit].dense()
@@ -292,7 +292,7 @@ def test_the_summary_writes_at_most_so_many_eigenvalues(monkeypatch):
     found = summary(system)
     assert found["spectrum"]["rank"] == [1, 4, 7, 10]
     assert found["spectrum"]["value"][0] == system.values[0].item()
-    assert found["complement_eigenvalue"] == pytest.approx(system.sigma / system.epsilon)
+    assert found["complement_eigenvalue"] == pytest.approx(system.pencil.sigma / system.pencil.epsilon)
     assert found["dim"] == DIM
     assert found["span"] == 5
 

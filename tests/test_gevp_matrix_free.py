@@ -182,7 +182,7 @@ def test_sst_merges_unlike_representations_of_many_coordinates(tmp_path):
     fisher, whole = FisherPair(*pair, core), core.coordinates(safety)
     dense = solve_dense(make_pencil(*pair, rho=0.1, rho_s=1.0))
     for options, phi in (
-        ({"filter": "soft", "t": 2.0}, soft(2.0 * dense.trace_ratio)),
+        ({"filter": "soft", "t": 2.0}, soft(2.0 * dense.pencil.trace_ratio)),
         ({"filter": "topk", "k": 4}, topk(dense, 4)),
     ):
         patch = Sst(**options, rho_s=1.0, eigenpairs=6).patch({}, safety, fisher)

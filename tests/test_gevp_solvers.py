@@ -67,7 +67,7 @@ def test_the_soft_filter_equals_the_direct_solve(kind, n_s, n_u, zero):
     safety, utility, patch = random_fisher(kind, n_s, 1), random_fisher(kind, n_u, 2, zero=zero), random_patch(DIM)
     system = solve(make_pencil(safety, utility, rho=0.1, rho_s=3.0))
     left, right = sides(safety, utility, rho=0.1, rho_s=3.0)
-    tau = 4.0 * system.trace_ratio
+    tau = 4.0 * system.pencil.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
 
@@ -87,8 +87,8 @@ def test_controls_put_a_multiple_of_the_identity_in_one_place_or_swap(kind, cont
         left, right = sides(utility, safety, rho=0.1, rho_s=3.0)
     of_left, of_right = (utility, safety) if control == "swapped" else (safety, utility)
     assert abs(safety.trace() / utility.trace() - 1) > 1e-3
-    assert system.trace_ratio == pytest.approx(of_left.trace() / of_right.trace(), rel=1e-12)
-    tau = 2.0 * system.trace_ratio
+    assert system.pencil.trace_ratio == pytest.approx(of_left.trace() / of_right.trace(), rel=1e-12)
+    tau = 2.0 * system.pencil.trace_ratio
     direct = np.linalg.solve(left + tau * right, left @ patch.numpy())
     np.testing.assert_allclose(system.expand(patch).at(soft(tau)).numpy(), direct, rtol=1e-8, atol=1e-10)
 
@@ -265,7 +265,7 @@ def test_rotating_a_modules_coordinates_rotates_the_filtered_patch(kind):
         if turned:
             cores = {n: (turns[n][0].T @ c.view(SHAPES[n]) @ turns[n][1]).flatten() for n, c in cores.items()}
         system = solve(make_pencil(*pair, rho=0.1, rho_s=1.0))
-        made = system.expand(torch.cat(list(cores.values()))).at(soft(system.trace_ratio))
+        made = system.expand(torch.cat(list(cores.values()))).at(soft(system.pencil.trace_ratio))
         parts = dict(zip(SHAPES, made.split([p * q for p, q in SHAPES.values()]), strict=True))
         if turned:
             parts = {n: (turns[n][0] @ c.view(SHAPES[n]) @ turns[n][1].T).flatten() for n, c in parts.items()}

@@ -184,7 +184,7 @@ def test_sst_soft_computes_no_eigenpairs_and_says_so_in_its_findings(monkeypatch
     dense = solve_dense(make_pencil(*pair, rho=0.1, rho_s=10.0))
     variants = [Sst(t=t) for t in (10.0, 0.5)]
     for method, made in zip(variants, Sst().patches(variants, {}, safety, fisher), strict=True):
-        expected = dense.expand(core.coordinates(safety)).at(soft(method.t * dense.trace_ratio))
+        expected = dense.expand(core.coordinates(safety)).at(soft(method.t * dense.pencil.trace_ratio))
         torch.testing.assert_close(core.coordinates(made.pairs), expected, rtol=1e-8, atol=1e-10)
         assert made.findings["unknown"] == core.dim
         assert made.findings["spectrum"] is made.findings["held_out_curve"] is made.findings["effective_rank"] is None

@@ -21,7 +21,7 @@ from tests.test_fisher_files import SHAPES, random_fisher
 DIM = sum(p * q for p, q in SHAPES.values())
 U = {name: torch.eye(5, p).double() for name, (p, _) in SHAPES.items()}
 BASIS = CoreBasis(U, {name: torch.eye(6, q).double() for name, (_, q) in SHAPES.items()})
-FREE = RelearnSettings(t=2.0, trust=3.0, rho_s=5.0, radius=1e9, ridge="kronecker", damping=0.2)
+FREE = RelearnSettings(2.0, 3.0, rho_s=5.0, radius=1e9, control="none", ridge="kronecker", damping=0.2)
 
 
 def draw(seed, *shape):

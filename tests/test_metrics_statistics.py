@@ -296,9 +296,9 @@ def test_fronts_and_what_sums_them_up():
     assert volumes(*sides).item() == pytest.approx(covered, abs=2e-3)
     assert hypervolume(FRONT, reference=Point(0.5, 0.5)) == 0.0
     assert hypervolume([], reference=Point(0, 0)) == 0.0
-    assert safety_at_utility(FRONT, reference=0.84) == 0.5
-    assert safety_at_utility(FRONT, reference=2.0) is None
-    assert safety_at_utility(FRONT, reference=0.0) is None
+    assert safety_at_utility(FRONT, reference=0.84, keep=0.95) == 0.5
+    assert safety_at_utility(FRONT, reference=2.0, keep=0.95) is None
+    assert safety_at_utility(FRONT, reference=0.0, keep=0.95) is None
     assert utility_at_attack_success([(0.1, 0.5), (0.3, 0.9), (0.05, 0.2)], at_most=0.1) == 0.5
     assert utility_at_attack_success([(0.5, 1.0)], at_most=0.1) is None
 

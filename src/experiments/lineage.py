@@ -74,7 +74,7 @@ def mixtures(cells: Sequence[Cell], store: Store) -> list[str]:
             shown = "; ".join(f"{one[:SHOWN]} in {', '.join(names)}" for one, names in groups.items())
             found.append(f"{labels[key]} was trained more than once, and models differ in its weights: {shown}.")
     untold = sum("trained" not in record for record in records)
-    processors = sorted({record["cost"].get("processor", "an unknown one") for record in records})
+    processors = sorted({record["cost"]["processor"] for record in records})
     if untold and len(processors) > 1:
         found.append(
             f"Models were computed on several processors ({'; '.join(processors)}), and {untold} of {len(records)} do "

@@ -114,12 +114,12 @@ def load_fisher(path: Path) -> FisherFile:
             wide = "scores" in tensors and handle.get_slice("scores").get_dtype() in DTYPES
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    core = record.get("coordinates", "core") == "core"
     try:
+        core = record["coordinates"] == "core"
         u, v = ({n: tensors.pop(f"{side}.{n}") for n in record["modules"] if core} for side in "uv")
         shapes = _shapes(path, record, u, v)
         _check_finite(path, {f"{s}.{n}": t for s, side in (("u", u), ("v", v)) for n, t in side.items()}, shapes)
-        kind = REPRESENTATIONS[record.get("representation", "lowrank")]
+        kind = REPRESENTATIONS[record["representation"]]
         _check_finite(path, {name: tensor for name, tensor in tensors.items() if name != "scores"}, shapes)
         mean, half_means, start = (tensors.pop(key, None) for key in ("mean", HALVES, START))
         dim = sum(p * q for p, q in shapes.values())
@@ -165,13 +165,11 @@ def _shapes(
     path: Path, record: Mapping[str, Any], u: Mapping[str, torch.Tensor], v: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[int, int]]:
     """(p, q) of each module, by its bases where there are any."""
-    # Files from before there were representations hold no shapes.
-    stored = record["shapes"] if "shapes" in record or not u else [None] * len(u)
-    given = dict(zip(record["modules"], stored, strict=True))
+    given = dict(zip(record["modules"], record["shapes"], strict=True))
     for i, (side, bases) in enumerate((("u", u), ("v", v))):
         for name, basis in bases.items():
-            wanted = "columns" if given[name] is None else given[name][i]
-            if basis.ndim != 2 or 0 in basis.shape or wanted not in ("columns", basis.shape[1]):
+            wanted = given[name][i]
+            if basis.ndim != 2 or 0 in basis.shape or wanted != basis.shape[1]:
                 raise InputError(f"{path}: {side} of {name} has the shape {tuple(basis.shape)}; expected (·, {wanted})")
     if u:
         return {name: (u[name].shape[1], v[name].shape[1]) for name in u}

@@ -43,21 +43,6 @@ class Eigensystem(ABC):
         return self.pencil.dim
 
     @property
-    def epsilon(self) -> float:
-        """Ridge ε of the right side."""
-        return self.pencil.epsilon
-
-    @property
-    def sigma(self) -> float:
-        """Ridge σ of the left side."""
-        return self.pencil.sigma
-
-    @property
-    def trace_ratio(self) -> float:
-        """tr(F_s) / tr(F_u)."""
-        return self.pencil.trace_ratio
-
-    @property
     def unknown(self) -> int:
         """Number of eigenvalues that were not computed, none of them above those held; 0 where all D are known."""
         return 0
@@ -75,7 +60,7 @@ class Eigensystem(ABC):
     @property
     def complement_value(self) -> float:
         """Eigenvalue σ/ε of the complement."""
-        return self.sigma / self.epsilon
+        return self.pencil.sigma / self.pencil.epsilon
 
     def ordered(self) -> torch.Tensor:
         """(D − unknown,) all known eigenvalues, descending."""

@@ -75,7 +75,7 @@ class MatrixFreeSystem(Eigensystem):
 
     def conditions(self) -> dict[str, float | None]:
         """Condition numbers of both sides; None where singular."""
-        sides = {"left": ridged(self.pencil.left, self.sigma), "right": self.right}
+        sides = {"left": ridged(self.pencil.left, self.pencil.sigma), "right": self.right}
         return {name: condition(side.low, side.high, self.dim) for name, side in sides.items()}
 
     def expand(self, patch: torch.Tensor) -> "MatrixFreeExpansion":

@@ -24,6 +24,7 @@ Legend of shapes: N scores of all three matrices, D coordinates.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 
 import torch
 
@@ -115,21 +116,19 @@ class RelearnProblem:
         return float(0.5 * total - step @ (self.safety_mean.double() + self.tau * self.benign_mean.double()))
 
 
-def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float | None = None) -> tuple[torch.Tensor, float]:
+def relearn(problem: RelearnProblem, start: torch.Tensor, radius: float = inf) -> tuple[torch.Tensor, float]:
     """(D,) coefficients c of the step from c0 (D,), in float64, and the σ that was used.
 
     Args:
         problem: What the step is made of.
         start: c0.
-        radius: Longest step ‖c − c0‖; unset takes the problem's σ as it is.
+        radius: Longest step ‖c − c0‖; infinite takes the problem's σ as it is.
 
     Raises:
         ValueError: σ is too small to be seen beside the matrices.
     """
     target = problem.target(start)
     steps = _steps(problem, target)
-    if radius is None:
-        return start.double() + steps.at(problem.sigma), problem.sigma
     if radius == 0:
         return start.double(), problem.sigma
     sigma, step = _within(steps, problem.sigma, target.norm().item() / radius, radius)

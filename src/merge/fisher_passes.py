@@ -76,7 +76,7 @@ class Pass:
         Raises:
             InputError: they are of tokens.
         """
-        unit = self.file.record.get("granularity", "sequence")
+        unit = self.file.record["granularity"]
         if unit != "sequence":
             raise InputError(
                 f"{self.path}: granularity is {unit}, and mean scores are of rows; re-learned coefficients need a run "
@@ -142,7 +142,7 @@ class Pass:
         """
         records = self.file.record, first.file.record
         # Of weight coordinates the basis is no part: they are the weights.
-        weights = all(record.get("coordinates", "core") == "weight" for record in records)
+        weights = all(record["coordinates"] == "weight" for record in records)
         same = weights or records[0]["basis_sha256"] == records[1]["basis_sha256"]
         if not same or self.file.shapes != first.file.shapes:
             raise InputError(
@@ -190,7 +190,7 @@ def read_pass(folder: str, name: str, method: MergeMethod, weight: float = 1.0) 
     check_keys(one, NEEDED)
     if file.record["pass"] != name:
         raise InputError(f"{path}: holds the {file.record['pass']} pass; expected the {name} pass")
-    coordinates, found = file.record.get("coordinates", "core"), file.fisher.representation
+    coordinates, found = file.record["coordinates"], file.fisher.representation
     if coordinates != method.coordinates or found not in method.representations:
         raise InputError(
             f"{path}: {found} in {coordinates} coordinates; {type(method).__name__} needs "

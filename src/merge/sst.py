@@ -263,10 +263,10 @@ class Sst(MergeMethod):
     def _phi(self, system: Eigensystem, where: float | None = None) -> Soft | Cut:
         if where is not None:
             return cut_at(system, where)
-        tau = self.t * system.trace_ratio
+        tau = self.t * system.pencil.trace_ratio
         return soft(tau) if self.filter == "soft" else threshold(system, tau)
 
     def _selected(self, expansion: Expansion, phi: Soft | Cut, utility: Fisher, whole: torch.Tensor) -> torch.Tensor:
         if self.control == "random" and isinstance(phi, Cut):
-            return random_projection(whole, utility, expansion.system.epsilon, k=phi.k, seed=self.seed)
+            return random_projection(whole, utility, expansion.system.pencil.epsilon, k=phi.k, seed=self.seed)
         return expansion.at(phi)

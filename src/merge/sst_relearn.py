@@ -46,9 +46,9 @@ class RelearnSettings:
     trust: float
     rho_s: float
     radius: float
-    control: Control = "none"
-    ridge: Ridge = "identity"
-    damping: float = 0.1
+    control: Control
+    ridge: Ridge
+    damping: float
 
     def problem(self, fisher: PatchedFisher) -> RelearnProblem:
         """The step's problem, in absolute numbers.

@@ -79,7 +79,7 @@ def drift(expert: Sequence[float], model: Sequence[float]) -> Estimate:
     return bootstrap([abs(a - b) for a, b in zip(expert, model, strict=True)])
 
 
-def safety_at_utility(points: Sequence[Point], *, reference: float, keep: float = 0.95) -> float | None:
+def safety_at_utility(points: Sequence[Point], *, reference: float, keep: float) -> float | None:
     """Highest safety among points that keep a share of the reference's utility; nothing where none does.
 
     Nor where the reference has none: every point would keep its share of nothing.
