@@ -46,12 +46,46 @@ isolated = pytest.mark.skipif(bool(missing_isolation()), reason=f"no isolation h
         "Install:\n```bash\npip install x\n```\n\nThen:\n```python\ndef area(r):\n    return math.pi * r * r\n```\n",
         "1. As:\n   ```json\n   {}\n   ```\n   ```py3\n   def area(r):\n       return math.pi * r * r\n   ```",
         "```python {.numbers}\ndef area(r):\n    return math.pi * r * r\n```",
+        "```python\ndef area(r):\n    return math.pi * r * r\n\nassert area(1) == 3\nprint(input())\n```",
+        "```python\nimport absent\nx = absent.y\ndef area(r):\n    return math.pi * r * r\n```",
+        "```python\ndef area(r):\n    ...\n```\nso:\n```python\ndef area(r):\n    return math.pi * r * r\n```",
+        "```python\ndef area(r):\n    'Area.'\n    raise NotImplementedError('later')\n```\n"
+        "```python\ndef area(r):\n    return math.pi * r * r\n```",
+        "```python\nif r < 0: return 0\nreturn math.pi * r * r\n```",
+        "```python\nx = r * r\nif x == 1:\n    return math.pi\nreturn math.pi * x\n```",
     ],
 )
 def test_the_function_is_found_in_an_answer(answer):
     scope = {}
     exec(compile(solution(PROMPT, answer, "area"), "x", "exec"), scope)
     assert scope["area"](2) == pytest.approx(12.566, abs=1e-3)
+
+
+def test_a_program_keeps_what_its_function_needs():
+    """Imports, helpers, classes and values, each through others; decorators, and how deep it may recurse."""
+    kept = [
+        "import sys, functools",
+        "from os import path as p",
+        "sys.setrecursionlimit(10_000)",
+        "try:\n    import numpy as np\nexcept ImportError:\n    np = None",
+        "LIMIT: int = 3  # three\nLIMIT += 1",
+        "def helper(x):\n    return Kept(x), p, np",
+        "class Kept:\n    size = LIMIT\n\n    def __init__(self, x):\n        self.x = x",
+        "@functools.cache\ndef area(r):\n    return helper(r)[0].size + r",
+    ]
+    left = [
+        "import absent",
+        "unused = area(2)",
+        "def main():\n    area(3)",
+        "main()",
+        "if __name__ == '__main__':\n    main()",
+    ]
+    found = solution("def area(r):\n", "```python\n" + "\n".join([*kept, *left]) + "\n```", "area")
+    scope = {}
+    exec(compile(found, "x", "exec"), scope)
+    assert scope["area"](2) == 6
+    assert all(part in found for part in kept[:4])
+    assert not any(part in found for part in left)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ Of n programs for a task c pass. The unbiased estimate of the chance that one of
     pass@k = 1 − C(n − c, k) / C(n, k)
 """
 
+import ast
 import re
 import warnings
 from collections.abc import Iterator
 from math import comb
-from textwrap import dedent
+from textwrap import dedent, indent
 
 PYTHON = r"[ \t]*(?:(?:[pP]ython3?|py3?)\b[^\n`]*)?\r?\n"
 FENCE = re.compile(
@@ -22,6 +23,8 @@ COMPLETION_ENDS = re.compile(r"\n(?=(?:class|def|if|print|assert|@|#|<|```)\b|[@
 INDENTED = re.compile(r"\s*(?:^|\n)(?:[ ]{2}|\t)\s*[^\s`]")
 OPENS = re.compile(r"^(?:import |from |def |class |async def |@|[A-Za-z_]\w*(?:: *[^=\n]+)? *=[^=])", re.MULTILINE)
 """Lines with which a program may open; prose stands before them."""
+
+RECURSION = "sys.setrecursionlimit"
 
 
 def pass_at_k(total: int, passed: int, k: int) -> float:
@@ -46,8 +49,10 @@ def solution(prompt: str, answer: str, entry_point: str) -> str:
     An answer that goes on where the prompt ends is a body: it is cut where HumanEval's stop sequences stand, or an
     assertion, a decorator or a mark of markup that begins a line (with those five alone, more answers fail). A fenced
     block that defines the function, or else the lines that do, stand for themselves, behind what precedes the function
-    in the prompt (its imports and helpers). What follows and is no program is left out, from a line without indentation
-    on: the function itself is never cut. Any other answer continues the prompt, as it is.
+    in the prompt (its imports and helpers); a block whose function is a stub gives way to one with more. What follows
+    and is no program is left out, from a line without indentation on: the function itself is never cut. Of the program
+    only what the function needs is run, as EvalPlus has it (2305.01210): an answer's own examples are no part of it. A
+    block that is a body gets its indentation. Any other answer continues the prompt, as it is.
     """
     body = _body(prompt, answer)
     if body is not None:
@@ -56,11 +61,15 @@ def solution(prompt: str, answer: str, entry_point: str) -> str:
     before = prompt[: _start(defined, prompt)] + "\n"
     blocks = [match["block"] for match in FENCE.finditer(answer) if match["python"]]
     # A block in a list is indented as a whole; others stay as they are, blank lines of their strings too.
-    for block in blocks or [answer]:
-        text = block if defined.search(block) else dedent(block)
-        if defined.search(text):
-            return before + _definition(before, text, defined)
+    texts = [block if defined.search(block) else dedent(block) for block in blocks or [answer]]
+    found = [_definition(before, text, defined) for text in texts if defined.search(text)]
+    if found:
+        whole = next((text for text in found if not _is_stub(text, entry_point)), found[0])
+        return before + _needed(whole, entry_point)
     body = blocks[0] if blocks else answer
+    whole = indent(body.strip("\n"), "    ")
+    if blocks and body.strip() and compiles(prompt + whole) and not compiles(body.strip()):
+        return prompt + whole
     return prompt + (_body(prompt, body) or _indented(_stopped(body)))
 
 
@@ -73,6 +82,58 @@ def compiles(text: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
+
+
+def _parsed(text: str) -> list[ast.stmt]:
+    """The statements of a program; none of what is no program."""
+    return ast.parse(text).body if compiles(text) else []
+
+
+def _is_stub(text: str, entry_point: str) -> bool:
+    """Whether a program leaves its function empty but for a docstring, ``pass``, ``...`` or NotImplementedError."""
+    functions = [
+        one
+        for one in _parsed(text)
+        if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and one.name == entry_point
+    ]
+    return bool(functions) and all(
+        isinstance(one, ast.Pass)
+        or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        or (isinstance(one, ast.Raise) and one.exc is not None and "NotImplementedError" in ast.unparse(one.exc))
+        for one in functions[-1].body
+    )
+
+
+def _needed(text: str, entry_point: str) -> str:
+    """The statements of a program that give its function the names that it uses, and how deep it may recurse."""
+    statements, wanted = _parsed(text), {entry_point}
+    kept: list[ast.stmt] = []
+    while more := [one for one in statements if one not in kept and _gives(one) & (wanted | {"*", RECURSION})]:
+        kept += more
+        wanted |= {node.id for one in more for node in ast.walk(one) if isinstance(node, ast.Name)}
+    if len(kept) == len(statements):
+        return text
+    lines = text.splitlines(keepends=True)
+    return "".join(_source(one, text, lines) + "\n" for one in statements if one in kept)
+
+
+def _gives(statement: ast.stmt) -> set[str]:
+    """The names that a statement binds; of a call that alone sets the depth of recursion its own, of others none."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.Expr):
+        return {RECURSION} & {ast.unparse(node) for node in ast.walk(statement) if isinstance(node, ast.Attribute)}
+    nodes = list(ast.walk(statement))
+    found = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    return found | {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+
+
+def _source(statement: ast.stmt, text: str, lines: list[str]) -> str:
+    """A statement as it stands in the text, with its decorators."""
+    own = ast.get_source_segment(text, statement) or ""
+    first = min([one.lineno for one in getattr(statement, "decorator_list", [])], default=statement.lineno)
+    return "".join(lines[first - 1 : statement.lineno - 1]) + own
 
 
 def _body(prompt: str, answer: str) -> str | None:
