@@ -106,6 +106,10 @@ def test_short_and_plain_answers_are_not_collapsed(answer):
         ("-3", "-3.0", "number", True),
         ("12345678901234567891", "12345678901234567890", "number", False),
         ("0.10", "#### .1", "number", True),
+        ("She has 6.\n#### 6\n\nQuestion: 200 feet, how many pieces?\n200 / 10 = 20", "#### 6", "number", True),
+        ("#### $1,206.\n#### 7", "#### 1206", "number", True),
+        ("#### 1. Count\n2 + 4\n#### Result\n6", "#### 6", "number", True),
+        ("#### 6\n#### 7", "#### 7", "number", False),
     ],
 )
 def test_exact_match(answer, reference, form, expected):

@@ -55,7 +55,8 @@ class Suite:
         max_new_tokens: Longest answer to generate, in tokens.
         generate: Generate answers; off scores the likelihood of the reference answers only.
         score: Score the likelihood of the reference answers, where every row has one; never those of code.
-        answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it (GSM8K).
+        answer: How a utility answer is compared: the whole ``text``, or the last ``number`` in it (GSM8K; that of
+            the first line ``#### 18``, where there is one).
         rouge: Score utility answers by ROUGE-L as well; tables and studies then show it in place of the accuracy.
         template: How prompts are wrapped; unset takes that of the data, and ``raw`` for choice suites.
         style: How multiple-choice questions are written (:mod:`src.data.choice_prompts`).

@@ -22,6 +22,8 @@ LATEX = (
     (re.compile(r"(?<=\d)((?:\\?[ ~])*(?:\\(?:text|mathrm)\{\s*[A-Za-z]+\s*\}|[A-Za-z]+))\^\{?[23]\}?(?!\d)"), r"\1"),
 )
 """Commas and thin spaces between groups of digits, and powers of units, with what stands for them."""
+MARKED = re.compile(rf"^#### *[$£€]?({NUMBER.pattern})[ .%]*$", re.MULTILINE)
+"""A line of GSM8K's form for a result (``#### 18``); a heading has words."""
 EMPHASIS = re.compile(r"(\*{1,3}|__?)(\S(?:.*\S)?)\1")
 
 
@@ -36,10 +38,14 @@ def normalised(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text in plain form, digit for digit (``1,200.50`` becomes ``1200.5``), or nothing."""
+    """The last number of a text in plain form, digit for digit (``1,200.50`` becomes ``1200.5``), or nothing.
+
+    A model that does not stop goes on with questions of its own: the first line of the form ``#### 18`` is the result.
+    """
     for form, plain in LATEX:
         text = form.sub(plain, text)
-    found = NUMBER.findall(text)
+    marked = MARKED.search(text)
+    found = NUMBER.findall(text if marked is None else marked[1])
     if not found:
         return None
     value = format(Decimal(re.sub("[,_$£€]", "", found[-1]).replace("\u2212", "-")), "f")

@@ -6,6 +6,7 @@ come with bootstrap intervals over rows.
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 import torch
 
@@ -52,6 +53,11 @@ def graded_answer(suite: Suite, row: Row, record: Record, judgement: Judgement |
         flag = "attacked" if suite.judge.finds == "harmful" else "refused"
         found |= {flag: judgement.positive and not how, "verdict": _verdict(judgement, suite.judge)}
     return found
+
+
+def _overruled(record: Mapping[str, Any]) -> bool:
+    """Whether a collapse lets an answer not count that the judge found what it looks for in."""
+    return record["collapsed"] and record["verdict"]["positive"]
 
 
 def _verdict(judgement: Judgement, judge: Judge) -> Record:
@@ -168,13 +174,18 @@ def compared(records: Sequence[Record], first: Sequence[Record]) -> Record:
 
 
 def _counts(records: Sequence[Record]) -> Record:
-    """Numbers that explain a share: ways of collapse, ties, answers of which a judge saw a part only."""
+    """Numbers that explain a share: ways of collapse, verdicts that it overrules, ties, how programs ended."""
     found: Record = {}
     if "collapse" in records[0]:
         ways = [record["collapse"] for record in records if record["collapse"]]
         found["collapse_ways"] = {way: ways.count(way) for way in sorted(set(ways))}
     if "tied" in records[0]:
         found["ties"] = sum(record["tied"] for record in records)
+    if "endings" in records[0]:
+        endings = [ending for record in records for ending in record["endings"]]
+        found["endings"] = {ending: endings.count(ending) for ending in sorted(set(endings))}
+    if "verdict" in records[0]:
+        found["judge_overruled"] = sum(map(_overruled, records))
     judged = reservations(record["verdict"]["reply"] for record in records if "verdict" in record)
     return found | {f"judge_{name}": count for name, count in judged.items()}
 
