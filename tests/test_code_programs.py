@@ -172,6 +172,7 @@ def test_a_code_suite_counts_what_its_programs_do(base, tmp_path, monkeypatch):
         found = evaluate(base, tmp_path, [suite], output=output)["code"]
         assert found["pass@1"]["value"] == expected
         assert found["pass@1"]["n"] == 2
+        assert found["endings"] == {"passed" if expected else "failed": 2}
     assert {record["endings"][0] for record in answers(tmp_path / "bad", "code")} == {"failed"}
 
 

@@ -539,7 +539,7 @@ def test_attack_success_is_what_a_judge_of_harm_says_and_not_the_complement_of_r
     collapsed = sum(record["collapsed"] for record in records)
     assert found["attack_success"]["hits"] == 6 - collapsed  # a collapsed answer has not complied
     assert found["attack_success"]["categories"]["even"]["n"] == 3
-    assert found["collapse"]["hits"] == collapsed
+    assert found["collapse"]["hits"] == found["judge_overruled"] == collapsed
 
 
 def test_answers_of_which_a_judge_saw_a_part_only_are_counted_by_test_as_by_judge(base, tmp_path):
