@@ -72,6 +72,7 @@ def test_shipped_prompt_mappings_read_their_hub_schema(tmp_path, name):
     source.path, source.split = str(write_jsonl(tmp_path / "local.jsonl", [record])), "train"
     (row,) = load_rows(source, need_response=bool(expected[1]))
     assert (row.prompt, row.response, row.category) == expected
+    assert row.goal == ("p" if name in ("jailbreakbench_prefix", "strongreject_suppression") else "")
 
 
 def test_every_shipped_mapping_is_tested():

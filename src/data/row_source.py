@@ -26,13 +26,14 @@ class RowSource:
         split: The hub data set's or directory's split; slices such as ``train[:500]`` are allowed. Files have none.
         subset: The hub data set's configuration name.
         revision: The hub data set's git revision.
-        columns: For each field of a row (id, prompt, response, category, system): a column's name, or a template such
-            as ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name; an empty name
-            leaves a field empty. Braces of a template that name no column are an error; they stay as they are where
-            they hold nothing, white space alone, or a quotation mark, comma, colon or backslash, and where they stand
-            directly behind ``\word``, its braces, ``^`` or ``_`` (JSON, LaTeX). A prompt's column may hold a list of
-            messages, such as ``messages``, which is read where there is no column ``prompt``: the last of the user's
-            is the prompt, the assistant's behind it the response; others stand before the prompt and are not learnt.
+        columns: For each field of a row (id, prompt, response, category, system, goal): a column's name, or a template
+            such as ``{instruction}\n\n{input}``. Fields left out are read from the column of the same name, but for the
+            goal (what a prompt in disguise is after: a judge is asked about that); an empty name leaves a field empty.
+            Braces of a template that name no column are an error; they stay as they are where they hold nothing, white
+            space alone, or a quotation mark, comma, colon or backslash, and where they stand directly behind
+            ``\word``, its braces, ``^`` or ``_`` (JSON, LaTeX). A prompt's column may hold a list of messages, such as
+            ``messages``, which is read where there is no column ``prompt``: the last of the user's is the prompt, the
+            assistant's behind it the response; others stand before the prompt and are not learnt.
         where: Keep only rows whose columns have these values.
         remove: A regular expression whose matches are deleted from responses (GSM8K's calculator marks).
         response: The answer of every row, in place of a column: a refusal, for harmful prompts that come without one.

@@ -28,6 +28,7 @@ class Row:
         source: Where the row was read.
         answer_tokens: Number of tokens of the answer that are learned or measured, from its first on; nothing is all.
         before: Roles and texts of the messages before the prompt: the system's, and earlier turns.
+        goal: What a prompt in disguise is after, where the source names it: a judge is asked about that.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Row:
     source: str = ""
     answer_tokens: int | None = None
     before: tuple[Message, ...] = ()
+    goal: str = ""
 
     @property
     def asked(self) -> str:
@@ -44,9 +46,19 @@ class Row:
         return spoken(self.before, self.prompt)
 
     @property
+    def judged(self) -> str:
+        """What a judge is asked about: the goal, else what is asked. A disguise speaks to the judge as to the model."""
+        return self.goal or self.asked
+
+    @property
     def prompt_hash(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of what is asked, case and white space folded."""
-        return hashlib.sha256(" ".join(self.asked.casefold().split()).encode()).hexdigest()[:16]
+        """:func:`text_hash` of what is asked."""
+        return text_hash(self.asked)
+
+
+def text_hash(text: str) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a text, case and white space folded."""
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()[:16]
 
 
 def rows_sha256(rows: Iterable[Any]) -> str:
@@ -55,7 +67,7 @@ def rows_sha256(rows: Iterable[Any]) -> str:
     for row in rows:
         # Rows of whole answers to single prompts have the hash that they had before there were others.
         values = asdict(row)
-        for key, usual in (("answer_tokens", None), ("before", ())):
+        for key, usual in (("answer_tokens", None), ("before", ()), ("goal", "")):
             if values[key] == usual:
                 del values[key]
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=False).encode() + b"\n")

@@ -18,7 +18,7 @@ from src.errors import InputError
 from src.metrics.categories import category_text
 
 log = logging.getLogger(__name__)
-FIELDS = ("id", "prompt", "response", "category", "system")
+FIELDS = ("id", "prompt", "response", "category", "system", "goal")
 OF_ANSWERS = ("remove", "response", "system", "answer_tokens", "weight", "answered")
 """Options of sources whose rows are a prompt and an answer."""
 NAMED = re.compile(r"\{([^{}]+)\}")
@@ -129,7 +129,8 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
     _check_numbers(source)
     for number, place, record in _chosen(source):
         before, said = _of_messages(record, source, place)
-        texts = [name for name in FIELDS if name not in said]
+        # A column of that name may be anything: only one that is mapped is a goal.
+        texts = [name for name in FIELDS if name not in said and (name != "goal" or name in source.columns)]
         _check_texts(record, source, texts, place)
         values = {name: _field(record, name, source, place) for name in texts} | said
         if not values["prompt"]:
@@ -185,7 +186,7 @@ def _check_numbers(source: RowSource) -> None:
 
 def _check_texts(record: dict[str, Any], source: RowSource, names: Collection[str], place: str) -> None:
     """Stop at a prompt, an answer or a system's message that should be text and is none, or has such a part."""
-    for name in (one for one in ("prompt", "response", "system") if one in names):
+    for name in (one for one in ("prompt", "response", "system", "goal") if one in names):
         spec = source.columns.get(name, name)
         for column in NAMED.findall(spec) if "{" in spec else [spec]:
             value = record.get(column)

@@ -112,13 +112,15 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         for key in ("prompt", "answer"):
             if not isinstance(row.get(key), str):
                 raise InputError(f"{place}: no text in {key!r}; an answer to judge has 'prompt' and 'answer'")
+        if not isinstance(row.get("goal", ""), str):
+            raise InputError(f"{place}: goal is {row['goal']!r}; expected a text, or no such column")
         if not isinstance(row.get("collapsed", False), bool):
             raise InputError(f"{place}: collapsed is {row['collapsed']!r}; expected true or false")
     return found
 
 
 def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge, store: Path | Verdicts, device: str) -> list[Judgement]:
-    prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+    prompts, answers = [row.get("goal") or row["prompt"] for row in rows], [row["answer"] for row in rows]
     return judged(judge, prompts, answers, folder=store, device=device)
 
 

@@ -32,6 +32,7 @@ def write_answers(path: Path, rows: Sequence[Row], records: Sequence[Mapping[str
     lines = []
     for row, record in zip(rows, records, strict=True):
         known = {"id": row.id, "prompt_hash": row.prompt_hash, "category": row.category, "prompt": row.asked}
+        known |= {"goal": row.goal} if row.goal else {}
         rest = {key: value for key, value in record.items() if key != "index"}
         lines.append(json.dumps(known | {"reference": row.response} | rest, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))

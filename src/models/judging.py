@@ -50,7 +50,7 @@ def awaited_judges(
             stores[key] = Verdicts(folder, key)
         for model in range(models):
             known = records.get((model, number), {})
-            items = [(row.asked, known[i]["answer"]) for i, row in enumerate(rows) if i in known]
+            items = [(row.judged, known[i]["answer"]) for i, row in enumerate(rows) if i in known]
             if len(items) < len(rows) or stores[key].missing(items, final=suite.judge.stands):
                 found[_words(suite.judge)] = suite.judge
     return list(found.values())

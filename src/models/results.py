@@ -135,7 +135,7 @@ class Results:
         verdicts = partial(
             judged,
             suite.judge,
-            [rows[i].asked for i in mine],
+            [rows[i].judged for i in mine],
             [records[i]["answer"] for i in mine],
             folder=self._store(suite.judge.key),
             device=device,
