@@ -36,6 +36,8 @@ def local_suites(folder):
         if "judge" in suite:
             settings = suite["judge"]["init_args"]
             assert settings["name"] == "LibrAI/longformer-harmful-ro"
+            assert suite["max_new_tokens"] == 512
+            suite["max_new_tokens"] = 64  # the tiny base has 512 positions in all
             suite["judge"] = suite["judge"] | {"init_args": settings | {"name": judge}}
     return suites
 
