@@ -4,7 +4,7 @@ from scipy.stats import binomtest
 
 from src.metrics.collapse import is_collapsed
 from src.metrics.counters import FlagRate
-from src.metrics.exact import is_exact, last_number
+from src.metrics.exact import final_number, is_exact
 from src.metrics.intervals import wilson
 from src.metrics.perplexity import AnswerPerplexity
 from src.metrics.refusal import is_refusal
@@ -116,9 +116,9 @@ def test_exact_match(answer, reference, form, expected):
     assert is_exact(answer, reference, form) is expected
 
 
-def test_last_number_reads_thousands_and_decimals():
-    assert last_number("1 and 2,500.75.") == "2500.75"
-    assert last_number("no digits") is None
+def test_final_number_reads_thousands_and_decimals():
+    assert final_number("1 and 2,500.75.") == "2500.75"
+    assert final_number("no digits") is None
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_last_number_reads_thousands_and_decimals():
         ("2^10", "10"),
     ],
 )
-def test_last_number_in_plain_form(text, expected):
-    assert last_number(text) == expected
+def test_final_number_in_plain_form(text, expected):
+    assert final_number(text) == expected
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (3, 10), (1, 1), (57, 120)])

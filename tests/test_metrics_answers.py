@@ -12,7 +12,7 @@ from src.data.suite import Suite
 from src.metrics.categories import each_category, named_categories
 from src.metrics.collapse import collapse
 from src.metrics.counters import FlagRate
-from src.metrics.exact import is_exact, last_number
+from src.metrics.exact import final_number, is_exact
 from src.metrics.intervals import wilson
 from src.metrics.perplexity import AnswerPerplexity
 from src.metrics.refusal import is_refusal
@@ -252,4 +252,4 @@ def test_refusals_behind_an_excuse_or_beside_voices_that_do_not_answer_are_recog
 
 @pytest.mark.parametrize(("text", "number"), [("-$10", "-10"), ("\u2212€1,200.50", "-1200.5"), ("5-$3", "3")])
 def test_a_sign_may_stand_before_a_currency_mark(text, number):
-    assert last_number(f"It is {text}.") == number
+    assert final_number(f"It is {text}.") == number

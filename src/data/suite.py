@@ -15,7 +15,7 @@ from src.data.row_source import Sources
 from src.data.rows import Row
 from src.data.sources import load_rows, refuse_options
 from src.errors import InputError
-from src.metrics.exact import AnswerForm, last_number
+from src.metrics.exact import AnswerForm, final_number
 from src.metrics.judging import Judge
 
 log = logging.getLogger(__name__)
@@ -214,5 +214,5 @@ def _warn_of_ids(name: str, rows: Sequence[Row]) -> None:
 
 def _check_numbers(rows: Sequence[Row]) -> None:
     for row in rows:
-        if last_number(row.response) is None:
+        if final_number(row.response) is None:
             raise InputError(f"{row.id}: the reference {row.response[:40]!r} has no number; set answer: text")

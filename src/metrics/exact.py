@@ -37,7 +37,7 @@ def normalised(text: str) -> str:
     return plain
 
 
-def last_number(text: str) -> str | None:
+def final_number(text: str) -> str | None:
     """The last number of a text in plain form, digit for digit (``1,200.50`` becomes ``1200.5``), or nothing.
 
     A model that does not stop goes on with questions of its own: the first line of the form ``#### 18`` is the result.
@@ -56,6 +56,6 @@ def last_number(text: str) -> str | None:
 def is_exact(answer: str, reference: str, form: AnswerForm = "text") -> bool:
     """True where the answer equals the reference after normalisation; an empty answer never does."""
     if form == "number":
-        value = last_number(answer)
-        return value is not None and value == last_number(reference)
+        value = final_number(answer)
+        return value is not None and value == final_number(reference)
     return bool(normalised(answer)) and normalised(answer) == normalised(reference)

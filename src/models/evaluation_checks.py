@@ -11,7 +11,7 @@ from src.sandbox.run import check_isolation
 
 
 def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequence[Row]], base: str) -> None:
-    """Check that no adapter was trained or calibrated on a prompt of a suite, nor the base, where it is a merged model.
+    """Check that no adapter was trained or calibrated on a prompt or goal of a suite, nor the base, where it is merged.
 
     Args:
         models: Adapters by the names of the models; nothing stands for the base alone.

@@ -30,6 +30,7 @@ class RecentCheckpoint(Callback):
     ASKED = 60.0
     """Seconds after which they ask it, as long as batches take."""
     WAITS = b"\nCtrl-C: the training stops after this batch, with a checkpoint; again, it stops at once, without one\n"
+    """What the first Ctrl-C says."""
 
     def __init__(self, path: Path, every: float = 600.0) -> None:
         self.path, self.every = path, every
@@ -53,19 +54,22 @@ class RecentCheckpoint(Callback):
 
     def on_train_end(self, *_args: Any) -> None:
         """Give Ctrl-C back."""
+        self._give_back()
+
+    def on_exception(self, _trainer: Trainer, _module: Any, exception: BaseException) -> None:
+        """Give Ctrl-C back, but after Ctrl-C: Lightning lets no second one disturb its answer to the first."""
+        if not isinstance(exception, KeyboardInterrupt):
+            self._give_back()
+
+    def _give_back(self) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
 
-    def on_exception(self, _trainer: Trainer, _module: Any, exception: BaseException) -> None:
-        """As :meth:`on_train_end`; Lightning lets no second Ctrl-C disturb its answer to the first."""
-        if not isinstance(exception, KeyboardInterrupt):
-            self.on_train_end()
-
-    def _on_interrupt(self, number: int, _frame: FrameType | None) -> None:
+    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self._interrupted = True
-        self.on_train_end()
-        os.write(2, self.WAITS)
+        self._give_back()
+        os.write(2, self.WAITS)  # a stream may be in the middle of a line
 
     def _on_requeue(self, number: int, _frame: FrameType | None) -> None:
         self._requeued = number
