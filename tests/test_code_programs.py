@@ -47,6 +47,7 @@ isolated = pytest.mark.skipif(bool(missing_isolation()), reason=f"no isolation h
         "1. As:\n   ```json\n   {}\n   ```\n   ```py3\n   def area(r):\n       return math.pi * r * r\n   ```",
         "```python {.numbers}\ndef area(r):\n    return math.pi * r * r\n```",
         "```python\ndef area(r):\n    return math.pi * r * r\n\nassert area(1) == 3\nprint(input())\n```",
+        "```python\ndef area(r):\n    found = math.pi * r * r\n    return found\n\nfound = area(input())\n```",
         "```python\nimport absent\nx = absent.y\ndef area(r):\n    return math.pi * r * r\n```",
         "```python\ndef area(r):\n    ...\n```\nso:\n```python\ndef area(r):\n    return math.pi * r * r\n```",
         "```python\ndef area(r):\n    'Area.'\n    raise NotImplementedError('later')\n```\n"

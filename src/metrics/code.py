@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from math import comb
+from symtable import SymbolTable, symtable
 from textwrap import dedent, indent
 
 PYTHON = r"[ \t]*(?:(?:[pP]ython3?|py3?)\b[^\n`]*)?\r?\n"
@@ -110,11 +111,19 @@ def _needed(text: str, entry_point: str) -> str:
     kept: list[ast.stmt] = []
     while more := [one for one in statements if one not in kept and _gives(one) & (wanted | {"*", RECURSION})]:
         kept += more
-        wanted |= {node.id for one in more for node in ast.walk(one) if isinstance(node, ast.Name)}
+        wanted |= {name for one in more for name in _uses(symtable(ast.unparse(one), "program.py", "exec"))}
     if len(kept) == len(statements):
         return text
     lines = text.splitlines(keepends=True)
     return "".join(_source(one, text, lines) + "\n" for one in statements if one in kept)
+
+
+def _uses(table: SymbolTable) -> Iterator[str]:
+    """The names of the module that a part of a program refers to; a function's own variables are none."""
+    whole = table.get_type() == "module"
+    yield from (one.get_name() for one in table.get_symbols() if one.is_referenced() and (whole or one.is_global()))
+    for inner in table.get_children():
+        yield from _uses(inner)
 
 
 def _gives(statement: ast.stmt) -> set[str]:
