@@ -50,7 +50,7 @@ isolated = pytest.mark.skipif(bool(missing_isolation()), reason=f"no isolation h
         "```python\ndef area(r):\n    found = math.pi * r * r\n    return found\n\nfound = area(input())\n```",
         "```python\nimport absent\nx = absent.y\ndef area(r):\n    return math.pi * r * r\n```",
         "```python\ndef area(r):\n    ...\n```\nso:\n```python\ndef area(r):\n    return math.pi * r * r\n```",
-        "```python\ndef area(r):\n    'Area.'\n    raise NotImplementedError('later')\n```\n"
+        "```python\ndef area(r):\n    import cmath\n    'Area.'\n    raise NotImplementedError('later')\n```\n"
         "```python\ndef area(r):\n    return math.pi * r * r\n```",
         "```python\nif r < 0: return 0\nreturn math.pi * r * r\n```",
         "```python\nx = r * r\nif x == 1:\n    return math.pi\nreturn math.pi * x\n```",

@@ -91,14 +91,14 @@ def _parsed(text: str) -> list[ast.stmt]:
 
 
 def _is_stub(text: str, entry_point: str) -> bool:
-    """Whether a program leaves its function empty but for a docstring, ``pass``, ``...`` or NotImplementedError."""
+    """Whether a program leaves its function empty but for imports, a docstring, ``pass``, ``...``, NotImplementedError."""
     functions = [
         one
         for one in _parsed(text)
         if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and one.name == entry_point
     ]
     return bool(functions) and all(
-        isinstance(one, ast.Pass)
+        isinstance(one, ast.Pass | ast.Import | ast.ImportFrom)
         or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
         or (isinstance(one, ast.Raise) and one.exc is not None and "NotImplementedError" in ast.unparse(one.exc))
         for one in functions[-1].body
