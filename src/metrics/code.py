@@ -91,7 +91,7 @@ def _parsed(text: str) -> list[ast.stmt]:
 
 
 def _is_stub(text: str, entry_point: str) -> bool:
-    """Whether a program leaves its function empty but for imports, a docstring, ``pass``, ``...``, NotImplementedError."""
+    """Whether a program's function has nothing but imports, a docstring, ``pass``, ``...`` or NotImplementedError."""
     functions = [
         one
         for one in _parsed(text)
