@@ -82,7 +82,7 @@ def read_json(path: Path, what: str) -> Any:
     """Read JSON; a missing or broken file is an :class:`InputError` that says ``what`` was expected there."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file; expected {what}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({one_line(error)}); expected {what}") from None

@@ -263,5 +263,8 @@ def test_a_proxy_that_refuses_the_model_is_one_line(monkeypatch):
         raise client_module().ProxyError("403 Forbidden")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fetch)
-    with pytest.raises(InputError, match=r"^base\.name org/base: its tokenizer cannot be loaded \(403 Forbidden\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"^base\.name org/base: its tokenizer cannot be loaded \(org/base is no directory here; 403 Forbidden\)$",
+    ):
         load_tokenizer(BaseSpec(NAME))

@@ -122,7 +122,9 @@ def check_base(
     """
     if fingerprint and adapter.fingerprint:
         if fingerprint != adapter.fingerprint:
-            raise InputError(f"{adapter.name}: trained on other weights of {adapter.base!r} than those of {what}")
+            raise InputError(
+                f"{adapter.name}: trained on the base {adapter.base!r}; {what} is {base!r} with other weights"
+            )
     elif not has_name(adapter.base, [base, *aliases]):
         given = "" if option is None else f" or give {option} '{json.dumps([adapter.base], ensure_ascii=False)}'"
         raise InputError(

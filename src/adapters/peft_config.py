@@ -88,8 +88,8 @@ def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None
     for key, what in FULL_RANK.items():
         if config.get(key) and not full_rank:
             raise InputError(
-                f"{path}: {key} is set; {what} is no low-rank update. Commands that take --base convert it exactly "
-                "where that names a directory with the base model's safetensors files"
+                f"{path}: {key} is set; {what} is no low-rank update. `merge --utility {path.parent} --base BASE "
+                "--rank N --output FOLDER` makes it one; merge and inspect take it as it is with --base BASE"
             )
     for key, what in UNSUPPORTED.items():
         if config.get(key):

@@ -20,6 +20,7 @@ from src.adapters.base_weights import BaseWeights, local_folder
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import check_copies, full_rank_updates
 from src.adapters.deltas import Deltas
+from src.adapters.own_template import TEMPLATE, TOKENIZER, read_template
 from src.adapters.pairs import LowRankPair, Pairs, finite_values
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, named_base, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights
@@ -49,6 +50,7 @@ class Adapter:
             at hand when the adapter was read.
         scaling: Settings of its configuration that say by what B A is multiplied.
         revision: Git revision of the base's hub repository, where its configuration names one.
+        template: The chat template that lies beside it.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Adapter:
     full_rank: Deltas = field(default_factory=dict)
     scaling: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+    template: str | None = None
 
     @property
     def identity(self) -> str:
@@ -117,6 +120,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
         full_rank=full_rank_updates(file, found, pairs, base, layout),
         scaling={key: config.get(key) for key in SCALING},
         revision=revision,
+        template=read_template(path),
     )
 
 
@@ -135,7 +139,7 @@ def _fetched(folder: str | Path, *, full_rank: bool) -> tuple[Path, dict[str, An
     """Where an adapter lies, and its configuration, checked."""
     path = local_folder(
         str(folder),
-        [CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD],
+        [CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD, TEMPLATE, TOKENIZER],
         absent=f"{folder}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})",
         unfetched=f"{folder}: neither an adapter directory nor a hub adapter that can be fetched now",
     )

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from src.data.batches import Batch
 from src.data.chat import Encoded, Template
+from src.data.demo_rows import warn_of_demo_rows
 from src.data.modules import TokenizedData
 from src.data.row_source import Sources, as_sources
 from src.data.rows import Row
@@ -59,6 +60,7 @@ class CalibrationData(TokenizedData):
             raise InputError(
                 f"data.utility_weights is {utility_weights}; expected {given} numbers above 0, finite, one a source"
             )
+        self.named: dict[str, Sources | None] = {"data.safety": safety, "data.utility": utility}
         self.weights_per_row = {"safety": _weights_per_row(safety), "utility": _weights_per_row(utility)}
         if utility_weights is not None and set(self.weights_per_row["utility"]) != {1.0}:
             raise InputError("data.utility_weights weigh whole sources; expected them or weights of rows, not both")
@@ -91,15 +93,22 @@ class CalibrationData(TokenizedData):
                 "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
                 "task rows, the merged model refuses more harmless prompts (README, Calibration)"
             )
-        for rows in sorted({rows for name, rows in passes.items() if name not in self._random}):
-            if repeated := _repeated(self.sources[rows]):
+        warn_of_demo_rows({option: self.named[option] for option in self.measured})
+        for option, over in self.measured.items():
+            if repeated := _repeated(over):
                 log.warning(
-                    "data.%s: %d prompts stand in several rows, whose halves go by their ids: shares measured on "
+                    "%s: %d prompts stand in several rows, whose halves go by their ids: shares measured on "
                     "held-out rows come out too high (unique: true keeps one row a prompt in one source; leave out of "
                     "one what stands in two)",
-                    rows,
+                    option,
                     repeated,
                 )
+
+    @property
+    def measured(self) -> dict[str, list[Row]]:
+        """The rows that passes are over, by the option that names them; those of random tokens have none."""
+        over = {rows for name, rows in self._passes.items() if name not in self._random}
+        return {f"data.{rows}": list(chain.from_iterable(self.sources[rows])) for rows in sorted(over)}
 
     def setup(self, stage: str) -> None:
         """Tokenise."""
@@ -132,10 +141,10 @@ class CalibrationData(TokenizedData):
         return [self.loader(self.encoded[name]) for name in self._passes]
 
 
-def _repeated(sources: list[list[Row]]) -> int:
+def _repeated(rows: list[Row]) -> int:
     """Number of prompts in rows of more than one id."""
     ids: dict[str, set[str]] = {}
-    for row in chain.from_iterable(sources):
+    for row in rows:
         ids.setdefault(row.prompt_hash, set()).add(row.id)
     return sum(len(found) > 1 for found in ids.values())
 

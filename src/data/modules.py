@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from src.data.batches import WINDOW, Batch, EncodedRows, LengthBatches
 from src.data.chat import Encoded, Encoder, Template
+from src.data.demo_rows import warn_of_demo_rows
 from src.data.row_source import Sources
 from src.data.rows import Row
 from src.data.sources import load_rows, refuse_options
@@ -177,6 +178,7 @@ class ExpertData(TokenizedData):
         self.train, self.val, self.seed, self.window = train, val, seed, window
         for sources in (train, val):
             refuse_options(sources, "Fisher passes", "weight")
+        warn_of_demo_rows({"data.train": train, "data.val": val})
         self.rows = {
             "train": load_rows(train, need_response=True),
             "val": load_rows(val, need_response=True),

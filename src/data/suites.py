@@ -60,6 +60,10 @@ class EvaluationData(TokenizedData):
         self._steps: list[list[Step]] = []
         self._in_step = False
 
+    def template_of(self, suite: Suite) -> Template:
+        """How the prompts of a suite are wrapped."""
+        return suite.template or ("raw" if suite.kind == "choice" else self.template)
+
     def encode_suites(self, positions: int | None, ends: Sequence[int] = ()) -> None:
         """Tokenise for a model of so many positions, which names some tokens as ends of what it says.
 
@@ -74,7 +78,7 @@ class EvaluationData(TokenizedData):
                     f"suite {suite.name}: max_new_tokens {answer} leave {length} of {positions} positions for prompts; "
                     f"expected at least {SHORTEST}"
                 )
-            template = suite.template or ("raw" if suite.kind == "choice" else self.template)
+            template = self.template_of(suite)
             encoder = Encoder(self.encoder.tokenizer, template=template, max_length=length, ends=ends)
             if template == "auto" and not encoder.chat:
                 log.warning(

@@ -23,12 +23,19 @@ class Expert:
         weight: Its weight, as given by the user.
         deltas: Its update per module; a module that it lacks has the update zero.
         fisher: Its own Fisher matrix in weight coordinates, for combinations that need one.
+        name: What the user calls it; unset is the beginning of its key. For messages.
     """
 
     key: str
     weight: float
     deltas: Mapping[str, Delta]
     fisher: Fisher | None = None
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        """Its name in messages."""
+        return self.name or self.key[:12]
 
 
 class KeyedDeltas(Deltas):
@@ -37,16 +44,18 @@ class KeyedDeltas(Deltas):
     Args:
         deltas: Update per module.
         key: As :attr:`Expert.key`.
+        name: As :attr:`Expert.name`.
     """
 
-    def __init__(self, deltas: Mapping[str, Delta], key: str) -> None:
+    def __init__(self, deltas: Mapping[str, Delta], key: str, name: str = "") -> None:
         super().__init__(deltas)
-        self.key = key
+        self.key, self.name = key, name
 
 
 def as_expert(deltas: Mapping[str, Delta], role: str, fisher: Fisher | None = None) -> Expert:
     """An update as an expert of weight 1; one without a name of its own goes by its role."""
-    return Expert(deltas.key if isinstance(deltas, KeyedDeltas) else role, 1.0, deltas, fisher)
+    key, name = (deltas.key, deltas.name) if isinstance(deltas, KeyedDeltas) else (role, role)
+    return Expert(key, 1.0, deltas, fisher, name)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Inputs:
         """What a combination works on; its hash names an expert, whatever its position or path."""
         statistics = self.calibration.statistics or (None,) * len(self.experts)
         each = zip(self.experts, self.weights, statistics, strict=True)
-        return [Expert(e.identity, w, e.updates, fisher) for e, w, fisher in each]
+        return [Expert(e.identity, w, e.updates, fisher, e.name) for e, w, fisher in each]
 
     @property
     def combined_key(self) -> str:

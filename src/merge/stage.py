@@ -266,12 +266,13 @@ def _groups(points: Sequence[Variant], inputs: Inputs) -> Iterator[tuple[list[Va
 
 def _both(combine: Combination, total: Combined, inputs: Inputs) -> tuple[KeyedDeltas, KeyedDeltas]:
     """ΔW_u and ΔW_s as a method takes them."""
-    safety = KeyedDeltas(inputs.safety.updates, inputs.safety.identity) if inputs.safety else KeyedDeltas({}, "")
+    own = inputs.safety
+    safety = KeyedDeltas(own.updates, own.identity, own.name) if own else KeyedDeltas({}, "")
     # What has been thinned by an expert's key is drawn by another one: the same draws would drop nothing more of it.
     key = inputs.combined_key
     if not isinstance(combine, TaskArithmetic | Linear):
         key = f"{combine.name}({key})"
-    return KeyedDeltas(total.deltas, key), safety
+    return KeyedDeltas(total.deltas, key, " + ".join(expert.name for expert in inputs.experts)), safety
 
 
 def _check_stages_fit(point: Variant, total: Combined, inputs: Inputs) -> None:

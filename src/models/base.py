@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from src.adapters.base_weights import fingerprint_of
+from src.adapters.base_weights import HUB, fingerprint_of, on_hub
 from src.adapters.checks import check_base
 from src.adapters.peft_config import MAIN
 from src.adapters.peft_files import Adapter
@@ -124,6 +124,10 @@ def _location(spec: BaseSpec) -> tuple[str, dict[str, Any]]:
     gguf = _gguf_path(spec)
     if gguf is not None:
         return str(_dequantised(gguf)), {}
+    if not Path(spec.name).is_dir() and (spec.name.startswith(".") or not HUB.fullmatch(spec.name)):
+        raise InputError(
+            f"base.name {spec.name}: no such directory; expected one with a model, a GGUF file or a hub id"
+        )
     extra = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     return spec.name, {**extra, "revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
 
@@ -143,7 +147,8 @@ def _loading(spec: BaseSpec, what: str) -> Iterator[None]:
         reason = one_line(error)
         of_attention = re.search("attention|attn", reason, re.IGNORECASE)
         key = f" with base.attention {spec.attention}" if of_attention else ""
-        raise InputError(f"base.name {spec.name}: {what} cannot be loaded{key} ({reason})") from None
+        absent = f"{spec.name} is no directory here; " if on_hub(spec.name) else ""
+        raise InputError(f"base.name {spec.name}: {what} cannot be loaded{key} ({absent}{reason})") from None
 
 
 def load_tokenizer(spec: BaseSpec) -> Any:
@@ -212,6 +217,9 @@ def check_trained_on(adapters: Sequence[Adapter], spec: BaseSpec, fingerprint: s
     Raises:
         InputError: one was trained on another base.
     """
+    known = [adapter for adapter in adapters if adapter.fingerprint]
+    for other in known[1:] if fingerprint is None else []:
+        check_base(other, known[0].base, known[0].fingerprint, what=f"that of {known[0].name}")
     for adapter in adapters:
         if fingerprint is None and adapter.fingerprint and spec.quantization == "none":
             continue

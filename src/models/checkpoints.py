@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 GOING_ON = frozenset({"optimizer_states", "loops"})
 """What a checkpoint holds beside weights."""
+OF_SHARDED = "meta.pt"
+"""What Lightning puts beside the parts of a sharded checkpoint."""
 ADAPTER = "adapter"
 """Entry of a checkpoint: shapes of the trained weights by name, their scaling, and what they stand on."""
 
@@ -230,7 +232,9 @@ def check_checkpoint(path: str, *, goes_on: bool) -> None:
     place = Path(path)
     if not place.exists():
         raise InputError(f"--ckpt_path {path}: no such file; expected a checkpoint that fit wrote (…/run/checkpoints/)")
-    if place.is_dir():  # a sharded one
+    if place.is_dir():
+        if not (place / OF_SHARDED).is_file():
+            raise InputError(f"--ckpt_path {path}: a directory, and no sharded checkpoint; expected a file in it")
         return
     if not zipfile.is_zipfile(place):
         raise InputError(f"--ckpt_path {path}: not a readable checkpoint (no archive of torch.save)")

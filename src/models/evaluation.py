@@ -18,6 +18,7 @@ from src.data.suite import Suite
 from src.data.suite_tokens import SuiteTokens
 from src.data.suites import EvaluationData
 from src.errors import InputError
+from src.models.adapter_rows import warn_of_templates
 from src.models.adapter_swap import Swap
 from src.models.answer_files import answer_file
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
@@ -120,6 +121,8 @@ class EvaluationModule(KeptBuffers):
         check_whole(getattr(self.trainer, option), option, "evaluation")
         if self.sharded:
             check_sampling(self._data.suites)
+        templates = list(map(self._data.template_of, self._data.suites))
+        warn_of_templates(self._adapters, templates, self._data.encoder.tokenizer)
         if self._scores:
             check_programs(self._data.suites, allow=self.allow_code_execution)
             share_judges(self._data.suites)

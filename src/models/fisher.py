@@ -25,6 +25,7 @@ from src.errors import InputError
 from src.fisher.base import Representation
 from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
+from src.models.adapter_rows import warn_of_learnt, warn_of_templates
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.checkpointing import checkpoint_layers
 from src.models.estimate import Estimate, estimate
@@ -176,6 +177,8 @@ class FisherModule(KeptBuffers):
     def setup(self, stage: str) -> None:
         """Refuse a part of the batches: it is no Fisher matrix of the rows."""
         check_whole(self.trainer.limit_predict_batches, "limit_predict_batches", "Fisher matrix of the rows")
+        warn_of_templates(self.adapters, [self.data.template], self.data.encoder.tokenizer)
+        warn_of_learnt([*self.utility, self.safety], self.data.measured)
 
     def configure_model(self) -> None:
         """Load the base, check the adapters against it, shard where the strategy asks for it."""

@@ -83,7 +83,7 @@ class FisherAverage(Combination):
         for name in changed_modules(experts):
             shape = common_shape(name, experts)
             updates = [expert.deltas.get(name, LowRankPair.zero(shape)) for expert in experts]
-            own = [module_fisher(f, name, shape, e.key[:12]) for f, e in zip(fishers, experts, strict=True)]
+            own = [module_fisher(f, name, shape, e.called) for f, e in zip(fishers, experts, strict=True)]
             diagonal = [f for f in own if isinstance(f, DiagonalFisher)]
             factored = [f for f in own if isinstance(f, KroneckerFisher)]
             if len(diagonal) == len(own):

@@ -71,7 +71,7 @@ class RegMean(Combination):
             shape = common_shape(name, experts)
             own = []
             for fisher, expert in zip(fishers, experts, strict=True):
-                found = module_fisher(fisher, name, shape, expert.key[:12])
+                found = module_fisher(fisher, name, shape, expert.called)
                 if not isinstance(found, KroneckerFisher):
                     raise InputError(
                         f"RegMean needs Fisher files of the representation kronecker, not {found.representation}"

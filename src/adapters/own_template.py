@@ -1,0 +1,29 @@
+"""Chat templates that lie beside adapters: prompts go in by the base's, so one that differs is worth a word."""
+
+from pathlib import Path
+
+from src.errors import InputError
+from src.files import read_json
+
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template beside an adapter, as transformers and TRL save it with the tokenizer; nothing without one.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if (folder / TEMPLATE).is_file():
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{folder / TEMPLATE}: not UTF-8 text ({error}); expected a chat template") from None
+    if not (folder / TOKENIZER).is_file():
+        return None
+    settings = read_json(folder / TOKENIZER, "the settings of a tokenizer")
+    found = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(found, list):  # several by name, as transformers wrote them before they had files of their own
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    return found if isinstance(found, str) else None
