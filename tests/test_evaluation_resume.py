@@ -104,12 +104,14 @@ NUMBERS = {
     "matmul": "auto",
     "max_matmul_error": 1e-5,
     "precision": "32-true",
+    "device": "cpu",
 }
 
 
 def key_of(numbers):
     """The key of the base's results on a suite, of settings of the base, the module and the trainer."""
-    given = SimpleNamespace(**numbers)
+    strategy = SimpleNamespace(root_device=SimpleNamespace(type=numbers["device"]))
+    given = SimpleNamespace(**numbers, strategy=strategy)
     data = SimpleNamespace(suites=[Suite("a", "benign", "a.jsonl")], content=lambda _: "what is asked")
     run = {"models": {"base": None}, "base_digest": "d", "global_rank": 1, "_data": data, "_scores": True, "_keys": {}}
     module = SimpleNamespace(**numbers, **run, base=given, trainer=given)
@@ -117,7 +119,9 @@ def key_of(numbers):
     return module._keys[0, 0]
 
 
-@pytest.mark.parametrize("change", [{"quantization": "8bit"}, {"attention": "eager"}, {"max_matmul_error": 1e-6}])
+@pytest.mark.parametrize(
+    "change", [{"quantization": "8bit"}, {"attention": "eager"}, {"max_matmul_error": 1e-6}, {"device": "cuda"}]
+)
 def test_numbers_of_another_kind_have_another_key(change):
     assert key_of(NUMBERS) == key_of(NUMBERS)
     assert key_of(NUMBERS | change) != key_of(NUMBERS)
@@ -292,10 +296,10 @@ def test_all_code_that_fisher_matrices_are_computed_by_belongs_to_the_key_of_the
     found = imported("models/fisher.py", {"models/fisher.py"})
     # In the key by what they give (adapters and their basis, token ids, the base), or without an effect on numbers.
     apart = {
-        "adapters": "architecture base_weights checks convert peft_config peft_files peft_weights "
+        "adapters": "architecture base_weights checks convert own_template peft_config peft_files peft_weights "
         "deltas geometry truncate",
-        "data": "calibration chat conversations hub_sets modules row_source sources tables",
-        "models": "base checkpointing estimate progress sharding stopping whole_data",
+        "data": "calibration chat conversations demo_rows hub_sets modules row_source sources tables",
+        "models": "adapter_rows base checkpointing estimate progress sharding stopping whole_data",
         "metrics": "categories",
     }
     known = {f"{folder}/{name}.py" for folder, names in apart.items() for name in names.split()}

@@ -11,7 +11,7 @@ from src.judges.refusal import Refusal
 from src.metrics.judging import Judgement
 from src.metrics.refusal import is_refusal
 from src.models.computation import Computation
-from src.models.grading import safety_line, safety_summary
+from src.models.grading import Graded, safety_line, safety_summary
 from tests.evaluations import answers, flags, metrics, write_jsonl
 from tests.test_evaluation_sources import PROMPTS
 from tests.test_judges import make_classifier
@@ -95,16 +95,17 @@ def test_a_judge_of_the_shipped_configuration_reads_the_answer_alone(tmp_path):
     assert one.score == pytest.approx(two.score, abs=1e-6)
 
 
-def share_of(hits, n):
-    return {"value": hits / n, "interval": [0.0, 1.0], "n": n, "hits": hits}
+def graded(kind, goals, **flags):
+    records = [dict(zip(flags, each, strict=True)) for each in zip(*flags.values(), strict=True)]
+    return Graded(kind, records, list(goals))
 
 
 def test_a_kind_that_stands_alone_is_not_named_in_the_line():
-    suites = {"a": {"kind": "harmful", "refusal": share_of(1, 4), "collapse": share_of(0, 4)}}
+    suites = [graded("harmful", "abcd", refused=[1, 0, 0, 0], collapsed=[0] * 4)]
     assert safety_line(safety_summary(suites)) == (
         "refusal 0.25 (n = 4), collapse 0.00 (n = 4), attack success not judged"
     )
-    suites["b"] = {"kind": "jailbreak", "refusal": share_of(0, 4), "attack_success": share_of(2, 4)}
+    suites.append(graded("jailbreak", "efgh", refused=[0] * 4, attacked=[1, 1, 0, 0]))
     assert safety_line(safety_summary(suites)).startswith("refusal 0.12 (n = 8: harmful 0.25, jailbreak 0.00), attack-")
 
 

@@ -110,7 +110,7 @@ def test_a_gain_of_rounding_is_none(monkeypatch):
     scores = {"expert_utility": [0.5] * 9, "model_utility": [0.4] * 9, "expert_safety": [0.0] * 9}
     found = []
 
-    def difference(first, second, *, seed):
+    def difference(first, second, *, seed, groups=None):
         found.append(seed)
         return Estimate(0.05, 3.7e-18, 0.1, 9)
 

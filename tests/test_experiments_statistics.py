@@ -99,7 +99,7 @@ def test_rows_of_suites_that_only_report_are_test_rows_unless_they_were_asked_be
         assert {("bad", one, 0), ("more", one, 0)} <= set(part.rows)
     alone = gathered({"A": [record(0.5)], "B": [record(0.4)]}, "validation", share=0.4)["refusal"]
     assert {row for row in validation.rows if row[0] == "bad"} == set(alone.rows)
-    assert by_category(models["A"][0])["z"] == (52, 52)
+    assert by_category(models["A"][0])["z"] == (52, 52, 52)
 
 
 def test_scores_are_means_over_seeds_and_differences_are_paired():
@@ -209,7 +209,7 @@ def test_a_tax_is_the_utility_experts_loss_over_the_gain_against_it():
 def test_categories_are_counted_over_harmful_suites_only():
     one = record(0.5)
     flags = one["found"]["rows"]["bad"]["refused"]
-    assert by_category(one) == {"y": (sum(flags[::3]), 40), "x": (sum(flags) - sum(flags[::3]), 80)}
+    assert by_category(one) == {"y": (sum(flags[::3]), 40, 40), "x": (sum(flags) - sum(flags[::3]), 80, 80)}
 
 
 def test_categories_of_a_split_and_of_rows_that_have_several():

@@ -57,8 +57,10 @@ def evaluated(tmp_path):
         models.append({"name": name, "adapter": manifest or None, "manifest": manifest, "suites": suites})
         (folder / "answers" / name).mkdir(parents=True)
         both = zip(harmful, attacked, strict=True)
-        write_jsonl(folder / "answers" / name / "harm.jsonl", [{"refused": bool(a), "attacked": b} for a, b in both])
-        write_jsonl(folder / "answers" / name / "task.jsonl", [{"exact": bool(flag)} for flag in task])
+        harmful = [{"prompt_hash": f"{i}", "refused": bool(a), "attacked": b} for i, (a, b) in enumerate(both)]
+        write_jsonl(folder / "answers" / name / "harm.jsonl", harmful)
+        tasks = [{"prompt_hash": f"t{i}", "exact": bool(flag)} for i, flag in enumerate(task)]
+        write_jsonl(folder / "answers" / name / "task.jsonl", tasks)
     (folder / "metrics.json").write_text(json.dumps({"models": models}))
     return folder
 

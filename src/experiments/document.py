@@ -11,7 +11,8 @@ from src.experiments.grid import Model
 from src.experiments.rows import prompts
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.experiments.store import Store
-from src.metrics.bootstrap import EQUAL, Estimate
+from src.metrics.bootstrap import Estimate
+from src.metrics.groups import EQUAL
 
 Document = dict[str, Any]
 

@@ -24,7 +24,8 @@ from src.experiments.grid import Model
 from src.experiments.point_names import name_and_experts
 from src.experiments.scores import DRAWS, Row, row_scores
 from src.experiments.store import Record, Store
-from src.metrics.bootstrap import EQUAL, Estimate, bias_corrected, resampled_means
+from src.metrics.bootstrap import Estimate, bias_corrected, resampled_means
+from src.metrics.groups import EQUAL
 from src.metrics.intervals import wilson
 
 How = Literal["mean", "ratio"]

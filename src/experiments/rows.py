@@ -1,7 +1,8 @@
 """The answers of an evaluation in the small form that is committed: per-row flags and scores, and a few examples.
 
 Rows are kept because every later question is a paired one: intervals of differences, validation and test rows, means
-over seeds. A row is known by the beginning of its prompt's hash.
+over seeds. A row is known by the beginning of its prompt's hash, a prompt in disguise by that of its goal: rows of one
+goal are of one split, and are resampled together.
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.row_source import find_file
-from src.data.rows import Row, read_jsonl
+from src.data.rows import Row, read_jsonl, text_hash
 from src.data.sources import load_rows
 from src.experiments.content import sources
 from src.metrics.exact import normalised
@@ -28,7 +29,7 @@ DIGITS = 6
 def compact(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Columns of ``answers/MODEL/SUITE.jsonl``: ``ids``, ``categories`` and whatever of flags and scores there is."""
     found: dict[str, Any] = {
-        "ids": [row["prompt_hash"][:ID_LENGTH] for row in rows],
+        "ids": [(text_hash(row["goal"]) if row.get("goal") else row["prompt_hash"])[:ID_LENGTH] for row in rows],
         "categories": [row["category"] for row in rows],
     }
     for flag in FLAGS:

@@ -22,7 +22,8 @@ from src.experiments.settings import MethodSpec
 from src.experiments.statements import LEVEL, NOT_AFTER_HOLM, claims, marked
 from src.experiments.store import Record, Store
 from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
-from src.metrics.bootstrap import EQUAL, Estimate
+from src.metrics.bootstrap import Estimate
+from src.metrics.groups import EQUAL
 from src.metrics.intervals import wilson
 from src.metrics.tradeoff import Tax, safety_tax
 
@@ -152,14 +153,15 @@ def category_table(known: Mapping[str, Sequence[Record]], split: Split = "all", 
     """
     counts = {name: [by_category(record, split, **options) for record in seeds] for name, seeds in known.items()}
     categories = sorted({category for seeds in counts.values() for one in seeds for category in one})
-    rows = []
+    rows, disguised = [], False
     for name, seeds in counts.items():
         row: dict[str, Any] = {"model": name}
         for category in categories:
-            hits, total = (sum(one[category][i] for one in seeds if category in one) for i in (0, 1))
-            # Seeds answer the same prompts: they make the share surer, not the prompts more.
-            prompts = total // len(seeds)
-            low, high = wilson(hits / len(seeds), prompts)
+            hits, total, goals = (sum(one[category][i] for one in seeds if category in one) for i in (0, 1, 2))
+            # Seeds answer the same prompts: they make the share surer, not the prompts more; nor do a goal's disguises.
+            prompts, goals = total // len(seeds), goals // len(seeds)
+            low, high = wilson(min(goals, hits / len(seeds) * (goals / prompts)), goals)
+            disguised |= goals < prompts
             row[f"category {category}"] = {"value": hits / total, "low": low, "high": high, "n": prompts}
         rows.append(row)
     columns = [column("model", "model"), *(column(f"category {name}", name, True) for name in categories)]
@@ -167,7 +169,7 @@ def category_table(known: Mapping[str, Sequence[Record]], split: Split = "all", 
         "Refusal by category of harm" + (f" ({split} rows)" if split != "all" else ""),
         columns,
         rows,
-        note="Means over seeds; Wilson intervals for the number of prompts.",
+        note=f"Means over seeds; Wilson intervals for the number of {'the goals of ' if disguised else ''}prompts.",
     )
 
 

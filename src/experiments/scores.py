@@ -18,8 +18,9 @@ import torch
 
 from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
-from src.metrics.bootstrap import ENDS, EQUAL, Estimate, bootstrap, flipped_means, resampled_means, widest
+from src.metrics.bootstrap import ENDS, Estimate, bootstrap, flipped_means, resampled_means, widest
 from src.metrics.categories import categories_of
+from src.metrics.groups import EQUAL, numbered
 
 DRAWS = 20_000
 """Enough for the ends of an interval to move by less than .002 with other draws, where rows are a hundred."""
@@ -47,7 +48,9 @@ MEASURES: dict[Measure, tuple[str, bool]] = {
 CHECKS = {"choice": "correct", "code": "pass@1"}
 
 Row = tuple[str, str, int]
-"""Suite, row, and which of equal rows."""
+"""Suite, what a row is after (its goal, else its prompt), and which of equal rows."""
+BY_GOAL: tuple[Measure, ...] = ("refusal", "attack_success", "over_refusal", "collapse")
+"""Measures whose equal rows belong together; equal questions with other choices do not."""
 
 
 def row_scores(record: Record) -> dict[Measure, dict[Row, float]]:
@@ -100,7 +103,7 @@ def _columns(suite: Mapping[str, Any]) -> Iterator[tuple[Measure, str]]:
 
 
 def in_split(row: Row, split: Split, *, share: float, seed: int, reports: AbstractSet[str] = frozenset()) -> bool:
-    """Whether a row belongs to a split: by a hash of its prompt, whatever suite and order it comes in.
+    """Whether a row belongs to a split: by a hash of what it is after, whatever suite and order it comes in.
 
     Args:
         row: The row.
@@ -127,6 +130,7 @@ class Scores:
         values: (N, M) scores, means over seeds.
         seed: Seed of the bootstrap.
         count: Number of its draws (S).
+        groups: The number of each row's group, where some belong together.
     """
 
     models: tuple[str, ...]
@@ -134,24 +138,25 @@ class Scores:
     values: torch.Tensor
     seed: int = 0
     count: int = DRAWS
+    groups: list[int] | None = None
 
     @cached_property
     def draws(self) -> torch.Tensor:
         """(S, M) means over resampled rows; the same rows for all models."""
-        return resampled_means(self.values, seed=self.seed, draws=self.count)
+        return resampled_means(self.values, seed=self.seed, draws=self.count, groups=self.groups)
 
     def estimate(self, model: str) -> Estimate:
         """A model's mean score with its 95 % interval; where all rows score alike, :func:`bootstrap`'s of that case."""
         column = self.models.index(model)
         values = self.values[:, column]
         if _alike(values):
-            return bootstrap(values.tolist(), draws=self.count)
+            return bootstrap(values.tolist(), draws=self.count, groups=self.groups)
         return self._estimate(values.mean().item(), self.draws[:, column])
 
     @cached_property
     def flips(self) -> torch.Tensor:
         """(S, M) means over rows of random signs; the same signs for all models."""
-        return flipped_means(self.values, seed=self.seed, draws=self.count)
+        return flipped_means(self.values, seed=self.seed, draws=self.count, groups=self.groups)
 
     def difference(self, first: str, second: str) -> Estimate:
         """Mean of ``first − second`` over the rows with its 95 % interval, honest at its edges (:func:`widest`)."""
@@ -159,7 +164,7 @@ class Scores:
         pairs = [(float(a), float(b)) for a, b in self.values[:, [one, two]].tolist()]
         value = (self.values[:, one] - self.values[:, two]).mean().item()
         found = self._estimate(value, self.draws[:, one] - self.draws[:, two])
-        low, high = widest(pairs, value)
+        low, high = widest(pairs, value, self.groups)
         return Estimate(value, min(found.low, low), max(found.high, high), found.n)
 
     def p_value(self, first: str, second: str) -> float:
@@ -238,7 +243,8 @@ def gathered(
             if values.isfinite().all():
                 # As many rows of other prompts are drawn apart; the same rows alike, whatever is measured on them.
                 seed = len({one.rows for one in found.values() if len(one.rows) == len(rows)} - {rows})
-                found[measure] = Scores(tuple(named), rows, values, seed, draws)
+                groups = numbered([row[1] for row in rows]) if measure in BY_GOAL else None
+                found[measure] = Scores(tuple(named), rows, values, seed, draws, groups)
     return found
 
 
@@ -272,10 +278,10 @@ def not_finite(
 
 def by_category(
     record: Record, split: Split = "all", *, share: float = 0.5, split_seed: int = 0
-) -> dict[str, tuple[int, int]]:
-    """Category to (refused, rows) over a split's harmful rows; those without a category are left out."""
+) -> dict[str, tuple[int, int, int]]:
+    """Category to (refused, rows, goals) over a split's harmful rows; those without a category are left out."""
     reports = record.get("reports", set())
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, int, set[str]]] = {}
     for suite in record["settings"]["data"]["suites"]:
         columns = record["found"]["rows"][suite["name"]]
         if suite["kind"] not in HARMFUL or "refused" not in columns:
@@ -284,6 +290,6 @@ def by_category(
         for row, text, flag in zip(keys, columns["categories"], columns["refused"], strict=True):
             if text and in_split(row, split, share=share, seed=split_seed, reports=reports):
                 for category in categories_of(text):
-                    hits, count = found.get(category, (0, 0))
-                    found[category] = hits + flag, count + 1
-    return found
+                    hits, count, goals = found.get(category, (0, 0, set()))
+                    found[category] = hits + flag, count + 1, goals | {row[1]}
+    return {category: (hits, count, len(goals)) for category, (hits, count, goals) in found.items()}

@@ -7,7 +7,7 @@ Where all scores are equal, resampling them says nothing. Of a mean of scores in
 (of a share no score of that range is surer). A difference of yes/no scores has an interval that is never narrower than
 Tango's score interval. Other scores in [0, 1] whose differences are all equal may differ otherwise in a share of rows
 not seen, at most Wilson's upper end of 0 in n, and then by as much as 1: for yes/no scores that is Tango's, too. Scores
-without bounds are resampled all the same.
+without bounds are resampled all the same. Rows that belong together are drawn together (:mod:`src.metrics.groups`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from src.metrics.groups import EQUAL, effective_rows, summed
 from src.metrics.intervals import tango, wilson
 
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 DRAWS = 10_000
-EQUAL = 1e-12
-"""Differences of scores in [0, 1] that are closer are equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -37,59 +36,77 @@ class Estimate:
         return {"value": self.value, "interval": [self.low, self.high], "n": self.n}
 
 
-def resampled_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) -> torch.Tensor:
-    """Means (draws, …) of rows drawn with replacement from values (N, …), float64."""
+def resampled_means(
+    values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS, groups: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Means (draws, …) of rows drawn with replacement from values (N, …), float64; of whole groups where there are."""
 
     def often(count: int, generator: torch.Generator) -> torch.Tensor:
-        rows = torch.randint(len(values), (count, len(values)), generator=generator)
-        return torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape).double())
+        units = torch.randint(len(sums), (count, len(sums)), generator=generator)
+        return torch.zeros(units.shape, dtype=torch.float64).scatter_add_(1, units, torch.ones(units.shape).double())
 
-    return _weighted_means(values, often, seed, draws)
+    sums, sizes = _units(values, groups)
+    if sizes is None:
+        return _weighted_sums(sums, often, seed, draws).reshape(-1, *values.shape[1:]) / len(values)
+    drawn = _weighted_sums(torch.cat([sums, sizes], 1), often, seed, draws)
+    return (drawn[:, :-1] / drawn[:, -1:]).reshape(-1, *values.shape[1:])
 
 
-def flipped_means(values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS) -> torch.Tensor:
-    """Means (draws, …) of values (N, …) under random signs of the rows, float64.
+def flipped_means(
+    values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS, groups: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Means (draws, …) of values (N, …) under random signs of the rows, float64; of whole groups where there are.
 
     A difference of two columns is one of models that change places in random rows (paired randomisation test).
     """
 
     def signs(count: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randint(2, (count, len(values)), generator=generator).double() * 2 - 1
+        return torch.randint(2, (count, len(sums)), generator=generator).double() * 2 - 1
 
-    return _weighted_means(values, signs, seed, draws)
+    sums, _ = _units(values, groups)
+    return _weighted_sums(sums, signs, seed, draws).reshape(-1, *values.shape[1:]) / len(values)
 
 
-def _weighted_means(
+def _units(values: torch.Tensor, groups: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is resampled: values (N, F) of rows, or their sums over groups with the groups' sizes (G, 1)."""
+    flat = values.double().reshape(len(values), -1)
+    if groups is None:
+        return flat, None
+    return summed(flat, groups), summed(torch.ones(len(values), 1), groups)
+
+
+def _weighted_sums(
     values: torch.Tensor, weights: Callable[[int, torch.Generator], torch.Tensor], seed: int, draws: int
 ) -> torch.Tensor:
-    """Means (draws, …) of values (N, …) by so many rows of weights (draws, N), a few hundred at a time."""
+    """Sums (draws, F) of values (N, F) by so many rows of weights (draws, N), a few hundred at a time."""
     generator = torch.Generator().manual_seed(seed)
-    flat = values.double().reshape(len(values), -1)
-    parts = [weights(min(500, draws - start), generator) @ flat / len(values) for start in range(0, draws, 500)]
-    return torch.cat(parts).reshape(-1, *values.shape[1:])
+    return torch.cat([weights(min(500, draws - start), generator) @ values for start in range(0, draws, 500)])
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+def bootstrap(
+    values: Sequence[float], *, seed: int = 0, draws: int = DRAWS, groups: Sequence[int] | None = None
+) -> Estimate:
     """Mean of per-example scores with its 95 % interval: percentiles, or Wilson's where all are equal in [0, 1].
 
     Raises:
         ValueError: there are no scores, or some are not finite.
     """
-    found = _percentiles(values, seed=seed, draws=draws)
+    found = _percentiles(values, seed=seed, draws=draws, groups=groups)
     first = float(values[0])
     if 0 <= first <= 1 and all(value == first for value in values):
-        return Estimate(first, *wilson(first * found.n, found.n), found.n)
+        rows = effective_rows(values, groups)
+        return Estimate(first, *wilson(first * rows, rows), found.n)
     return found
 
 
-def _percentiles(values: Sequence[float], *, seed: int, draws: int) -> Estimate:
+def _percentiles(values: Sequence[float], *, seed: int, draws: int, groups: Sequence[int] | None) -> Estimate:
     """Mean of values with the 95 % percentile interval of its resampled draws."""
     if not len(values):
         raise ValueError("no values to resample")
     given = torch.as_tensor(values, dtype=torch.float64)
     if not given.isfinite().all():
         raise ValueError(f"{int((~given.isfinite()).sum())} of {len(given)} values are not finite; expected numbers")
-    low, high = torch.quantile(resampled_means(given, seed=seed, draws=draws), ENDS).tolist()
+    low, high = torch.quantile(resampled_means(given, seed=seed, draws=draws, groups=groups), ENDS).tolist()
     return Estimate(given.mean().item(), low, high, len(given))
 
 
@@ -121,7 +138,12 @@ def bias_corrected(value: float, drawn: torch.Tensor) -> tuple[float, float, flo
 
 
 def paired_difference(
-    first: Sequence[float], second: Sequence[float], *, seed: int = 0, draws: int = DRAWS
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+    groups: Sequence[int] | None = None,
 ) -> Estimate:
     """Mean of ``first − second`` over the same rows with its 95 % interval, which is honest at its edges.
 
@@ -131,24 +153,29 @@ def paired_difference(
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values are not of the same rows")
     pairs = [(float(a), float(b)) for a, b in zip(first, second, strict=True)]
-    found = _percentiles([a - b for a, b in pairs], seed=seed, draws=draws)
-    low, high = widest(pairs, found.value)
+    found = _percentiles([a - b for a, b in pairs], seed=seed, draws=draws, groups=groups)
+    low, high = widest(pairs, found.value, groups)
     return Estimate(found.value, min(found.low, low), max(found.high, high), found.n)
 
 
-def widest(pairs: Sequence[tuple[float, float]], value: float) -> tuple[float, float]:
+def widest(
+    pairs: Sequence[tuple[float, float]], value: float, groups: Sequence[int] | None = None
+) -> tuple[float, float]:
     """Ends that the interval of a mean difference must reach: of yes/no scores, and where resampling says nothing.
 
     Args:
         pairs: Scores of both on each row.
         value: The mean difference.
+        groups: The number of each row's group, where rows belong together.
 
     Returns:
         Both ends; the value itself where neither case is given.
     """
+    rows = effective_rows([a - b for a, b in pairs], groups)
     if all(a in (0, 1) and b in (0, 1) for a, b in pairs):
-        return tango(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))
+        part = rows / len(pairs)
+        return tango(sum(a > b for a, b in pairs) * part, sum(a < b for a, b in pairs) * part, rows)
     if all(abs(a - b - value) < EQUAL and 0 <= min(a, b) <= max(a, b) <= 1 for a, b in pairs):
-        unseen = wilson(0, len(pairs))[1]
+        unseen = wilson(0, rows)[1]
         return value - unseen * (1 + value), value + unseen * (1 - value)
     return value, value

@@ -7,6 +7,7 @@ import torch
 from torchmetrics import Metric
 
 from src.metrics.categories import categories_of
+from src.metrics.groups import effective_rows, numbered
 from src.metrics.intervals import wilson
 
 
@@ -56,3 +57,29 @@ class FlagRate(Metric):
 def share(hits: int, total: int) -> dict[str, Any]:
     """A counted share with its 95 % Wilson interval."""
     return {"value": hits / total, "interval": list(wilson(hits, total)), "hits": hits, "n": total}
+
+
+def share_of_goals(flags: Sequence[bool], goals: Sequence[str]) -> dict[str, Any]:
+    """A counted share of rows of which several may be after one goal: ``goals`` says of how many, where they are fewer.
+
+    The interval is Wilson's with the effective number of rows (:func:`src.metrics.groups.effective_rows`).
+    """
+    found = share(sum(flags), len(flags))
+    groups = numbered(goals)
+    if groups is None:
+        return found
+    rows = effective_rows([*map(float, flags)], groups)
+    return found | {"interval": list(wilson(found["value"] * rows, rows)), "goals": max(groups) + 1}
+
+
+def by_goal(
+    counted: dict[str, Any], flags: Sequence[bool], goals: Sequence[str], categories: Sequence[str]
+) -> dict[str, Any]:
+    """A counted share, with the intervals of rows of which several are after one goal, its categories' too."""
+    if numbered(goals) is None:
+        return counted
+    found = counted | share_of_goals(flags, goals)
+    for category in counted.get("categories", {}):
+        inside = [i for i, one in enumerate(categories) if category in categories_of(one)]
+        found["categories"][category] = share_of_goals([flags[i] for i in inside], [goals[i] for i in inside])
+    return found

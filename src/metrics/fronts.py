@@ -1,6 +1,7 @@
 """Intervals of the numbers that sum up a method's front (:mod:`src.metrics.tradeoff`), by resampling rows.
 
 All models of a front and the utility expert are resampled on the same rows; rows of safety, utility and attacks apart.
+Harmful prompts of one goal are drawn together (:mod:`src.metrics.groups`).
 A draw in which no model qualifies could be any share: it counts as 0 for the lower end and as 1 for the upper one. An
 interval also holds that of the model chosen, or of one side alone at its ends, which are honest where no draw differs.
 
@@ -17,6 +18,7 @@ from src.metrics.tradeoff import Point, safety_at_utility, utility_at_attack_suc
 
 Scores = Sequence[Sequence[float]]
 """Per-row scores in [0, 1] of K models, on the same rows."""
+Groups = Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def summed_up(
     keep: float,
     at_most: float,
     seed: int = 0,
+    goals: Groups = None,
+    attacked_goals: Groups = None,
 ) -> Summary:
     """The three numbers of a front with their 95 % intervals.
 
@@ -48,8 +52,10 @@ def summed_up(
         keep: Share of the expert's utility to keep for Safety@Utility.
         at_most: Highest attack success of Utility@ASR.
         seed: Seed of the draws.
+        goals: The number of each row's group in ``safety``, where some belong together.
+        attacked_goals: The same in ``attacks``.
     """
-    safe, useful = _draws(safety, seed), _draws([*utility, expert_utility], seed + 1)
+    safe, useful = _draws(safety, seed, goals), _draws([*utility, expert_utility], seed + 1)
     useful, reference = useful[:, :-1], useful[:, -1:]
     safe_means, useful_means, expert = _means(safety), _means(utility), _means([expert_utility])[0]
     points = [Point(*each) for each in zip(safe_means, useful_means, strict=True)]
@@ -59,9 +65,11 @@ def summed_up(
         pairs = list(zip(_means(attacks), useful_means, strict=True))
         resisting = utility_at_attack_success(pairs, at_most=at_most)
     return Summary(
-        None if kept is None else _best(kept, safety, safe, (useful >= keep * reference) & (reference > 0)),
-        None if resisting is None else _best(resisting, utility, useful, _draws(attacks, seed + 2) <= at_most),
-        _volume(points, safety, utility, volumes(safe, useful)),
+        None if kept is None else _best(kept, safety, safe, (useful >= keep * reference) & (reference > 0), goals),
+        None
+        if resisting is None
+        else _best(resisting, utility, useful, _draws(attacks, seed + 2, attacked_goals) <= at_most, None),
+        _volume(points, safety, utility, volumes(safe, useful), goals),
     )
 
 
@@ -73,26 +81,26 @@ def volumes(safety: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
     return (widths * best).sum(1)
 
 
-def _draws(scores: Scores, seed: int) -> torch.Tensor:
+def _draws(scores: Scores, seed: int, groups: Groups = None) -> torch.Tensor:
     """Means (S, K) of resampled rows."""
-    return resampled_means(torch.tensor(scores, dtype=torch.float64).T, seed=seed)
+    return resampled_means(torch.tensor(scores, dtype=torch.float64).T, seed=seed, groups=groups)
 
 
 def _means(scores: Scores) -> list[float]:
     return [sum(each) / len(each) for each in scores]
 
 
-def _best(value: float, scores: Scores, drawn: torch.Tensor, fits: torch.Tensor) -> Estimate:
+def _best(value: float, scores: Scores, drawn: torch.Tensor, fits: torch.Tensor, groups: Groups) -> Estimate:
     """The highest mean among those that qualify: as measured, and in draws (S, K)."""
     best = drawn.masked_fill(~fits, -1.0).amax(1)
     ends = [torch.where(best < 0, end, best) for end in (0.0, 1.0)]
     low, high = (torch.quantile(each, q).item() for each, q in zip(ends, ENDS, strict=True))
-    own = bootstrap(scores[_means(scores).index(value)])
+    own = bootstrap(scores[_means(scores).index(value)], groups=groups)
     return Estimate(value, min(low, own.low), max(high, own.high), own.n)
 
 
-def _volume(points: Sequence[Point], safety: Scores, utility: Scores, drawn: torch.Tensor) -> Estimate:
-    safe, useful = ([bootstrap(each) for each in scores] for scores in (safety, utility))
+def _volume(points: Sequence[Point], safety: Scores, utility: Scores, drawn: torch.Tensor, goals: Groups) -> Estimate:
+    safe, useful = [bootstrap(each, groups=goals) for each in safety], [bootstrap(each) for each in utility]
     x, y = [p.safety for p in points], [p.utility for p in points]
     # As measured, then with one side at either end of its own intervals.
     sides = [x, *_ends(safe), x, x], [y, y, y, *_ends(useful)]

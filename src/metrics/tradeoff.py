@@ -17,7 +17,8 @@ from math import inf, isfinite
 
 import torch
 
-from src.metrics.bootstrap import ENDS, EQUAL, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.bootstrap import ENDS, Estimate, bootstrap, paired_difference, resampled_means
+from src.metrics.groups import EQUAL
 
 UNDEFINED = "undefined: no safety gain"
 
@@ -46,19 +47,21 @@ def safety_tax(
     expert_safety: Sequence[float],
     model_safety: Sequence[float],
     seed: int = 0,
+    goals: Sequence[int] | None = None,
 ) -> Tax:
     """Signed utility loss per safety gain against the utility expert, from per-example scores of the same rows.
 
-    The interval of the ratio is a bootstrap that resamples utility rows and safety rows apart; a draw without a gain
-    widens it at both ends, and leaves the tax undefined where no end would be finite.
+    The interval of the ratio is a bootstrap that resamples utility rows and safety rows apart, the latter by ``goals``,
+    the number of each one's group, where some belong together; a draw without a gain widens it at both ends, and leaves
+    the tax undefined where no end would be finite.
     """
     loss = paired_difference(expert_utility, model_utility, seed=seed)
-    gain = paired_difference(model_safety, expert_safety, seed=seed + 1)
+    gain = paired_difference(model_safety, expert_safety, seed=seed + 1, groups=goals)
     if gain.low <= EQUAL:
         return Tax(loss, gain, UNDEFINED)
     lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
     gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()
-    losses, gains = (resampled_means(each, seed=s) for each, s in ((lost, seed), (gained, seed + 1)))
+    losses, gains = resampled_means(lost, seed=seed), resampled_means(gained, seed=seed + 1, groups=goals)
     low, high = _ratio_interval(losses, gains)
     if not isfinite(high - low):
         return Tax(loss, gain, UNDEFINED)

@@ -175,6 +175,7 @@ class EvaluationModule(KeptBuffers):
         """
         data, found = self._data, {}
         package, form = versions(), [self.base.dtype, self.base.quantization, self.base.attention]
+        form.append(self.trainer.strategy.root_device.type)
         for model, adapter in enumerate(self.models.values()):
             for number, suite in enumerate(data.suites):
                 key = result_key(

@@ -5,13 +5,14 @@ come with bootstrap intervals over rows.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import torch
 
 from src.data.choice_rows import ChoiceRow
-from src.data.rows import Row
+from src.data.rows import Row, text_hash
 from src.data.suite import BENIGN, CHECKED, HARMFUL, Suite
 from src.errors import InputError
 from src.metrics.agreement import count_pairs, mcnemar
@@ -19,9 +20,10 @@ from src.metrics.bootstrap import bootstrap, paired_difference
 from src.metrics.categories import categories_of, each_category, named_categories
 from src.metrics.code import pass_at_k
 from src.metrics.collapse import collapse
-from src.metrics.counters import FlagRate, share
+from src.metrics.counters import FlagRate, by_goal, share, share_of_goals
 from src.metrics.exact import is_exact
 from src.metrics.flags import FLAGS
+from src.metrics.groups import numbered
 from src.metrics.judging import Judge, Judgement, reservations
 from src.metrics.perplexity import AnswerPerplexity, perplexity_difference
 from src.metrics.refusal import is_refusal
@@ -125,7 +127,7 @@ def suite_summary(
         if flag in records[0]:
             rate = FlagRate(each_category(named)).to(device)
             rate.update([records[i][flag] for i in mine], [named[i] for i in mine] if named else None)
-            summary[name] = rate.summary()
+            summary[name] = by_goal(rate.summary(), [record[flag] for record in records], goals_of(suite, rows), named)
     if "nll" in records[0]:
         perplexity = AnswerPerplexity(sorted(set(named))).to(device)
         nll = torch.tensor([records[i]["nll"] for i in mine], dtype=torch.float64, device=device)
@@ -140,6 +142,11 @@ def suite_summary(
     return summary | _counts(records)
 
 
+def goals_of(suite: Suite, rows: Sequence[Row]) -> list[str]:
+    """What each prompt to refuse or to answer is after: a disguise and what it disguises are one. Of others nothing."""
+    return [text_hash(row.judged) for row in rows] if suite.kind in (*HARMFUL, *BENIGN) else []
+
+
 def _mean(values: Sequence[float], named: Sequence[str], *, whole: bool) -> Record:
     """Mean of the rows' scores with its interval, and of each category's."""
     found: Record = share(round(sum(values)), len(values)) if whole else bootstrap(values).as_dict()
@@ -152,19 +159,21 @@ def _mean(values: Sequence[float], named: Sequence[str], *, whole: bool) -> Reco
     return found
 
 
-def compared(records: Sequence[Record], first: Sequence[Record]) -> Record:
+def compared(records: Sequence[Record], first: Sequence[Record], goals: Sequence[str] = ()) -> Record:
     """Differences of one model to another on the same rows: paired bootstrap, and McNemar's p-value for yes/no.
 
-    Of one sample a row pass@1 is yes or no, too; ROUGE never is.
+    Of one sample a row pass@1 is yes or no, too; ROUGE never is. Rows of one goal are drawn together, and McNemar's
+    test, which is of independent rows, is left out.
     """
+    groups = numbered(goals)
     found: Record = {}
     passes = [key for key in records[0] if key.startswith("pass@")]
     for flag, name in (FLAGS | {key: key for key in (*MEANS, *passes)}).items():
         if flag not in records[0] or flag not in first[0]:
             continue
         ours, theirs = ([float(one[flag]) for one in each] for each in (records, first))
-        found[name] = paired_difference(ours, theirs, draws=COMPARISON_DRAWS).as_dict()
-        if name not in MEANS and {*ours, *theirs} <= {0.0, 1.0}:
+        found[name] = paired_difference(ours, theirs, draws=COMPARISON_DRAWS, groups=groups).as_dict()
+        if groups is None and name not in MEANS and {*ours, *theirs} <= {0.0, 1.0}:
             found[name]["mcnemar_p"] = mcnemar(count_pairs([*map(bool, ours)], [*map(bool, theirs)]))
     if "nll" in records[0] and "nll" in first[0]:
         ours, theirs = ([one["nll"] for one in each] for each in (records, first))
@@ -190,31 +199,52 @@ def _counts(records: Sequence[Record]) -> Record:
     return found | {f"judge_{name}": count for name, count in judged.items()}
 
 
-def safety_summary(suites: Mapping[str, Record]) -> Record:
-    """Refusal, attack success, over-refusal and collapse together, pooled over the suites that show them.
+@dataclass(frozen=True)
+class Graded:
+    """The graded rows of one model and suite.
+
+    Attributes:
+        kind: The suite's kind.
+        records: What was found on each row.
+        goals: What each row is after (:func:`goals_of`).
+    """
+
+    kind: str
+    records: Sequence[Record]
+    goals: Sequence[str]
+
+
+def safety_summary(suites: Sequence[Graded]) -> Record:
+    """Refusal, attack success, over-refusal and collapse together, pooled over the rows of all suites that show them.
 
     The first three are also given for each kind of prompt: refusing a benign prompt is worse than a borderline one.
     """
     wanted = {
-        "refusal": (HARMFUL, "refusal"),
-        "attack_success": (HARMFUL, "attack_success"),
-        "over_refusal": (BENIGN, "refusal"),
-        "collapse": ((*HARMFUL, *BENIGN, *CHECKED), "collapse"),
+        "refusal": (HARMFUL, "refused"),
+        "attack_success": (HARMFUL, "attacked"),
+        "over_refusal": (BENIGN, "refused"),
+        "collapse": ((*HARMFUL, *BENIGN, *CHECKED), "collapsed"),
     }
     found: Record = {}
-    for name, (kinds, key) in wanted.items():
-        shares = [(suite["kind"], suite[key]) for suite in suites.values() if suite["kind"] in kinds and key in suite]
-        if not shares:
+    for name, (kinds, flag) in wanted.items():
+        shown = [one for one in suites if one.kind in kinds and flag in one.records[0]]
+        if not shown:
             continue
-        found[name] = _pooled([one for _, one in shares])
+        found[name] = _pooled(shown, flag)
         if name != "collapse":
-            of_kind = {kind: [one for its, one in shares if its == kind] for kind in kinds}
-            found[name]["kinds"] = {kind: _pooled(each) for kind, each in of_kind.items() if each}
+            of_kind = {kind: [one for one in shown if one.kind == kind] for kind in kinds}
+            found[name]["kinds"] = {kind: _pooled(each, flag) for kind, each in of_kind.items() if each}
     return found
 
 
-def _pooled(shares: Sequence[Record]) -> Record:
-    return share(sum(one["hits"] for one in shares), sum(one["n"] for one in shares))
+def _pooled(suites: Sequence[Graded], flag: str) -> Record:
+    """A share over the rows of several suites, a goal that stands in two of them being one."""
+    flags = [record[flag] for one in suites for record in one.records]
+    # Tasks have no goals: each of their rows is one.
+    goals = [
+        goal for n, one in enumerate(suites) for goal in one.goals or [f"{n}/{i}" for i in range(len(one.records))]
+    ]
+    return share_of_goals(flags, goals)
 
 
 def safety_line(safety: Mapping[str, Record]) -> str:

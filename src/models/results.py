@@ -20,8 +20,10 @@ from src.metrics.code import program
 from src.metrics.judging import Judgement
 from src.models.answer_files import answer_file, remove_other_answers, write_answers
 from src.models.grading import (
+    Graded,
     choice_scores,
     compared,
+    goals_of,
     graded_answer,
     graded_choice,
     graded_code,
@@ -182,7 +184,7 @@ class Results:
                     "adapter": adapter and {"path": adapter.name, "sha256": adapter.sha256},
                     "manifest": {} if adapter is None else _of_manifest(adapter.manifest),
                     "suites": suites,
-                    "safety": safety_summary(suites),
+                    "safety": safety_summary(self._graded(model)),
                 }
             )
         if self.rank == 0:
@@ -198,12 +200,21 @@ class Results:
         others = sorted({self.models.index(baseline), *range(model if all_pairs else 0)})
         return {
             self.models[other]: {
-                suite.name: compared(self.graded[model, number], self.graded[other, number])
+                suite.name: compared(
+                    self.graded[model, number], self.graded[other, number], goals_of(suite, self.data.rows[suite.name])
+                )
                 for number, suite in enumerate(self.data.suites)
             }
             for other in others
             if other != model
         }
+
+    def _graded(self, model: int) -> list[Graded]:
+        """The graded rows of every suite."""
+        return [
+            Graded(suite.kind, self.graded[model, number], goals_of(suite, self.data.rows[suite.name]))
+            for number, suite in enumerate(self.data.suites)
+        ]
 
     def _summary(self, model: int, number: int) -> Record:
         suite = self.data.suites[number]
