@@ -1,15 +1,18 @@
 """Methods at equal refusal: interpolation and bootstrap against a slow twin, planted differences, missing ranges."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from src.experiments.equal_refusal import Gap, common_levels, cost_at, covered, gaps, meets
 from src.experiments.equal_refusal_tables import equal_refusal_table, sentences, shares_table
 from src.experiments.scores import DRAWS, Scores
 from src.metrics.bootstrap import Estimate, resampled_means
+from src.metrics.intervals import wilson
 
 
 def scores(means, seed, count=200):
@@ -181,3 +184,29 @@ def test_p_values_are_adjusted_for_every_comparison_of_the_table():
     assert written["rows"][0]["over_refusal_holm"] == pytest.approx(4 * p)
     assert written["rows"][1]["over_refusal_holm"] == ""
     assert "for all 4 of this table together: of the 1 differences whose interval excludes 0, 1 also" in written["note"]
+
+
+@pytest.mark.parametrize(("count", "differ"), [(3, 3), (10, 5), (40, 5)])
+def test_paths_that_differ_in_few_rows_differ_no_surer_than_mcnemars_test(count, differ):
+    """Two paths of the same refusals: the other's end refuses a few borderline prompts, ours none."""
+    names = ("start", "ours", "other")
+    refused = torch.tensor([[0.0] * 3] * 10 + [[1.0] * 3] * 50 + [[0.0, 1.0, 1.0]] * 40, dtype=torch.float64)
+    over = torch.zeros(count, 3, dtype=torch.float64)
+    over[:differ, 2] = 1.0
+    given = {"refusal": refused, "over_refusal": over}
+    found = {m: Scores(names, tuple((m, str(i), 0) for i in range(len(one))), one) for m, one in given.items()}
+    (gap,) = gaps([found], {"ours": ["start", "ours"], "other": ["start", "other"]}, "ours")
+    shares = [(level - 0.5) / 0.4 for level in gap.levels[0]]
+    over_refusal = gap.differences["over_refusal"]
+    assert over_refusal.value == pytest.approx(-sum(shares) / len(shares) * differ / count)
+    # The draws' p-value has a standard error of .004 at most.
+    assert gap.p_values["over_refusal"] == pytest.approx(binomtest(differ, differ, 0.5).pvalue, abs=0.015)
+    if differ == count:  # no row differs from another: at least Wilson's end of 0 in all rows is open
+        assert over_refusal.high >= over_refusal.value + wilson(0, count)[1] * (1 - abs(over_refusal.value)) - 1e-9
+
+
+def test_disguises_of_a_goal_are_drawn_together_along_paths():
+    wide = {m: replace(one, groups=[i // 5 for i in range(200)]) for m, one in FOUND.items()}
+    (rows,), (goals,) = (gaps([each], {n: CURVES[n] for n in "AB"}, "A") for each in (FOUND, wide))
+    assert goals.differences["over_refusal"].value == rows.differences["over_refusal"].value
+    assert goals.differences["over_refusal"] != rows.differences["over_refusal"]

@@ -278,7 +278,7 @@ def test_summary_of_interference_says_what_is_kept_and_whether_it_is_safe():
     points = {name: {"refusal": Estimate(share, share, share, 100)} for name, share in refused.items()}
     first, ratio, safe = said_of(merges, points)
     assert first == (
-        "With 8 experts merged, TSV-M keeps the largest share of the experts' performance: 0.90 [0.90, 0.90], "
+        "With 8 experts merged, TSV-M keeps the largest share of the experts' performance: 0.90 [0.83, 0.97], "
         "refusing 0.05 of the harmful prompts; more than “TIES”."
     )
     assert ratio.startswith("By the ratio of mean scores, TSV-M keeps the largest share")
@@ -298,7 +298,7 @@ def said_of(merges, points):
 def test_merges_of_most_experts_are_compared_on_the_same_rows():
     """Two merges whose intervals overlap by far differ where the same rows make both of them uncertain."""
     merges = [
-        kept(8, [0.8, 0.7], noise=0.1, method="A"),
+        kept(8, [0.8, 0.7], noise=0.101, method="A"),
         kept(8, [0.75, 0.7], noise=0.1, method="B"),
         kept(8, [0.75, 0.7], noise=0.1, method="C"),
         kept(4, [1.0, 1.0], method="A"),
@@ -349,6 +349,41 @@ def test_merges_that_score_alike_on_every_row_are_not_certain_to_be_alike():
     other, p = difference([found], [kept_by({"a": [0, 1] * 10, "b": [1, 0] * 10}, own)], "ratio")
     assert other.value == 0.0
     assert p > 0.9
+
+
+@pytest.mark.parametrize("how", ["mean", "ratio"])
+@pytest.mark.parametrize(("rows", "other"), [(3, 0), (10, 5), (6, 6)])
+def test_merges_of_few_rows_differ_no_surer_than_mcnemars_test(how, rows, other):
+    own = {"a": [1] * rows}
+    first, second = kept_by({"a": [1] * rows}, own), kept_by({"a": [1] * other + [0] * (rows - other)}, own)
+    found, p = difference([first], [second], how)
+    assert found.value == pytest.approx(1 - other / rows)
+    # The draws' p-value has a standard error of .004 at most.
+    assert p == pytest.approx(
+        scipy.stats.binomtest(rows - other, rows - other, 0.5).pvalue if rows > other else 1.0, abs=0.015
+    )
+    if other == 0:
+        assert found.low < 1 - wilson(0, rows)[1] + 1e-9
+
+
+def test_two_merges_change_places_in_rows_alike_on_all_seeds():
+    own, draw = {"a": [1, 0, 1, 1] * 5, "b": [1, 1] * 5}, np.random.default_rng(6)
+    whole = {"mean": {"a": 2 * 0.75, "b": 2 * 1.0}, "ratio": {"a": 1.75, "b": 1.75}}
+
+    def merges():
+        return [kept_by({task: draw.integers(0, 2, len(one)).tolist() for task, one in own.items()}, own) for _ in "uv"]
+
+    first, second = merges(), merges()
+    for how, shares in whole.items():
+        found, p = difference(first, second, how)
+        parts = []
+        for task, share in shares.items():
+            rows = [(a.merged[task] - b.merged[task]).numpy() for a, b in zip(first, second, strict=True)]
+            parts.append(np.mean(rows, axis=0) / len(own[task]) / share)
+        terms = np.concatenate(parts)
+        assert terms.sum() == pytest.approx(found.value)
+        signs = draw.choice([-1, 1], (20_000, len(terms)))
+        assert p >= (np.abs(signs @ terms) >= abs(terms.sum()) - 1e-12).mean() - 0.01
 
 
 def test_intervals_of_what_is_kept_hold_the_truth_as_often_as_they_should():
@@ -532,10 +567,10 @@ def kept_by(scores, alone):
     return kept_of(model, {(name, 0): evaluated({name: s}) for name, s in alone.items()}, OneRecord(evaluated(scores)))
 
 
-def test_a_merge_that_answers_as_its_experts_keeps_all_for_certain():
+def test_a_merge_that_answers_as_its_experts_keeps_all_as_far_as_rows_tell():
     scores = {"a": [1, 0] * 10, "b": [1, 1, 0, 0, 0] * 4}
-    found = mean_kept([kept_by(scores, scores)])
-    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    found, unseen = mean_kept([kept_by(scores, scores)]), wilson(0, 40)[1] * (1 / 0.5 + 1 / 0.4) / 2
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1 - unseen, 1 + unseen))
     # Half of the expert's right answers, from other rows: the expert's own chance is in the interval.
     other = mean_kept([kept_by({"a": [0, 1] * 5 + [0] * 10}, {"a": [1, 0] * 10})])
     assert other.value == 0.5

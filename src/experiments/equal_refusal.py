@@ -3,7 +3,8 @@
 A method's path is a curve of (refusal, cost) points, from the utility expert on; between two neighbours a cost is
 interpolated linearly, which is what answering by one of the two models at random gives. The difference of two methods
 is the mean over the levels of refusal that both reach. No strength is chosen, so none can be chosen luckily. Rows are
-resampled, the same for both methods; the curves are drawn anew each time.
+resampled, the same for both methods; the curves are drawn anew each time. Where few rows differ a bootstrap is too
+sure, so no p-value is smaller than that of swapping the two methods in rows at random, at the measured refusals.
 
 Of several seeds, methods are compared on the experts of one seed at a time, as a user has them, and these differences
 are averaged. A path of means over seeds at equal strengths would not do: where a strength means another refusal on
@@ -18,11 +19,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
+import torch
 
 from src.experiments.document import better
 from src.experiments.scores import Measure, Scores, two_sided_p
 from src.experiments.statements import holm
-from src.metrics.bootstrap import ENDS, Estimate
+from src.metrics.bootstrap import ENDS, Estimate, randomised_p, widest
 
 LOWEST, HIGHEST, STEP = 0.5, 0.95, 0.05
 MOST_APART = 0.5
@@ -68,16 +70,28 @@ class Gap:
 
 @dataclass(frozen=True)
 class _Met:
-    """Two paths of one seed at the levels that both reach: (1 + S, L) costs of ours and of the other, by measure."""
+    """Two paths of one seed at the levels that both reach.
+
+    Attributes:
+        scores: Scores by measure.
+        levels: (L,) the levels.
+        costs: (1 + S, L) costs of ours and of the other by measure, as measured, then of resampled rows.
+        rows: (N, 2) the mean over the levels of each row's costs on our path and on the other's, by measure.
+    """
 
     scores: Scored
     levels: np.ndarray
     costs: Mapping[Measure, tuple[np.ndarray, np.ndarray]]
+    rows: Mapping[Measure, np.ndarray]
 
     def drawn(self, measure: Measure) -> np.ndarray:
         """(1 + S,) mean differences over the levels: as measured, then of resampled rows."""
         ours, other = self.costs[measure]
         return np.asarray((ours - other).mean(1))
+
+    def difference(self, measure: Measure) -> Estimate:
+        """The difference on this seed."""
+        return compared(self.drawn(measure), self.rows[measure], self.scores[measure])[0]
 
 
 def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str) -> list[Gap]:
@@ -96,8 +110,11 @@ def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str)
         own = [_meeting(scores, *paths) for scores in each]
         met = [one for one in own if len(one.levels)]
         shared = [m for m in COSTS if met and all(m in one.costs for one in met)]
-        means = {m: (np.mean([one.drawn(m) for one in met], axis=0), met[0].scores[m]) for m in shared}
-        found.append((other, paths, own, {m: estimated(*mean) for m, mean in means.items()}))
+        parts = {}
+        for m in shared:
+            drawn, rows = (np.mean(part, axis=0) for part in ([s.drawn(m) for s in met], [s.rows[m] for s in met]))
+            parts[m] = compared(drawn, rows, met[0].scores[m])
+        found.append((other, paths, own, parts))
     adjusted = iter(holm([p for *_, parts in found for _, p in parts.values()]))
     return [
         Gap(
@@ -105,7 +122,7 @@ def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str)
             tuple(tuple(one.levels.tolist()) for one in own),
             {m: one for m, (one, _) in parts.items()},
             {m: next(adjusted) for m in parts},
-            tuple({m: estimated(one.drawn(m), one.scores[m])[0] for m in one.costs} for one in own),
+            tuple({m: one.difference(m) for m in one.costs} for one in own),
             _shares(own),
             (max(_step(one, paths[0]) for one in own), max(_step(one, paths[1]) for one in own)),
         )
@@ -140,27 +157,50 @@ def cost_at(levels: np.ndarray, refusals: np.ndarray, costs: np.ndarray) -> np.n
     return np.stack([np.interp(levels, a, b) for a, b in zip(x, y, strict=True)])
 
 
-def estimated(drawn: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
-    """The mean difference with its interval, and the p-value of none, from (1 + S,) draws."""
+def point_weights(levels: np.ndarray, refusals: np.ndarray) -> np.ndarray:
+    """(K,) how much each point of a path counts in the mean of its costs over the levels."""
+    count = len(refusals)
+    return np.asarray(cost_at(levels, np.tile(refusals, (count, 1)), np.eye(count)).mean(1))
+
+
+def estimated(drawn: np.ndarray, cost: Scores) -> Estimate:
+    """A number with its interval, from (1 + S,) draws: as measured, then of resampled rows."""
     low, high = np.quantile(drawn[1:], ENDS)
-    return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows)), two_sided_p(drawn[1:])
+    return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows))
+
+
+def compared(drawn: np.ndarray, rows: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
+    """A mean difference with its interval, honest where no row differs, and the p-value of none.
+
+    Args:
+        drawn: (1 + S,) differences: as measured, then of resampled rows.
+        rows: (N, 2) costs of each row.
+        cost: What was measured.
+    """
+    found = estimated(drawn, cost)
+    low, high = widest([(a, b) for a, b in rows.tolist()], found.value, cost.groups)
+    difference = torch.from_numpy(rows[:, 0] - rows[:, 1])
+    p = max(two_sided_p(drawn[1:]), randomised_p(difference, seed=cost.seed, draws=cost.count, groups=cost.groups))
+    return Estimate(found.value, min(found.low, low), max(found.high, high), found.n), p
 
 
 def _meeting(scores: Scored, ours: Sequence[str], other: Sequence[str]) -> _Met:
     """Two paths of one seed; without refusals they have no levels."""
     if "refusal" not in scores:
-        return _Met(scores, np.empty(0), {})
+        return _Met(scores, np.empty(0), {}, {})
     refusals = [_means(scores["refusal"], path) for path in (ours, other)]
     levels = common_levels(refusals)
     for path in refusals:
         levels = levels[covered(levels, path)]
-    costs = {}
+    costs, rows = {}, {}
     for measure in (m for m in COSTS if m in scores and len(levels)):
         one, two = (
             cost_at(levels, _draws(scores["refusal"], path), _draws(scores[measure], path)) for path in (ours, other)
         )
         costs[measure] = one, two
-    return _Met(scores, levels, costs)
+        each = zip((ours, other), refusals, strict=True)
+        rows[measure] = np.stack([_rows(scores[measure], path) @ point_weights(levels, at) for path, at in each], 1)
+    return _Met(scores, levels, costs, rows)
 
 
 def _shares(own: Sequence[_Met]) -> dict[float, Estimate]:
@@ -173,7 +213,7 @@ def _shares(own: Sequence[_Met]) -> dict[float, Estimate]:
             np.mean([one.costs["over_refusal"][side][:, place] for one, place in at], axis=0) for side in (0, 1)
         )
         if other.min() > 0:
-            found[level] = estimated(ours / other, at[0][0].scores["over_refusal"])[0]
+            found[level] = estimated(ours / other, at[0][0].scores["over_refusal"])
     return found
 
 
@@ -186,7 +226,13 @@ def _step(met: _Met, path: Sequence[str]) -> float:
     return float(np.diff(points)[inside.any(0)].max(initial=0.0))
 
 
+def _rows(scores: Scores, models: Sequence[str]) -> np.ndarray:
+    """(N, K) scores of the models."""
+    return scores.values[:, [scores.models.index(model) for model in models]].numpy()
+
+
 def _means(scores: Scores, models: Sequence[str]) -> np.ndarray:
+    """(K,) their means."""
     columns = [scores.models.index(model) for model in models]
     return scores.values[:, columns].mean(0).numpy()
 

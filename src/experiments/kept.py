@@ -10,12 +10,13 @@ weight to the tasks that their experts hardly solve, so the ratio of the means i
 
 Resampled ratios lie above the measured one on average, the more so the fewer rows their experts solve; so intervals
 are bias-corrected percentiles. They are over rows and say nothing about other experts, other tasks or another order of
-adding them.
+adding them. Where few rows differ resampling is too sure, so no p-value is smaller than that of swapping two merges in
+rows at random.
 """
 
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ from src.experiments.grid import Model
 from src.experiments.point_names import name_and_experts
 from src.experiments.scores import DRAWS, Row, row_scores
 from src.experiments.store import Record, Store
-from src.metrics.bootstrap import Estimate, bias_corrected, resampled_means
+from src.metrics.bootstrap import Estimate, bias_corrected, randomised_p, resampled_means
 from src.metrics.groups import EQUAL
 from src.metrics.intervals import wilson
 
@@ -43,6 +44,7 @@ class Kept:
         scores: Task to the mean scores of the merge and of the task's expert, where that is above 0.
         drawn: Task to (S, 2) bootstrap draws of both.
         rows: Task to number of rows.
+        merged: Task to the merge's score on each row (N,), in one order for all merges; where it is known.
     """
 
     method: str
@@ -51,6 +53,7 @@ class Kept:
     scores: dict[str, tuple[float, float]]
     drawn: dict[str, torch.Tensor]
     rows: dict[str, int]
+    merged: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tasks(self) -> dict[str, float]:
@@ -77,6 +80,14 @@ class Kept:
             return (merged / expert).mean().item(), (drawn_merged / drawn_expert).mean(dim=1)
         return (merged.sum() / expert.sum()).item(), drawn_merged.sum(dim=1) / drawn_expert.sum(dim=1)
 
+    def parts(self, how: How = "mean") -> dict[str, torch.Tensor]:
+        """Task to what each row (N,) adds to the figure."""
+        whole = sum(expert for _, expert in self.scores.values())
+        weights = {
+            task: whole if how == "ratio" else expert * len(self.scores) for task, (_, expert) in self.scores.items()
+        }
+        return {task: one / len(one) / weights[task] for task, one in self.merged.items()}
+
     def of(self, tasks: Collection[str]) -> "Kept":
         """What is kept of some of the tasks."""
         return replace(
@@ -84,6 +95,7 @@ class Kept:
             scores={task: pair for task, pair in self.scores.items() if task in tasks},
             drawn={task: draws for task, draws in self.drawn.items() if task in tasks},
             rows={task: count for task, count in self.rows.items() if task in tasks},
+            merged={task: each for task, each in self.merged.items() if task in tasks},
         )
 
 
@@ -92,7 +104,7 @@ def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store,
     by_task: dict[str, dict[Row, float]] = {}
     for row, value in row_scores(store.read(model.test)).get("utility", {}).items():
         by_task.setdefault(row[0], {})[row] = value
-    scores, drawn, rows = {}, {}, {}
+    scores, drawn, rows, each = {}, {}, {}, {}
     for task, values in by_task.items():
         record = alone.get((task, model.seed))
         own = {} if record is None else row_scores(record)["utility"]
@@ -101,9 +113,10 @@ def kept_of(model: Model, alone: Mapping[tuple[str, int], Record], store: Store,
             continue
         merged, expert = pairs.mean(dim=0).tolist()
         scores[task], drawn[task], rows[task] = (merged, expert), _drawn(task, pairs, draws), len(pairs)
+        each[task] = pairs[:, 0]
     if not scores:
         return None
-    return Kept(*name_and_experts(model), model.seed, scores, drawn, rows)
+    return Kept(*name_and_experts(model), model.seed, scores, drawn, rows, each)
 
 
 def nothing_alone(models: Iterable[Model], alone: Mapping[tuple[str, int], Record]) -> list[str]:
@@ -143,13 +156,16 @@ def grouped(kept: Sequence[Kept]) -> dict[str, dict[int, list[Kept]]]:
 
 def mean_kept(found: Sequence[Kept], how: How = "mean") -> Estimate:
     """Mean over seeds of what equal merges keep, with its 95 % interval."""
-    if not any(merged for one in found for merged, _ in one.scores.values()):
-        return Estimate(0.0, 0.0, _unseen(found, how), sum(found[0].rows.values()))
-    return _estimate([one.figure(how) for one in found], found[0])[0]
+    figures = [one.figure(how) for one in found]
+    estimate, _ = _estimate(figures, found[0])
+    if not _alike(figures):
+        return estimate
+    unseen = _unseen(found, how)
+    return replace(estimate, low=max(0.0, estimate.value - unseen), high=estimate.value + unseen)
 
 
 def _unseen(found: Sequence[Kept], how: How) -> float:
-    """What may be kept where no row says so, so that resampling says nothing: Wilson's end, as a share of the experts'.
+    """What more or less may be kept where resampling moves nothing: Wilson's end of 0 rows, as a share of the experts'.
 
     Rows not seen are taken to be of all tasks alike.
     """
@@ -167,17 +183,36 @@ def difference(first: Sequence[Kept], second: Sequence[Kept], how: How = "mean")
         how: What is compared.
 
     Returns:
-        The difference with its 95 % interval, and its two-sided bootstrap p-value.
+        The difference with its 95 % interval, and its two-sided p-value: the larger of the bootstrap's and of the
+        paired randomisation test's.
     """
     figures = []
     for one, other in zip(first, second, strict=True):
         (value, drawn), (value_other, drawn_other) = one.figure(how), other.figure(how)
         figures.append((value - value_other, drawn - drawn_other))
     found, p = _estimate(figures, first[0])
-    if all(drawn.abs().max() < EQUAL for _, drawn in figures):
+    if _alike(figures):
         unseen = _unseen(first, how)
-        return Estimate(0.0, -unseen, unseen, found.n), 1.0
-    return found, p
+        found = replace(found, low=found.value - unseen, high=found.value + unseen)
+        p = 1.0 if abs(found.value) < EQUAL else p
+    return found, max(p, _swapped(first, second, how))
+
+
+def _alike(figures: Sequence[tuple[float, torch.Tensor]]) -> bool:
+    """Whether resampling says nothing: on each seed, all draws of a figure are the same."""
+    return all(drawn.max() - drawn.min() < EQUAL for _, drawn in figures)
+
+
+def _swapped(first: Sequence[Kept], second: Sequence[Kept], how: How) -> float:
+    """p-value of no difference of two merges, which change places in rows at random, alike on all seeds."""
+    total: dict[str, torch.Tensor] = {}
+    for one, other in zip(first, second, strict=True):
+        ours, theirs = one.parts(how), other.parts(how)
+        for task in ours.keys() & theirs.keys():
+            total[task] = total.get(task, torch.zeros(())) + ours[task] - theirs[task]
+    if not total:
+        return 0.0
+    return randomised_p(torch.cat([total[task] for task in sorted(total)]), seed=0, draws=DRAWS)
 
 
 def on_shared_tasks(kept: Sequence[Kept]) -> list[Kept]:

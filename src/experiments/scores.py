@@ -18,7 +18,7 @@ import torch
 
 from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
-from src.metrics.bootstrap import ENDS, Estimate, bootstrap, flipped_means, resampled_means, widest
+from src.metrics.bootstrap import ENDS, Estimate, as_far, bootstrap, flipped_means, resampled_means, widest
 from src.metrics.categories import categories_of
 from src.metrics.groups import EQUAL, numbered
 
@@ -175,10 +175,8 @@ class Scores:
         too light: of 10 rows for one model and none for the other it draws none without a difference.
         """
         one, two = self.models.index(first), self.models.index(second)
-        value = (self.values[:, one] - self.values[:, two]).mean()
-        swapped = self.flips[:, one] - self.flips[:, two]
-        as_far = int((swapped.abs() >= value.abs() - EQUAL).sum())
-        randomised = (as_far + 1) / (len(swapped) + 1)
+        value = (self.values[:, one] - self.values[:, two]).mean().item()
+        randomised = as_far(self.flips[:, one] - self.flips[:, two], value)
         return max(randomised, two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy()))
 
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:

@@ -83,6 +83,16 @@ def _weighted_sums(
     return torch.cat([weights(min(500, draws - start), generator) @ values for start in range(0, draws, 500)])
 
 
+def as_far(swapped: torch.Tensor, value: float) -> float:
+    """Two-sided p-value of a difference, from (S,) differences under random swaps."""
+    return (int((swapped.abs() >= abs(value) - EQUAL).sum()) + 1) / (len(swapped) + 1)
+
+
+def randomised_p(differences: torch.Tensor, *, seed: int, draws: int, groups: Sequence[int] | None = None) -> float:
+    """Two-sided p-value of no mean difference of rows (N,): the paired randomisation test."""
+    return as_far(flipped_means(differences, seed=seed, draws=draws, groups=groups), differences.mean().item())
+
+
 def bootstrap(
     values: Sequence[float], *, seed: int = 0, draws: int = DRAWS, groups: Sequence[int] | None = None
 ) -> Estimate:
