@@ -21,12 +21,12 @@ SST = {"method": Sst(), "strength": Strengths("alpha", [1.0])}
 @pytest.fixture
 def made(tmp_path):
     """A recipe whose experts have different settings."""
-    rows = {name: str(write_rows(tmp_path / f"{name}.jsonl", 6, what=name)) for name in ("task", "harm", "eval")}
+    rows = {name: str(write_rows(tmp_path / f"{name}.jsonl", 6, what=name)) for name in ("task", "harm", "eval", "val")}
 
     def make(part=None, **options):
         given = {
-            "utility": {"train": rows["task"], "val": rows["task"], "settings": {"data": {"window": 3}}},
-            "safety": {"train": [{"path": rows["harm"]}], "val": rows["harm"], "config": "safety.yaml"},
+            "utility": {"train": rows["task"], "val": rows["val"], "settings": {"data": {"window": 3}}},
+            "safety": {"train": [{"path": rows["harm"]}], "val": rows["val"], "config": "safety.yaml"},
             "fisher": {"safety": rows["harm"], "utility": rows["task"]},
             "evaluation": {"suites": [Suite("bad", "harmful", rows["eval"])]},
         }
@@ -82,7 +82,7 @@ def test_rows_of_a_method_are_told_with_its_name_and_each_source_is_read_once(ma
     read, load = [], checks.load_rows
     monkeypatch.setattr(checks, "load_rows", lambda rows, **options: read.append(rows.path) or load(rows, **options))
     check(made(), MethodSpec("mixed", train="mixed", strength=Strengths("none", [1.0])), MethodSpec("SST", **SST))
-    assert sorted(path.rpartition("/")[2] for path in read) == ["harm.jsonl"] * 2 + ["task.jsonl"] * 2
+    assert sorted(path.rpartition("/")[2] for path in read) == ["harm.jsonl"] * 2 + ["task.jsonl"] * 2 + ["val.jsonl"]
 
 
 def test_rows_of_the_hub_are_not_fetched(made):

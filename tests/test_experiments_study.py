@@ -341,7 +341,7 @@ def test_a_dry_run_lists_cells_and_time_and_writes_nothing(folder, base, rows, c
     capsys.readouterr()
     arguments = {"methods": more}
     assert (
-        run_study(folder, recipe(base, rows), "SafetyTax", arguments, "--dry_run", name="tiny") == 0
+        run_study(folder, recipe(base, rows), "SafetyTax", arguments, "--dry_run", name="more") == 0
     )  # a flag alone is true
     lines = capsys.readouterr().out.splitlines()
     # base, two experts and their training, three merges, and the models' evaluations
@@ -358,7 +358,7 @@ def test_a_method_that_cannot_work_is_reported_and_the_rest_stands(folder, base,
     arguments = {"methods": [*METHODS, bad], "ours": "SST"}
     assert run_study(folder, recipe(base, rows), "Comparison", arguments) == 2
     error = capsys.readouterr().err
-    assert "2 of 18 cells failed: TIES, alpha = 0.5, seed 0: " in error
+    assert "2 of 18 cells failed: TIES, alpha = 0.5, seed 0 and TIES, alpha = 1, seed 0: " in error
     assert "--rank" in error
     assert "2 more cells need them" in error
     found = document(folder)
@@ -632,7 +632,7 @@ def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tas
     ("kind", "arguments", "message"),
     [
         ("Comparison", {"methods": METHODS, "ours": "nobody"}, "study.ours is nobody"),
-        ("Comparison", {"methods": METHODS, "ours": "SST", "only": ["TA"]}, "study.ours is SST"),
+        ("Comparison", {"methods": METHODS, "ours": "SST", "only": ["TA"]}, "leaves out study.ours, which is SST"),
         (
             "Comparison",
             {"methods": METHODS, "ours": "SST", "only": ["SST", "TIES"]},

@@ -120,7 +120,7 @@ class Ablations(Study):
         Raises:
             InputError: strengths are to be chosen, and no suite says by what.
         """
-        check_choice(grid, [*(spec for spec, _ in self._points), *self.methods])
+        check_choice(grid, [*(spec for spec, _ in self._points), *self.methods], self.choice)
         found: list[Model] = []
         for seed in seeds:
             found += grid.references(seed)

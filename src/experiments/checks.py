@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from src.data.row_source import RowSource, find_file
+from src.data.row_source import RowSource
 from src.data.sources import load_rows, refuse_options
 from src.data.suite import Suite
 from src.errors import InputError
@@ -20,6 +20,7 @@ from src.experiments.cell import Cell, digest
 from src.experiments.cell_stages import Stages
 from src.experiments.content import ROWS, SUITE_ROWS, sources
 from src.experiments.grid import Grid
+from src.experiments.learnt_rows import check_learnt_rows, local_sources
 from src.experiments.plain_settings import plain
 from src.experiments.settings import Recipe
 from src.experiments.store import Store
@@ -51,6 +52,7 @@ def check_first(todo: Sequence[Cell], grid: Grid, seed: int) -> None:
     told = [cell for cell in todo if cell.stage in TOLD]
     _check_rows(told, todo, grid.recipe)
     _check_settings(told, todo, grid, seed)
+    check_learnt_rows(todo)
 
 
 def _check_rows(told: Sequence[Cell], todo: Sequence[Cell], recipe: Recipe) -> None:
@@ -93,27 +95,21 @@ def _sources(value: Any) -> list[RowSource]:
     return [replace(source, seed=None) for source in sources(value)] if value is not None else []
 
 
-def _local_sources(value: Any) -> list[RowSource]:
-    """Sources whose file is here."""
-    found = [(source, find_file(source.path)) for source in _sources(value)]
-    return [source for source, path in found if path is not None and path.is_file()]
-
-
 def _read(stage: str, rows: Rows) -> None:
     """Read rows as the command of a stage does."""
     if isinstance(rows, RowSource):
         if stage == "fit":
             refuse_options(rows, "Fisher passes", "weight")
-        if _local_sources(rows):
+        if local_sources(rows):
             load_rows(rows, need_response=True)
         return
     options = {key: value for key, value in rows.items() if key not in ("judge", *SUITE_ROWS)}
     examples = rows.get("few_shot")
     few_shot: list[str | RowSource] | None = None if examples is None else [*_sources(examples)]
-    suite = Suite(**options, rows=[*_local_sources(rows["rows"])], few_shot=few_shot)
+    suite = Suite(**options, rows=[*local_sources(_sources(rows["rows"]))], few_shot=few_shot)
     if suite.rows:
         found = suite.load()
-        if suite.kind == "choice" and len(_local_sources(examples)) == len(_sources(examples)):
+        if suite.kind == "choice" and len(local_sources(_sources(examples))) == len(_sources(examples)):
             suite.worked(found)
 
 

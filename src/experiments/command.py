@@ -22,7 +22,7 @@ ENDS = 120.0
 """Seconds that an interrupted command has to end in; what it has finished is on the disk by then."""
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "PL_")
 """Beginnings of the variables by which launchers tell processes apart."""
-TAIL = 600
+LONGEST = 300
 """Characters of an error that is no one-line input error."""
 
 
@@ -143,7 +143,8 @@ def _reason(log_file: Path, code: int) -> str:
         return errors[-1]
     if code < 0:
         return f"ended by signal {-code} (the kernel sends 9 where memory runs out); see {log_file}"
-    return f"exit code {code}: {' '.join(text[-TAIL:].split())}"
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return f"exit code {code}: {last.strip()[:LONGEST]} (see {log_file})"
 
 
 def processor() -> str:

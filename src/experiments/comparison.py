@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from src.data.suite import HARMFUL
+from src.data.suite import BENIGN, CHECKED, HARMFUL
 from src.errors import InputError
 from src.experiments.costs import cost_table
 from src.experiments.document import (
@@ -20,9 +20,12 @@ from src.experiments.document import (
 from src.experiments.equal_refusal import gaps
 from src.experiments.equal_refusal_tables import equal_refusal_tables, sentences
 from src.experiments.grid import Grid, Model
+from src.experiments.learnt_rows import suite_rows
 from src.experiments.pencils import overlap_table, pencils
+from src.experiments.plain_settings import plain
+from src.experiments.rows import row_ids
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
-from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, not_finite, seed_by_seed
+from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, in_split, not_finite, seed_by_seed
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import NOT_AFTER_HOLM, Claim, claims, claims_table, tally
 from src.experiments.store import Record, Store
@@ -89,6 +92,8 @@ class Comparison(Study):
         check_names(methods)
         every, methods = methods, only_named(methods, only)
         self._aside = aside_note(every, methods)
+        if ours in [method.name for method in every] and ours not in [method.name for method in methods]:
+            raise InputError(f"study.only leaves out study.ours, which is {ours}; expected it among {only}")
         if ours not in [method.name for method in methods]:
             raise InputError(f"study.ours is {ours}; expected the name of one of the methods")
         counts = {m.name: len(m.strength.values) for m in methods if m.strength.option != "none"}
@@ -103,7 +108,7 @@ class Comparison(Study):
         Raises:
             InputError: strengths are to be chosen, and no suite says by what.
         """
-        check_choice(grid, self.methods)
+        check_choice(grid, self.methods, self.choice)
         return every_path(grid, self.methods, seeds)
 
     def report(self, plan: Plan, store: Store) -> Document:
@@ -175,24 +180,39 @@ class Comparison(Study):
         )
 
 
-def check_choice(grid: Grid, methods: Sequence[MethodSpec]) -> None:
-    """Stop before anything is computed where no validation row will ask for a refusal.
+def check_choice(grid: Grid, methods: Sequence[MethodSpec], choice: Choice) -> None:
+    """Stop before anything is computed where no validation row will ask for a refusal, or no other row will.
+
+    Rows are counted where the files of all suites that ask for one thing are here: harmful prompts, benign ones, tasks.
 
     Raises:
-        InputError: a method has several strengths, and none of ``evaluation.suites`` has harmful prompts.
+        InputError: a method has several strengths, and none of ``evaluation.suites`` has harmful prompts; or the rows
+            of one kind are all validation rows, or none is.
     """
-    kinds = {suite.kind for suite in grid.recipe.evaluation.suites}
-    if kinds.isdisjoint(HARMFUL) and any(len(method.strength.values) > 1 for method in methods):
+    if all(len(method.strength.values) == 1 for method in methods):
+        return
+    suites = grid.recipe.evaluation.suites
+    if not any(suite.kind in HARMFUL for suite in suites):
         raise InputError(
             "recipe.evaluation.suites: no suite of kind harmful or jailbreak; strengths are chosen by refusal"
         )
+    for kinds in (HARMFUL, BENIGN, CHECKED):
+        asked = [plain(suite) for suite in suites if suite.kind in kinds]
+        ids = [(suite["name"], one) for suite in asked for one in row_ids(suite)]
+        chosen = [in_split((*row, 0), "validation", share=choice.share, seed=choice.seed) for row in ids]
+        if ids and all(map(suite_rows, asked)) and len(set(chosen)) < 2:
+            raise InputError(
+                f"study.choice: {sum(chosen)} of {len(ids)} rows of {', '.join(suite['name'] for suite in asked)} are "
+                f"validation rows (share {choice.share:g}, seed {choice.seed}); expected some for the choice of "
+                "strengths, and some for the report"
+            )
 
 
 def chosen_point(validation: Mapping[Measure, Scores], names: Sequence[str], choice: Choice) -> str:
     """The point of a path that the rule takes on the validation rows; the first of equal ones."""
 
     def value(measure: Measure, name: str) -> float:
-        return validation[measure].estimate(name).value
+        return validation[measure].mean(name)
 
     def kept(name: str) -> float:
         """Mean of what safety may cost."""

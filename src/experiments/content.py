@@ -161,9 +161,15 @@ def redrawn(value: Any, seed: int, taken: Collection[str]) -> list[dict[str, Any
     Args:
         value: The sources.
         seed: The study's seed.
-        taken: Files that experts are trained on.
+        taken: Files that experts are trained on (:func:`place`).
     """
-    return [plain(_shuffled_anew(s, seed) if _is_draw(s) and s.path not in taken else s) for s in sources(value)]
+    return [plain(_shuffled_anew(s, seed) if _is_draw(s) and place(s) not in taken else s) for s in sources(value)]
+
+
+def place(source: RowSource) -> str:
+    """Where a source's rows are, however its path is spelled; a hub data set is its name."""
+    path = find_file(source.path)
+    return source.path if path is None else str(path.resolve())
 
 
 def all_redrawn(value: Any, seed: int) -> list[dict[str, Any]]:

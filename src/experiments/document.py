@@ -54,7 +54,7 @@ def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str]) -> dict[s
     found: dict[str, int] = {}
     for measure, one in scores.items():
         pick = max if MEASURES[measure][1] else min
-        best = pick(models, key=lambda model: one.estimate(model).value)
+        best = pick(models, key=one.mean)
         others = [model for model in models if model != best]
         if others and all(better(measure, one.difference(best, other)) > 0 for other in others):
             found[measure] = list(models).index(best)

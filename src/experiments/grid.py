@@ -6,7 +6,7 @@ from typing import Any
 
 from src.errors import InputError
 from src.experiments.cell import Cell, digest
-from src.experiments.content import all_redrawn, count_rows, plain_sources, redrawn, sources
+from src.experiments.content import all_redrawn, count_rows, place, plain_sources, redrawn, sources
 from src.experiments.plain_settings import layered, plain, plain_base, read_config
 from src.experiments.settings import BASE_FISHER, ExpertSpec, MethodSpec, Recipe, Strengths
 from src.experiments.trainings import trained, tuned_core
@@ -140,7 +140,7 @@ class Grid:
         if self._redraws_experts:
             return all_redrawn(rows, seed)
         specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
-        taken = {source.path for spec in specs for part in (spec.train, spec.val) for source in sources(part)}
+        taken = {place(source) for spec in specs for part in (spec.train, spec.val) for source in sources(part)}
         return redrawn(rows, seed, taken)
 
     def merges(self, spec: MethodSpec, utility: Sequence[Cell], safety: Cell, seed: int) -> list[tuple[float, Cell]]:

@@ -10,6 +10,7 @@ from math import comb
 from typing import Any
 
 from src.data.row_source import RowSource
+from src.data.suite import CHECKED
 from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.costs import cost_table
@@ -101,6 +102,11 @@ class Interference(Study):
         models: list[Model] = []
         others: list[Cell] = []
         safety_suites = [plain(suite) for suite in grid.recipe.evaluation.suites]
+        if tasks_too := [suite["name"] for suite in safety_suites if suite["kind"] in CHECKED]:
+            raise InputError(
+                f"recipe.evaluation.suites: {', '.join(tasks_too)} asks for right answers, of which a study of "
+                "interference shows its experts' own tasks alone; expected suites of harmful and benign prompts"
+            )
         asked = {suite["name"] for suite in safety_suites}
         for seed in seeds:
             tasks = self._ordered(seed)

@@ -13,7 +13,7 @@ from src.experiments.scores import Measure, Scores, gathered
 from src.experiments.store import Record, Store
 from src.metrics.bootstrap import Estimate
 
-SHOWN: tuple[Measure, ...] = ("refusal", "over_refusal", "attack_success", "collapse")
+SHOWN: tuple[Measure, ...] = ("refusal", "over_refusal", "attack_success", "collapse", "answer_nll")
 
 
 def safety_scores(models: Sequence[Model], store: Store) -> dict[str, dict[Measure, Estimate]]:

@@ -14,6 +14,7 @@ from src.data.row_source import find_file
 from src.data.rows import Row, read_jsonl, text_hash
 from src.data.sources import load_rows
 from src.experiments.content import sources
+from src.experiments.learnt_rows import suite_rows
 from src.metrics.exact import normalised
 from src.metrics.flags import FLAGS
 
@@ -59,6 +60,11 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
     """Identifier to prompt of a suite's rows (its settings as plain values); empty where they are not on this disk."""
     return {row.prompt_hash[:ID_LENGTH]: row.asked for row in _rows_of(suite)}
+
+
+def row_ids(suite: Mapping[str, Any]) -> list[str]:
+    """Identifiers of a suite's rows as :func:`compact` has them, of files that are here."""
+    return [text_hash(row.judged)[:ID_LENGTH] for row in suite_rows(suite)]
 
 
 def most_frequent(suite: Mapping[str, Any]) -> float | None:

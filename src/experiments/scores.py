@@ -145,13 +145,17 @@ class Scores:
         """(S, M) means over resampled rows; the same rows for all models."""
         return resampled_means(self.values, seed=self.seed, draws=self.count, groups=self.groups)
 
+    def mean(self, model: str) -> float:
+        """A model's mean score."""
+        return self.values[:, self.models.index(model)].mean().item()
+
     def estimate(self, model: str) -> Estimate:
         """A model's mean score with its 95 % interval; where all rows score alike, :func:`bootstrap`'s of that case."""
         column = self.models.index(model)
         values = self.values[:, column]
         if _alike(values):
             return bootstrap(values.tolist(), draws=self.count, groups=self.groups)
-        return self._estimate(values.mean().item(), self.draws[:, column])
+        return self._estimate(self.mean(model), self.draws[:, column])
 
     @cached_property
     def flips(self) -> torch.Tensor:

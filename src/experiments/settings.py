@@ -6,7 +6,7 @@ from typing import Any, Literal
 from src.data.row_source import Sources
 from src.data.suite import Suite
 from src.errors import InputError
-from src.experiments.content import sources
+from src.experiments.content import place, sources
 from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.base import MergeMethod
@@ -289,10 +289,10 @@ class Recipe:
             return
         learnt = [rows for spec in (self.utility, self.safety) if spec is not None for rows in (spec.train, spec.val)]
         learnt += [] if self.fisher is None else [self.fisher.safety, self.fisher.utility]
-        taken = {source.path for rows in learnt for source in sources(rows) if source.seed is not None}
+        taken = {place(source) for rows in learnt for source in sources(rows) if source.seed is not None}
         for suite in (*self.evaluation.suites, *self.evaluation.further):
             for source in sources(suite.rows):
-                if source.path in taken:
+                if place(source) in taken:
                     what = f"recipe.redraw experts: suite {suite.name} has rows of {source.path}"
                     raise InputError(
                         f"{what}, other rows of which every seed's experts or passes draw; expected another file"

@@ -1,5 +1,6 @@
 """The experiment command: a study's grid is computed as far as it is not known, then its report is written."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,18 @@ from src.experiments.costs import totals
 from src.experiments.document import Document
 from src.experiments.engine import Engine, Outcome, to_compute
 from src.experiments.grid import Grid
+from src.experiments.learnt_rows import passes_on_learnt_rows
 from src.experiments.lineage import mixtures
 from src.experiments.plain_settings import plain
 from src.experiments.settings import Recipe
 from src.experiments.store import Store, source_hash
 from src.experiments.study import Plan, Study
 from src.experiments.timing import listing
-from src.files import write_json
+from src.files import read_json, write_json
 from src.provenance import versions
-from src.report.html import write_report
+from src.report.html import CSV, PAGE, PNG, SOURCE, write_report
+
+log = logging.getLogger(__name__)
 
 
 def experiment(
@@ -67,13 +71,9 @@ def experiment(
             passed on where the licence of the rows forbids to copy them.
         dry_run: List the cells, what is known and the expected time; compute nothing.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds is {seeds}; expected different seeds")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    if not stale_after >= 2 * HEARTBEAT:
-        why = f"claims are renewed every {HEARTBEAT:g}"
-        raise InputError(f"stale_after is {stale_after}; expected at least {2 * HEARTBEAT:g} seconds, as {why}")
+    _check(name, seeds, batch_size, stale_after)
+    folder = Path(output) if output is not None else Path(work) / "studies" / name
+    check_page(folder, name, study)
     recipe.check()
     if recipe.evaluation.further and not study.reports_further:
         kind = type(study).__name__
@@ -84,6 +84,8 @@ def experiment(
     todo = to_compute(plan.cells, store)
     if dry_run or compute:
         check_first(todo, grid, seeds[0])
+    for note in passes_on_learnt_rows(plan.cells) if dry_run or todo else []:
+        log.warning("%s", note)
     if dry_run:
         sys.stdout.write(listing(closure(plan.cells), todo, store) + "\n")
         return
@@ -91,7 +93,6 @@ def experiment(
     if compute:
         engine = Engine(plan.cells, store, Stages(store, trainer), batch_size=batch_size, stale_after=stale_after)
         outcome = engine.run()
-    folder = Path(output) if output is not None else Path(work) / "studies" / name
     asked = {"name": name, "study": _settings(study), "recipe": plain(recipe), "seeds": seeds}
     document: Document = {"title": title or name} | described(study, plan, store, outcome, asked)
     if not prompts:
@@ -100,6 +101,40 @@ def experiment(
     write_report(folder)
     if outcome.failed:
         raise InputError(failures(outcome, plan.cells))
+
+
+def _check(name: str, seeds: Sequence[int], batch_size: int, stale_after: float) -> None:
+    """Stop at arguments out of their range."""
+    if not name or name in (".", "..") or Path(name).name != name:
+        raise InputError(f"name is {name!r}; expected that of one folder")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds is {seeds}; expected different seeds")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    if not stale_after >= 2 * HEARTBEAT:
+        why = f"claims are renewed every {HEARTBEAT:g}"
+        raise InputError(f"stale_after is {stale_after}; expected at least {2 * HEARTBEAT:g} seconds, as {why}")
+
+
+def check_page(folder: Path, name: str, study: Study) -> None:
+    """Stop where a page would replace files of something else: an earlier state of its own is written anew.
+
+    Raises:
+        InputError: there are files of a page's names, and no study.json that is of this study.
+    """
+    found = [one for one in (SOURCE, PAGE, CSV, PNG) if (folder / one).exists()]
+    if not found:
+        return
+    if SOURCE not in found:
+        raise InputError(f"{folder / found[0]}: of no study (no {SOURCE} beside it); expected another --output")
+    page = read_json(folder / SOURCE, "the numbers of a study's page")
+    asked = page.get("provenance", {}).get("asked", {}) if isinstance(page, dict) else {}
+    before = asked.get("name"), asked.get("study", {}).get("kind")
+    if before != (name, type(study).__name__):
+        raise InputError(
+            f"{folder / SOURCE}: of the study {before[0]} ({before[1]}); expected {name} ({type(study).__name__}), or "
+            "another --output"
+        )
 
 
 def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: Document) -> Document:
@@ -113,6 +148,7 @@ def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: D
             f"This page was written by state {source_hash()} of the source, its cells by {', '.join(sources)}."
         )
     notes += mixtures(plan.cells, store)
+    notes += passes_on_learnt_rows(plan.cells)
     notes += [f"Failed: {label}" for label in failed_labels(outcome, plan.cells)]
     return document | {
         "notes": notes,
@@ -134,8 +170,12 @@ def failed_labels(outcome: Outcome, cells: Sequence[Cell]) -> list[str]:
 
 
 def failures(outcome: Outcome, cells: Sequence[Cell]) -> str:
-    """Failed and blocked cells on one line."""
-    said = "; ".join(failed_labels(outcome, cells))
+    """Failed and blocked cells on one line; a reason that several have is said once."""
+    labels: dict[str, list[str]] = {}
+    known = {cell.key: cell.label for cell in closure(cells)}
+    for key, message in outcome.failed.items():
+        labels.setdefault(message, []).append(known[key])
+    said = "; ".join(f"{' and '.join(names)}: {message}" for message, names in labels.items())
     blocked = f"; {len(outcome.blocked)} more cells need them" if outcome.blocked else ""
     return f"{len(outcome.failed)} of {len(closure(cells))} cells failed: {said}{blocked}"
 

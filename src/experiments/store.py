@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.errors import check_keys
+from src.errors import InputError, check_keys
 from src.experiments.cell import Cell, digest
 from src.files import read_json, write_json, write_text
 from src.provenance import code_hash
@@ -15,7 +15,7 @@ from src.provenance import code_hash
 WHOLE = "cell.json"
 """File of a weights folder that is written last: a folder that has one is whole."""
 WITH_WEIGHTS = ("fit", "fisher", "merge")
-KEYS = ("stage", "settings", "units", "source")
+KEYS = ("key", "stage", "settings", "units", "source")
 """What every result says of its cell."""
 
 Record = dict[str, Any]
@@ -59,8 +59,13 @@ class Store:
         Raises:
             InputError: it has not been computed, or its file is broken.
         """
-        record: Record = read_json(self._result(cell), f"the result of {cell.label}")
-        check_keys(record, KEYS, self._result(cell), f"the result of {cell.label}")
+        place, what = self._result(cell), f"the result of {cell.label}"
+        record: Record = read_json(place, what)
+        check_keys(record, KEYS, place, what)
+        if record["key"] != cell.key:
+            raise InputError(f"{place}: key is {record['key']!r}; expected {what}, {cell.key}")
+        if cell.stage == "test":
+            _check_rows(record, place, what)
         return record
 
     def read_weights(self, cell: Cell) -> Record:
@@ -148,3 +153,13 @@ class Store:
 def source_hash() -> str:
     """Hash of this project's source: provenance, no part of a key (a comment would undo a night's work)."""
     return code_hash(("**/*.py",))[:16]
+
+
+def _check_rows(record: Record, place: Path, what: str) -> None:
+    """Stop at an evaluation without rows, or one whose columns are not of the same rows."""
+    check_keys(record, ("found",), place, what)
+    check_keys(record["found"], ("rows",), place, what)
+    for suite, columns in record["found"]["rows"].items():
+        counts = {len(column) for column in columns.values()}
+        if len(counts) != 1:
+            raise InputError(f"{place}: columns of suite {suite} have {sorted(counts)} rows; expected as many in each")
