@@ -2,9 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from src.errors import InputError
 from src.experiments import ablations, comparison, interference, safety_tax  # noqa: F401 - the registry of Study
@@ -94,7 +97,8 @@ def experiment(
         engine = Engine(plan.cells, store, Stages(store, trainer), batch_size=batch_size, stale_after=stale_after)
         outcome = engine.run()
     asked = {"name": name, "study": _settings(study), "recipe": plain(recipe), "seeds": seeds}
-    document: Document = {"title": title or name} | described(study, plan, store, outcome, asked)
+    with one_thread():
+        document: Document = {"title": title or name} | described(study, plan, store, outcome, asked)
     if not prompts:
         document["examples"] = [example | {"prompt": None} for example in document["examples"]]
     write_json(folder / "study.json", document)
@@ -135,6 +139,17 @@ def check_page(folder: Path, name: str, study: Study) -> None:
             f"{folder / SOURCE}: of the study {before[0]} ({before[1]}); expected {name} ({type(study).__name__}), or "
             "another --output"
         )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Bootstraps multiply small matrices: several threads would wait for each other, ten times as long beside engines."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: Document) -> Document:

@@ -12,6 +12,7 @@ without bounds are resampled all the same. Rows that belong together are drawn t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -40,15 +41,10 @@ def resampled_means(
     values: torch.Tensor, *, seed: int = 0, draws: int = DRAWS, groups: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Means (draws, …) of rows drawn with replacement from values (N, …), float64; of whole groups where there are."""
-
-    def often(count: int, generator: torch.Generator) -> torch.Tensor:
-        units = torch.randint(len(sums), (count, len(sums)), generator=generator)
-        return torch.zeros(units.shape, dtype=torch.float64).scatter_add_(1, units, torch.ones(units.shape).double())
-
     sums, sizes = _units(values, groups)
     if sizes is None:
-        return _weighted_sums(sums, often, seed, draws).reshape(-1, *values.shape[1:]) / len(values)
-    drawn = _weighted_sums(torch.cat([sums, sizes], 1), often, seed, draws)
+        return _weighted_sums(sums, _often, seed, draws).reshape(-1, *values.shape[1:]) / len(values)
+    drawn = _weighted_sums(torch.cat([sums, sizes], 1), _often, seed, draws)
     return (drawn[:, :-1] / drawn[:, -1:]).reshape(-1, *values.shape[1:])
 
 
@@ -59,12 +55,8 @@ def flipped_means(
 
     A difference of two columns is one of models that change places in random rows (paired randomisation test).
     """
-
-    def signs(count: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randint(2, (count, len(sums)), generator=generator).double() * 2 - 1
-
     sums, _ = _units(values, groups)
-    return _weighted_sums(sums, signs, seed, draws).reshape(-1, *values.shape[1:]) / len(values)
+    return _weighted_sums(sums, _signs, seed, draws).reshape(-1, *values.shape[1:]) / len(values)
 
 
 def _units(values: torch.Tensor, groups: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,12 +67,42 @@ def _units(values: torch.Tensor, groups: Sequence[int] | None) -> tuple[torch.Te
     return summed(flat, groups), summed(torch.ones(len(values), 1), groups)
 
 
-def _weighted_sums(
-    values: torch.Tensor, weights: Callable[[int, torch.Generator], torch.Tensor], seed: int, draws: int
-) -> torch.Tensor:
-    """Sums (draws, F) of values (N, F) by so many rows of weights (draws, N), a few hundred at a time."""
+Weights = Sequence[torch.Tensor]
+"""Whole numbers (draws, N), a few hundred draws at a time."""
+
+
+@lru_cache(maxsize=8)
+def _often(count: int, draws: int, seed: int) -> Weights:
+    """How often each of so many rows is drawn. A page asks for the same draws many times."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([weights(min(500, draws - start), generator) @ values for start in range(0, draws, 500)])
+    found = []
+    for some in _portions(draws):
+        rows = torch.randint(count, (some, count), generator=generator)
+        one = torch.ones((), dtype=torch.int16).expand(rows.shape)
+        found.append(torch.zeros(rows.shape, dtype=torch.int16).scatter_add_(1, rows, one))
+    return found
+
+
+@lru_cache(maxsize=8)
+def _signs(count: int, draws: int, seed: int) -> Weights:
+    """The sign of each of so many rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(2, (some, count), generator=generator) * 2 - 1).to(torch.int8) for some in _portions(draws)]
+
+
+def _portions(draws: int) -> list[int]:
+    return [min(500, draws - start) for start in range(0, draws, 500)]
+
+
+def _weighted_sums(
+    values: torch.Tensor, weights: Callable[[int, int, int], Weights], seed: int, draws: int
+) -> torch.Tensor:
+    """Sums (draws, F) of values (N, F) by so many rows of weights (draws, N)."""
+    found = weights(len(values), draws, seed)
+    room = torch.empty(
+        found[0].shape, dtype=torch.float64
+    )  # used again: to ask for memory takes longer than to multiply
+    return torch.cat([room[: len(some)].copy_(some) @ values for some in found])
 
 
 def as_far(swapped: torch.Tensor, value: float) -> float:
