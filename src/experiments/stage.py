@@ -143,7 +143,7 @@ def check_page(folder: Path, name: str, study: Study) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Bootstraps multiply small matrices: several threads would wait for each other, ten times as long beside engines."""
+    """Bootstraps multiply small matrices: several threads would wait for each other, tenfold beside an engine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
