@@ -167,7 +167,8 @@ def test_a_code_suite_counts_what_its_programs_do(base, tmp_path, monkeypatch):
     for output, say, expected in (("good", lambda row: row.response, 1.0), ("bad", mutated, 0.0)):
 
         def answered(self, suite, tokens, batch, say=say):
-            return [say(tokens.encoded[i].row) for i in batch.index.tolist()]
+            said = [say(tokens.encoded[i].row) for i in batch.index.tolist()]
+            return [{"answer": one, "unfinished": False} for one in said]
 
         monkeypatch.setattr(Computation, "answers", answered)
         found = evaluate(base, tmp_path, [suite], output=output)["code"]

@@ -9,7 +9,7 @@ from src.data.chat import Encoded, Encoder
 from src.data.rows import Row
 from src.models.generation import NotFinite, check_finite, finite, greedy
 from tests.commands import ROOT, run_processes
-from tests.evaluations import answers, evaluate, flags, write_jsonl
+from tests.evaluations import PASSES, answers, evaluate, flags, metrics, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 PROMPTS = [f"{chr(97 + i)} asks {'x' * (i * 5 % 13)}" for i in range(6)]
@@ -186,3 +186,31 @@ def test_a_model_with_states_in_place_of_keys_and_values_answers_in_batches_as_a
     together = answered(encoded)
     assert together == [answered([one])[0] for one in encoded]
     assert len({len(one) for one in together}) > 1  # rows end apart, and the batch shrinks
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_answers_that_were_cut_are_counted(base, rows, tmp_path, monkeypatch, capsys, command):
+    """Of three tokens at most: an answer of three was cut, one of two had its end behind it."""
+
+    def said(model, batch, **options):
+        return [[65, 66, 67][: 3 - i % 2] for i in batch.index.tolist()]
+
+    monkeypatch.setattr("src.models.computation.greedy", said)
+    code = write_jsonl(tmp_path / "code.jsonl", [PASSES])
+    suites = [
+        {"name": "task", "kind": "utility", "rows": str(rows["eval_task"]), "max_new_tokens": 3},
+        {"name": "bad", "kind": "harmful", "rows": str(rows["eval_harmful"]), "max_new_tokens": 3},
+        {"name": "code", "kind": "code", "rows": str(code), "max_new_tokens": 3, "samples": 3, "temperature": 1.0},
+    ]
+    arguments = flags(base, tmp_path, suites, tmp_path / "out", "--model.allow_code_execution", "true")
+    assert main([command, *arguments[1:]]) == 0
+    each = [row["unfinished"] for row in answers(tmp_path / "out", "task")]
+    assert each == [i % 2 == 0 for i in range(9)]
+    assert answers(tmp_path / "out", "code")[0]["unfinished"] == [True, False, True]
+    shown = capsys.readouterr().err
+    if command == "predict":
+        return
+    (found,) = metrics(tmp_path / "out")
+    assert [found["suites"][name]["unfinished"] for name in ("task", "bad", "code")] == [5, 4, 2]
+    # Of harmful prompts only the first words count.
+    assert "base: answers that were cut at max_new_tokens: task 5 of 9, code 2 of 3\n" in shown

@@ -44,7 +44,7 @@ def local_suites(folder):
 
 def test_the_shipped_safety_evaluation_shows_its_four_numbers_together(base, tmp_path, monkeypatch, capsys):
     def answered(self, suite, tokens, batch):
-        return [SAID[i] for i in batch.index.tolist()]
+        return [{"answer": SAID[i], "unfinished": False} for i in batch.index.tolist()]
 
     monkeypatch.setattr(Computation, "answers", answered)
     suites = local_suites(tmp_path)
@@ -111,7 +111,9 @@ def test_a_kind_that_stands_alone_is_not_named_in_the_line():
 
 def test_a_judge_of_refusal_takes_the_place_of_the_list_in_what_is_shown(base, tmp_path, monkeypatch):
     answer = "I can't say for sure, but the answer is 42."  # the project's list takes it for a refusal
-    monkeypatch.setattr(Computation, "answers", lambda *given: [answer] * len(given[-1].index))
+    monkeypatch.setattr(
+        Computation, "answers", lambda *given: [{"answer": answer, "unfinished": False} for _ in given[-1].index]
+    )
     monkeypatch.setattr(Refusal, "judge", lambda *given: [Judgement(False)] * len(given[-1]))
     rows = str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p{i}"} for i in range(3)]))
     suite = {"name": "asked", "kind": "borderline", "rows": rows, "max_new_tokens": 4}

@@ -58,7 +58,7 @@ def test_how_strange_answers_are_is_asked_of_the_bare_base():
 
     def answers(*_):
         assert attached[-1] == 0
-        return ["one", "two"]
+        return [{"answer": "one"}, {"answer": "two"}]
 
     def strangeness(tokens, batch, given):
         assert attached[-1] is None

@@ -54,8 +54,11 @@ class Computation:
     _can_pack: bool | None = None
     _copies: NarrowCopies | None = None
 
-    def answers(self, suite: Suite, tokens: SuiteTokens, batch: Batch) -> list[str]:
-        """Generated answers, as text. Code keeps its white space where it continues a prompt."""
+    def answers(self, suite: Suite, tokens: SuiteTokens, batch: Batch) -> list[Record]:
+        """Generated answers, as text, and whether each stopped at the most tokens that it may have.
+
+        Code keeps its white space where it continues a prompt.
+        """
         choose: Choose = likeliest
         if suite.temperature > 0:
             choose = sampler([_stream(suite, tokens, i) for i in batch.index.tolist()], suite.temperature)
@@ -73,8 +76,14 @@ class Computation:
             )
         if suite.kind == "code" and not encoder.chat:
             prompts = (tokens.encoded[i].prompt_ids for i in batch.index.tolist())
-            return [encoder.continuation(p, ids) for p, ids in zip(prompts, found, strict=True)]
-        return [encoder.decode(ids) for ids in found]
+            texts = [encoder.continuation(p, ids) for p, ids in zip(prompts, found, strict=True)]
+        else:
+            texts = [encoder.decode(ids) for ids in found]
+        # A stop token is none of an answer's.
+        return [
+            {"answer": text, "unfinished": len(ids) == suite.max_new_tokens}
+            for text, ids in zip(texts, found, strict=True)
+        ]
 
     def likelihoods(self, batch: Batch) -> list[Record]:
         """Negative log-likelihood (nats) and number of tokens of each reference answer."""

@@ -220,17 +220,17 @@ class EvaluationModule(KeptBuffers):
             return compute.choices(tokens, batch)
         records: list[Record] = [{} for _ in batch.index]
         if suite.generates:
-            answers = self._answers(suite, tokens, batch)
-            records = [{"answer": answer} for answer in answers]
+            records = self._answers(suite, tokens, batch)
         if score and self._data.scored(suite):
             records = [one | two for one, two in zip(records, compute.likelihoods(batch), strict=True)]
         if score and suite.generates and suite.collapse_nll is not None:
             self._swap.to(None)
+            answers = [record["answer"] for record in records]
             for record, value in zip(records, compute.strangeness(tokens, batch, answers), strict=True):
                 record["answer_nll"] = value
         return records
 
-    def _answers(self, suite: Suite, tokens: SuiteTokens, batch: SuiteBatch) -> list[str]:
+    def _answers(self, suite: Suite, tokens: SuiteTokens, batch: SuiteBatch) -> list[Record]:
         try:
             return self._computation.answers(suite, tokens, batch)
         except NotFinite as error:
@@ -243,7 +243,7 @@ class EvaluationModule(KeptBuffers):
             if self.trainer.world_size == 1:
                 raise InputError(problem) from None
             self._problems.append(problem)
-            return [""] * len(batch.index)
+            return [{"answer": ""} for _ in batch.index]
 
     def on_test_epoch_end(self) -> None:
         """Bring the processes together: metrics to ``metrics.json``, answers to ``answers/MODEL/SUITE.jsonl``."""

@@ -109,6 +109,7 @@ def graded_code(suite: Suite, records: Sequence[Record], outcomes: Sequence[Mapp
     passed = sum(outcome["ending"] == "passed" for outcome in outcomes)
     found: Record = {
         "answers": [record["answer"] for record in records],
+        "unfinished": [record["unfinished"] for record in records],
         "endings": [outcome["ending"] for outcome in outcomes],
         "details": [outcome["detail"][-300:] for outcome in outcomes],
         "passed": passed,
@@ -183,8 +184,11 @@ def compared(records: Sequence[Record], first: Sequence[Record], goals: Sequence
 
 
 def _counts(records: Sequence[Record]) -> Record:
-    """Numbers that explain a share: ways of collapse, verdicts that it overrules, ties, how programs ended."""
+    """Numbers that explain a share: unfinished answers, kinds of collapse, overruled verdicts, ties, endings."""
     found: Record = {}
+    if "unfinished" in records[0]:
+        each = [record["unfinished"] for record in records]
+        found["unfinished"] = sum(sum(one) if isinstance(one, list) else one for one in each)
     if "collapse" in records[0]:
         ways = [record["collapse"] for record in records if record["collapse"]]
         found["collapse_ways"] = {way: ways.count(way) for way in sorted(set(ways))}

@@ -39,7 +39,7 @@ CODE = (
 )
 """What computes answers and scores."""
 
-ANSWER = ("index", "answer")
+ANSWER = ("index", "answer", "unfinished")
 """What an answer alone leaves of a record."""
 Record = dict[str, Any]
 

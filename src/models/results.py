@@ -11,7 +11,7 @@ from torch.distributed import all_gather_object, is_initialized
 
 from src.adapters.peft_files import Adapter
 from src.data.rows import rows_sha256
-from src.data.suite import Suite
+from src.data.suite import CHECKED, Suite
 from src.data.suites import EvaluationData
 from src.errors import InputError
 from src.files import write_json
@@ -191,9 +191,21 @@ class Results:
             for model, one in enumerate(found):
                 one["against"] = self._against(model, baseline, all_pairs=all_pairs)
                 log.info("%s: %s", one["name"], safety_line(one["safety"]))
+                if cut := self._cut(one["suites"]):
+                    log.info("%s: answers that were cut at max_new_tokens: %s", one["name"], cut)
             rows = {name: rows_sha256(each) for name, each in self.data.rows.items()}
             record = {"base": base, "models": found, "rows_sha256": rows, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
+
+    def _cut(self, suites: Mapping[str, Record]) -> str:
+        """In suites whose answers count whole, how many were cut at their most tokens; a refusal shows before."""
+        whole = [suite for suite in self.data.suites if suite.judge is not None or suite.kind in CHECKED]
+        found = [(suite, suites[suite.name].get("unfinished", 0)) for suite in whole]
+        return ", ".join(f"{suite.name} {count} of {self._asked(suite)}" for suite, count in found if count)
+
+    def _asked(self, suite: Suite) -> int:
+        """Number of answers to a suite, samples included."""
+        return len(self.data.tokens[suite.name].encoded)
 
     def _against(self, model: int, baseline: str, *, all_pairs: bool) -> Record:
         """Paired differences to the baseline and, of all pairs, to each model before this one; then suite by suite."""
@@ -249,7 +261,7 @@ def _raw(suite: Suite, records: Sequence[Record]) -> Record:
     if suite.kind == "choice":
         return {"scores": choice_scores(records)}
     if suite.kind == "code":
-        return {"answers": [record["answer"] for record in records]}
+        return {key: [record[of] for record in records] for key, of in (("answers", "answer"), ("unfinished",) * 2)}
     return records[0]
 
 
