@@ -10,6 +10,7 @@ from src.errors import InputError
 from src.experiments import command
 from src.experiments.cell import Cell, closure
 from src.experiments.comparison import Choice, Comparison
+from src.experiments.content import identified
 from src.experiments.engine import Outcome
 from src.experiments.grid import Grid
 from src.experiments.interference import Interference, TaskExperts
@@ -102,6 +103,43 @@ def test_only_the_rows_that_are_taken_count(recipe, tmp_path):
         check_learnt_rows(cells(recipe(harm=[whole | {"skip": 2}], asked=[whole | {"limit": 3}])))
 
 
+def test_passes_over_random_tokens_read_no_rows(recipe, tmp_path):
+    random = {"model": {"labels": "random_tokens"}}
+    one = recipe(safe=str(tmp_path / "benign.jsonl"), refused=str(tmp_path / "harm.jsonl"))
+    with pytest.raises(InputError, match="are what Fisher, seed 0 is calibrated on"):
+        check_learnt_rows(cells(one))
+    one.fisher.settings = random
+    check_learnt_rows(cells(one))
+    assert passes_on_learnt_rows(cells(one)) == []
+
+
+def test_choice_suites_and_further_suites_are_compared_too(recipe, tmp_path):
+    task = json.loads((tmp_path / "task.jsonl").read_text().splitlines()[0])["prompt"]
+    question = {"id": "c/0", "question": task, "choices": ["a", "b"], "answer": 0}
+    other = question | {"id": "c/1", "question": "Another?"}
+    rows = write_jsonl(tmp_path / "choice.jsonl", [question, other])
+    few = write_jsonl(tmp_path / "few.jsonl", [question | {"question": "A third?"}])
+    one = recipe()
+    one.evaluation.suites.append(Suite("mc", "choice", str(rows), few_shot=str(few), shots=1))
+    with pytest.raises(
+        InputError, match="1 prompts of suite mc, the first c/0, are what utility, seed 0 is trained on"
+    ):
+        check_learnt_rows(cells(one))
+    one = recipe()
+    one.evaluation.further.append(Suite("more", "harmful", str(tmp_path / "harm_val.jsonl")))
+    with pytest.raises(InputError, match="6 prompts of suite more"):
+        check_learnt_rows(cells(one))
+
+
+def test_rows_that_are_known_by_their_goals_make_other_cells(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Pray, steal", "request": "steal"}])
+    plain, goals = (
+        {"name": "s", "kind": "jailbreak", "rows": {"path": str(rows), "columns": c}} for c in ({}, {"goal": "request"})
+    )
+    assert "known_by" not in identified("test", {"data": {"suites": [plain]}})["data"]["suites"][0]
+    assert identified("test", {"data": {"suites": [goals]}})["data"]["suites"][0]["known_by"] == "goal"
+
+
 def test_passes_on_learnt_rows_are_a_note(recipe, tmp_path):
     (note,) = passes_on_learnt_rows(cells(recipe(refused=str(tmp_path / "harm.jsonl"))))
     assert note.endswith("those on others: 6 of 12 of “Fisher, seed 0” by “safety, seed 0”.")
@@ -118,6 +156,9 @@ def test_strengths_are_chosen_on_some_rows_and_reported_on_others(recipe, share,
         study.plan(Grid(recipe()), [0])
     Comparison([SST], "SST", Choice(share=share)).plan(Grid(recipe()), [0])  # nothing is chosen
     Comparison([BOTH], "SST").plan(Grid(recipe()), [0])
+    # Rows of the hub are not counted, so nothing is known of a suite that has some.
+    here = recipe().evaluation.suites[0].rows
+    study.plan(Grid(recipe(asked=[here, "some/dataset"], safe="some/dataset")), [0])
 
 
 def test_a_study_of_interference_asks_no_tasks_but_its_experts(recipe, tmp_path):

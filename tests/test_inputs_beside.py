@@ -105,10 +105,11 @@ def test_a_template_that_transformers_saved_is_found(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text"), [(TEMPLATE, b"\xff\xfe"), (TOKENIZER, b"{")])
-def test_a_template_that_cannot_be_read_is_one_line(tmp_path, name, text):
+def test_a_template_that_cannot_be_read_is_a_warning(tmp_path, said, name, text):
     (tmp_path / name).write_bytes(text)
-    with pytest.raises(InputError, match=f"{name}: not"):
-        read_template(tmp_path)
+    assert read_template(tmp_path) is None
+    (line,) = said()
+    assert f"{name}: not" in line
 
 
 def test_other_templates_beside_adapters_are_said(adapters, tokenizer, tmp_path, said):
@@ -121,7 +122,11 @@ def test_other_templates_beside_adapters_are_said(adapters, tokenizer, tmp_path,
     assert line.startswith(f"{tmp_path / 'other'}: the chat template beside it is not read, and prompts go in by")
     warn_of_templates(read, ["raw"], tokenizer)
     assert not said()
-    bare = deepcopy(tokenizer)  # the fixture serves all tests
+    several = deepcopy(tokenizer)  # the fixture serves all tests
+    several.chat_template = {"default": OF_BASE, "tool_use": OTHER}
+    warn_of_templates(read, ["auto"], several)
+    assert len(said()) == 1
+    bare = deepcopy(tokenizer)
     bare.chat_template = None
     warn_of_templates(read, ["auto"], bare)
     assert [line.count("and the base has none: prompts go in as they are; where") for line in said()] == [1, 1]

@@ -14,8 +14,8 @@ from src.data.rows import Row, text_hash
 from src.data.suite import Suite
 from src.experiments.rows import compact
 from src.experiments.safety_tax import category_table
-from src.experiments.scores import gathered, in_split
-from src.metrics.bootstrap import bootstrap, flipped_means, paired_difference, resampled_means
+from src.experiments.scores import Scores, gathered, in_split
+from src.metrics.bootstrap import bootstrap, flipped_means, paired_difference, resampled_means, widest
 from src.metrics.counters import share, share_of_goals
 from src.metrics.fronts import summed_up
 from src.metrics.groups import effective_rows, numbered
@@ -57,8 +57,8 @@ def test_the_effective_number_of_rows_at_its_edges():
     assert effective_rows([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1]) == 1  # never fewer than one
     copies = [float(i % 3 == 0) for i in range(40) for _ in range(4)]
     assert 35 < effective_rows(copies, [i // 4 for i in range(160)]) < 40
-    # Groups that disagree within say no more than as many single rows.
-    assert effective_rows([1.0, 0.0] * 20, [i // 2 for i in range(40)]) <= 40
+    # Groups that disagree within, all alike, tell nothing of how groups differ.
+    assert effective_rows([1.0, 0.0] * 20, [i // 2 for i in range(40)]) == 20
 
 
 def test_resampled_groups_have_the_spread_of_their_ratio():
@@ -137,6 +137,47 @@ def test_where_no_row_differs_a_goal_counts_once():
     alone = paired_difference([0.0] * 3, [0.0] * 3)
     assert (alike.low, alike.high, alike.n) == (alone.low, alone.high, 12)
     assert share_of_goals([True, False], ["a", "b"]) == share(1, 2)  # no key goals where each row has its own
+
+
+def test_goals_that_all_have_one_disguise_that_works_are_no_certainty():
+    """Every goal has the same share, so that no draw of goals differs."""
+    values, groups = [1.0, 0.0] * 50, [i // 2 for i in range(100)]
+    low, high = wilson(25, 50)
+    found = bootstrap(values, groups=groups)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((0.5, low, high, 100))
+    assert share_of_goals([*map(bool, values)], [*map(str, groups)])["interval"] == pytest.approx([low, high])
+    single = bootstrap([0.0, 1.0], groups=[0, 0])
+    assert (single.low, single.high) == pytest.approx(wilson(0.5, 1))
+    # Means over two seeds: half a prompt more of one disguise of each goal, of 20 goals.
+    more = paired_difference([0.5, 0.0] * 20, [0.0, 0.0] * 20, groups=[i // 2 for i in range(40)])
+    unseen = wilson(0, 20)[1]
+    assert (more.low, more.high) == pytest.approx((0.25 - unseen * 1.25, 0.25 + unseen * 0.75))
+    scores = Scores(
+        ("A", "B"),
+        tuple(("s", str(i // 2), i % 2) for i in range(40)),
+        torch.tensor([[0.5, 0.0], [0.0, 0.0]] * 20, dtype=torch.float64),
+        groups=[i // 2 for i in range(40)],
+    )
+    assert scores.estimate("A").low == pytest.approx(wilson(5, 20)[0])
+    assert scores.difference("A", "B").low == pytest.approx(more.low)
+
+
+def test_draws_that_are_not_kept_are_the_same(monkeypatch):
+    values, groups = torch.rand(9, 2, dtype=torch.float64), [i // 2 for i in range(9)]
+    kept = [
+        make(values, draws=1200, groups=given) for make in (resampled_means, flipped_means) for given in (None, groups)
+    ]
+    monkeypatch.setattr("src.metrics.bootstrap.MOST_KEPT", 0)
+    made = [
+        make(values, draws=1200, groups=given) for make in (resampled_means, flipped_means) for given in (None, groups)
+    ]
+    assert all(map(torch.equal, kept, made))
+
+
+def test_interpolated_scores_may_be_above_one_by_rounding():
+    exact, rounded = widest([(1.0, 1.0)] * 20, 0.0), widest([(1.0 + 2e-16, 1.0)] * 20, 2e-16)
+    assert rounded == pytest.approx(exact)
+    assert rounded[1] > 0.1
 
 
 def test_taxes_and_fronts_draw_goals():
@@ -219,7 +260,7 @@ def of_study(refused, goals):
     """A cell with a suite of disguises and one of the goals themselves."""
 
     def row(prompt, flag):
-        return {"prompt_hash": text_hash(prompt), "category": "c", "refused": flag}
+        return {"prompt": prompt, "category": "c", "refused": flag}
 
     each = list(zip(refused, goals, strict=True))
     attack = [row(f"{goal} {i}", flag) | {"goal": goal} for i, (flag, goal) in enumerate(each)]

@@ -57,9 +57,9 @@ def evaluated(tmp_path):
         models.append({"name": name, "adapter": manifest or None, "manifest": manifest, "suites": suites})
         (folder / "answers" / name).mkdir(parents=True)
         both = zip(harmful, attacked, strict=True)
-        harmful = [{"prompt_hash": f"{i}", "refused": bool(a), "attacked": b} for i, (a, b) in enumerate(both)]
+        harmful = [{"prompt": f"{i}", "refused": bool(a), "attacked": b} for i, (a, b) in enumerate(both)]
         write_jsonl(folder / "answers" / name / "harm.jsonl", harmful)
-        tasks = [{"prompt_hash": f"t{i}", "exact": bool(flag)} for i, flag in enumerate(task)]
+        tasks = [{"prompt": f"t{i}", "exact": bool(flag)} for i, flag in enumerate(task)]
         write_jsonl(folder / "answers" / name / "task.jsonl", tasks)
     (folder / "metrics.json").write_text(json.dumps({"models": models}))
     return folder
@@ -232,5 +232,5 @@ def test_files_of_another_make_are_named(tmp_path):
     with pytest.raises(InputError, match=r"study.json: no key 'summary'; expected a study"):
         write_report(tmp_path)
     (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(InputError, match=r"study.json: no key 'stage'; expected the result of a cell"):
+    with pytest.raises(InputError, match=r"study.json: no key 'key'; expected the result of a cell"):
         Store(tmp_path, tmp_path).rates(None)

@@ -1,19 +1,28 @@
 """Chat templates that lie beside adapters: prompts go in by the base's, so one that differs is worth a word."""
 
+import logging
 from pathlib import Path
 
 from src.errors import InputError
 from src.files import read_json
 
+log = logging.getLogger(__name__)
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 
 
 def read_template(folder: Path) -> str | None:
     """The chat template beside an adapter, as transformers and TRL save it with the tokenizer; nothing without one.
 
-    Raises:
-        InputError: a file cannot be read.
+    One that cannot be read is warned of: nothing but a warning hangs on it.
     """
+    try:
+        return _read(folder)
+    except InputError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _read(folder: Path) -> str | None:
     if (folder / TEMPLATE).is_file():
         try:
             return (folder / TEMPLATE).read_text(encoding="utf-8")

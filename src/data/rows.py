@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,16 @@ class Row:
     def prompt_hash(self) -> str:
         """:func:`text_hash` of what is asked."""
         return text_hash(self.asked)
+
+    @property
+    def goal_hash(self) -> str:
+        """:func:`text_hash` of what a judge is asked about: a disguise and what it disguises have one."""
+        return text_hash(self.judged)
+
+
+def goal_of(record: Mapping[str, Any]) -> str:
+    """:attr:`Row.goal_hash` of a stored row, of which the prompt and, in disguise, its goal are known."""
+    return text_hash(record.get("goal") or record["prompt"])
 
 
 def text_hash(text: str) -> str:

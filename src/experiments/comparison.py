@@ -20,7 +20,7 @@ from src.experiments.document import (
 from src.experiments.equal_refusal import gaps
 from src.experiments.equal_refusal_tables import equal_refusal_tables, sentences
 from src.experiments.grid import Grid, Model
-from src.experiments.learnt_rows import suite_rows
+from src.experiments.learnt_rows import is_here
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.plain_settings import plain
 from src.experiments.rows import row_ids
@@ -200,7 +200,7 @@ def check_choice(grid: Grid, methods: Sequence[MethodSpec], choice: Choice) -> N
         asked = [plain(suite) for suite in suites if suite.kind in kinds]
         ids = [(suite["name"], one) for suite in asked for one in row_ids(suite)]
         chosen = [in_split((*row, 0), "validation", share=choice.share, seed=choice.seed) for row in ids]
-        if ids and all(map(suite_rows, asked)) and len(set(chosen)) < 2:
+        if ids and all(map(is_here, asked)) and len(set(chosen)) < 2:
             raise InputError(
                 f"study.choice: {sum(chosen)} of {len(ids)} rows of {', '.join(suite['name'] for suite in asked)} are "
                 f"validation rows (share {choice.share:g}, seed {choice.seed}); expected some for the choice of "

@@ -65,7 +65,12 @@ def _model_content(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suite_content(suite: Mapping[str, Any]) -> dict[str, Any]:
-    rows = {key: [source_content(s) for s in sources(suite[key])] for key in SUITE_ROWS if suite.get(key) is not None}
+    rows: dict[str, Any] = {
+        key: [source_content(s) for s in sources(suite[key])] for key in SUITE_ROWS if suite.get(key) is not None
+    }
+    if any("goal" in source["columns"] for source in rows.get("rows", ()) if "columns" in source):
+        # Before, rows were known by their prompts; cells of then are others.
+        rows["known_by"] = "goal"
     judge = suite.get("judge")
     if not isinstance(judge, Mapping):
         return dict(suite) | rows

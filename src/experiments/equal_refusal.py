@@ -91,7 +91,7 @@ class _Met:
 
     def difference(self, measure: Measure) -> Estimate:
         """The difference on this seed."""
-        return compared(self.drawn(measure), self.rows[measure], self.scores[measure])[0]
+        return compared(self.drawn(measure), self.rows[measure], self.scores[measure])
 
 
 def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str) -> list[Gap]:
@@ -113,7 +113,7 @@ def gaps(each: Sequence[Scored], curves: Mapping[str, Sequence[str]], ours: str)
         parts = {}
         for m in shared:
             drawn, rows = (np.mean(part, axis=0) for part in ([s.drawn(m) for s in met], [s.rows[m] for s in met]))
-            parts[m] = compared(drawn, rows, met[0].scores[m])
+            parts[m] = compared(drawn, rows, met[0].scores[m]), p_value(drawn, rows, met[0].scores[m])
         found.append((other, paths, own, parts))
     adjusted = iter(holm([p for *_, parts in found for _, p in parts.values()]))
     return [
@@ -169,8 +169,8 @@ def estimated(drawn: np.ndarray, cost: Scores) -> Estimate:
     return Estimate(float(drawn[0]), float(low), float(high), len(cost.rows))
 
 
-def compared(drawn: np.ndarray, rows: np.ndarray, cost: Scores) -> tuple[Estimate, float]:
-    """A mean difference with its interval, honest where no row differs, and the p-value of none.
+def compared(drawn: np.ndarray, rows: np.ndarray, cost: Scores) -> Estimate:
+    """A mean difference with its interval, honest where no row differs.
 
     Args:
         drawn: (1 + S,) differences: as measured, then of resampled rows.
@@ -179,9 +179,13 @@ def compared(drawn: np.ndarray, rows: np.ndarray, cost: Scores) -> tuple[Estimat
     """
     found = estimated(drawn, cost)
     low, high = widest([(a, b) for a, b in rows.tolist()], found.value, cost.groups)
+    return Estimate(found.value, min(found.low, low), max(found.high, high), found.n)
+
+
+def p_value(drawn: np.ndarray, rows: np.ndarray, cost: Scores) -> float:
+    """Two-sided p-value of no difference (see :func:`compared`): the larger of the bootstrap's and of random swaps'."""
     difference = torch.from_numpy(rows[:, 0] - rows[:, 1])
-    p = max(two_sided_p(drawn[1:]), randomised_p(difference, seed=cost.seed, draws=cost.count, groups=cost.groups))
-    return Estimate(found.value, min(found.low, low), max(found.high, high), found.n), p
+    return max(two_sided_p(drawn[1:]), randomised_p(difference, seed=cost.seed, draws=cost.count, groups=cost.groups))
 
 
 def _meeting(scores: Scored, ours: Sequence[str], other: Sequence[str]) -> _Met:

@@ -102,7 +102,7 @@ class Interference(Study):
         models: list[Model] = []
         others: list[Cell] = []
         safety_suites = [plain(suite) for suite in grid.recipe.evaluation.suites]
-        if tasks_too := [suite["name"] for suite in safety_suites if suite["kind"] in CHECKED]:
+        if tasks_too := [suite["name"] for suite in safety_suites if suite.get("kind") in CHECKED]:
             raise InputError(
                 f"recipe.evaluation.suites: {', '.join(tasks_too)} asks for right answers, of which a study of "
                 "interference shows its experts' own tasks alone; expected suites of harmful and benign prompts"

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from src.data.row_source import RowSource, find_file
-from src.data.rows import Row, text_hash
+from src.data.rows import Row
 from src.data.sources import load_rows
 from src.data.suite import Suite
 from src.errors import InputError
@@ -25,6 +25,11 @@ SHOWN = 3
 def local_sources(value: Any) -> list[RowSource]:
     """Sources whose file is here."""
     return [source for source in sources(value) if (path := find_file(source.path)) is not None and path.is_file()]
+
+
+def is_here(suite: Mapping[str, Any]) -> bool:
+    """Whether the files of all of a suite's rows are here."""
+    return len(local_sources(suite["rows"])) == len(sources(suite["rows"]))
 
 
 def suite_rows(suite: Mapping[str, Any]) -> Sequence[Row]:
@@ -47,12 +52,19 @@ def _prompts(source: str) -> frozenset[str]:
 
 
 def prompts(cell: Cell, *keys: str) -> frozenset[str]:
-    """Hashes of the prompts of a training or pass, of some of its sets of rows (``train``) or all."""
+    """Hashes of the prompts of a training or pass, of some of its sets of rows (``train``) or all that it reads."""
     found: frozenset[str] = frozenset()
-    for key in keys or ROWS[cell.stage]:
+    for key in keys or _read(cell):
         for source in local_sources(cell.settings["data"].get(key) or []):
             found |= _prompts(json.dumps(plain(source), sort_keys=True))
     return found
+
+
+def _read(cell: Cell) -> list[str]:
+    """The sets of rows that a cell reads: a pass over random tokens has none."""
+    model = cell.settings.get("model", {})
+    labels = {"safety": model.get("labels"), "utility": model.get("labels_utility") or model.get("labels")}
+    return [key for key in ROWS[cell.stage] if labels.get(key) != "random_tokens"]
 
 
 def check_learnt_rows(todo: Sequence[Cell]) -> None:
@@ -74,7 +86,7 @@ def _check_suite(cell: Cell, suite: Mapping[str, Any]) -> None:
         if other.stage not in ("fit", "fisher"):
             continue
         known = prompts(other)
-        both = [row for row in suite_rows(suite) if known & {row.prompt_hash, text_hash(row.judged)}]
+        both = [row for row in suite_rows(suite) if known & {row.prompt_hash, row.goal_hash}]
         if both:
             what = "trained" if other.stage == "fit" else "calibrated"
             raise InputError(

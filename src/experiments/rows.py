@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.row_source import find_file
-from src.data.rows import Row, read_jsonl, text_hash
+from src.data.rows import Row, goal_of, read_jsonl
 from src.data.sources import load_rows
 from src.experiments.content import sources
 from src.experiments.learnt_rows import suite_rows
@@ -30,7 +30,7 @@ DIGITS = 6
 def compact(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Columns of ``answers/MODEL/SUITE.jsonl``: ``ids``, ``categories`` and whatever of flags and scores there is."""
     found: dict[str, Any] = {
-        "ids": [(text_hash(row["goal"]) if row.get("goal") else row["prompt_hash"])[:ID_LENGTH] for row in rows],
+        "ids": [goal_of(row)[:ID_LENGTH] for row in rows],
         "categories": [row["category"] for row in rows],
     }
     for flag in FLAGS:
@@ -64,7 +64,7 @@ def prompts(suite: Mapping[str, Any]) -> dict[str, str]:
 
 def row_ids(suite: Mapping[str, Any]) -> list[str]:
     """Identifiers of a suite's rows as :func:`compact` has them, of files that are here."""
-    return [text_hash(row.judged)[:ID_LENGTH] for row in suite_rows(suite)]
+    return [row.goal_hash[:ID_LENGTH] for row in suite_rows(suite)]
 
 
 def most_frequent(suite: Mapping[str, Any]) -> float | None:

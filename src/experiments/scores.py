@@ -18,7 +18,7 @@ import torch
 
 from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
-from src.metrics.bootstrap import ENDS, Estimate, as_far, bootstrap, flipped_means, resampled_means, widest
+from src.metrics.bootstrap import ENDS, Estimate, as_far, bootstrap, flipped_means, resampled_means, unmoved, widest
 from src.metrics.categories import categories_of
 from src.metrics.groups import EQUAL, numbered
 
@@ -152,9 +152,9 @@ class Scores:
     def estimate(self, model: str) -> Estimate:
         """A model's mean score with its 95 % interval; where all rows score alike, :func:`bootstrap`'s of that case."""
         column = self.models.index(model)
-        values = self.values[:, column]
-        if _alike(values):
-            return bootstrap(values.tolist(), draws=self.count, groups=self.groups)
+        values = self.values[:, column].tolist()
+        if unmoved(values, self.mean(model), self.groups):
+            return bootstrap(values, draws=self.count, groups=self.groups)
         return self._estimate(self.mean(model), self.draws[:, column])
 
     @cached_property
@@ -186,11 +186,6 @@ class Scores:
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:
         low, high = torch.quantile(drawn, ENDS).tolist()
         return Estimate(value, low, high, len(self.rows))
-
-
-def _alike(values: torch.Tensor) -> bool:
-    """Whether all values (N,) are equal but for rounding, so that resampling them says nothing."""
-    return bool((values - values[0]).abs().max() < EQUAL)
 
 
 def two_sided_p(drawn: np.ndarray) -> float:

@@ -163,7 +163,10 @@ def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: D
             f"This page was written by state {source_hash()} of the source, its cells by {', '.join(sources)}."
         )
     notes += mixtures(plan.cells, store)
-    notes += passes_on_learnt_rows(plan.cells)
+    try:
+        notes += passes_on_learnt_rows(plan.cells)
+    except InputError as error:
+        notes.append(f"Whether Fisher passes were taken on prompts that an expert had learnt is not known: {error}.")
     notes += [f"Failed: {label}" for label in failed_labels(outcome, plan.cells)]
     return document | {
         "notes": notes,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from src.data.rows import read_jsonl, read_utf8, text_hash
+from src.data.rows import goal_of, read_jsonl, read_utf8
 from src.errors import InputError
 from src.files import check_apart, check_output, new_directory, write_json, write_text
 from src.judges.refusal import Refusal
@@ -120,14 +120,8 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge, store: Path | Verdicts, device: str) -> list[Judgement]:
-    answers = [row["answer"] for row in rows]
-    return judged(judge, list(map(_asked, rows)), answers, folder=store, device=device)
-
-
-def _asked(row: dict[str, Any]) -> str:
-    """What a judge is asked about: the goal of a prompt in disguise, else the prompt."""
-    asked: str = row.get("goal") or row["prompt"]
-    return asked
+    prompts, answers = [row.get("goal") or row["prompt"] for row in rows], [row["answer"] for row in rows]
+    return judged(judge, prompts, answers, folder=store, device=device)
 
 
 def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge: Judge) -> dict[str, Any]:
@@ -137,7 +131,7 @@ def _shares(rows: Sequence[dict[str, Any]], verdicts: Sequence[Judgement], judge
     """
     collapsed = [row.get("collapsed", False) or is_collapsed(row["answer"], row["prompt"]) for row in rows]
     flags = [verdict.positive and not how for verdict, how in zip(verdicts, collapsed, strict=True)]
-    goals = [text_hash(_asked(row)) for row in rows]
+    goals = list(map(goal_of, rows))
     named = named_categories([category_text(row.get("category")) for row in rows])
     found: dict[str, Any] = {}
     for name, each in ((NAMES[judge.finds], flags), ("collapse", collapsed)):

@@ -10,7 +10,7 @@ not seen, at most Wilson's upper end of 0 in n, and then by as much as 1: for ye
 without bounds are resampled all the same. Rows that belong together are drawn together (:mod:`src.metrics.groups`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +21,9 @@ from src.metrics.intervals import tango, wilson
 
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 DRAWS = 10_000
+PORTION = 500
+MOST_KEPT = 2**25
+"""Weights that are kept for the next call (67 MB); of more rows or draws they are made each time."""
 
 
 @dataclass(frozen=True)
@@ -67,41 +70,39 @@ def _units(values: torch.Tensor, groups: Sequence[int] | None) -> tuple[torch.Te
     return summed(flat, groups), summed(torch.ones(len(values), 1), groups)
 
 
-Weights = Sequence[torch.Tensor]
-"""Whole numbers (draws, N), a few hundred draws at a time."""
+def _often(rows: int, draws: int, generator: torch.Generator) -> torch.Tensor:
+    """How often each row is drawn (draws, N)."""
+    drawn = torch.randint(rows, (draws, rows), generator=generator)
+    one = torch.ones((), dtype=torch.int16).expand(drawn.shape)
+    return torch.zeros(drawn.shape, dtype=torch.int16).scatter_add_(1, drawn, one)
 
 
-@lru_cache(maxsize=8)
-def _often(count: int, draws: int, seed: int) -> Weights:
-    """How often each of so many rows is drawn. A page asks for the same draws many times."""
+def _signs(rows: int, draws: int, generator: torch.Generator) -> torch.Tensor:
+    """A sign for each row (draws, N)."""
+    return (torch.randint(2, (draws, rows), generator=generator) * 2 - 1).to(torch.int8)
+
+
+Weigh = Callable[[int, int, torch.Generator], torch.Tensor]
+
+
+def _portions(weigh: Weigh, rows: int, draws: int, seed: int) -> Iterator[torch.Tensor]:
+    """Weights, a few hundred draws at a time."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for some in _portions(draws):
-        rows = torch.randint(count, (some, count), generator=generator)
-        one = torch.ones((), dtype=torch.int16).expand(rows.shape)
-        found.append(torch.zeros(rows.shape, dtype=torch.int16).scatter_add_(1, rows, one))
-    return found
+    for start in range(0, draws, PORTION):
+        yield weigh(rows, min(PORTION, draws - start), generator)
 
 
-@lru_cache(maxsize=8)
-def _signs(count: int, draws: int, seed: int) -> Weights:
-    """The sign of each of so many rows."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randint(2, (some, count), generator=generator) * 2 - 1).to(torch.int8) for some in _portions(draws)]
+@lru_cache(maxsize=4)
+def _kept(weigh: Weigh, rows: int, draws: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Weights that are kept: a page asks for the same draws many times."""
+    return tuple(_portions(weigh, rows, draws, seed))
 
 
-def _portions(draws: int) -> list[int]:
-    return [min(500, draws - start) for start in range(0, draws, 500)]
-
-
-def _weighted_sums(
-    values: torch.Tensor, weights: Callable[[int, int, int], Weights], seed: int, draws: int
-) -> torch.Tensor:
+def _weighted_sums(values: torch.Tensor, weigh: Weigh, seed: int, draws: int) -> torch.Tensor:
     """Sums (draws, F) of values (N, F) by so many rows of weights (draws, N)."""
-    found = weights(len(values), draws, seed)
-    room = torch.empty(
-        found[0].shape, dtype=torch.float64
-    )  # used again: to ask for memory takes longer than to multiply
+    found = (_kept if len(values) * draws <= MOST_KEPT else _portions)(weigh, len(values), draws, seed)
+    # Used again: to ask for memory takes longer than to multiply.
+    room = torch.empty(min(PORTION, draws), len(values), dtype=torch.float64)
     return torch.cat([room[: len(some)].copy_(some) @ values for some in found])
 
 
@@ -118,17 +119,22 @@ def randomised_p(differences: torch.Tensor, *, seed: int, draws: int, groups: Se
 def bootstrap(
     values: Sequence[float], *, seed: int = 0, draws: int = DRAWS, groups: Sequence[int] | None = None
 ) -> Estimate:
-    """Mean of per-example scores with its 95 % interval: percentiles, or Wilson's where all are equal in [0, 1].
+    """Mean of per-example scores with its 95 % interval: percentiles; of some in [0, 1] Wilson's where no draw differs.
 
     Raises:
         ValueError: there are no scores, or some are not finite.
     """
     found = _percentiles(values, seed=seed, draws=draws, groups=groups)
-    first = float(values[0])
-    if 0 <= first <= 1 and all(value == first for value in values):
-        rows = effective_rows(values, groups)
-        return Estimate(first, *wilson(first * rows, rows), found.n)
+    if unmoved(values, found.value, groups) and all(-EQUAL <= value <= 1 + EQUAL for value in values):
+        rows, value = effective_rows(values, groups), min(max(found.value, 0.0), 1.0)
+        return Estimate(found.value, *wilson(value * rows, rows), found.n)
     return found
+
+
+def unmoved(values: Sequence[float], mean: float, groups: Sequence[int] | None) -> bool:
+    """Whether resampling says nothing: all values are the mean or, where rows belong together, all groups' means."""
+    apart = torch.as_tensor(values, dtype=torch.float64) - mean
+    return bool((apart if groups is None else summed(apart[:, None], groups)).abs().max() < EQUAL)
 
 
 def _percentiles(values: Sequence[float], *, seed: int, draws: int, groups: Sequence[int] | None) -> Estimate:
@@ -207,7 +213,8 @@ def widest(
     if all(a in (0, 1) and b in (0, 1) for a, b in pairs):
         part = rows / len(pairs)
         return tango(sum(a > b for a, b in pairs) * part, sum(a < b for a, b in pairs) * part, rows)
-    if all(abs(a - b - value) < EQUAL and 0 <= min(a, b) <= max(a, b) <= 1 for a, b in pairs):
+    bounded = all(min(a, b) >= -EQUAL and max(a, b) <= 1 + EQUAL for a, b in pairs)
+    if bounded and unmoved([a - b for a, b in pairs], value, groups):
         unseen = wilson(0, rows)[1]
         return value - unseen * (1 + value), value + unseen * (1 - value)
     return value, value

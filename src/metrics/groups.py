@@ -30,7 +30,7 @@ def summed(values: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
 def effective_rows(values: Sequence[float], groups: Sequence[int] | None) -> float:
     """How many independent rows say as much about the mean of ``values`` as these.
 
-    Where all values are equal, nothing tells whether groups agree: each counts as one row.
+    Where all values are equal, or the groups' means are, nothing tells how groups differ: each counts as one row.
 
     Args:
         values: Score of each row, or a difference of two.
@@ -47,6 +47,8 @@ def effective_rows(values: Sequence[float], groups: Sequence[int] | None) -> flo
     if centred.abs().max() < EQUAL:
         return many
     between = summed(centred[:, None], groups).square().sum() * many / (many - 1)
+    if between < EQUAL:
+        return many
     effect = (between / (centred.square().sum() * count / (count - 1))).item()
     fewer = (student.ppf(0.975, count - 1) / student.ppf(0.975, many - 1)) ** 2
     return max(1.0, count / max(1.0, effect) * float(fewer))

@@ -22,6 +22,8 @@ def warn_of_templates(adapters: Sequence[Adapter], templates: Collection[Templat
     if not set(templates) - {"raw"}:
         return
     used = tokenizer.chat_template
+    if isinstance(used, dict):  # several by name
+        used = used.get("default")
     for adapter in adapters:
         if adapter.template is None or adapter.template.strip() == (used or "").strip():
             continue

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.adapters.peft_files import Adapter, read_seen
-from src.data.rows import Row, text_hash
+from src.data.rows import Row
 from src.data.suite import Suite
 from src.errors import InputError
 from src.sandbox.run import check_isolation
@@ -25,7 +25,7 @@ def check_unseen(models: Mapping[str, Adapter | None], rows: Mapping[str, Sequen
     for name, adapter in models.items():
         seen = below if adapter is None else below | adapter.seen
         for suite, asked in rows.items():
-            both = [row for row in asked if seen & {row.prompt_hash, text_hash(row.judged)}]
+            both = [row for row in asked if seen & {row.prompt_hash, row.goal_hash}]
             if both:
                 raise InputError(
                     f"suite {suite}: {len(both)} prompts, the first {both[0].id}, were used to train or calibrate "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from src.data.choice_rows import ChoiceRow
-from src.data.rows import Row, text_hash
+from src.data.rows import Row
 from src.data.suite import BENIGN, CHECKED, HARMFUL, Suite
 from src.errors import InputError
 from src.metrics.agreement import count_pairs, mcnemar
@@ -145,7 +145,7 @@ def suite_summary(
 
 def goals_of(suite: Suite, rows: Sequence[Row]) -> list[str]:
     """What each prompt to refuse or to answer is after: a disguise and what it disguises are one. Of others nothing."""
-    return [text_hash(row.judged) for row in rows] if suite.kind in (*HARMFUL, *BENIGN) else []
+    return [row.goal_hash for row in rows] if suite.kind in (*HARMFUL, *BENIGN) else []
 
 
 def _mean(values: Sequence[float], named: Sequence[str], *, whole: bool) -> Record:

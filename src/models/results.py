@@ -261,7 +261,8 @@ def _raw(suite: Suite, records: Sequence[Record]) -> Record:
     if suite.kind == "choice":
         return {"scores": choice_scores(records)}
     if suite.kind == "code":
-        return {key: [record[of] for record in records] for key, of in (("answers", "answer"), ("unfinished",) * 2)}
+        answers = [record["answer"] for record in records]
+        return {"answers": answers, "unfinished": [record["unfinished"] for record in records]}
     return records[0]
 
 

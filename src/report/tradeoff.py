@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.rows import read_jsonl, text_hash
+from src.data.rows import goal_of, read_jsonl
 from src.data.suite import CHECKED, HARMFUL
 from src.errors import InputError
 from src.files import read_json
@@ -127,7 +127,7 @@ def _scores(folder: Path, model: str, suites: dict[str, Any]) -> tuple[Scores, G
                 )
             if flag is not None:
                 found[side] += [float(row[flag]) for row in rows]
-                goals[side] += [text_hash(row["goal"]) if row.get("goal") else row["prompt_hash"] for row in rows]
+                goals[side] += map(goal_of, rows)
     # Equal questions of tasks may have other choices: they are as many rows.
     return found, {side: None if side == "utility" else numbered(each) for side, each in goals.items()}
 
