@@ -63,7 +63,9 @@ class Row:
 
 def goal_of(record: Mapping[str, Any]) -> str:
     """:attr:`Row.goal_hash` of a stored row, of which the prompt and, in disguise, its goal are known."""
-    return text_hash(record.get("goal") or record["prompt"])
+    if record.get("goal"):
+        return text_hash(record["goal"])
+    return str(record["prompt_hash"]) if "prompt_hash" in record else text_hash(record["prompt"])
 
 
 def text_hash(text: str) -> str:
