@@ -213,4 +213,4 @@ def test_answers_that_were_cut_are_counted(base, rows, tmp_path, monkeypatch, ca
     (found,) = metrics(tmp_path / "out")
     assert [found["suites"][name]["unfinished"] for name in ("task", "bad", "code")] == [5, 4, 2]
     # Of harmful prompts only the first words count.
-    assert "base: answers that were cut at max_new_tokens: task 5 of 9, code 2 of 3\n" in shown
+    assert "not judged; answers cut at max_new_tokens: task 5 of 9, code 2 of 3\n" in shown

@@ -190,9 +190,7 @@ class Results:
         if self.rank == 0:
             for model, one in enumerate(found):
                 one["against"] = self._against(model, baseline, all_pairs=all_pairs)
-                log.info("%s: %s", one["name"], safety_line(one["safety"]))
-                if cut := self._cut(one["suites"]):
-                    log.info("%s: answers that were cut at max_new_tokens: %s", one["name"], cut)
+                log.info("%s: %s%s", one["name"], safety_line(one["safety"]), self._cut(one["suites"]))
             rows = {name: rows_sha256(each) for name, each in self.data.rows.items()}
             record = {"base": base, "models": found, "rows_sha256": rows, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)
@@ -201,7 +199,8 @@ class Results:
         """In suites whose answers count whole, how many were cut at their most tokens; a refusal shows before."""
         whole = [suite for suite in self.data.suites if suite.judge is not None or suite.kind in CHECKED]
         found = [(suite, suites[suite.name].get("unfinished", 0)) for suite in whole]
-        return ", ".join(f"{suite.name} {count} of {self._asked(suite)}" for suite, count in found if count)
+        said = ", ".join(f"{suite.name} {count} of {self._asked(suite)}" for suite, count in found if count)
+        return f"; answers cut at max_new_tokens: {said}" if said else ""
 
     def _asked(self, suite: Suite) -> int:
         """Number of answers to a suite, samples included."""
