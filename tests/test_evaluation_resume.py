@@ -296,10 +296,10 @@ def test_all_code_that_fisher_matrices_are_computed_by_belongs_to_the_key_of_the
     found = imported("models/fisher.py", {"models/fisher.py"})
     # In the key by what they give (adapters and their basis, token ids, the base), or without an effect on numbers.
     apart = {
-        "adapters": "architecture base_weights checks convert own_template peft_config peft_files peft_weights "
+        "adapters": "architecture base_weights checks chat_template convert peft_config peft_files peft_weights "
         "deltas geometry truncate",
         "data": "calibration chat conversations demo_rows hub_sets modules row_source sources tables",
-        "models": "adapter_rows base checkpointing estimate progress sharding stopping whole_data",
+        "models": "adapter_warnings base checkpointing estimate progress sharding stopping whole_data",
         "metrics": "categories",
     }
     known = {f"{folder}/{name}.py" for folder, names in apart.items() for name in names.split()}

@@ -17,10 +17,10 @@ from torch.nn.functional import pad
 
 from src.adapters.architecture import read_architecture
 from src.adapters.base_weights import BaseWeights, local_folder
+from src.adapters.chat_template import TEMPLATE, TOKENIZER, read_template
 from src.adapters.constant_input import split, with_bias
 from src.adapters.convert import check_copies, full_rank_updates
 from src.adapters.deltas import Deltas
-from src.adapters.own_template import TEMPLATE, TOKENIZER, read_template
 from src.adapters.pairs import LowRankPair, Pairs, finite_values
 from src.adapters.peft_config import PLAIN, SCALING, Layout, check_config, lora_config, named_base, scaling
 from src.adapters.peft_weights import AdapterWeights, read_weights

@@ -18,7 +18,7 @@ import torch
 
 from src.data.suite import BENIGN, HARMFUL
 from src.experiments.store import Record
-from src.metrics.bootstrap import ENDS, Estimate, as_far, bootstrap, flipped_means, resampled_means, unmoved, widest
+from src.metrics.bootstrap import ENDS, Estimate, bootstrap, flipped_means, resampled_means, swapped_p, unmoved, widest
 from src.metrics.categories import categories_of
 from src.metrics.groups import EQUAL, numbered
 
@@ -180,7 +180,7 @@ class Scores:
         """
         one, two = self.models.index(first), self.models.index(second)
         value = (self.values[:, one] - self.values[:, two]).mean().item()
-        randomised = as_far(self.flips[:, one] - self.flips[:, two], value)
+        randomised = swapped_p(self.flips[:, one] - self.flips[:, two], value)
         return max(randomised, two_sided_p((self.draws[:, one] - self.draws[:, two]).numpy()))
 
     def _estimate(self, value: float, drawn: torch.Tensor) -> Estimate:

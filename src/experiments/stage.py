@@ -74,7 +74,7 @@ def experiment(
             passed on where the licence of the rows forbids to copy them.
         dry_run: List the cells, what is known and the expected time; compute nothing.
     """
-    _check(name, seeds, batch_size, stale_after)
+    _check_arguments(name, seeds, batch_size, stale_after)
     folder = Path(output) if output is not None else Path(work) / "studies" / name
     check_page(folder, name, study)
     recipe.check()
@@ -87,8 +87,8 @@ def experiment(
     todo = to_compute(plan.cells, store)
     if dry_run or compute:
         check_first(todo, grid, seeds[0])
-    for note in passes_on_learnt_rows(plan.cells) if dry_run or todo else []:
-        log.warning("%s", note)
+        for note in passes_on_learnt_rows(todo):
+            log.warning("%s", note)
     if dry_run:
         sys.stdout.write(listing(closure(plan.cells), todo, store) + "\n")
         return
@@ -107,7 +107,7 @@ def experiment(
         raise InputError(failures(outcome, plan.cells))
 
 
-def _check(name: str, seeds: Sequence[int], batch_size: int, stale_after: float) -> None:
+def _check_arguments(name: str, seeds: Sequence[int], batch_size: int, stale_after: float) -> None:
     """Stop at arguments out of their range."""
     if not name or name in (".", "..") or Path(name).name != name:
         raise InputError(f"name is {name!r}; expected that of one folder")

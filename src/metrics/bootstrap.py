@@ -106,14 +106,14 @@ def _weighted_sums(values: torch.Tensor, weigh: Weigh, seed: int, draws: int) ->
     return torch.cat([room[: len(some)].copy_(some) @ values for some in found])
 
 
-def as_far(swapped: torch.Tensor, value: float) -> float:
+def swapped_p(swapped: torch.Tensor, value: float) -> float:
     """Two-sided p-value of a difference, from (S,) differences under random swaps."""
     return (int((swapped.abs() >= abs(value) - EQUAL).sum()) + 1) / (len(swapped) + 1)
 
 
 def randomised_p(differences: torch.Tensor, *, seed: int, draws: int, groups: Sequence[int] | None = None) -> float:
     """Two-sided p-value of no mean difference of rows (N,): the paired randomisation test."""
-    return as_far(flipped_means(differences, seed=seed, draws=draws, groups=groups), differences.mean().item())
+    return swapped_p(flipped_means(differences, seed=seed, draws=draws, groups=groups), differences.mean().item())
 
 
 def bootstrap(

@@ -18,8 +18,8 @@ from src.data.suite import Suite
 from src.data.suite_tokens import SuiteTokens
 from src.data.suites import EvaluationData
 from src.errors import InputError
-from src.models.adapter_rows import warn_of_templates
 from src.models.adapter_swap import Swap
+from src.models.adapter_warnings import warn_of_templates
 from src.models.answer_files import answer_file
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.computation import Computation, choose_modes

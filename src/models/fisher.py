@@ -25,7 +25,7 @@ from src.errors import InputError
 from src.fisher.base import Representation
 from src.fisher.labels import LabelSource
 from src.fisher.scores import Granularity, ScoreRecorder, together
-from src.models.adapter_rows import warn_of_learnt, warn_of_templates
+from src.models.adapter_warnings import warn_of_learnt, warn_of_templates
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.checkpointing import checkpoint_layers
 from src.models.estimate import Estimate, estimate

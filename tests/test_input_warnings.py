@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 
-from src.adapters.own_template import TEMPLATE, TOKENIZER, read_template
+from src.adapters.chat_template import TEMPLATE, TOKENIZER, read_template
 from src.adapters.peft_files import SEEN, read_adapter
 from src.cli import main
 from src.data.calibration import CalibrationData
@@ -15,7 +15,7 @@ from src.data.demo_rows import DEMO
 from src.data.modules import ExpertData
 from src.data.rows import Row, text_hash
 from src.errors import InputError
-from src.models.adapter_rows import warn_of_learnt, warn_of_templates
+from src.models.adapter_warnings import warn_of_learnt, warn_of_templates
 from src.models.base import BaseSpec, check_trained_on, load_model, load_tokenizer
 from src.models.checkpoints import OF_SHARDED, check_checkpoint
 from tests.commands import fisher_flags

@@ -1,4 +1,4 @@
-"""Rows beside the adapters that they go through: worth a word where they do not fit, and no error."""
+"""Warnings of adapters that do not fit what goes through them: the base's chat template, rows that they have learnt."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence

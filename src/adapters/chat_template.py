@@ -1,4 +1,4 @@
-"""Chat templates that lie beside adapters: prompts go in by the base's, so one that differs is worth a word."""
+"""The chat template that lies beside an adapter: prompts go in by the base's, so one that differs is warned of."""
 
 import logging
 from pathlib import Path
