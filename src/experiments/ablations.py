@@ -125,11 +125,11 @@ class Ablations(Study):
         for seed in seeds:
             found += grid.references(seed)
             for spec, over in self._points:
-                merges = grid.merges(spec, [grid.utility(seed)], grid.safety(seed, over), seed)
+                merges = grid.merges(spec, [grid.utility(seed)], grid.safety(seed, over, spec), seed)
                 found += [Model(spec.name, value, seed, grid.test(cell, cell.label), cell) for value, cell in merges]
             for method in self.methods:
                 found += grid.models(method, seed)
-        return Plan(found, notes=notes_on(grid, self.methods))
+        return Plan(found, notes=notes_on(grid, [self.reference, *self.methods]))
 
     def report(self, plan: Plan, store: Store) -> Document:
         """Variants against the reference, on validation rows."""

@@ -16,6 +16,7 @@ from src.merge.settings import with_option
 AT_BASE = {"model": {"reference_safety": "base", "reference_utility": "base"}}
 """Settings of Fisher passes at the base, for methods that compare the experts with it."""
 UTILITY = "utility"
+SAFETY = "safety"
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,13 @@ class Grid:
             raise InputError("recipe.utility: this study needs a utility expert")
         return self.expert(self.recipe.utility, seed, UTILITY)
 
-    def safety(self, seed: int, over: Mapping[str, Any] | None = None) -> Cell:
-        """The safety expert."""
-        return self.expert(self.recipe.safety, seed, "safety", over)
+    def safety(self, seed: int, over: Mapping[str, Any] | None = None, spec: MethodSpec | None = None) -> Cell:
+        """The safety expert; that of a method, which has learnt its ``rows`` too, where it has any."""
+        expert = self.recipe.safety
+        if spec is None or spec.rows is None:
+            return self.expert(expert, seed, SAFETY, over)
+        train = [*self.rows(expert.train, seed), *self.drawn_anew(plain_sources(spec.rows), seed)]
+        return self.fit(expert, train, seed, f"{spec.name}, safety", over or {}, own=SAFETY)
 
     def fisher(
         self, utility: Sequence[Cell], safety: Cell, seed: int, over: Mapping[str, Any], first: Cell | None = None
@@ -196,7 +201,7 @@ class Grid:
         if spec.train not in (None, "core"):
             made = trained(self, spec, seed)
         else:
-            utility, safety = self.utility(seed), self.safety(seed)
+            utility, safety = self.utility(seed), self.safety(seed, spec=spec)
             patch = safety if spec.train is None else tuned_core(self, spec, utility, safety, seed)
             made = self.merges(spec, [utility], patch, seed)
         return [Model(spec.name, spec.shown(value), seed, self.test(cell, cell.label), cell) for value, cell in made]

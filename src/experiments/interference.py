@@ -123,7 +123,7 @@ class Interference(Study):
             for count in self.counts:
                 suites = [*(self._suite(task) for task in tasks[:count]), *safety_suites]
                 for spec in self.methods:
-                    made = grid.merges(spec, experts[:count], safety, seed)
+                    made = grid.merges(spec, experts[:count], grid.safety(seed, spec=spec), seed)
                     models += [
                         Model(
                             with_count(spec.name, count),
@@ -135,7 +135,7 @@ class Interference(Study):
                         )
                         for value, cell in made
                     ]
-        return Plan(models, others)
+        return Plan(models, others, notes_on(grid, self.methods))
 
     def _expert(self, grid: Grid, task: Task, seed: int) -> Cell:
         how = self.experts

@@ -73,8 +73,9 @@ class MethodSpec:
             ``model.regularizer`` in ``settings``; its Fisher file is measured at the safety expert); a strength other
             than ``safety_rows`` is then a dotted key of ``settings``. ``core`` fine-tunes the safety expert's core on
             the rows of the Fisher passes beside the utility expert; ``method`` then merges what came out.
-        rows: Rows that ``train`` other than ``core`` learns from as well, drawn anew for every seed as those of the
-            Fisher passes: what a calibration has seen, for a baseline that trains on it.
+        rows: Rows to learn from as well, drawn anew for every seed as those of the Fisher passes: what a calibration has
+            seen, for a baseline that trains on it. A merge's safety expert learns them (it is one of its own then), and
+            what ``train`` other than ``core`` makes.
         settings: Settings of the training, nested as in the YAML of ``fit``.
         fisher: Settings of this method's Fisher passes, over those of the study.
         control: A control: shown, and no competitor.
@@ -165,8 +166,8 @@ class MethodSpec:
             raise InputError(f"method {self.name}: train core needs a method that merges the tuned safety expert")
         if not self._merges and (self.method is not None or self.combine is not None):
             raise InputError(f"method {self.name}: train takes neither method nor combine")
-        if self.rows is not None and self._merges:
-            raise InputError(f"method {self.name}: rows are for train mixed, utility and beside_safety")
+        if self.rows is not None and self._merges and (self.method is None or not self.method.needs_safety):
+            raise InputError(f"method {self.name}: rows are for trainings and for merges with a safety expert")
 
     def _check_read(self) -> None:
         """Stop where nothing would read an option."""

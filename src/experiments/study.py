@@ -61,7 +61,9 @@ def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) 
 
 def notes_on(grid: Grid, methods: Sequence[MethodSpec]) -> list[str]:
     """What a page must say of methods before anything is computed."""
-    return [note for method in methods for note in fewer_rows(grid.recipe, method)]
+    own = [method.name for method in methods if method.rows is not None and method.train in (None, "core")]
+    learnt = f"{', '.join(own)}: the safety expert has learnt further rows; the model named safety has not."
+    return [*(note for method in methods for note in fewer_rows(grid.recipe, method)), *([learnt] if own else [])]
 
 
 def name_of(model: Model) -> str:
