@@ -8,7 +8,7 @@ import pytest
 from src.data.suite import Suite
 from src.errors import InputError
 from src.experiments.ablations import Ablations, Axis
-from src.experiments.cell import Cell
+from src.experiments.cell import Cell, closure
 from src.experiments.cell_stages import Stages
 from src.experiments.command import Cost
 from src.experiments.costs import cost_table
@@ -28,6 +28,7 @@ from src.experiments.settings import (
 )
 from src.experiments.stage import experiment
 from src.experiments.store import Store
+from src.experiments.study import notes_on
 from src.merge.base import MergeMethod
 from src.merge.combinations.concatenate import Concatenate
 from src.merge.combinations.dare import Dare
@@ -99,6 +100,45 @@ def test_rows_that_a_variant_names_are_drawn_anew_as_well(recipe, tmp_path):
     over = {"data": {"train": [part(tmp_path / "harm.jsonl", 6, 6)]}}
     assert trained_with(Grid(recipe()).safety(2, over))[1] == {2}
     assert trained_with(Grid(recipe("calibration")).safety(2, over))[1] == {0}
+
+
+def test_a_merge_with_rows_has_a_safety_expert_that_learnt_them_too(recipe, tmp_path):
+    grid, further = Grid(recipe()), write_rows(tmp_path / "further.jsonl", 3, what="further")
+    path = Strengths("alpha", [0.5, 1.0])
+    own = MethodSpec("own", TaskArithmetic(), strength=path, rows={"path": str(further), "seed": 0})
+    own.check()
+    plain = MethodSpec("plain", TaskArithmetic(), strength=path)
+    (first, second), (merged, _) = (grid.models(spec, 2) for spec in (own, plain))
+    usual, (learnt,) = grid.safety(2), first.made.needs["safety"]
+    keys = {name: [cell.key for cell in needs] for name, needs in merged.made.needs.items()}
+    assert keys == {"utility": [grid.utility(2).key], "safety": [usual.key]}
+    for point in (first, second):
+        assert [cell.key for cell in point.made.needs["utility"]] == keys["utility"]
+        assert [cell.key for cell in point.made.needs["safety"]] == [learnt.key]
+    assert learnt.settings["data"]["train"] == usual.settings["data"]["train"] + [{"path": str(further), "seed": 2}]
+    kept = [{key: v for key, v in cell.settings.items() if key != "data"} for cell in (learnt, usual)]
+    assert kept[0] == kept[1]
+    assert learnt.settings["data"]["val"] == usual.settings["data"]["val"]
+    assert learnt.units == usual.units + 3 * usual.units / 8
+    assert notes_on(grid, [plain]) == []
+    assert notes_on(grid, [own]) == ["own: the safety expert has learnt further rows; the model named safety has not."]
+
+
+def test_every_step_of_a_merge_with_rows_is_taken_from_its_own_safety_expert(recipe, tmp_path):
+    grid, further = Grid(recipe()), write_rows(tmp_path / "further.jsonl", 3, what="further")
+    step = Sst(coefficients="relearn")
+    spec = MethodSpec("own", step, rows=str(further), first=FirstStep(step, first=FirstStep(TaskArithmetic(), 0.45)))
+    cells = closure([model.made for model in grid.models(spec, 0)])
+    assert {cell.label for cell in cells if cell.stage == "fit"} == {"utility, seed 0", "own, safety, seed 0"}
+    assert len([cell for cell in cells if cell.stage == "fisher"]) == 2
+
+
+def test_rows_of_a_merge_are_for_one_with_a_safety_expert(tmp_path):
+    with pytest.raises(InputError, match=r"^method x: rows are for trainings and for merges with a safety expert$"):
+        MethodSpec("x", combine=Ties(), strength=Strengths("none", [1.0]), rank=8, rows="rows.jsonl").check()
+    spec = MethodSpec("x", TaskArithmetic(), rows="rows.jsonl")
+    with pytest.raises(InputError, match=r"^axis safety\.data\.train: the reference has rows"):
+        Ablations(spec, [Axis("safety.data.train", [["other.jsonl"]])])
 
 
 def test_experts_share_their_start_and_rows_otherwise(recipe):

@@ -644,7 +644,6 @@ def test_experts_that_are_averaged_have_their_fisher_measured_at_the_average(tas
         ("SafetyTax", {"methods": [{"name": "x"}]}, "expected one of method, combine and train"),
         ("SafetyTax", {"methods": [METHODS[0] | {"train": "mixed"}]}, "train takes neither method nor combine"),
         ("SafetyTax", {"methods": [{"name": "x", "train": "core"}]}, "train core needs a method"),
-        ("SafetyTax", {"methods": [METHODS[0] | {"rows": "rows.jsonl"}]}, "rows are for train mixed"),
         ("SafetyTax", {"methods": [METHODS[1] | {"first": {"method": METHODS[1]["method"]}}]}, "coefficients relearn"),
         (
             "SafetyTax",

@@ -111,6 +111,8 @@ class Ablations(Study):
                 raise InputError(f"axis {option}: the reference needs no Fisher files")
             spec.fisher = layered(spec.fisher, at_path(rest, value))
         else:
+            if spec.rows is not None and rest == "data.train":
+                raise InputError(f"axis {option}: the reference has rows that its safety expert learns as well")
             safety = at_path(rest, value)
         return spec, safety
 

@@ -35,7 +35,7 @@ from src.experiments.point_names import name_and_experts, with_count
 from src.experiments.scores import draws_for
 from src.experiments.settings import ExpertSpec, MethodSpec
 from src.experiments.store import Store
-from src.experiments.study import Plan, Study, check_names, finished, left_out, of_methods
+from src.experiments.study import Plan, Study, check_names, finished, left_out, notes_on, of_methods
 from src.experiments.tasks import Task, read_tasks
 
 

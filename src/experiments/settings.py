@@ -73,9 +73,9 @@ class MethodSpec:
             ``model.regularizer`` in ``settings``; its Fisher file is measured at the safety expert); a strength other
             than ``safety_rows`` is then a dotted key of ``settings``. ``core`` fine-tunes the safety expert's core on
             the rows of the Fisher passes beside the utility expert; ``method`` then merges what came out.
-        rows: Rows to learn from as well, drawn anew for every seed as those of the Fisher passes: what a calibration has
-            seen, for a baseline that trains on it. A merge's safety expert learns them (it is one of its own then), and
-            what ``train`` other than ``core`` makes.
+        rows: Rows to learn from as well, drawn anew for every seed as those of the Fisher passes: what a calibration
+            has seen, for a baseline that trains on it. What ``train`` other than ``core`` makes learns them; of a merge
+            its safety expert, which is one of its own then.
         settings: Settings of the training, nested as in the YAML of ``fit``.
         fisher: Settings of this method's Fisher passes, over those of the study.
         control: A control: shown, and no competitor.
