@@ -847,7 +847,8 @@ def test_weights_are_for_fisher_passes(rows):
 def test_a_core_is_trained_on_rows_of_fisher_passes_without_their_weights(rows):
     from src.experiments.cell import Cell
     from src.experiments.grid import Grid
-    from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe
+    from src.experiments.recipe import EvaluationSpec, ExpertSpec, FisherSpec, Recipe
+    from src.experiments.settings import MethodSpec
     from src.experiments.trainings import tuned_core
     from src.models.base import BaseSpec
 

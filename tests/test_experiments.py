@@ -17,7 +17,7 @@ from src.experiments import claim_files as claims_module
 from src.experiments import engine as engine_module
 from src.experiments.cell import Cell, closure
 from src.experiments.claim_files import Claims, process_start
-from src.experiments.command import Cost, _computed_on, _peak_mb, alone, processor, run_command
+from src.experiments.command import Cost, _computed_on, alone, peak_mb, processor, run_command
 from src.experiments.content import count_rows, redrawn, sources
 from src.experiments.costs import totals
 from src.experiments.engine import CellError, to_compute
@@ -434,7 +434,7 @@ def test_a_command_that_computed_on_gpus_names_them_and_their_memory(monkeypatch
     usage = SimpleNamespace(ru_maxrss=7)
     told = (tmp_path / "peaks").read_text().splitlines()
     assert _computed_on(told) == ("A 1", 3.0)
-    assert _peak_mb(told, usage) == _peak_mb(told[:-1], usage)
+    assert peak_mb(told, usage) == peak_mb(told[:-1], usage)
     assert _computed_on(["12", "gpu 1000000 2 A 1", "13", "gpu 2000000 2 A 1"]) == ("2 x A 1", 2.0)
     assert _computed_on(["12"]) == (processor(), None)
     assert Cost(1.0, 2.0, "A 1", 3.0).shared(2)["gpu_peak_mb"] == 3.0

@@ -15,8 +15,9 @@ from src.experiments.engine import Outcome
 from src.experiments.grid import Grid
 from src.experiments.interference import Interference, TaskExperts
 from src.experiments.learnt_rows import check_learnt_rows, passes_on_learnt_rows
+from src.experiments.recipe import EvaluationSpec, ExpertSpec, FisherSpec, Recipe
 from src.experiments.safety_tax import SafetyTax
-from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe, Strengths
+from src.experiments.settings import MethodSpec, Strengths
 from src.experiments.stage import check_page, experiment, failures
 from src.experiments.store import Store
 from src.merge.combinations.task_arithmetic import TaskArithmetic

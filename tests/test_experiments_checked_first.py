@@ -9,8 +9,9 @@ from src.experiments.ablations import Ablations, Axis
 from src.experiments.cell import closure
 from src.experiments.checks import check_first
 from src.experiments.grid import Grid
+from src.experiments.recipe import EvaluationSpec, ExpertSpec, FisherSpec, Recipe
 from src.experiments.safety_tax import SafetyTax
-from src.experiments.settings import EvaluationSpec, ExpertSpec, FisherSpec, MethodSpec, Recipe, Strengths
+from src.experiments.settings import MethodSpec, Strengths
 from src.merge.sst import Sst
 from src.models.base import BaseSpec
 from tests.tiny import write_rows

@@ -18,9 +18,10 @@ from src.experiments.interference_tables import geometry_table
 from src.experiments.lineage import mixtures
 from src.experiments.plain_settings import plain
 from src.experiments.point_names import at_strength
+from src.experiments.recipe import EvaluationSpec, ExpertSpec, Recipe
 from src.experiments.safety_tax import SafetyTax, category_table, tax_rows
 from src.experiments.scores import Scores, gathered, not_finite
-from src.experiments.settings import EvaluationSpec, ExpertSpec, MethodSpec, Recipe, Strengths
+from src.experiments.settings import MethodSpec, Strengths
 from src.experiments.study import Plan, check_names
 from src.experiments.tasks import read_tasks
 from src.merge.base import MergeMethod

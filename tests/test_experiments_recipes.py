@@ -15,17 +15,9 @@ from src.experiments.costs import cost_table
 from src.experiments.grid import Grid, Model, seeded
 from src.experiments.interference import Interference, TaskExperts
 from src.experiments.kept import nothing_alone
+from src.experiments.recipe import EvaluationSpec, ExpertSpec, FisherSpec, Recipe
 from src.experiments.safety_tax import SafetyTax
-from src.experiments.settings import (
-    FULL_RANK,
-    EvaluationSpec,
-    ExpertSpec,
-    FirstStep,
-    FisherSpec,
-    MethodSpec,
-    Recipe,
-    Strengths,
-)
+from src.experiments.settings import FULL_RANK, FirstStep, MethodSpec, Strengths
 from src.experiments.stage import experiment
 from src.experiments.store import Store
 from src.experiments.study import notes_on

@@ -31,6 +31,8 @@ OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 """Modules that transformers 5 holds in one parameter: PEFT stacks their factors, and takes no ranks of their own."""
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MANIFEST, SEEN, CARD = "manifest.json", "seen_prompts.txt", "README.md"
+FILES = (CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, TEMPLATE, TOKENIZER)
+"""What of a directory or a hub repository is read, where it is there."""
 log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,7 @@ def read_adapter(folder: str | Path, base: BaseWeights | None = None) -> Adapter
     Raises:
         InputError: a file is missing or broken, or the adapter has parts that updates cannot express.
     """
-    path, config = _fetched(folder, full_rank=base is not None)
+    path, config = fetched(folder, full_rank=base is not None)
     name, revision = named_base(config)
     file = weights_file(path)
     found = read_weights(file, _fully_trained(config, base))
@@ -130,16 +132,16 @@ def read_base(folder: str | Path) -> Adapter:
     Raises:
         InputError: see :func:`read_adapter`.
     """
-    path, config = _fetched(folder, full_rank=True)
+    path, config = fetched(folder, full_rank=True)
     name, revision = named_base(config)
     return Adapter(str(folder), {}, name, sha256="", manifest=_manifest(path / MANIFEST), revision=revision)
 
 
-def _fetched(folder: str | Path, *, full_rank: bool) -> tuple[Path, dict[str, Any]]:
-    """Where an adapter lies, and its configuration, checked."""
+def fetched(folder: str | Path, *, full_rank: bool) -> tuple[Path, dict[str, Any]]:
+    """Where an adapter lies, fetched where it is on the hub, and its configuration, checked."""
     path = local_folder(
         str(folder),
-        [CONFIG, WEIGHTS, PICKLED, MANIFEST, SEEN, CARD, TEMPLATE, TOKENIZER],
+        [*FILES, CARD],
         absent=f"{folder}: no such directory; expected a PEFT adapter ({CONFIG} and {WEIGHTS})",
         unfetched=f"{folder}: neither an adapter directory nor a hub adapter that can be fetched now",
     )

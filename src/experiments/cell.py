@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from src.experiments.content import identified
 
-Stage = Literal["fit", "fisher", "merge", "test", "inspect"]
-
-FORMAT: dict[str, int] = {"fit": 2, "fisher": 1, "merge": 1, "test": 1, "inspect": 1}
+Stage = Literal["given", "fit", "fisher", "merge", "test", "inspect"]
+"""The command that computes a cell; ``given`` are adapters that are there."""
+FORMAT: dict[str, int] = {"given": 1, "fit": 2, "fisher": 1, "merge": 1, "test": 1, "inspect": 1}
 """Raise a stage's number where a change of the source changes its numbers: cells that are known are made again then."""
 NUMERICAL = {"fit": ("torch", "transformers", "peft"), "fisher": ("torch", "transformers"), "merge": ("torch",)}
-NUMERICAL |= {"test": ("torch", "transformers"), "inspect": ("torch",)}
+NUMERICAL |= {"given": (), "test": ("torch", "transformers"), "inspect": ("torch",)}
 KEY_LENGTH = 24
 
 

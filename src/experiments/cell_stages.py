@@ -3,7 +3,9 @@
 The command is the one that a user would type; ``--trainer`` goes through to those that run a Trainer.
 """
 
+import resource
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from src.adapters.given import copy_adapter
 from src.experiments.cell import Cell, digest
-from src.experiments.command import Cost, run_command
+from src.experiments.command import Cost, peak_mb, processor, run_command
 from src.experiments.engine import CellError
 from src.experiments.lineage import trained, warn_of_other_weights
 from src.experiments.pencils import kept_pencil
@@ -49,7 +52,7 @@ class Stages:
         collect = getattr(self, f"_{batch[0].stage}")
         name = f"{batch[0].stage}-{digest([cell.key for cell in batch])}"
         cost, arguments, found = collect(name, batch)
-        command = ["python", "-m", "src", *arguments]
+        command = arguments if batch[0].stage == "given" else ["python", "-m", "src", *arguments]
         shared = {"cost": cost.shared(len(batch)), "command": command, "versions": versions()}
         self.store.clear(name)
         records = {c.key: {"found": found[c.key]} | shared | {"trained": trained(c, self.store)} for c in batch}
@@ -74,6 +77,15 @@ class Stages:
             raise
         begun.unlink(missing_ok=True)
         return replace(cost, seconds=before + cost.seconds), arguments
+
+    def _given(self, _name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
+        """A copy: what a study goes on from stays as it was."""
+        (cell,) = batch
+        started, folder = time.monotonic(), self.store.weights(cell)
+        found = copy_adapter(cell.settings["adapter"], folder)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        cost = Cost(time.monotonic() - started, peak_mb([], used), processor())
+        return cost, ["cp", "-r", cell.settings["adapter"], str(folder)], {cell.key: found}
 
     def _fit(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+from src.adapters.peft_files import read_base
 from src.data.row_source import RowSource
 from src.data.sources import load_rows, refuse_options
 from src.data.suite import Suite
@@ -22,8 +23,9 @@ from src.experiments.content import ROWS, SUITE_ROWS, sources
 from src.experiments.grid import Grid
 from src.experiments.learnt_rows import check_learnt_rows, local_sources
 from src.experiments.plain_settings import plain
-from src.experiments.settings import Recipe
+from src.experiments.recipe import Recipe
 from src.experiments.store import Store
+from src.models.base import check_trained_on
 
 TOLD = ("fit", "fisher", "test")
 """Stages that are told rows, and settings nested as in their YAML; those of the others are typed."""
@@ -50,9 +52,20 @@ def check_first(todo: Sequence[Cell], grid: Grid, seed: int) -> None:
         InputError: a command would refuse some; the message begins with their place in the study.
     """
     told = [cell for cell in todo if cell.stage in TOLD]
+    _check_adapters(todo, grid.recipe)
     _check_rows(told, todo, grid.recipe)
     _check_settings(told, todo, grid, seed)
     check_learnt_rows(todo)
+
+
+def _check_adapters(todo: Sequence[Cell], recipe: Recipe) -> None:
+    """Stop at adapters of another base, as far as their files tell; those of the hub are not fetched."""
+    for cell in todo:
+        if cell.stage == "given" and Path(cell.settings["adapter"]).is_dir():
+            try:
+                check_trained_on([read_base(cell.settings["adapter"])], recipe.base)
+            except InputError as error:
+                raise InputError(f"{cell.label}: {error}") from None
 
 
 def _check_rows(told: Sequence[Cell], todo: Sequence[Cell], recipe: Recipe) -> None:
@@ -79,7 +92,11 @@ def _check_settings(told: Sequence[Cell], todo: Sequence[Cell], grid: Grid, seed
                 continue
             except InputError as error:
                 other = f"{_label_of_use(cell, todo)}: settings of {cell.stage}"
-                places = (f"{name}.settings" for name, own in _cells_of_recipe(grid, seed) if _alike(own) == alike)
+                places = (
+                    f"{name}.settings"
+                    for name, own in _cells_of_recipe(grid, seed)
+                    if own.stage in TOLD and _alike(own) == alike
+                )
                 raise InputError(f"{next(places, other)}: {error}") from None
 
 

@@ -89,7 +89,7 @@ def run_command(arguments: Sequence[str], log_file: Path) -> Cost:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise CellError(_reason(log_file, child.returncode))
-    return Cost(time.monotonic() - started, _peak_mb(told, usage), *_computed_on(told))
+    return Cost(time.monotonic() - started, peak_mb(told, usage), *_computed_on(told))
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
@@ -121,7 +121,7 @@ def _importable(environment: dict[str, str]) -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join(places)}
 
 
-def _peak_mb(told: Sequence[str], usage: resource.struct_rusage) -> float:
+def peak_mb(told: Sequence[str], usage: resource.struct_rusage) -> float:
     """Of what the command's processes told (Linux, see :mod:`src.experiments.launch`), else of what the system says."""
     unit = 1 if sys.platform == "darwin" else 1024
     return max((int(line) for line in told if line.isdecimal()), default=usage.ru_maxrss) * unit / 1e6

@@ -1,12 +1,13 @@
 """What settings mean, apart from where files lie: rows by the hash of their file, a local base by that of its files."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from src.adapters.given import files_of
 from src.data.row_source import RowSource, as_sources, find_file, mapped_source
 from src.data.tables import FILE_READERS
 from src.errors import InputError
@@ -14,7 +15,7 @@ from src.experiments.plain_settings import plain
 from src.files import sha256_file
 from src.own_classes import with_sources
 
-ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "test": (), "merge": (), "inspect": ()}
+ROWS = {"fit": ("train", "val"), "fisher": ("safety", "utility"), "given": (), "test": (), "merge": (), "inspect": ()}
 """Keys of ``data`` that name rows."""
 SUITE_ROWS = ("rows", "few_shot")
 MODELS = ("aligned", "base", "name")
@@ -34,6 +35,8 @@ def identified(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         InputError: a file of rows is missing, or a class has no file.
     """
     found = dict(settings)
+    if stage == "given":
+        found["adapter"] = adapter_content(found["adapter"])
     if "data" in found:
         data = dict(found["data"])
         for key in ROWS[stage]:
@@ -123,10 +126,22 @@ def base_content(name: str) -> str:
     return _hash(path.resolve()) if path.exists() else name
 
 
+def adapter_content(name: str) -> str:
+    """An adapter's directory by the files that make it one; a hub repository by its name.
+
+    Raises:
+        InputError: there is no such directory, and no repository has such a name.
+    """
+    files = files_of(name)
+    return _hash_all(Path(name), files) if files else name
+
+
 def _hash(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    state = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
-    return _hash_files(str(path), state)
+    return _hash_all(path, sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def _hash_all(root: Path, files: Sequence[Path]) -> str:
+    return _hash_files(str(root), tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files))
 
 
 @lru_cache(maxsize=4096)

@@ -42,7 +42,7 @@ def _spent(models: Sequence[Model], store: Store) -> dict[str, Any]:
 def totals(cells: Sequence[Cell], store: Store) -> Document:
     """Number of cells, hours and peak memory by stage, for the whole study."""
     rows = []
-    known = [cell for cell in closure(cells) if store.has_result(cell)]
+    known = [cell for cell in closure(cells) if cell.stage != "given" and store.has_result(cell)]
     for stage in dict.fromkeys(cell.stage for cell in known):
         costs = [store.read(cell)["cost"] for cell in known if cell.stage == stage]
         hours = sum(cost["seconds"] for cost in costs) / 3600

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[[Sequence[Cell]], Mapping[str, Record]]
 """Computes cells of one batch: key to result. Weights are in place when it returns."""
-ORDER = ("merge", "inspect", "fit", "fisher", "test")
+ORDER = ("given", "merge", "inspect", "fit", "fisher", "test")
 """Stages in the order in which ready cells are taken: merges take seconds and make evaluations ready, which wait until
 they fill a command, to share one load of the base."""
 POLL = 2.0

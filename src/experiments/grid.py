@@ -8,7 +8,8 @@ from src.errors import InputError
 from src.experiments.cell import Cell, digest
 from src.experiments.content import all_redrawn, count_rows, place, plain_sources, redrawn, sources
 from src.experiments.plain_settings import layered, plain, plain_base, read_config
-from src.experiments.settings import BASE_FISHER, ExpertSpec, MethodSpec, Recipe, Strengths
+from src.experiments.recipe import ExpertSpec, Recipe
+from src.experiments.settings import BASE_FISHER, MethodSpec, Strengths
 from src.experiments.trainings import trained, tuned_core
 from src.merge.base import MergeMethod
 from src.merge.settings import with_option
@@ -60,8 +61,16 @@ class Grid:
         self._redraws_experts = recipe.redraw == "experts"
 
     def expert(self, spec: ExpertSpec, seed: int, label: str, over: Mapping[str, Any] | None = None) -> Cell:
-        """Training of an expert."""
-        return self.fit(spec, self.rows(spec.train, seed), seed, label, over or {}, own=label)
+        """Training of an expert, or one that is there.
+
+        Raises:
+            InputError: it is there, and ``over`` has settings of a training.
+        """
+        if spec.adapter is None:
+            return self.fit(spec, self.rows(spec.rows(label)[0], seed), seed, label, over or {}, own=label)
+        if over:
+            raise InputError(f"{label}: adapter {spec.adapter} is there, and {', '.join(over)} is of a training")
+        return Cell("given", f"{label}, given", {"adapter": spec.adapter})
 
     def rows(self, value: Any, seed: int) -> list[dict[str, Any]]:
         """Rows that an expert of this seed is trained on, or chosen by."""
@@ -86,7 +95,7 @@ class Grid:
         fixed: dict[str, Any] = {
             "seed_everything": seed,
             "model": {"base": plain_base(self.recipe.base)},
-            "data": {"train": train, "val": self.rows(spec.val, seed), "seed": seed},
+            "data": {"train": train, "val": self.rows(spec.rows(label)[1], seed), "seed": seed},
         }
         if self._redraws_experts:
             fixed["model"]["seed"] = int(digest([own, seed])[:7], 16)
@@ -112,8 +121,9 @@ class Grid:
         expert = self.recipe.safety
         if spec is None or spec.rows is None:
             return self.expert(expert, seed, SAFETY, over)
-        train = [*self.rows(expert.train, seed), *self.drawn_anew(plain_sources(spec.rows), seed)]
-        return self.fit(expert, train, seed, f"{spec.name}, safety", over or {}, own=SAFETY)
+        label = f"{spec.name}, safety"
+        train = [*self.rows(expert.rows(label)[0], seed), *self.drawn_anew(plain_sources(spec.rows), seed)]
+        return self.fit(expert, train, seed, label, over or {}, own=SAFETY)
 
     def fisher(
         self, utility: Sequence[Cell], safety: Cell, seed: int, over: Mapping[str, Any], first: Cell | None = None
@@ -144,8 +154,7 @@ class Grid:
         """Calibration rows of this seed; files that experts are trained on keep their parts."""
         if self._redraws_experts:
             return all_redrawn(rows, seed)
-        specs = [spec for spec in (self.recipe.utility, self.recipe.safety) if spec is not None]
-        taken = {place(source) for spec in specs for part in (spec.train, spec.val) for source in sources(part)}
+        taken = {place(source) for part in self.recipe.learnt for source in sources(part)}
         return redrawn(rows, seed, taken)
 
     def merges(self, spec: MethodSpec, utility: Sequence[Cell], safety: Cell, seed: int) -> list[tuple[float, Cell]]:

@@ -32,8 +32,9 @@ from src.experiments.interference_tables import (
 from src.experiments.kept import kept_of, nothing_alone
 from src.experiments.plain_settings import plain
 from src.experiments.point_names import name_and_experts, with_count
+from src.experiments.recipe import ExpertSpec
 from src.experiments.scores import draws_for
-from src.experiments.settings import ExpertSpec, MethodSpec
+from src.experiments.settings import MethodSpec
 from src.experiments.store import Store
 from src.experiments.study import Plan, Study, check_names, finished, left_out, notes_on, of_methods
 from src.experiments.tasks import Task, read_tasks
@@ -49,6 +50,8 @@ class TaskExperts:
         val_rows: Rows of a task's training file that choose the checkpoint.
         max_new_tokens: Longest answer to generate in an evaluation, in tokens.
         limit: Most test rows of a task; unset takes all.
+        adapter: PEFT LoRA directories or hub repositories to take in place of trainings, with ``{task}`` for a task's
+            name: ``experts/{task}``. The same for every seed.
     """
 
     config: str = "expert.yaml"
@@ -56,6 +59,7 @@ class TaskExperts:
     val_rows: int = 16
     max_new_tokens: int = 32
     limit: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         """Stop where a number is out of its range."""
@@ -139,6 +143,10 @@ class Interference(Study):
 
     def _expert(self, grid: Grid, task: Task, seed: int) -> Cell:
         how = self.experts
+        if how.adapter is not None:
+            return grid.expert(
+                ExpertSpec(adapter=how.adapter.replace("{task}", task.name)), seed, f"expert {task.name}"
+            )
         train = RowSource(task.train, seed=0, skip=how.val_rows)
         val = RowSource(task.train, seed=0, limit=how.val_rows)
         return grid.expert(ExpertSpec(train, val, how.config, how.settings or {}), seed, f"expert {task.name}")

@@ -7,8 +7,10 @@ are read where their files are here: data sets of the hub are not fetched.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from src.adapters.peft_files import read_seen
 from src.data.row_source import RowSource, find_file
 from src.data.rows import Row
 from src.data.sources import load_rows
@@ -18,6 +20,8 @@ from src.experiments.cell import Cell, closure
 from src.experiments.content import ROWS, SUITE_ROWS, sources
 from src.experiments.plain_settings import plain
 
+LEARN = ("fit", "given")
+"""Stages of adapters that have learnt prompts."""
 SHOWN = 3
 """Passes that a note names."""
 
@@ -52,7 +56,12 @@ def _prompts(source: str) -> frozenset[str]:
 
 
 def prompts(cell: Cell, *keys: str) -> frozenset[str]:
-    """Hashes of the prompts of a training or pass, of some of its sets of rows (``train``) or all that it reads."""
+    """Hashes of the prompts of a training or pass, of some of its sets of rows (``train``) or all that it reads.
+
+    Of an adapter that was there: what lies beside it, where that is here.
+    """
+    if cell.stage == "given":
+        return read_seen(Path(cell.settings["adapter"]))
     found: frozenset[str] = frozenset()
     for key in keys or _read(cell):
         for source in local_sources(cell.settings["data"].get(key) or []):
@@ -83,12 +92,12 @@ def check_learnt_rows(todo: Sequence[Cell]) -> None:
 
 def _check_suite(cell: Cell, suite: Mapping[str, Any]) -> None:
     for other in closure([cell]):
-        if other.stage not in ("fit", "fisher"):
+        if other.stage not in (*LEARN, "fisher"):
             continue
         known = prompts(other)
         both = [row for row in suite_rows(suite) if known & {row.prompt_hash, row.goal_hash}]
         if both:
-            what = "trained" if other.stage == "fit" else "calibrated"
+            what = "trained" if other.stage in LEARN else "calibrated"
             raise InputError(
                 f"{cell.label}: {len(both)} prompts of suite {suite['name']}, the first {both[0].id}, are what "
                 f"{other.label} is {what} on; expected other rows (or recipe.evaluation.settings.model.allow_seen true)"
@@ -110,6 +119,6 @@ def passes_on_learnt_rows(cells: Sequence[Cell]) -> list[str]:
 def _learnt(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in (one for one in closure(cells) if one.stage == "fisher"):
         asked = prompts(cell)
-        for parent in (one for one in cell.parents if one.stage == "fit"):
+        for parent in (one for one in cell.parents if one.stage in LEARN):
             if both := asked & prompts(parent):
                 yield f"{len(both)} of {len(asked)} of “{cell.label}” by “{parent.label}”"

@@ -1,13 +1,10 @@
-"""What a study is told: typed, so that a wrong key or method option stops before hours of work."""
+"""The methods of a study, typed: a wrong key or option stops before hours of work."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from src.data.row_source import Sources
-from src.data.suite import Suite
 from src.errors import InputError
-from src.experiments.content import place, sources
-from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
@@ -19,7 +16,6 @@ from src.merge.masked import RatioMask
 from src.merge.settings import with_option
 from src.merge.sst_diagonal import SstDiagonal
 from src.merge.sweep import shortest, strengths
-from src.models.base import BaseSpec
 
 BASE_FISHER = "base_fisher"
 """A method's option for Fisher files measured at the base, and the role of the cell that a study makes of them."""
@@ -190,111 +186,3 @@ class MethodSpec:
         full = [type(one).__name__ for one in (self.method, self.combine) if isinstance(one, FULL_RANK)]
         if full and form.exact:
             raise InputError(f"method {self.name}: {full[0]} gives full-rank updates; expected rank or energy")
-
-
-@dataclass
-class ExpertSpec:
-    """How an expert is trained.
-
-    Args:
-        train: Training rows.
-        val: Rows to choose the best checkpoint by, disjoint from them.
-        config: YAML of ``fit`` that everything else comes from.
-        settings: Settings over those of ``config``, nested like it.
-    """
-
-    train: Sources
-    val: Sources
-    config: str = "expert.yaml"
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class FisherSpec:
-    """The Fisher passes.
-
-    Args:
-        safety: Harmful prompts with refusals.
-        utility: Benign prompts with answers. Of both a source with ``seed``, ``limit`` and no ``skip``, from a file
-            that no expert is trained on, draws other rows for every seed of the study; with ``redraw`` ``experts``
-            every source with a ``seed`` does.
-        config: YAML of ``fisher`` that everything else comes from.
-        settings: Settings over those of ``config``, nested like it.
-    """
-
-    safety: Sources
-    utility: Sources
-    config: str = "fisher.yaml"
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class EvaluationSpec:
-    """The evaluation.
-
-    Args:
-        suites: Suites of prompts; every model of the study answers all of them.
-        further: Suites that only report: no strength is chosen on them, so all of their rows are test rows. They are
-            answered by commands of their own, one for each suite; a finished study that is given more of them goes on
-            from its answers.
-        settings: Further settings of ``test``, nested like its YAML, such as ``data: {batch_size: 80}``.
-    """
-
-    suites: list[Suite]
-    settings: dict[str, Any] = field(default_factory=dict)
-    further: list[Suite] = field(default_factory=list)
-
-    def check(self) -> None:
-        """Stop where a suite's settings contradict each other, or two share a name: answers are kept under it."""
-        names = [suite.name for suite in (*self.suites, *self.further)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            said = ", ".join(twice)
-            raise InputError(f"recipe.evaluation: several suites are named {said}; expected different names")
-        for suite in (*self.suites, *self.further):
-            suite.check()
-
-
-@dataclass
-class Recipe:
-    """Everything that a grid is made from, apart from what a study varies.
-
-    Args:
-        base: The base model.
-        safety: The safety expert.
-        evaluation: The suites.
-        utility: The utility expert; unset where a study makes its own.
-        fisher: The Fisher passes; unset where no method needs them.
-        redraw: What every seed of the study draws anew. ``calibration``: the order of training rows, and rows of the
-            Fisher passes from files that no expert is trained on; all trainings begin with the same adapter and read
-            the same rows. ``experts``: each expert has initial weights of its own as well, as experts from different
-            hands have (methods that train begin with those of the utility expert), and every source with a ``seed``
-            gives other rows; parts of one file (``skip``, ``limit``) stay apart.
-    """
-
-    base: BaseSpec
-    safety: ExpertSpec
-    evaluation: EvaluationSpec
-    utility: ExpertSpec | None = None
-    fisher: FisherSpec | None = None
-    redraw: Literal["calibration", "experts"] = "calibration"
-
-    def check(self) -> None:
-        """Stop at suites that cannot be asked, or whose rows a seed's trainings and passes might draw.
-
-        Raises:
-            InputError: see above.
-        """
-        self.evaluation.check()
-        if self.redraw == "calibration":
-            return
-        learnt = [rows for spec in (self.utility, self.safety) if spec is not None for rows in (spec.train, spec.val)]
-        learnt += [] if self.fisher is None else [self.fisher.safety, self.fisher.utility]
-        taken = {place(source) for rows in learnt for source in sources(rows) if source.seed is not None}
-        for suite in (*self.evaluation.suites, *self.evaluation.further):
-            for source in sources(suite.rows):
-                if place(source) in taken:
-                    what = f"recipe.redraw experts: suite {suite.name} has rows of {source.path}"
-                    raise InputError(
-                        f"{what}, other rows of which every seed's experts or passes draw; expected another file"
-                    )

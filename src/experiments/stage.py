@@ -22,7 +22,7 @@ from src.experiments.grid import Grid
 from src.experiments.learnt_rows import passes_on_learnt_rows
 from src.experiments.lineage import mixtures
 from src.experiments.plain_settings import plain
-from src.experiments.settings import Recipe
+from src.experiments.recipe import Recipe
 from src.experiments.store import Store, source_hash
 from src.experiments.study import Plan, Study
 from src.experiments.timing import listing

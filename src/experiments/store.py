@@ -14,7 +14,7 @@ from src.provenance import code_hash
 
 WHOLE = "cell.json"
 """File of a weights folder that is written last: a folder that has one is whole."""
-WITH_WEIGHTS = ("fit", "fisher", "merge")
+WITH_WEIGHTS = ("given", "fit", "fisher", "merge")
 KEYS = ("key", "stage", "settings", "units", "source")
 """What every result says of its cell."""
 

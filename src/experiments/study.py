@@ -60,10 +60,14 @@ def every_path(grid: Grid, methods: Sequence[MethodSpec], seeds: Sequence[int]) 
 
 
 def notes_on(grid: Grid, methods: Sequence[MethodSpec]) -> list[str]:
-    """What a page must say of methods before anything is computed."""
-    own = [method.name for method in methods if method.rows is not None and method.train in (None, "core")]
-    learnt = f"{', '.join(own)}: the safety expert has learnt further rows; the model named safety has not."
-    return [*(note for method in methods for note in fewer_rows(grid.recipe, method)), *([learnt] if own else [])]
+    """What a page must say of experts and methods before anything is computed."""
+    found = [note for method in methods for note in fewer_rows(grid.recipe, method)]
+    if own := [method.name for method in methods if method.rows is not None and method.train in (None, "core")]:
+        found.append(f"{', '.join(own)}: the safety expert has learnt further rows; the model named safety has not.")
+    experts = {"utility": grid.recipe.utility, "safety": grid.recipe.safety}
+    if given := [f"{name} ({one.adapter})" for name, one in experts.items() if one is not None and one.adapter]:
+        found.append(f"Adapters that were there, the same for every seed: {', '.join(given)}.")
+    return found
 
 
 def name_of(model: Model) -> str:

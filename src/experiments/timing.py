@@ -16,7 +16,7 @@ def time_left(todo: Sequence[Cell], store: Store) -> float | None:
     bases = [cell.settings.get("model", {}).get("base", {}).get("name") for cell in todo]
     rates = store.rates(next((base for base in bases if base), None))
     total = 0.0
-    for cell in todo:
+    for cell in (one for one in todo if one.stage != "given"):  # a copy takes no time
         if cell.stage not in rates:
             return None
         seconds, units, count = rates.get(digest(cell.settings), rates[cell.stage])

@@ -8,7 +8,8 @@ from src.errors import InputError
 from src.experiments.cell import Cell
 from src.experiments.content import count_rows, plain_sources, sources
 from src.experiments.plain_settings import at_path, layered, plain
-from src.experiments.settings import SAFETY_ROWS, MethodSpec, Recipe
+from src.experiments.recipe import Recipe
+from src.experiments.settings import SAFETY_ROWS, MethodSpec
 from src.merge.combinations.concatenate import Concatenate
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
     expert = grid.recipe.utility
     if expert is None:
         raise InputError(f"method {spec.name}: train needs recipe.utility")
-    train, over, label = grid.rows(expert.train, seed), spec.settings, spec.title(value)
+    over, label = spec.settings, spec.title(value)
+    train = grid.rows(expert.rows(f"{label}: recipe.utility")[0], seed)
     if spec.rows is not None:
         train += grid.drawn_anew(plain_sources(spec.rows), seed)
     if spec.strength.option not in (SAFETY_ROWS, "none"):
@@ -33,7 +35,8 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
         return _beside_safety(grid, spec, train, seed, label, over)
     if spec.train == "mixed":
         limit = int(value) if spec.strength.option == SAFETY_ROWS else None
-        train += _drawn(grid.rows(grid.recipe.safety.train, seed), limit, seed)
+        refusals, _ = grid.recipe.safety.rows(f"{label}: recipe.safety")
+        train += _drawn(grid.rows(refusals, seed), limit, seed)
     return grid.fit(expert, train, seed, label, over)
 
 
@@ -63,18 +66,21 @@ def tuned_core(grid: "Grid", spec: MethodSpec, utility: Cell, safety: Cell, seed
         raise InputError(f"method {spec.name}: train core needs recipe.fisher and recipe.utility")
     drawn = [row for rows in (fisher.safety, fisher.utility) for row in grid.drawn_anew(plain_sources(rows), seed)]
     # Weights are for Fisher passes; fit refuses them.
-    train = [{key: value for key, value in row.items() if key != "weight"} for row in drawn]
+    train: Any = [{key: value for key, value in row.items() if key != "weight"} for row in drawn]
     # The checkpoint is chosen on rows of both kinds, as the rows are that it trains on.
-    both = replace(grid.recipe.safety, val=[*sources(grid.recipe.safety.val), *sources(expert.val)])
-    needs = {"core": (safety,), "beside": (utility,)}
-    return grid.fit(both, train, seed, f"{spec.name}, core", spec.settings, needs)
+    label = f"{spec.name}, core"
+    named = {"safety": grid.recipe.safety, "utility": expert}
+    chosen_by: Any = [row for name, one in named.items() for row in sources(one.rows(f"{label}: recipe.{name}")[1])]
+    both = replace(grid.recipe.safety, train=train, val=chosen_by)
+    return grid.fit(both, train, seed, label, spec.settings, {"core": (safety,), "beside": (utility,)})
 
 
 def fewer_rows(recipe: Recipe, spec: MethodSpec) -> list[str]:
     """Notes on strengths of mixed training that sources without enough rows do not reach."""
     if spec.train != "mixed" or spec.strength.option != SAFETY_ROWS:
         return []
-    counts = {value: count_rows(_drawn(recipe.safety.train, int(value), 0)) for value in spec.strength.values}
+    refusals, _ = recipe.safety.rows(f"{spec.name}: recipe.safety")
+    counts = {value: count_rows(_drawn(refusals, int(value), 0)) for value in spec.strength.values}
     short = [f"@ {spec.shown(v):g} has {n}" for v, n in counts.items() if n is not None and n < v]
     where = "each source gives an equal share, as far as it has so many"
     return [f"{spec.name} {', '.join(short)} safety rows: {where}."] if short else []
