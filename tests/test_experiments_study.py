@@ -116,6 +116,27 @@ def test_a_comparison_can_be_of_some_of_its_methods_only(base, rows, folder):
     assert aside.endswith("the others are TA, TIES.")
 
 
+def test_a_study_on_given_adapters_gives_what_that_of_their_trainings_gives(base, rows, folder, tmp_path):
+    asked = recipe(base, rows)
+    for cell in map(json.loads, (path.read_text() for path in (folder / "cells").iterdir())):
+        if cell["stage"] == "fit":
+            name = cell["label"].partition(",")[0]
+            asked[name] = {"adapter": str(shutil.copytree(folder / "work" / "weights" / cell["key"], tmp_path / name))}
+    new = tmp_path / "given"
+    new.mkdir()
+    assert run_study(new, asked, "Comparison", {"methods": METHODS, "ours": "SST"}) == 0
+    assert sorted(ran) == ["fisher", "merge", "merge", "test"]
+    before, after = document(folder), document(new)
+    assert after["summary"] == before["summary"]
+    assert after["tables"][0]["title"] == "Chosen on validation rows, measured on test rows"
+    assert after["tables"][0]["rows"] == before["tables"][0]["rows"]
+    (note,) = (note for note in after["notes"] if note.startswith("Given adapters"))
+    assert note.endswith(f"the same for every seed: utility ({tmp_path}/utility), safety ({tmp_path}/safety).")
+    copies = [cell["command"] for cell in after["provenance"]["cells"] if cell["stage"] == "given"]
+    assert [command[2] for command in copies] == [str(tmp_path / "utility"), str(tmp_path / "safety")]
+    assert "given" not in [row["stage"] for row in after["tables"][-1]["rows"]]
+
+
 def with_further(asked, folder, *names):
     suites = []
     for place, name in enumerate(names or ["more tasks"]):

@@ -60,12 +60,8 @@ def check_first(todo: Sequence[Cell], grid: Grid, seed: int) -> None:
 
 def _check_adapters(todo: Sequence[Cell], recipe: Recipe) -> None:
     """Stop at adapters of another base, as far as their files tell; those of the hub are not fetched."""
-    for cell in todo:
-        if cell.stage == "given" and Path(cell.settings["adapter"]).is_dir():
-            try:
-                check_trained_on([read_base(cell.settings["adapter"])], recipe.base)
-            except InputError as error:
-                raise InputError(f"{cell.label}: {error}") from None
+    names = dict.fromkeys(cell.settings["adapter"] for cell in todo if cell.stage == "given")
+    check_trained_on([read_base(name) for name in names if Path(name).is_dir()], recipe.base)
 
 
 def _check_rows(told: Sequence[Cell], todo: Sequence[Cell], recipe: Recipe) -> None:

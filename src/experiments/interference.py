@@ -39,6 +39,9 @@ from src.experiments.store import Store
 from src.experiments.study import Plan, Study, check_names, finished, left_out, notes_on, of_methods
 from src.experiments.tasks import Task, read_tasks
 
+TASK = "{task}"
+"""What stands for a task's name in the place of its expert."""
+
 
 @dataclass
 class TaskExperts:
@@ -66,6 +69,8 @@ class TaskExperts:
         for key, value in (("max_new_tokens", self.max_new_tokens), ("limit", self.limit)):
             if value is not None and value < 1:
                 raise InputError(f"study.experts.{key} is {value}; expected at least 1")
+        if self.adapter is not None and TASK not in self.adapter:
+            raise InputError(f"study.experts.adapter is {self.adapter}; expected {TASK} in it, for the task's name")
 
 
 class Interference(Study):
@@ -94,7 +99,7 @@ class Interference(Study):
 
     def _ordered(self, seed: int) -> list[Task]:
         """The tasks in the order in which they are added: the folder's for seed 0, shuffled for others."""
-        found = read_tasks(self.tasks)
+        found = read_tasks(self.tasks, trained=self.experts.adapter is None)
         if len(found) < self.counts[-1]:
             raise InputError(f"study.tasks {self.tasks}: {len(found)} tasks; expected at least {self.counts[-1]}")
         if seed:
@@ -139,17 +144,19 @@ class Interference(Study):
                         )
                         for value, cell in made
                     ]
-        return Plan(models, others, notes_on(grid, self.methods))
+        there = self.experts.adapter
+        given = [] if there is None else [f"Given experts, the same for every seed: {there}."]
+        return Plan(models, others, [*notes_on(grid, self.methods), *given])
 
     def _expert(self, grid: Grid, task: Task, seed: int) -> Cell:
         how = self.experts
         if how.adapter is not None:
-            return grid.expert(
-                ExpertSpec(adapter=how.adapter.replace("{task}", task.name)), seed, f"expert {task.name}"
-            )
-        train = RowSource(task.train, seed=0, skip=how.val_rows)
-        val = RowSource(task.train, seed=0, limit=how.val_rows)
-        return grid.expert(ExpertSpec(train, val, how.config, how.settings or {}), seed, f"expert {task.name}")
+            spec = ExpertSpec(adapter=how.adapter.replace(TASK, task.name))
+        else:
+            train = RowSource(task.train, seed=0, skip=how.val_rows)
+            val = RowSource(task.train, seed=0, limit=how.val_rows)
+            spec = ExpertSpec(train, val, how.config, how.settings or {})
+        return grid.expert(spec, seed, f"expert {task.name}")
 
     def _suite(self, task: Task) -> dict[str, Any]:
         rows: dict[str, Any] = {"path": task.test} | (
@@ -185,7 +192,7 @@ class Interference(Study):
         weak = [note for one in own for note in hardly_learnt(one)]
         return {
             "summary": summary(kept, scores, differences),
-            "notes": [*notes, *nothing_alone(merged, alone), *weak],
+            "notes": [*notes, *plan.notes, *nothing_alone(merged, alone), *weak],
             "fronts": kept_front(kept, scores),
             "tables": [
                 performance_table(names, kept, scores, safety),

@@ -66,7 +66,7 @@ def notes_on(grid: Grid, methods: Sequence[MethodSpec]) -> list[str]:
         found.append(f"{', '.join(own)}: the safety expert has learnt further rows; the model named safety has not.")
     experts = {"utility": grid.recipe.utility, "safety": grid.recipe.safety}
     if given := [f"{name} ({one.adapter})" for name, one in experts.items() if one is not None and one.adapter]:
-        found.append(f"Adapters that were there, the same for every seed: {', '.join(given)}.")
+        found.append(f"Given adapters, the same for every seed: {', '.join(given)}.")
     return found
 
 

@@ -4,6 +4,7 @@ The index is a list of ``{task, metric}``, in the order in which experts are add
 ``rougeL``. Without it tasks are taken by name and compared exactly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ METRICS = ("exact", "rougeL")
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name, its rows and how answers are compared."""
+    """A task: its name, its rows (none to train on where experts are there) and how answers are compared."""
 
     name: str
     train: str
@@ -25,22 +26,27 @@ class Task:
     metric: str
 
 
-def read_tasks(folder: str) -> list[Task]:
+def read_tasks(folder: str, *, trained: bool = True) -> list[Task]:
     """The tasks of a folder, in order.
+
+    Args:
+        folder: The folder.
+        trained: Whether experts are trained on them: tasks have rows to train on then.
 
     Raises:
         InputError: the folder, a file or a metric is not as expected.
     """
-    path = find_file(folder)
+    path, splits = find_file(folder), ("train", "test") if trained else ("test",)
+    expected = " and ".join(f"NAME.{split}.jsonl" for split in splits)
     if path is None or not path.is_dir():
-        raise InputError(f"study.tasks {folder}: no such folder; expected NAME.train.jsonl and NAME.test.jsonl in it")
-    index = path / "index.json"
+        raise InputError(f"study.tasks {folder}: no such folder; expected {expected} in it")
+    index, ending = path / "index.json", f".{splits[0]}.jsonl"
     if index.exists():
         listed = _listed(index)
     else:
-        listed = [(file.name.removesuffix(".train.jsonl"), "exact") for file in sorted(path.glob("*.train.jsonl"))]
+        listed = [(file.name.removesuffix(ending), "exact") for file in sorted(path.glob(f"*{ending}"))]
     if not listed:
-        raise InputError(f"study.tasks {folder}: no task; expected NAME.train.jsonl and NAME.test.jsonl")
+        raise InputError(f"study.tasks {folder}: no task; expected {expected}")
     names = [name for name, _ in listed]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{index}: {', '.join(twice)} is listed more than once; expected every task once")
@@ -49,7 +55,7 @@ def read_tasks(folder: str) -> list[Task]:
             check_name(name)
         except InputError as error:
             raise InputError(f"study.tasks {folder}: a task is a suite of its name: {error}") from None
-    return [_task(path, name, metric) for name, metric in listed]
+    return [_task(path, name, metric, splits) for name, metric in listed]
 
 
 def _listed(index: Path) -> list[tuple[str, str]]:
@@ -62,11 +68,11 @@ def _listed(index: Path) -> list[tuple[str, str]]:
     return [(one["task"], one.get("metric", "exact")) for one in found]
 
 
-def _task(folder: Path, name: str, metric: str) -> Task:
+def _task(folder: Path, name: str, metric: str, splits: Sequence[str]) -> Task:
     if metric not in METRICS:
         raise InputError(f"{folder / 'index.json'}: metric of {name} is {metric!r}; expected exact or rougeL")
-    files = [folder / f"{name}.{split}.jsonl" for split in ("train", "test")]
-    for file in files:
+    files = {split: folder / f"{name}.{split}.jsonl" for split in splits}
+    for file in files.values():
         if not file.is_file():
             raise InputError(f"{file}: no such file; expected the rows of task {name}")
-    return Task(name, str(files[0]), str(files[1]), metric)
+    return Task(name, str(files["train"]) if "train" in files else "", str(files["test"]), metric)
