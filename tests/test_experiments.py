@@ -341,6 +341,10 @@ def test_time_left_follows_cells_that_asked_the_same_where_there_are_any(tmp_pat
     assert time_left([asks("long", "new", 10.0)], store) == pytest.approx(100)
     assert time_left([asks("long", "new", 20.0), asks("short", "new", 9.0)], store) == pytest.approx(200 + 10)
     assert time_left([asks("other", "new", 10.0)], store) == pytest.approx(10 * 200 / 100)
+    # Seconds of a cell of unknown units say nothing of those per unit.
+    store.finish(asks("hub", "known", None), {"found": {}, "cost": {"seconds": 700.0}})
+    assert time_left([asks("other", "new", 10.0)], store) == pytest.approx(10 * 200 / 100)
+    assert time_left([asks("other", "new", None)], store) == pytest.approx(900 / 3)
 
 
 def fit_cell(rows, **data):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from src.data.row_source import RowSource
+from src.data.sources import load_rows
 from src.data.suite import Suite
 from src.errors import InputError
 from src.experiments import checks, stage
@@ -14,6 +16,7 @@ from src.experiments.safety_tax import SafetyTax
 from src.experiments.settings import MethodSpec, Strengths
 from src.merge.sst import Sst
 from src.models.base import BaseSpec
+from tests.evaluations import write_jsonl
 from tests.tiny import write_rows
 
 SST = {"method": Sst(), "strength": Strengths("alpha", [1.0])}
@@ -90,6 +93,23 @@ def test_rows_of_the_hub_are_not_fetched(made):
     hub = [{"path": "some/dataset", "columns": {"prompt": "question"}}]
     checks._read("fit", checks._sources(hub)[0])
     checks._read("test", {"name": "x", "kind": "choice", "rows": hub, "few_shot": hub, "shots": 1})
+
+
+def test_the_rows_that_a_suite_asks_are_checked_and_no_others(tmp_path):
+    rows = [{"prompt": f"How many? {i}", "response": "none" if i == 0 else str(i)} for i in range(10)]
+    path = write_jsonl(tmp_path / "numbers.jsonl", rows)
+    refused = []
+    for seed in range(8):
+        suite = {"name": "s", "kind": "utility", "answer": "number"}
+        suite["rows"] = [{"path": str(path), "seed": seed, "limit": 3}]
+        asked = load_rows(RowSource(**suite["rows"][0]), need_response=True)
+        if any(row.response == "none" for row in asked):
+            refused.append(seed)
+            with pytest.raises(InputError, match="number"):
+                checks._read("test", suite)
+        else:
+            checks._read("test", suite)
+    assert 0 < len(refused) < 8
 
 
 @pytest.mark.parametrize(

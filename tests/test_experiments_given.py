@@ -24,6 +24,7 @@ from src.experiments.settings import MethodSpec, Strengths
 from src.experiments.store import Store
 from src.experiments.timing import time_left
 from src.files import sha256_file
+from src.merge.combinations.dare import Dare
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.sst import Sst
 from src.models.base import BaseSpec
@@ -148,6 +149,18 @@ def test_methods_that_train_need_the_rows_of_what_they_train(recipe, tmp_path):
     (model,) = Grid(both).models(utility, 0)
     assert model.made.stage == "fit"
     assert Grid(both).utility(0).stage == "given"
+
+
+def test_draws_of_a_combination_are_other_ones_for_every_seed_of_given_experts(recipe, tmp_path):
+    spec = MethodSpec("drawn", TaskArithmetic(), Dare(seed=5), Strengths("alpha", [1.0]), rank=4)
+
+    def seeds(one):
+        made = [Grid(one).models(spec, seed)[0].made for seed in (0, 2)]
+        return [(cell.settings["combine"]["init_args"]["seed"]) for cell in made]
+
+    assert seeds(recipe) == [5, 7]
+    rows = str(tmp_path / "f_u.jsonl")
+    assert seeds(replace(recipe, utility=ExpertSpec(rows, rows))) == [5, 5]
 
 
 def test_an_axis_of_the_training_needs_one(recipe):

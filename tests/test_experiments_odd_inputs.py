@@ -157,6 +157,14 @@ def test_angles_are_means_over_pairs_of_experts_and_those_to_the_safety_expert_s
     assert row["safety"] == sum(angles["columns"][2][:2]) / 2
 
 
+def test_adapters_without_a_common_module_have_no_angle():
+    known, none = [[1.0, 0.5, None], [0.5, 1.0, 0.25], [None, 0.25, 1.0]], [[1.0, None, None], [None, 1.0, None]]
+    angles = {"adapters": ["a", "b", "safety"], "cosines": [*none, none[0]], "columns": known, "rows": known}
+    (table,) = geometry_table({0: {"found": angles}})
+    (row,) = table["rows"]
+    assert row == {"seed": 0, "cosine": "", "columns": 0.5, "rows": 0.5, "safety": 0.25}
+
+
 def test_a_task_may_be_called_as_merges_are():
     methods = [MethodSpec("A", combine=Linear(), strength=Strengths("none", [1.0]))]
     tasks = {"qa (en)": "utility", "two (2)": "utility"}

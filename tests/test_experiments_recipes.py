@@ -140,6 +140,15 @@ def test_experts_share_their_start_and_rows_otherwise(recipe):
         assert trained_with(make(1))[1] == {0}
 
 
+def test_a_code_suite_of_a_study_has_what_methods_are_compared_by(recipe):
+    one = recipe()
+    one.evaluation.suites.append(Suite("he", "code", "code.jsonl", samples=10, temperature=0.8, k=[10]))
+    with pytest.raises(InputError, match=r"^suite he: k is \[10\]; expected 1 in it, as studies compare pass@1$"):
+        one.check()
+    one.evaluation.suites[-1].k = [1, 10]
+    one.check()
+
+
 def test_suites_of_files_that_every_seed_divides_anew_are_refused(recipe, tmp_path):
     recipe().check()
     recipe("calibration", tmp_path / "task.jsonl").check()

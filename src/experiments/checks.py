@@ -21,7 +21,7 @@ from src.experiments.cell import Cell, digest
 from src.experiments.cell_stages import Stages
 from src.experiments.content import ROWS, SUITE_ROWS, sources
 from src.experiments.grid import Grid
-from src.experiments.learnt_rows import check_learnt_rows, local_sources
+from src.experiments.learnt_rows import check_learnt_rows, local_sources, suite_rows
 from src.experiments.plain_settings import plain
 from src.experiments.recipe import Recipe
 from src.experiments.store import Store
@@ -116,14 +116,11 @@ def _read(stage: str, rows: Rows) -> None:
         if local_sources(rows):
             load_rows(rows, need_response=True)
         return
-    options = {key: value for key, value in rows.items() if key not in ("judge", *SUITE_ROWS)}
-    examples = rows.get("few_shot")
-    few_shot: list[str | RowSource] | None = None if examples is None else [*_sources(examples)]
-    suite = Suite(**options, rows=[*local_sources(_sources(rows["rows"]))], few_shot=few_shot)
-    if suite.rows:
-        found = suite.load()
-        if suite.kind == "choice" and len(local_sources(_sources(examples))) == len(_sources(examples)):
-            suite.worked(found)
+    # The seed says which rows are asked, and some may be broken: it stays.
+    found, examples = suite_rows(rows), rows.get("few_shot")
+    if found and examples is not None and len(local_sources(examples)) == len(sources(examples)):
+        options = {key: value for key, value in rows.items() if key not in ("judge", *SUITE_ROWS)}
+        Suite(**options, rows=rows["rows"], few_shot=[*sources(examples)]).worked([*found])
 
 
 def _parse(arguments: Sequence[str], _log_file: Path) -> NoReturn:

@@ -11,8 +11,7 @@ from src.experiments.plain_settings import layered, plain, plain_base, read_conf
 from src.experiments.recipe import ExpertSpec, Recipe
 from src.experiments.settings import BASE_FISHER, MethodSpec, Strengths
 from src.experiments.trainings import trained, tuned_core
-from src.merge.base import MergeMethod
-from src.merge.settings import with_option
+from src.merge.settings import Method, with_option
 
 AT_BASE = {"model": {"reference_safety": "base", "reference_utility": "base"}}
 """Settings of Fisher passes at the base, for methods that compare the experts with it."""
@@ -161,6 +160,9 @@ class Grid:
         """Merges over a method's whole path: strength and cell."""
         spec.check()
         method = None if spec.method is None else seeded(spec.method, seed)
+        combine = spec.combine
+        if combine is not None and all(cell.stage == "given" for cell in utility):
+            combine = seeded(combine, seed)  # experts of a seed's own have masks of their own
         needs: dict[str, tuple[Cell, ...]] = {"utility": tuple(utility)}
         if method is not None and method.needs_safety:
             needs["safety"] = (safety,)
@@ -170,7 +172,7 @@ class Grid:
             if method.beside_base:
                 at_base = self.fisher(utility, safety, seed, layered(over, AT_BASE))
                 needs[BASE_FISHER] = (replace(at_base, label=f"Fisher at the base, seed {seed}"),)
-        settings: dict[str, Any] = {"method": method, "combine": spec.combine, "rank": spec.rank, "energy": spec.energy}
+        settings: dict[str, Any] = {"method": method, "combine": combine, "rank": spec.rank, "energy": spec.energy}
         settings = {key: plain(value) for key, value in settings.items() if value is not None}
         parents = {role: [c.key for c in cells] for role, cells in needs.items()}
         batch = digest([settings, spec.strength.option, parents])
@@ -238,8 +240,8 @@ def _mean_point(spec: MethodSpec, utility: Sequence[Cell]) -> dict[str, Any]:
     return {} if weights == plain_sum else {"model": {"utility_weights": weights}}
 
 
-def seeded(method: MergeMethod, seed: int) -> MergeMethod:
-    """The method with its own draws (masks, random subspaces) for this seed, where it has any."""
+def seeded(method: Method, seed: int) -> Method:
+    """The method or combination with its own draws (masks, random subspaces) for this seed, where it has any."""
     own = getattr(method, "seed", None)
     return method if own is None else with_option(method, "seed", own + seed)
 

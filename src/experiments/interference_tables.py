@@ -173,14 +173,20 @@ def geometry_table(records: Mapping[int, Record]) -> list[Document]:
         found = record["found"]
         last = len(found["adapters"]) - 1
         pairs = [(i, j) for i in range(last) for j in range(i)]
-        row = {key: sum(found[name][i][j] for i, j in pairs) / len(pairs) for key, name in MATRICES.items()}
-        with_safety = sum(found["columns"][last][i] for i in range(last)) / last
-        rows.append({"seed": draw} | row | {"safety": with_safety})
+        row = {key: _mean([found[name][i][j] for i, j in pairs]) for key, name in MATRICES.items()}
+        rows.append({"seed": draw} | row | {"safety": _mean([found["columns"][last][i] for i in range(last)])})
     note = (
-        "Means over pairs of experts; for spaces the mean squared cosine of the principal angles (1: one in the other)."
+        "Means over pairs of adapters that have modules in common; for spaces the mean squared cosine of the principal "
+        "angles (1: one in the other)."
         " With recipe.redraw calibration row spaces are mostly those of the adapter that all trainings begin with."
     )
     return [table("Angles between experts", columns, rows, note=note)] if rows else []
+
+
+def _mean(values: Sequence[float | None]) -> float | str:
+    """Mean of what is known; empty where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else ""
 
 
 MATRICES = {"cosine": "cosines", "columns": "columns", "rows": "rows"}

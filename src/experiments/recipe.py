@@ -89,6 +89,8 @@ class EvaluationSpec:
             raise InputError(f"recipe.evaluation: several suites are named {said}; expected different names")
         for suite in (*self.suites, *self.further):
             suite.check()
+            if suite.kind == "code" and 1 not in suite.k:
+                raise InputError(f"suite {suite.name}: k is {suite.k}; expected 1 in it, as studies compare pass@1")
 
 
 @dataclass

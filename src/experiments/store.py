@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +115,21 @@ class Store:
             return None
         return message
 
-    def rates(self, base: str | None) -> dict[str, tuple[float, float, int]]:
-        """Seconds, units and number of the finished cells of a base model (unset: of any): by stage, and by settings.
+    def rates(self, base: str | None) -> dict[str, tuple[float | None, float]]:
+        """Mean seconds per unit and per cell of the finished cells of a base model (unset: of any).
 
-        Cells of the same settings, such as evaluations that ask the same suites, stand under these settings' digest.
+        By stage, and by settings: cells of the same settings, such as evaluations that ask the same suites, stand under
+        these settings' digest. Seconds per unit are of the cells that say how many; nothing where none does.
         """
-        found: dict[str, tuple[float, float, int]] = {}
+        spent: dict[str, list[tuple[float, float]]] = {}
         for path in sorted(self.results.glob("*.json")) if self.results.is_dir() else []:
             record = read_json(path, "the result of a cell")
             check_keys(record, (*KEYS, "cost"), path, "the result of a cell")
             name = record["settings"].get("model", {}).get("base", {}).get("name")
             if base in (None, name) or name is None:
                 for group in (record["stage"], digest(record["settings"])):
-                    seconds, units, count = found.get(group, (0.0, 0.0, 0))
-                    spent = record["cost"]["seconds"]
-                    found[group] = seconds + spent, units + (record["units"] or 0.0), count + 1
-        return found
+                    spent.setdefault(group, []).append((record["cost"]["seconds"], record["units"] or 0.0))
+        return {group: (_per_unit(costs), sum(s for s, _ in costs) / len(costs)) for group, costs in spent.items()}
 
     def look_anew(self) -> None:
         """Let a network file system forget that results and weights were absent: it does where their folders change."""
@@ -163,3 +162,8 @@ def _check_rows(record: Record, place: Path, what: str) -> None:
         counts = {len(column) for column in columns.values()}
         if len(counts) != 1:
             raise InputError(f"{place}: columns of suite {suite} have {sorted(counts)} rows; expected as many in each")
+
+
+def _per_unit(costs: Sequence[tuple[float, float]]) -> float | None:
+    units = sum(units for _, units in costs)
+    return sum(seconds for seconds, units in costs if units) / units if units else None

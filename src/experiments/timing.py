@@ -1,6 +1,7 @@
 """What a study would compute, and how long that takes at the rates of finished cells of the same base model.
 
-seconds = units · Σ seconds of finished cells / Σ their units,   over cells of the same settings, else of the same stage
+seconds = units · Σ seconds of finished cells / Σ their units,   over cells of the same settings, else of the stage;
+          their mean seconds where units are not known
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ def time_left(todo: Sequence[Cell], store: Store) -> float | None:
     for cell in (one for one in todo if one.stage != "given"):  # a copy takes no time
         if cell.stage not in rates:
             return None
-        seconds, units, count = rates.get(digest(cell.settings), rates[cell.stage])
-        total += seconds / units * cell.units if cell.units and units else seconds / count
+        per_unit, per_cell = rates.get(digest(cell.settings), rates[cell.stage])
+        total += per_unit * cell.units if cell.units and per_unit is not None else per_cell
     return total
 
 

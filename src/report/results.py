@@ -26,7 +26,7 @@ COLUMNS = {
 OPTION = re.compile(r", ([\w.]+) = ")
 SWEPT = re.compile(r"(?:, [\w.]+ = -?[\d.]+(?:e[+-]?\d+)?)+$")
 """What the name of a merge ends in where options were swept."""
-POINT = re.compile(r"[\w.]+-[\d.]+(?:e[+-]?\d+)?")
+POINT = re.compile(r"[\w.]+--?[\d.]+(?:e[+-]?\d+)?")
 """Name of a folder of one point: ``alpha-0.5``."""
 METRICS = "metrics.json"
 EXPERT_ORDER = ("utility", "safety")
