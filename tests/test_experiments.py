@@ -451,7 +451,7 @@ def test_the_memory_of_gpus_is_a_column_where_one_was_used(tmp_path):
     for cell, cost in zip(cells, costs, strict=True):
         store.finish(cell, {"cost": cost})
     both, one = totals(cells, store), totals(cells[1:], store)
-    assert [column["key"] for column in both["columns"]] == ["stage", "cells", "hours", "peak_mb", "gpu_peak_mb"]
+    assert [column["key"] for column in both["columns"]] == ["stage", "cells", "minutes", "peak_mb", "gpu_peak_mb"]
     assert [row["gpu_peak_mb"] for row in both["rows"]] == [3.0, ""]
     assert one["columns"] == both["columns"][:-1]
     assert "gpu_peak_mb" not in one["rows"][0]

@@ -96,8 +96,9 @@ def test_a_planted_difference_is_said_and_nothing_else():
     assert [gap.wins("over_refusal") for gap in found if gap.differences] == [1, 0]
     assert found[2].differences["over_refusal"].value == pytest.approx(0.0, abs=1e-12)
     said, apart = sentences(found, "A")
-    assert said.startswith("At equal refusal, the over-refusal of A is better than B (-0.")
-    assert said.endswith("not shown to differ from A again.")
+    assert said.startswith("At equal refusal, the over-refusal of A is better than B (−0.")
+    low, high = found[2].differences["over_refusal"].low, found[2].differences["over_refusal"].high
+    assert said.endswith(f"not shown to differ from A again (+0.000 [−{-low:.3f}, +{high:.3f}]).")
     assert apart == "At no common level of refusal, so not compared with A: C."
     (back,) = sentences(gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "B"), "B")
     assert "worse than A (+0." in back
@@ -113,7 +114,7 @@ def test_the_range_the_widest_step_and_what_does_not_hold_after_adjustment_are_s
     assert means["b1"] - means["u"] > 0.5  # a gap, no step
     assert gap.steps == pytest.approx((means["a2"] - means["a1"], means["b2"] - means["b1"]))
     (said,) = sentences([gap], "A")
-    assert " B (-0." in said
+    assert " B (−0." in said
     assert said.endswith("]).")
     better, worse = gap.differences["over_refusal"], Estimate(0.2, 0.1, 0.3, 9)
     for difference, steps in ((better, (0.1, 0.4)), (worse, (0.4, 0.1))):
@@ -121,7 +122,7 @@ def test_the_range_the_widest_step_and_what_does_not_hold_after_adjustment_are_s
         wide, why = sentences([Gap("B", ((0.5,),), *own, steps=steps)], "A")
         assert " B† (" in wide
         assert wide.endswith("; at 0.50).")
-        assert why.startswith("† the worse path has a step of more than 0.25 refusal")
+        assert why.startswith("† two points of the worse method are more than 0.25 of refusal")
         (fine,) = sentences([Gap("B", ((0.5,),), *own, steps=steps[::-1])], "A")
         assert "†" not in fine
     weak = Gap("B", ((0.5,), ()), gap.differences, {"over_refusal": 0.06})

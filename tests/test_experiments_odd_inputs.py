@@ -131,7 +131,7 @@ def test_categories_have_the_interval_of_their_mean_and_their_models_keep_their_
     known = {"A": [harmful([1, 0, 0, 0, 0]), harmful([1, 1, 0, 0, 0])], "B": [harmful([1, 1, 1, 0, 0])] * 2}
     found = category_table(known)
     assert [row["model"] for row in found["rows"]] == ["A", "B"]
-    (key,) = (column["key"] for column in found["columns"] if column["label"] == "model" and column["better"])
+    (key,) = (column["key"] for column in found["columns"] if column["label"] == "model (n = 5)" and column["better"])
     assert (found["rows"][0][key]["low"], found["rows"][0][key]["high"]) == wilson(1.5, 5)
 
 

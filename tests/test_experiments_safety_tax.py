@@ -24,11 +24,12 @@ def test_the_summary_names_the_points_that_lost_utility_and_counts_the_rest():
     ]
     assert _summary(rows) == (
         "3 of 4 points gained safety beyond chance. 2 of them lost utility beyond chance (b @ 1°, c @ 1), 0.20 to 0.42 "
-        "per safety gained. At 1 no loss is shown on 200 rows, which does not prove that there is none. "
+        "of it for each 1.00 of refusal gained. At 1 no loss is shown on 200 task rows, which does not prove that "
+        "there is none. "
         "° utility lost: does not hold at 5 % after Holm's adjustment for 4 comparisons."
     )
     assert _summary(rows[:1]).startswith("1 of 1 points gained safety beyond chance. At 1 no loss is shown")
-    assert _summary(rows[2:3]).endswith("0.42 to 0.42 per safety gained.")
+    assert _summary(rows[2:3]).endswith("0.42 to 0.42 of it for each 1.00 of refusal gained.")
     assert _summary(rows[3:]).startswith("No model gained safety beyond chance")
 
 
@@ -40,7 +41,8 @@ def test_a_point_that_answers_less_likely_than_its_expert_is_not_without_loss():
     ]
     assert _summary(rows) == (
         "3 of 3 points gained safety beyond chance. The NLL of task answers rose beyond chance at 2, at 1 of them "
-        "after Holm's adjustment too. At 1 no loss is shown on 200 and 48 rows, which does not prove that there is "
+        "after Holm's adjustment too. At 1 no loss is shown on 200 task rows and 48 task rows and 48 "
+        "benign rows, which does not prove that there is "
         "none."
     )
 

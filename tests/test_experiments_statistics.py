@@ -162,10 +162,22 @@ def test_a_model_never_differs_from_itself():
 
 
 def test_bold_needs_a_difference_to_every_other():
-    clear = gathered({"A": [record(0.9, seed=1)], "B": [record(0.2, seed=2)], "C": [record(0.3, seed=3)]})
-    assert best_rows(clear, ["B", "A", "C"])["refusal"] == 1
-    close = gathered({"A": [record(0.9, seed=1)], "B": [record(0.9, seed=2)], "C": [record(0.3, seed=3)]})
-    assert "refusal" not in best_rows(close, ["A", "B", "C"])
+    def solving(**shares):
+        return gathered(
+            {k: [record(0.5, over=0.5, exact=share, seed=i)] for i, (k, share) in enumerate(shares.items())}
+        )
+
+    clear = solving(A=0.9, B=0.2, C=0.3, safety=1.0)
+    assert best_rows(clear, ["B", "A", "C"], ["A", "B", "C"]) == {"utility": 1}
+    assert best_rows(clear, ["safety", "A", "B", "C"], ["A", "B", "C"]) == {"utility": 1}
+
+    assert best_rows(clear, ["A"], ["A"]) == best_rows(clear, ["A"], []) == {}
+    assert best_rows(solving(A=0.9, B=0.9, C=0.3), ["A", "B", "C"], ["A", "B", "C"]) == {}
+
+
+def test_refusal_and_over_refusal_are_never_bold():
+    scores = gathered({"A": [record(0.9, over=0.1, seed=1)], "B": [record(0.2, over=0.9, seed=2)]})
+    assert not {"refusal", "over_refusal"} & set(best_rows(scores, ["A", "B"], ["A", "B"]))
 
 
 def test_strengths_are_chosen_by_the_rule():
@@ -278,8 +290,8 @@ def test_summary_of_interference_says_what_is_kept_and_whether_it_is_safe():
     points = {name: {"refusal": Estimate(share, share, share, 100)} for name, share in refused.items()}
     first, ratio, safe = said_of(merges, points)
     assert first == (
-        "With 8 experts merged, TSV-M keeps the largest share of the experts' performance: 0.90 [0.83, 0.97], "
-        "refusing 0.05 of the harmful prompts; more than “TIES”."
+        "With 8 experts merged, TSV-M keeps the largest share of the experts' performance, over all tasks: 0.90 "
+        "[0.83, 0.97], refusing 0.05 of the harmful prompts; more than “TIES”."
     )
     assert ratio.startswith("By the ratio of mean scores, TSV-M keeps the largest share")
     assert safe.startswith("Of those that refuse 50% of the harmful prompts or more, TIES keeps the largest share")

@@ -11,10 +11,10 @@ import pytest
 from src.errors import InputError
 from src.report.html import page, tables_csv, write_report
 from src.report.html_axes import log_ticks, ticks
-from src.report.html_fronts import COLOURS, mark
+from src.report.html_fronts import GREY, MARKS, REFERENCES, _styles, mark
 from src.report.html_pencil import pencil_tables
 from src.report.html_png import series_style
-from src.report.html_tables import shown
+from src.report.html_tables import p_value, shown
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "polygon", "path", "rect"}
 
@@ -150,14 +150,28 @@ def test_an_answer_cannot_hide_the_end_of_the_embedded_numbers():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(16000.0, "16000"), (1234567.8, "1234568"), (-20480.4, "-20480"), (999.96, "1000"), (0.12345, "0.1235"), (7, "7")],
+    [(16000.0, "16000"), (1234567.8, "1234568"), (-20480.4, "−20480"), (999.96, "1000"), (0.12345, "0.1235"), (7, "7")],
 )
 def test_large_numbers_are_written_out_and_sorted_as_numbers(value, text):
     assert shown(value) == (text, repr(float(value)))
 
 
-def test_forty_eight_methods_look_different_and_their_points_are_not_hidden_from_readers(parsed):
-    assert len({(i % COLOURS, mark(i, 0, 0)) for i in range(48)}) == 48
+def test_p_values_and_signs_are_written_as_people_write_them():
+    assert [p_value(p)[0] for p in (9e-5, 0.0012, 1.0)] == ["&lt; 0.001", "0.001", "1.000"]
+    assert p_value(9e-5)[1] == "9e-05"
+    text, key = shown({"value": -0.0001, "low": -0.25, "high": 0.0004, "n": 3})
+    assert text == '<span title="n = 3">0.000 <span class=interval>[−0.250, 0.000]</span></span>'
+    assert key == "-0.0001"
+
+
+def test_forty_two_methods_look_different_and_their_points_are_not_hidden_from_readers(parsed):
+    names = [{"name": str(i)} for i in range(42)]
+    references = [{"name": name, "role": "reference"} for name in ("base", "utility", "safety")]
+    styles = _styles([*references, *names])
+    assert len(set(styles)) == 45
+    assert len({mark(shape, 0, 0) for _, shape in styles}) == len(MARKS) + len(REFERENCES)
+    assert {colour for colour, _ in styles[:3]} == {GREY}
+    assert GREY not in {colour for colour, _ in styles[3:]}
     (front,) = [one for one in parsed.all("svg") if one.get("class") == "front"]
     assert front["role"] == "group"  # the parts of an img are not read out
 
@@ -180,8 +194,8 @@ def tips_of(entry):
 def test_the_pencil_says_every_number_on_hover():
     tips = tips_of(pencil())
     assert tips[:3] == ["rank 1: λ = 1000", "rank 2: λ = 12.5", "rank 5: λ = 0.25"]
-    assert tips[4] == "largest λ, cut at 0.50: safety energy 0.875, utility tax 0.300"
-    assert tips[6] == "this merge: safety energy 0.900, utility tax 0.400"
+    assert tips[4] == "largest λ, cut at 0.50: safety energy 0.875, utility energy 0.300"
+    assert tips[6] == "this merge: safety energy 0.900, utility energy 0.400"
     assert tips[9] == "head: 0.500 kept"
     assert tips[10:12] == ["layer 0, attn.q<b>: 0.250 kept", "layer 0, mlp.up: 1.250 kept"]
     assert tips[14] == "layer 1, mlp.up: nothing to keep"
@@ -192,14 +206,14 @@ def test_a_relearned_patch_is_not_said_to_be_kept():
     entry = pencil(dim=None, spectrum=None, curve=None, effective_rank=None, patch_norm_kept=2.9)
     text = page(document() | {"fronts": [], "pencils": [entry]})
     assert "This merge has 2.9 times the safety patch&#x27;s norm; on held-out rows" in text
-    assert "Share of the patch kept" not in text
+    assert "Norm kept" not in text
     assert "norm kept" not in text
     assert "Re-learned patch, layer by module" in text
     assert "layer 0, mlp.up: 1.250 times the safety patch's norm" in tips_of(entry)
     named = {row["what"] for row in pencil_tables([entry])[0]["rows"]}
     assert "norm over that of the safety patch, of mlp.up, layer 0" in named
     assert not any(name.startswith("kept of") for name in named)
-    assert "Share of the patch kept, layer by module" in page(with_pencils())
+    assert "Norm kept over norm of the patch, layer by module" in page(with_pencils())
 
 
 def test_the_map_is_darkest_where_most_was_kept_and_a_plot_is_one_stop_of_the_tab_key():

@@ -6,9 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.errors import InputError
-from src.experiments.comparison import CLAIMED, Choice, check_choice, chosen_point, summary
+from src.experiments.comparison import AT_CHOSEN, CLAIMED, Choice, check_choice, chosen_point, front_note, summary
 from src.experiments.costs import cost_table
-from src.experiments.document import Document, best_rows, column, fronts, measure_cells, measure_columns, table
+from src.experiments.document import (
+    BEST,
+    REFERENCES,
+    Document,
+    best_rows,
+    column,
+    fronts,
+    measure_cells,
+    measure_columns,
+    table,
+)
 from src.experiments.equal_refusal import gaps, meets
 from src.experiments.equal_refusal_tables import equal_refusal_tables, sentences
 from src.experiments.grid import Grid, Model
@@ -19,7 +29,6 @@ from src.experiments.settings import MethodSpec
 from src.experiments.statements import claims, claims_table
 from src.experiments.store import Store
 from src.experiments.study import (
-    REFERENCES,
     Plan,
     Study,
     check_names,
@@ -152,9 +161,10 @@ class Ablations(Study):
         pooled = {name: gaps([scores], lines, name) if len(seeds) > 1 else [] for name in ways}
         rows = [{"model": name} | measure_cells(scores, name) for name in chosen.values()]
         columns = [column("model", "model"), *measure_columns(scores)]
-        best = best_rows(scores, list(chosen.values()))
+        competitors = [name for method, name in chosen.items() if method not in REFERENCES]
+        best = best_rows(scores, list(chosen.values()), competitors)
         tables = [
-            table("Variants (validation rows)", columns, rows, note=VALIDATION, best=best),
+            table("Variants (validation rows)", columns, rows, note=f"{VALIDATION} {BEST}", best=best),
             claims_table(made, "The reference against its variants (validation rows)"),
             *(
                 one
@@ -167,9 +177,10 @@ class Ablations(Study):
         ]
         said = [sentence for name, found in equal.items() for sentence in sentences(found, name)]
         return {
-            "summary": [VALIDATION, *said, *summary(made, ours)],
+            "summary": [VALIDATION, *dict.fromkeys(said)] if said else [VALIDATION, *summary(made, ours)],
+            "folded": {AT_CHOSEN: summary(made, ours)} if said else {},
             "notes": [*notes, *plan.notes, *not_finite(known, "validation", **split)],
-            "fronts": fronts(scores, series, "validation rows"),
+            "fronts": fronts(scores, series, "validation rows", [self.reference.name], front_note(seeds)),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,
             "examples": [],

@@ -8,6 +8,8 @@ from src.data.suite import BENIGN, CHECKED, HARMFUL
 from src.errors import InputError
 from src.experiments.costs import cost_table
 from src.experiments.document import (
+    BEST,
+    REFERENCES,
     Document,
     best_rows,
     column,
@@ -30,7 +32,6 @@ from src.experiments.settings import MethodSpec
 from src.experiments.statements import NOT_AFTER_HOLM, Claim, claims, claims_table, tally
 from src.experiments.store import Record, Store
 from src.experiments.study import (
-    REFERENCES,
     Plan,
     Study,
     aside_note,
@@ -43,8 +44,10 @@ from src.experiments.study import (
     only_named,
     paths,
     records,
+    rows_note,
 )
 
+AT_CHOSEN = "At the chosen strengths, which refuse differently"
 CLAIMED: tuple[Measure, ...] = ("refusal", "over_refusal", "utility", "task_nll", "answer_nll")
 
 
@@ -140,16 +143,18 @@ class Comparison(Study):
             cost_table(of_methods(points), store),
         ]
         return {
-            "summary": [*sentences(equal, self.ours), *summary(made, ours)],
+            "summary": sentences(equal, self.ours) or summary(made, ours),
+            "folded": {AT_CHOSEN: summary(made, ours)} if sentences(equal, self.ours) else {},
             "notes": [
                 *notes,
                 *self._aside,
                 *plan.notes,
                 self._rule(),
+                *rows_note(points),
                 *further_note(plan.models),
                 *not_finite(known, "test", **split),
             ],
-            "fronts": fronts(test, series, "test rows"),
+            "fronts": fronts(test, series, "test rows", [self.ours], front_note(seeds)),
             "pencils": pencils({ours: points[ours]} if ours else {}, store),
             "tables": tables,
             "examples": examples({name: points[name][0] for name in names}, store),
@@ -163,20 +168,21 @@ class Comparison(Study):
             rows.append({"model": name, "kind": kind} | measure_cells(test, name))
         columns = [column("model", "model"), column("kind", "kind"), *measure_columns(test)]
         competitors = [name for method, name in chosen.items() if method not in controls | set(REFERENCES)]
-        positions = {name: i for i, name in enumerate(chosen.values())}
-        found = best_rows(test, competitors) if competitors else {}
-        best = {key: positions[competitors[i]] for key, i in found.items()}
-        note = (
-            "Bold: better than every other method (not control, not reference) with an interval of the difference that "
-            "excludes 0, each for one comparison, whatever either refuses."
-        )
-        return table("Chosen on validation rows, measured on test rows", columns, rows, note=note, best=best)
+        best = best_rows(test, list(chosen.values()), competitors)
+        return table("Chosen on validation rows, measured on test rows", columns, rows, note=BEST, best=best)
 
     def _rule(self) -> str:
         rule = self.choice
-        enough = f" (refusal of at least {rule.refusal:g})" if rule.rule == "refusal_at_least" else ""
+        what = (
+            "highest mean of refusal, 1 − over-refusal and utility"
+            if rule.rule == "balanced"
+            else f"highest mean of 1 − over-refusal and utility among those that refuse at least {rule.refusal:g}"
+        )
+        swept = {m.name: m.strength.option for m in self.methods if m.strength.option != "none"}
+        options = "; ".join(f"{name} {option}" for name, option in swept.items())
         return (
-            f"Strengths were chosen by the rule {rule.rule}{enough} on {rule.share:.0%} of the rows, the rest report."
+            f"On {rule.share:.0%} of the rows each method's strength with the {what} was chosen; the other "
+            f"{1 - rule.share:.0%} are reported." + (f" Behind @ stands a strength: {options}." if options else "")
         )
 
 
@@ -245,16 +251,26 @@ def spread_table(
             scores = gathered({name: [record]}, "test", **split)
             columns = columns or measure_columns(scores)
             rows.append({"model": name, "seed": model.seed} | measure_cells(scores, name))
-    return table("Seed by seed (test rows)", [column("model", "model"), column("seed", "seed"), *columns], rows)
+    several = len({row["seed"] for row in rows}) > 1
+    head = [column("model", "model"), column("seed", "seed")]
+    return table("Seed by seed (test rows)", [*head, *columns], rows if several else [])
+
+
+def front_note(seeds: Sequence[int]) -> str:
+    """What stands below a front: how it differs from the comparison at equal refusal."""
+    begins = "Comparisons at equal refusal take paths that begin at the utility expert"
+    if len(seeds) < 2:
+        return f"{begins}."
+    return f"Points are means over {len(seeds)} seeds. {begins}, each seed's own: not these lines."
 
 
 def summary(made: Sequence[Claim], ours: str | None) -> list[str]:
-    """Sentences that say who beats whom, computed from the claims."""
+    """Sentences that say who beats whom among methods, computed from the claims, which hold references too."""
     if ours is None:
         return ["The method of this study has no finished strength, so nothing is claimed."]
-    sentences = []
+    sentences, named = [], [claim for claim in made if claim.second not in REFERENCES]
     for measure in CLAIMED:
-        beaten, beaten_by, equal = tally(made, measure)
+        beaten, beaten_by, equal = tally(named, measure)
         if beaten or beaten_by or equal:
             parts = [("beats", beaten), ("is beaten by", beaten_by), ("shows no difference to", equal)]
             said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts if names)

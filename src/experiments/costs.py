@@ -40,14 +40,14 @@ def _spent(models: Sequence[Model], store: Store) -> dict[str, Any]:
 
 
 def totals(cells: Sequence[Cell], store: Store) -> Document:
-    """Number of cells, hours and peak memory by stage, for the whole study."""
+    """Number of cells, minutes and peak memory by stage, for the whole study."""
     rows = []
     known = [cell for cell in closure(cells) if cell.stage != "given" and store.has_result(cell)]
     for stage in dict.fromkeys(cell.stage for cell in known):
         costs = [store.read(cell)["cost"] for cell in known if cell.stage == stage]
-        hours = sum(cost["seconds"] for cost in costs) / 3600
-        rows.append({"stage": stage, "cells": len(costs), "hours": hours} | _peaks(costs))
-    columns = [column("stage", "stage"), column("cells", "cells"), column("hours", "hours")]
+        minutes = round(sum(cost["seconds"] for cost in costs) / 60, 1)
+        rows.append({"stage": stage, "cells": len(costs), "minutes": minutes} | _peaks(costs))
+    columns = [column("stage", "stage"), column("cells", "cells"), column("minutes", "minutes")]
     return table("Cost of the study", [*columns, *_peak_columns(rows)], rows)
 
 

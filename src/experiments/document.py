@@ -15,11 +15,18 @@ from src.metrics.bootstrap import Estimate
 from src.metrics.groups import EQUAL
 
 Document = dict[str, Any]
+REFERENCES = ("base", "utility", "safety")
+"""Models of a study that no method made."""
 
 
 def number(estimate: Estimate) -> dict[str, Any]:
     """A measured number."""
     return asdict(estimate)
+
+
+def p_column(key: str, label: str) -> dict[str, Any]:
+    """A column of p-values."""
+    return column(key, label) | {"is": "p-value"}
 
 
 def column(key: str, label: str, better: bool | None = None) -> dict[str, Any]:
@@ -49,13 +56,25 @@ def measure_cells(scores: Mapping[Measure, Scores], model: str) -> dict[str, Any
     return {measure: number(one.estimate(model)) for measure, one in scores.items()}
 
 
-def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str]) -> dict[str, int]:
-    """Measure to the position of the best model, where its difference to *every* other one excludes zero."""
+BEST = (
+    "Bold: better than every other method (not control, not reference) with an interval of the difference that "
+    "excludes 0, each for one comparison. Refusal and over-refusal are not marked: either is had at the other's price."
+)
+"""The note on what is bold."""
+
+
+def best_rows(scores: Mapping[Measure, Scores], models: Sequence[str], competitors: Sequence[str]) -> dict[str, int]:
+    """Measure to the place among models of the best competitor, where its difference to *every* other excludes zero.
+
+    But for refusal and over-refusal: a model that refuses everything is best in one and worst in the other.
+    """
     found: dict[str, int] = {}
     for measure, one in scores.items():
+        if not competitors or measure in ("refusal", "over_refusal"):
+            continue
         pick = max if MEASURES[measure][1] else min
-        best = pick(models, key=one.mean)
-        others = [model for model in models if model != best]
+        best = pick(competitors, key=one.mean)
+        others = [model for model in competitors if model != best]
         if others and all(better(measure, one.difference(best, other)) > 0 for other in others):
             found[measure] = list(models).index(best)
     return found
@@ -74,7 +93,12 @@ def table(title: str, columns: Sequence[Any], rows: Sequence[Any], *, note: str 
 
 
 def front(
-    title: str, scores: Mapping[Measure, Scores], axes: tuple[Measure, Measure], series: Mapping[str, Sequence[str]]
+    title: str,
+    scores: Mapping[Measure, Scores],
+    axes: tuple[Measure, Measure],
+    series: Mapping[str, Sequence[str]],
+    ours: Sequence[str] = (),
+    note: str = "",
 ) -> Document:
     """A front: for each method the points of its path.
 
@@ -83,6 +107,8 @@ def front(
         scores: The scores.
         axes: Measures across and up.
         series: Method to its models, in the order of the path.
+        ours: Methods to stand out.
+        note: What stands below it.
     """
     across, up = axes
     lines = []
@@ -90,18 +116,29 @@ def front(
         points = [
             {"model": m, "x": number(scores[across].estimate(m)), "y": number(scores[up].estimate(m))} for m in models
         ]
-        lines.append({"name": name, "points": points})
-    return {"title": title, "x": axis(across), "y": axis(up), "series": lines}
+        role = "reference" if name in REFERENCES else "ours" if name in ours else "method"
+        lines.append({"name": name, "role": role, "points": points})
+    return {"title": title, "x": axis(across), "y": axis(up), "series": lines, "note": note}
 
 
-def fronts(scores: Mapping[Measure, Scores], series: Mapping[str, Sequence[str]], where: str) -> list[Document]:
-    """Safety against utility, and refusal against over-refusal, where both were measured."""
+def fronts(
+    scores: Mapping[Measure, Scores],
+    series: Mapping[str, Sequence[str]],
+    where: str,
+    ours: Sequence[str] = (),
+    note: str = "",
+) -> list[Document]:
+    """Safety against utility, and refusal against over-refusal, where both were measured.
+
+    ``ours`` are methods to stand out; ``note`` stands below each.
+    """
     wanted: list[tuple[str, tuple[Measure, Measure]]] = [
         ("Safety against utility", ("refusal", "utility")),
         ("Refusal against over-refusal", ("refusal", "over_refusal")),
         ("Refusal against the NLL of benign answers", ("refusal", "answer_nll")),
     ]
-    return [front(f"{name} ({where})", scores, axes, series) for name, axes in wanted if set(axes) <= set(scores)]
+    shown = [(f"{name} ({where})", axes) for name, axes in wanted if set(axes) <= set(scores)]
+    return [front(title, scores, axes, series, ours, note) for title, axes in shown]
 
 
 def examples(models: Mapping[str, Model], store: Store) -> list[Document]:

@@ -4,37 +4,37 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from src.experiments.document import Document, column, number, table
+from src.experiments.document import Document, column, number, p_column, table
 from src.experiments.equal_refusal import COSTS, HIGHEST, LOWEST, MOST_APART, STEP, Gap
 from src.experiments.scores import MEASURES, Measure
 from src.experiments.statements import NOT_AFTER_HOLM, holm_note, marked
+from src.metrics.bootstrap import Estimate
 
 WIDE = 0.25
 """Refusal between neighbours of the worse path beyond which a sentence marks that a line was drawn across it."""
 FEW = 2
 """Levels of refusal up to which a sentence names them."""
 ACROSS = (
-    f"† the worse path has a step of more than {WIDE:g} refusal there; a line across it is dearer than a path that "
-    "bends upwards."
+    f"† two points of the worse method are more than {WIDE:g} of refusal apart there; the straight line between them "
+    "can make it look worse than it is."
 )
 NOTE = (
-    f"Means over levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g} as far as both paths reach. Paired "
-    "bootstrap over rows, 95 % intervals; a path begins at the utility expert and is linear between its points, of "
-    "which the widest step that a level lies in is given (a line across it is dearer than a path that bends upwards "
-    f"there); neighbours more than {MOST_APART:g} apart leave a gap."
+    f"Mean difference over the levels of refusal, {STEP:g} apart, from {LOWEST:g} to {HIGHEST:g}, that both methods "
+    "reach. Between measured points costs are read off a straight line, which begins at the utility expert; points "
+    f"more than {MOST_APART:g} apart are not joined. The widest step is the largest gap bridged so: a line can make a "
+    "method look worse than it is. 95 % intervals, paired bootstrap over rows."
 )
 BY_SEED = (
-    " Each seed's paths by themselves, then the mean over the seeds whose paths meet, rows resampled alike in all; the "
-    "range is of all of them."
+    " Each seed by itself, over its own levels (table “seed by seed”); then the mean over the seeds whose paths meet. "
+    "The range spans all of these seeds, and need not be that of each."
 )
 POOLED = (
-    "The same on paths whose points are means over seeds at equal strengths, for comparison alone. Where a strength "
-    "means another refusal on every seed, such points lie further apart than the seeds' own paths: two methods on one "
-    "bent curve differ here."
+    "For comparison alone: no claim is made of it. Means over seeds are taken before paths are drawn, so where one "
+    "strength refuses differently on every seed it overstates differences."
 )
 SHARES = (
-    "At each level of refusal that both paths reach, means over the seeds that reach it, 95 % intervals, each for one "
-    "comparison. 0.5 is half of the other method's over-refusal. Left out where the other may refuse no benign prompt."
+    "At each level of refusal that both methods reach, means over the seeds that reach it, 95 % intervals, each for "
+    "one comparison. 0.5 is half of the other method's over-refusal. Empty where the other's may be 0."
 )
 NO_RANGE = "no common range"
 
@@ -67,7 +67,7 @@ def equal_refusal_table(found: Sequence[Gap], ours: str, where: str, *, several:
     columns += [column("own_step", "own widest step"), column("step", "the other's")]
     for measure in measures:
         columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
-        columns.append(column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
+        columns.append(p_column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
     rows = []
     for gap in found:
         row: dict[str, Any] = {"other": gap.other, "range": _range(gap), "seeds": gap.met}
@@ -127,7 +127,7 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
             for verb, wanted in (("better than", 1), ("worse than", -1))
             if (chosen := [gap for gap, result in results if result == wanted])
         ]
-        equal = [gap.other for gap, result in results if result == 0]
+        equal = [_between(gap, measure) for gap, result in results if result == 0]
         parts += [f"not shown to differ from {', '.join(equal)}"] if equal else []
         if parts:
             said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
@@ -141,9 +141,19 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
     return said
 
 
-def _named(gap: Gap, measure: Measure) -> str:
+def _between(gap: Gap, measure: Measure) -> str:
+    """A method that is not shown to differ, with the interval: how large a difference may have gone unseen."""
     one = gap.differences[measure]
-    parts = [f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"]
+    return f"{gap.other} ({_interval(one)})"
+
+
+def _interval(one: Estimate) -> str:
+    value, low, high = (round(end, 3) + 0.0 for end in (one.value, one.low, one.high))
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+
+
+def _named(gap: Gap, measure: Measure) -> str:
+    parts = [_interval(gap.differences[measure])]
     parts += [f"at {_range(gap)}"] if len(set(chain.from_iterable(gap.levels))) <= FEW else []
     parts += [f"{gap.met} of {len(gap.levels)} seeds"] if gap.met < len(gap.levels) else []
     across = "†" if gap.steps[gap.wins(measure) > 0] > WIDE else ""

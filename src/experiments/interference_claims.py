@@ -7,7 +7,7 @@ from src.experiments.document import Document
 from src.experiments.kept import How, Kept, difference, grouped, mean_kept
 from src.experiments.point_names import of_experts
 from src.experiments.scores import Measure
-from src.experiments.statements import NOT_AFTER_HOLM, Claim, claims_table, holm, tally
+from src.experiments.statements import MARK, NOT_AFTER_HOLM, Claim, claims_table, holm, tally
 from src.metrics.bootstrap import Estimate
 
 SAFE = 0.5
@@ -92,7 +92,8 @@ def _said(
 ) -> str:
     one = mean_kept(merges[best], KEPT[measure])
     said = (
-        f"{best} keeps the largest share of the experts' performance: {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
+        f"{best} keeps the largest share of the experts' performance, over all tasks: {one.value:.2f} "
+        f"[{one.low:.2f}, {one.high:.2f}]"
     )
     if best in refusal:
         said += f", refusing {refusal[best].value:.2f} of the harmful prompts"
@@ -106,5 +107,5 @@ def _said(
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names of methods in a sentence; some hold commas (``average, SST soft @ 1.2``)."""
-    return ", ".join(f"“{name}”" for name in names)
+    """Names of methods in a sentence; some hold commas (``average, SST soft @ 1.2``), some are marked."""
+    return ", ".join(f"“{name.removesuffix(MARK)}”{MARK * name.endswith(MARK)}" for name in names)

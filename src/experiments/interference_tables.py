@@ -178,7 +178,7 @@ def geometry_table(records: Mapping[int, Record]) -> list[Document]:
     note = (
         "Means over pairs of adapters that have modules in common; for spaces the mean squared cosine of the principal "
         "angles (1: one in the other)."
-        " With recipe.redraw calibration row spaces are mostly those of the adapter that all trainings begin with."
+        " Where all trainings begin with one adapter (recipe.redraw calibration) row spaces are mostly that one's."
     )
     return [table("Angles between experts", columns, rows, note=note)] if rows else []
 
@@ -203,16 +203,17 @@ def kept_front(kept: Sequence[Kept], scores: Points) -> list[Document]:
         across = {"measure": "experts", "label": "experts merged", "better": None}
         lines = _lines(on_shared_tasks(kept), _experts, by_number=True)
         title = "Performance kept of the tasks in all merges"
-        found.append({"title": title, "x": across, "y": axis("kept"), "series": lines})
+        up = axis("kept") | {"label": "kept of the tasks in all merges"}
+        found.append({"title": title, "x": across, "y": up, "series": lines})
     refusal = {name: shown["refusal"] for name, shown in scores.items() if "refusal" in shown}
     if refusal:
         known = [one for one in kept if of_experts(one.method, one.count) in refusal]
         lines = _lines(
             known, lambda seeds: number(refusal[of_experts(seeds[0].method, seeds[0].count)]), by_number=several
         )
-        found.append(
-            {"title": "Refusal against performance kept", "x": axis("refusal"), "y": axis("kept"), "series": lines}
-        )
+        title = "Refusal against performance kept"
+        along = "A method's numbers of experts are joined; a point says its own on hover." if several else ""
+        found.append({"title": title, "x": axis("refusal"), "y": axis("kept"), "series": lines, "note": along})
     return found
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from src.experiments.costs import cost_table
 from src.experiments.document import (
+    BEST,
+    REFERENCES,
     Document,
     best_rows,
     column,
@@ -13,6 +15,7 @@ from src.experiments.document import (
     measure_cells,
     measure_columns,
     number,
+    p_column,
     table,
 )
 from src.experiments.grid import Grid
@@ -21,7 +24,7 @@ from src.experiments.scores import MEASURES, Measure, Scores, Split, by_category
 from src.experiments.settings import MethodSpec
 from src.experiments.statements import LEVEL, NOT_AFTER_HOLM, claims, marked
 from src.experiments.store import Record, Store
-from src.experiments.study import REFERENCES, Plan, Study, check_names, every_path, finished, of_methods, paths, records
+from src.experiments.study import Plan, Study, check_names, every_path, finished, of_methods, paths, records
 from src.metrics.bootstrap import Estimate
 from src.metrics.groups import EQUAL
 from src.metrics.intervals import wilson
@@ -57,9 +60,10 @@ class SafetyTax(Study):
         scores = gathered(known, draws=draws_for(len(LOST) * len(names)))
         rows = [{"model": name} | measure_cells(scores, name) for name in names]
         columns = [column("model", "model"), *measure_columns(scores)]
+        made = [name for name, models in points.items() if models[0].method not in REFERENCES]
         taxes = with_losses(tax_rows(scores, names), scores)
         tables = [
-            table("All models", columns, rows, best=best_rows(scores, names)),
+            table("All models", columns, rows, note=BEST, best=best_rows(scores, names, made)),
             tax_table(taxes),
             category_table(known),
             overlap_table(of_methods(points), store),
@@ -126,14 +130,14 @@ def tax_table(rows: Sequence[Mapping[str, Any]]) -> Document:
     columns = [column("model", "model"), column("gain", "safety gained", True), column("loss", "utility lost", False)]
     columns.append(column("tax", "tax", False))
     note = (
-        "Utility lost per safety gained against the utility expert; undefined where the gain may be nothing. Of yes/no "
-        "scores the intervals are never narrower than Tango's, so they can be wider than those of the claims."
+        "Tax: utility lost over safety gained, against the utility expert; undefined where the gain's interval holds "
+        "0. Intervals of yes/no scores are never narrower than Tango's."
     )
     labels = {"loss": "utility lost"} | {measure: f"{MEASURES[measure][0]}, added" for measure in LIKELIHOODS}
     for key, label in labels.items():
         if any(f"{key}_p" in row for row in rows):
             columns += [column(key, label, False)] if key in LIKELIHOODS else []
-            columns.append(column(f"{key}_p", f"{label}, p (Holm)"))
+            columns.append(p_column(f"{key}_p", f"{label}, p (Holm)"))
     if count := _comparisons(rows):
         note += f" Intervals are for one comparison each; p-values are adjusted for all {count} losses of this table."
     return table("Safety tax", columns, rows, note=note)
@@ -164,12 +168,16 @@ def category_table(known: Mapping[str, Sequence[Record]], split: Split = "all", 
             disguised |= goals < prompts
             row[f"category {category}"] = {"value": hits / total, "low": low, "high": high, "n": prompts}
         rows.append(row)
-    columns = [column("model", "model"), *(column(f"category {name}", name, True) for name in categories)]
+    sizes = {name: row[f"category {name}"]["n"] for row in rows for name in categories}
+    largest = sorted(categories, key=lambda name: -sizes[name])
+    named = (column(f"category {name}", f"{name} (n = {sizes[name]})", True) for name in largest)
+    columns = [column("model", "model"), *named]
     return table(
         "Refusal by category of harm" + (f" ({split} rows)" if split != "all" else ""),
         columns,
         rows,
-        note=f"Means over seeds; Wilson intervals for the number of {'the goals of ' if disguised else ''}prompts.",
+        note="Categories as the rows' sources name them, the largest first; means over seeds, Wilson intervals for the "
+        f"number of {'the goals of ' if disguised else ''}prompts.",
     )
 
 
@@ -197,8 +205,8 @@ def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
         names = ", ".join(marked(row["model"], row["loss_p"]) for row in paying)
         ratios = [row["tax"]["value"] for row in paying]
         said.append(
-            f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} per "
-            "safety gained."
+            f"{len(paying)} of them lost utility beyond chance ({names}), {min(ratios):.2f} to {max(ratios):.2f} of it "
+            "for each 1.00 of refusal gained."
         )
     for measure in LIKELIHOODS:
         if lost := [row for row in defined if measure in row and row[measure]["low"] > EQUAL]:
@@ -208,8 +216,9 @@ def _summary(taxes: Sequence[Mapping[str, Any]]) -> str:
     losses = ("loss", *LIKELIHOODS)
     rest = [row for row in defined if not any(row[m]["low"] > EQUAL for m in losses if m in row)]
     if rest:
-        rows = " and ".join(dict.fromkeys(str(rest[0][m]["n"]) for m in losses if m in rest[0]))
-        said.append(f"At {len(rest)} no loss is shown on {rows} rows, which does not prove that there is none.")
+        sizes = [f"{rest[0][m]['n']} {'benign' if m == 'answer_nll' else 'task'} rows" for m in losses if m in rest[0]]
+        rows = " and ".join(dict.fromkeys(sizes))
+        said.append(f"At {len(rest)} no loss is shown on {rows}, which does not prove that there is none.")
     if any("°" in sentence for sentence in said):
         said.append(NOT_AFTER_HOLM.format(where="utility lost", count=_comparisons(taxes)))
     return " ".join(said)

@@ -41,7 +41,7 @@ MEASURES: dict[Measure, tuple[str, bool]] = {
     "answer_nll": ("NLL of benign answers", False),
     "collapse": ("collapsed answers", False),
     "kept": ("performance kept", True),
-    "kept_ratio": ("mean score over the experts' own", True),
+    "kept_ratio": ("ratio of mean scores", True),
 }
 """Name of a measure in tables, and whether more of it is better. The last two are of several rows, not of one
 (:mod:`src.experiments.kept`)."""

@@ -157,12 +157,8 @@ def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: D
     document = study.report(plan, store)
     cells = [cell for cell in closure(plan.cells) if store.has_result(cell)]
     sources = sorted({store.read(cell)["source"] for cell in cells})
-    notes = list(document["notes"])
-    if sources not in ([], [source_hash()]):
-        notes.append(
-            f"This page was written by state {source_hash()} of the source, its cells by {', '.join(sources)}."
-        )
-    notes += mixtures(plan.cells, store)
+    states = [f"This page was written by state {source_hash()} of the source, its cells by {', '.join(sources)}."]
+    notes = [*document["notes"], *mixtures(plan.cells, store)]
     try:
         notes += passes_on_learnt_rows(plan.cells)
     except InputError as error:
@@ -171,7 +167,7 @@ def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: D
     return document | {
         "notes": notes,
         "tables": [*document["tables"], totals(plan.cells, store)],
-        "provenance": provenance(cells, store, asked),
+        "provenance": provenance(cells, store, asked) | {"notes": [] if sources in ([], [source_hash()]) else states},
     }
 
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from src.experiments.document import Document, better, column, number, table
+from src.experiments.document import Document, better, column, number, p_column, table
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
 LEVEL = 0.05
 """Adjusted p-values below it hold."""
+MARK = "°"
 NO_DIFFERENCE = "no difference shown"
 BOOTSTRAP = (
     "Paired bootstrap over prompts of means over seeds, 95 % intervals. A claim is made where the interval of the "
@@ -96,8 +97,9 @@ def claims_table(found: Sequence[Claim], title: str, how: str = BOOTSTRAP) -> Do
         }
         for claim in found
     ]
-    heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B", "p": "p", "holm": "p (Holm)"}
-    columns = [column(key, label) for key, label in (heads | {"claim": "claim"}).items()]
+    heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B"}
+    columns = [*(column(key, label) for key, label in heads.items()), p_column("p", "p"), p_column("holm", "p (Holm)")]
+    columns.append(column("claim", "claim"))
     note = how + holm_note([claim.adjusted for claim in made], len(found), "claims")
     return table(title, columns, rows, note=note)
 
@@ -115,7 +117,7 @@ def holm_note(claimed: Sequence[float], count: int, what: str) -> str:
 
 def marked(name: str, adjusted: float) -> str:
     """A name, with ° where what is said of it does not hold after adjustment."""
-    return name if adjusted < LEVEL else f"{name}°"
+    return name if adjusted < LEVEL else f"{name}{MARK}"
 
 
 def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:

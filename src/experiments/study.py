@@ -3,18 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from src.errors import InputError
-from src.experiments.cell import Cell
-from src.experiments.document import Document
+from src.experiments.cell import Cell, closure
+from src.experiments.content import ROWS, sources
+from src.experiments.document import REFERENCES, Document
 from src.experiments.grid import Grid, Model
 from src.experiments.point_names import at_strength, method_and_strength
 from src.experiments.scores import joined
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
 from src.experiments.trainings import fewer_rows
-
-REFERENCES = ("base", "utility", "safety")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,30 @@ def notes_on(grid: Grid, methods: Sequence[MethodSpec]) -> list[str]:
     if given := [f"{name} ({one.adapter})" for name, one in experts.items() if one is not None and one.adapter]:
         found.append(f"Given adapters, the same for every seed: {', '.join(given)}.")
     return found
+
+
+def rows_note(points: Mapping[str, Sequence[Model]]) -> list[str]:
+    """Which files of rows each method reads beside those of the experts' trainings: not all know as much."""
+    first = [models[0] for models in points.values() if models[0].made is not None]
+    experts = {model.made.key: model.made for model in first if model.method in REFERENCES and model.made is not None}
+    usual = {name for cell in experts.values() for name in _files(cell)}
+    read: dict[str, list[str]] = {}
+    for model in first:
+        if model.method not in REFERENCES and model.method not in read and model.made is not None:
+            cells = [cell for cell in closure([model.made]) if cell.key not in experts]
+            files = dict.fromkeys(name for cell in cells for name in _files(cell))
+            read[model.method] = [name for name in files if name not in usual]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for method, names in read.items():
+        groups.setdefault(tuple(names), []).append(method)
+    said = "; ".join(f"{', '.join(methods)}: {', '.join(names) or 'none'}" for names, methods in groups.items())
+    return [f"Files that methods read beside those of the experts' trainings. {said}."] if len(groups) > 1 else []
+
+
+def _files(cell: Cell) -> list[str]:
+    """Names of the files that a training or Fisher passes learn."""
+    data = [cell.settings["data"].get(key) for key in ROWS[cell.stage] if key != "val"]
+    return [PurePath(source.path).name for rows in data if rows is not None for source in sources(rows)]
 
 
 def name_of(model: Model) -> str:
@@ -178,6 +202,6 @@ def aside_note(every: Sequence[MethodSpec], shown: Sequence[MethodSpec]) -> list
     if not aside:
         return []
     return [
-        f"Of {len(every)} methods {len(names)} are shown (study.only), and p-values are adjusted for these alone; the "
+        f"Of {len(every)} methods {len(names)} are shown, and p-values are adjusted for these alone; the "
         f"others are {', '.join(aside)}."
     ]

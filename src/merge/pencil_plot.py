@@ -38,7 +38,9 @@ class MapWords(NamedTuple):
     csv: str
 
 
-FILTERED = MapWords("Share of the patch kept", "norm kept", "{} kept", "kept {} of the patch's norm", "kept of")
+FILTERED = MapWords(
+    "Norm kept over norm of the patch", "norm kept", "{} kept", "kept {} of the patch's norm", "kept of"
+)
 RELEARNED = MapWords(
     "Re-learned patch",
     "norm over that of the safety patch",

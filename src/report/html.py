@@ -54,6 +54,7 @@ def page(document: Mapping[str, Any]) -> str:
     parts = [
         f"<h1>{title}</h1>",
         *(f'<p class="summary">{escape(sentence)}</p>' for sentence in document["summary"]),
+        *(_folded(title, said) for title, said in document.get("folded", {}).items()),
         _notes(document["notes"]),
         *(front_figure(front, f"front{i}") for i, front in enumerate(document["fronts"])),
         *(table_section(table, f"table{i}") for i, table in enumerate(document["tables"])),
@@ -70,6 +71,11 @@ def page(document: Mapping[str, Any]) -> str:
         f'<div id="tip" role="status"></div>\n<script type="application/json" id="study">{data}</script>\n'
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
+
+
+def _folded(title: str, sentences: Sequence[str]) -> str:
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return f"<details><summary>{escape(title)}</summary>{said}</details>"
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -92,7 +98,8 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
         f'<details><summary>{escape(name)}</summary><pre tabindex="0">{escape(text)}</pre></details>'
         for name, text in blocks.items()
     )
-    return f'<section id="provenance"><h2>Provenance</h2>{folded}</section>'
+    notes = _notes(provenance.get("notes", ()))
+    return f'<section id="provenance"><h2>Provenance</h2>{notes}{folded}</section>'
 
 
 def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:

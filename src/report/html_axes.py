@@ -34,7 +34,7 @@ class Frame:
     up: Axis
     width: int = 640
     height: int = 420
-    left: int = 62
+    left: int = 78
     bottom: int = 52
     right: int = 14
     top: int = 14

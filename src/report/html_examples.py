@@ -4,6 +4,7 @@ What harmful prompts drew is folded away, and of each kind of other prompts all 
 would be 50 000 pixels high.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -16,20 +17,32 @@ def example_section(examples: Sequence[Mapping[str, Any]]) -> str:
     if not examples:
         return ""
     first = {example["kind"]: place for place, example in reversed(list(enumerate(examples)))}
-    blocks = "".join(_block(example, first[example["kind"]] == place) for place, example in enumerate(examples))
-    return f'<section id="examples"><h2>Example answers</h2>{blocks}</section>'
+    counts: Counter[str] = Counter()
+    blocks = []
+    for place, example in enumerate(examples):
+        counts[example["suite"]] += 1
+        blocks.append(_block(example, counts[example["suite"]], first[example["kind"]] == place))
+    left_out = " Prompts are left out where this page may not pass them on." if _left_out(examples) else ""
+    note = f"Answers end where the evaluation ended them (its suites' max_new_tokens).{left_out}"
+    head = f'<section id="examples"><h2>Example answers</h2><p class="note">{note}</p>'
+    return f"{head}{''.join(blocks)}</section>"
 
 
-def _block(example: Mapping[str, Any], shown: bool) -> str:
+def _left_out(examples: Sequence[Mapping[str, Any]]) -> bool:
+    return any(example["prompt"] is None for example in examples)
+
+
+def _block(example: Mapping[str, Any], number: int, shown: bool) -> str:
     answers = "".join(
         f"<div><h4>{escape(answer['model'])}</h4><p>{escape(answer['answer']) or '<em>(empty)</em>'}</p></div>"
         for answer in example["answers"]
     )
-    heading = f"{escape(example['suite'])} ({escape(example['kind'])})"
-    prompt = example["prompt"] or f"prompt {example['id']}, left out"
-    inner = f'<p class="prompt">{escape(prompt)}</p><div class="answers">{answers}</div>'
+    kind = "" if example["suite"] == example["kind"] else f" ({escape(example['kind'])})"
+    heading = f"{escape(example['suite'])}{kind}, prompt {number}"
+    prompt = example["prompt"]
+    said = f'<p class="prompt">{escape(prompt)}</p>' if prompt is not None else f'<p class="note">{example["id"]}</p>'
+    inner = f'{said}<div class="answers">{answers}</div>'
     if example["kind"] in HARMFUL:
-        return (
-            f'<details class="harmful"><summary>{heading}: a harmful prompt and its answers</summary>{inner}</details>'
-        )
-    return f"<details{' open' * shown}><summary>{heading}: {escape(prompt[:80])}</summary>{inner}</details>"
+        return f'<details class="harmful"><summary>{heading}: harmful, and its answers</summary>{inner}</details>'
+    begins = "" if prompt is None else f": {escape(prompt[:80])}"
+    return f"<details{' open' * shown}><summary>{heading}{begins}</summary>{inner}</details>"

@@ -1,20 +1,20 @@
 """Fronts as inline SVG: points with 95 % intervals along each method's path, values on hover and on focus.
 
-Colours repeat after eight methods and marks after six; after 24, when both do, marks go on by one more. So no two of
-48 look alike, in print and to the colour-blind.
+Colours repeat after seven methods and marks after six: no two of 42 look alike, in print and to the colour-blind.
+References are grey, with marks of their own.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from src.report.html_axes import Axis, Frame
 
-COLOURS = 8
+COLOURS = 7
 MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")
-TOGETHER = math.lcm(COLOURS, len(MARKS))
-"""Methods after which colour and mark repeat together."""
+REFERENCES = ("plus", "box", "bar")
+GREY = "c7"
+OURS = '<g class="ours '
 
 
 def front_figure(front: Mapping[str, Any], anchor: str) -> str:
@@ -23,18 +23,31 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     if not points:
         return ""
     frame = Frame(_range([p["x"] for p in points]), _range([p["y"] for p in points]))
-    lines = "".join(_line(line, i, frame, front) for i, line in enumerate(front["series"]))
+    styles = _styles(front["series"])
+    drawn = [_line(line, *style, frame, front) for line, style in zip(front["series"], styles, strict=True)]
+    # What stands out is drawn last, over the others.
+    lines = "".join(sorted(drawn, key=lambda line: line.startswith(OURS)))
     legend = "".join(
-        f"<li>{key(f'c{i % COLOURS}', mark(i, 0, 0))}{escape(line['name'])}</li>"
-        for i, line in enumerate(front["series"])
+        f"<li>{key(colour, mark(shape, 0, 0))}{escape(line['name'])}</li>"
+        for line, (colour, shape) in zip(front["series"], styles, strict=True)
     )
+    note = f'<figcaption class="note">{escape(front["note"])}</figcaption>' if front.get("note") else ""
     label = f"{front['title']}: {front['y']['label']} over {front['x']['label']}"
     return (
         f'<section id="{anchor}"><h2>{escape(front["title"])}</h2><figure>'
         f'<svg class="front" viewBox="0 0 {frame.width} {frame.height}" role="group" aria-label="{escape(label)}">'
         f"{frame.axes((_named(front['x']), _named(front['y'])))}{lines}</svg>"
-        f"<ul class='legend'>{legend}</ul></figure></section>"
+        f"<ul class='legend'>{legend}</ul>{note}</figure></section>"
     )
+
+
+def _styles(series: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Class of the colour and mark of every series."""
+    references = [line["name"] for line in series if line.get("role") == "reference"]
+    methods = [line["name"] for line in series if line["name"] not in references]
+    found = {name: (GREY, REFERENCES[i % len(REFERENCES)]) for i, name in enumerate(references)}
+    found |= {name: (f"c{i % COLOURS}", MARKS[i % len(MARKS)]) for i, name in enumerate(methods)}
+    return [found[line["name"]] for line in series]
 
 
 def _range(values: Sequence[Mapping[str, float]]) -> Axis:
@@ -50,7 +63,7 @@ def _named(axis: Mapping[str, Any]) -> str:
     return f"{axis['label']}{better}"
 
 
-def _line(line: Mapping[str, Any], number: int, frame: Frame, front: Mapping[str, Any]) -> str:
+def _line(line: Mapping[str, Any], colour: str, shape: str, frame: Frame, front: Mapping[str, Any]) -> str:
     places = [(frame.x(p["x"]["value"]), frame.y(p["y"]["value"])) for p in line["points"]]
     path = " ".join(f"{x},{y}" for x, y in places)
     parts = [f'<polyline points="{path}"/>'] if len(places) > 1 else []
@@ -62,8 +75,10 @@ def _line(line: Mapping[str, Any], number: int, frame: Frame, front: Mapping[str
             f'<line class="whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>'
         )
         said = f"{one['model']}: {_said(front['x'], one['x'])}; {_said(front['y'], one['y'])}"
-        parts.append(point(said, whiskers + mark(number, x, y)))
-    return f'<g class="c{number % COLOURS}">{"".join(parts)}</g>'
+        touch = f'<circle class="touch" cx="{x}" cy="{y}" r="12"/>'  # a finger is no mouse
+        parts.append(point(said, whiskers + touch + mark(shape, x, y)))
+    head = OURS if line.get("role") == "ours" else '<g class="'
+    return f'{head}{colour}">{"".join(parts)}</g>'
 
 
 def _said(axis: Mapping[str, Any], number: Mapping[str, Any]) -> str:
@@ -84,13 +99,18 @@ def key(kind: str, drawn: str) -> str:
     return f'<svg class="key {kind}" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">{drawn}</svg>'
 
 
-def mark(number: int, x: float, y: float, r: float = 5) -> str:
-    """The mark of a series, of radius ``r``."""
-    shape = MARKS[(number + number // TOGETHER) % len(MARKS)]
+def mark(shape: str, x: float, y: float, r: float = 5) -> str:
+    """A mark of radius ``r``."""
     if shape in ("circle", "ring"):
         return f'<circle class="mark {shape}" cx="{x}" cy="{y}" r="{r}"/>'
     if shape == "cross":
         return f'<path class="mark cross" d="M{x - r} {y - r}L{x + r} {y + r}M{x - r} {y + r}L{x + r} {y - r}"/>'
+    if shape == "plus":
+        return f'<path class="mark cross" d="M{x - r} {y}L{x + r} {y}M{x} {y - r}L{x} {y + r}"/>'
+    if shape == "bar":
+        return f'<path class="mark cross" d="M{x - r} {y}L{x + r} {y}"/>'
+    if shape == "box":
+        return f'<rect class="mark ring" x="{x - r}" y="{y - r}" width="{2 * r}" height="{2 * r}"/>'
     corners = {
         "square": ((-r, -r), (r, -r), (r, r), (-r, r)),
         "diamond": ((0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)),

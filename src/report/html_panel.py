@@ -31,7 +31,7 @@ def panel(title: str, drawing: str, width: int, height: int, legend: Sequence[tu
 def _key(kind: str) -> str:
     if not kind:
         return ""
-    return key(kind, mark(5, 0, 0) if "ring" in kind else '<polyline points="-8,0 8,0"/>')
+    return key(kind, mark("ring", 0, 0) if "ring" in kind else '<polyline points="-8,0 8,0"/>')
 
 
 def line_of(places: Sequence[tuple[float, float]], frame: Frame, kind: str) -> str:
@@ -41,10 +41,10 @@ def line_of(places: Sequence[tuple[float, float]], frame: Frame, kind: str) -> s
 
 
 def points_of(
-    places: Sequence[tuple[float, float]], tips: Sequence[str], frame: Frame, kind: str, number: int = 0
+    places: Sequence[tuple[float, float]], tips: Sequence[str], frame: Frame, kind: str, shape: str = "circle"
 ) -> str:
     """Points with what they say; one stop of the tab key for all of them."""
-    shapes = [mark(number, frame.x(x), frame.y(y), SMALL if len(places) > 1 else 6.0) for x, y in places]
+    shapes = [mark(shape, frame.x(x), frame.y(y), SMALL if len(places) > 1 else 6.0) for x, y in places]
     return f'<g class="{kind}">{reached(shapes, tips, 1)}</g>'
 
 

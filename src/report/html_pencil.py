@@ -12,6 +12,7 @@ from src.merge.pencil_plot import ROUNDING, map_words
 from src.report.html_axes import Frame, log_ticks, plain_ticks
 from src.report.html_map import map_panel
 from src.report.html_panel import line_of, panel, points_of
+from src.report.html_tables import shown_number
 
 SIZE = {"width": 400, "height": 330, "left": 58}
 PARTS = {"spectrum": "spectrum", "curve": "held-out energies", "map": "map"}
@@ -25,7 +26,9 @@ def pencil_section(entry: Mapping[str, Any], anchor: str) -> str:
         anchor: Name of the section.
     """
     pencil, name = entry["pencil"], f"{entry['model']}, seed {entry['seed']}"
-    head = f'<section id="{anchor}"><h2>Spectrum and map of {escape(name)}</h2>'
+    shown = [name for key, name in PARTS.items() if pencil is not None and pencil[key]]
+    title = f"{' and '.join(shown).capitalize() or 'Spectrum and map'} of {name}"
+    head = f'<section id="{anchor}"><h2>{escape(title)}</h2>'
     if pencil is None:
         said = f"The result of this merge (cell {entry['cell']}) holds no spectrum and no map, so none is shown."
         return f'{head}<p class="note">{escape(said)}</p></section>'
@@ -40,9 +43,9 @@ def _notes(entry: Mapping[str, Any]) -> list[str]:
         numbers.append(map_words(pencil).whole.format(f"{pencil['patch_norm_kept']:.3g}"))
     if pencil["held_out"]:
         energy, tax = pencil["held_out"]["safety_energy_kept"], pencil["held_out"]["utility_tax_kept"]
-        numbers.append(f"on held-out rows {energy:.3g} of its safety energy and {tax:.3g} of its utility tax")
+        numbers.append(f"on held-out rows {energy:.3g} of its safety energy and {tax:.3g} of its utility energy")
     if pencil["effective_rank"] is not None:
-        numbers.append(f"effective rank {pencil['effective_rank']:.4g} of {pencil['dim']} directions")
+        numbers.append(f"effective rank {shown_number(pencil['effective_rank'])} of {pencil['dim']} directions")
     missing = [name for key, name in PARTS.items() if not pencil[key]]
     notes = ["This merge " + "; ".join(numbers) + "."] if numbers else []
     notes += [f"Its result holds no {' and no '.join(missing)}."] if missing else []
@@ -74,7 +77,7 @@ def _spectrum(pencil: Mapping[str, Any]) -> str:
     places = [(rank, log10(value)) for rank, value in kept]
     parts += [line_of(places, frame, "c0"), points_of(places, tips, frame, "c0")]
     marks = ([m for m in plain_ticks(frame.across) if m[0] >= 1], log_ticks(frame.up))
-    axes = frame.axes(("rank", "λ, safety energy per utility energy"), marks)
+    axes = frame.axes(("direction, by λ", "λ, safety energy per utility energy"), marks)
     return panel("Spectrum", axes + "".join(parts), frame.width, frame.height, legend)
 
 
@@ -89,7 +92,7 @@ def _curve(pencil: Mapping[str, Any]) -> str:
     ends = [1.05 * max(1.0, *(place[side] for place in places + here)) for side in (0, 1)]
     frame = Frame((-0.05, ends[0]), (-0.05, ends[1]), **SIZE)
     tips = [
-        f"largest λ, cut at {where:.2f}: safety energy {energy:.3f}, utility tax {tax:.3f}"
+        f"largest λ, cut at {where:.2f}: safety energy {energy:.3f}, utility energy {tax:.3f}"
         for where, (tax, energy) in zip(data["position"], places, strict=True)
     ]
     parts = [
@@ -99,10 +102,10 @@ def _curve(pencil: Mapping[str, Any]) -> str:
     ]
     legend = [("c0", "the largest λ alone"), ("c7 dashed", "shrinking the whole patch")]
     if here:
-        said = f"this merge: safety energy {here[0][1]:.3f}, utility tax {here[0][0]:.3f}"
-        parts.append(points_of(here, [said], frame, "c1", number=5))
+        said = f"this merge: safety energy {here[0][1]:.3f}, utility energy {here[0][0]:.3f}"
+        parts.append(points_of(here, [said], frame, "c1", "ring"))
         legend.append(("c1 ring", "this merge"))
-    axes = frame.axes(("share of the utility tax paid", "share of the safety energy kept"))
+    axes = frame.axes(("share of the utility energy paid", "share of the safety energy kept"))
     return panel("Held-out calibration rows", axes + "".join(parts), frame.width, frame.height, legend)
 
 

@@ -16,7 +16,8 @@ figure{margin:0}.front{width:100%;max-width:52rem;height:auto;display:block}
 .front text{fill:var(--soft);font-size:13px}.grid{stroke:var(--line);stroke-width:1}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
 .c6{color:var(--c6)}.c7{color:var(--c7)}
-polyline{fill:none;stroke:currentColor;stroke-width:1.5}.whisker{stroke:currentColor;opacity:.45}
+polyline{fill:none;stroke:currentColor;stroke-width:1.5}.whisker{stroke:currentColor;opacity:.25}
+.ours polyline{stroke-width:3}.ours .whisker{opacity:.6}.touch{fill:transparent}
 .mark{fill:currentColor}.ring{fill:var(--bg);stroke:currentColor;stroke-width:2}.cross{stroke:currentColor;stroke-width:2.5}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
 h3{font-size:1rem;margin:.4rem 0}.panel{max-width:30rem}.dashed polyline,polyline.dashed{stroke-dasharray:5 4}
@@ -26,6 +27,9 @@ h3{font-size:1rem;margin:.4rem 0}.panel{max-width:30rem}.dashed polyline,polylin
 .legend{list-style:none;padding:0;margin:.3rem 0;display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.9rem}
 .key{vertical-align:-3px;margin-right:.3rem}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
+td:first-child,th:first-child{position:sticky;left:0;background:var(--bg)}th:first-child{background:var(--raise)}
+@media (max-width:40rem){.front:not(.panel) text{font-size:18px}td:first-child,th:first-child{white-space:normal;
+min-width:7rem;max-width:9rem;border-right:1px solid var(--line)}}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{padding:.35rem .6rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 td.number{text-align:right;font-variant-numeric:tabular-nums}tbody tr:last-child td{border-bottom:0}

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+P = "p-value"
+"""What a column says that its numbers are."""
+MINUS = "−"
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 
 
@@ -33,7 +36,8 @@ def _row(table: Mapping[str, Any], number: int) -> str:
     row = table["rows"][number]
     cells = []
     for column in table["columns"]:
-        text, key = shown(row.get(column["key"], ""))
+        value = row.get(column["key"], "")
+        text, key = p_value(value) if column.get("is") == P and isinstance(value, float) else shown(value)
         bold = table["best"].get(column["key"]) == number
         inner = f"<strong>{text}</strong>" if bold else text
         kind = ' class="number"' if key else ""
@@ -41,16 +45,30 @@ def _row(table: Mapping[str, Any], number: int) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
+def p_value(value: float) -> tuple[str, str]:
+    """A p-value as HTML, and what it is sorted by."""
+    return ("< 0.001" if value < 0.001 else f"{value:.3f}").replace("<", "&lt;"), repr(value)
+
+
+def decimals(value: float) -> str:
+    """Three decimals, with a minus sign; what rounds to nothing has none."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", MINUS)
+
+
+def shown_number(value: float) -> str:
+    """Four digits, but no powers of ten for seconds and megabytes."""
+    return str(value) if isinstance(value, int) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def shown(value: Any) -> tuple[str, str]:
     """A value as HTML, and the number that it is sorted by; empty for text."""
     if isinstance(value, Mapping):
-        n = f"n = {value['n']}"
-        text = f"{value['value']:.3f} <span class=interval>[{value['low']:.3f}, {value['high']:.3f}]</span>"
-        return f'<span title="{n}">{text}</span>', repr(float(value["value"]))
+        low, high = decimals(value["low"]), decimals(value["high"])
+        text = f"{decimals(value['value'])} <span class=interval>[{low}, {high}]</span>"
+        return f'<span title="n = {value["n"]}">{text}</span>', repr(float(value["value"]))
     if isinstance(value, bool) or value is None:
         return escape("" if value is None else str(value)), ""
     if isinstance(value, int | float):
-        # Four digits, but no powers of ten for hours and megabytes.
-        text = str(value) if isinstance(value, int) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        return escape(text), repr(float(value))
+        text = shown_number(value)
+        return escape(text.replace("-", MINUS, 1) if value < 0 else text), repr(float(value))
     return escape(str(value)), ""
