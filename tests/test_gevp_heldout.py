@@ -533,7 +533,10 @@ def test_a_relearned_merge_has_its_map_drawn(tmp_path):
 
 @pytest.mark.parametrize(
     ("dim", "title", "scale"),
-    [(4, "Norm kept over norm of the patch", "norm kept"), (None, "Re-learned patch", "norm over that of the safety patch")],
+    [
+        (4, "Norm kept over norm of the patch", "norm kept"),
+        (None, "Re-learned patch", "norm over that of the safety patch"),
+    ],
 )
 def test_a_map_says_whether_its_patch_is_a_part_of_the_whole(tmp_path, monkeypatch, dim, title, scale):
     from matplotlib.figure import Figure
