@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from src.adapters.given import copy_adapter
+from src.adapters.given_adapter import copy_adapter
 from src.adapters.peft_files import CARD, CONFIG, SEEN, WEIGHTS, read_adapter
 from src.data.row_source import RowSource
 from src.data.sources import load_rows

@@ -11,7 +11,7 @@ import pytest
 from src.errors import InputError
 from src.report.html import page, tables_csv, write_report
 from src.report.html_axes import log_ticks, ticks
-from src.report.html_fronts import GREY, MARKS, REFERENCES, _styles, mark
+from src.report.html_fronts import GREY, MARKS, REFERENCE_MARKS, _styles, mark
 from src.report.html_pencil import pencil_tables
 from src.report.html_png import series_style
 from src.report.html_tables import p_value, shown
@@ -169,7 +169,7 @@ def test_forty_two_methods_look_different_and_their_points_are_not_hidden_from_r
     references = [{"name": name, "role": "reference"} for name in ("base", "utility", "safety")]
     styles = _styles([*references, *names])
     assert len(set(styles)) == 45
-    assert len({mark(shape, 0, 0) for _, shape in styles}) == len(MARKS) + len(REFERENCES)
+    assert len({mark(shape, 0, 0) for _, shape in styles}) == len(MARKS) + len(REFERENCE_MARKS)
     assert {colour for colour, _ in styles[:3]} == {GREY}
     assert GREY not in {colour for colour, _ in styles[3:]}
     (front,) = [one for one in parsed.all("svg") if one.get("class") == "front"]

@@ -165,3 +165,6 @@ def test_merges_of_one_method_and_other_adapters_or_settings_are_paths_of_their_
         found = read(*same, merged("b", 5, 0.5, **other))
         assert {one.path for one in found} == {"Sst (out/a), t = 5", "Sst (out/a), t = 10", "Sst (out/b), t = 5"}
         assert len({one.label for one in found}) == 5
+    (low, _), (high, _) = [(merged("b", t, 1.0, fisher=[]), t) for t in (-0.5, 0.5)]
+    names = {one.method.partition(", t = ")[0] for one in read(*same, low, high)}
+    assert names == {"Sst (out/a)", "Sst (out/b)"}  # a folder of a negative value is one of a point, too

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from src.adapters.given import copy_adapter
+from src.adapters.given_adapter import copy_adapter
 from src.experiments.cell import Cell, digest
 from src.experiments.command import Cost, peak_mb, processor, run_command
 from src.experiments.engine import CellError
@@ -51,8 +51,7 @@ class Stages:
         """Compute a batch: key to result."""
         collect = getattr(self, f"_{batch[0].stage}")
         name = f"{batch[0].stage}-{digest([cell.key for cell in batch])}"
-        cost, arguments, found = collect(name, batch)
-        command = arguments if batch[0].stage == "given" else ["python", "-m", "src", *arguments]
+        cost, command, found = collect(name, batch)
         shared = {"cost": cost.shared(len(batch)), "command": command, "versions": versions()}
         self.store.clear(name)
         records = {c.key: {"found": found[c.key]} | shared | {"trained": trained(c, self.store)} for c in batch}
@@ -76,7 +75,7 @@ class Stages:
             begun.unlink(missing_ok=True)
             raise
         begun.unlink(missing_ok=True)
-        return replace(cost, seconds=before + cost.seconds), arguments
+        return replace(cost, seconds=before + cost.seconds), ["python", "-m", "src", *arguments]
 
     def _given(self, _name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         """A copy: what a study goes on from stays as it was."""
@@ -94,11 +93,11 @@ class Stages:
         flags = [*self.hardware, "--data.shared_batch", "true", "--output", str(folder)]
         # A cell's training goes on where it can, and starts again where paths or options have changed since.
         flags += ["--resume", "true", "--overwrite", "true"]
-        cost, arguments = self._run("fit", name, self._fit_settings(cell), flags)
+        cost, ran = self._run("fit", name, self._fit_settings(cell), flags)
         shutil.rmtree(folder / "run", ignore_errors=True)  # checkpoints with the optimiser's state
         manifest = read_json(folder / "manifest.json", "the manifest of an expert")
         kept = ("rows", "steps", "val_loss", "base")
-        return cost, arguments, {cell.key: {key: manifest[key] for key in kept}}
+        return cost, ran, {cell.key: {key: manifest[key] for key in kept}}
 
     def _fit_settings(self, cell: Cell) -> dict[str, Any]:
         """Its settings, with the paths of what it needs."""
@@ -118,9 +117,9 @@ class Stages:
         point = {"reference_safety": dict.fromkeys(first, 1.0)} if first else {}
         settings = dict(cell.settings) | {"model": dict(cell.settings["model"]) | model | point}
         flags = [*self.hardware, "--output", str(self.store.weights(cell)), "--overwrite", "true"]
-        cost, arguments = self._run("fisher", name, settings, flags)
+        cost, ran = self._run("fisher", name, settings, flags)
         files = sorted(path.name for path in self.store.weights(cell).glob("*.safetensors"))
-        return cost, arguments, {cell.key: {"files": files}}
+        return cost, ran, {cell.key: {"files": files}}
 
     def _merge(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         """One command for all strengths of a method; each merged adapter then becomes its cell's weights."""
@@ -137,7 +136,7 @@ class Stages:
         elif option != "none":
             settings["sweep"] = {option: values}
         output = self.store.running(name)
-        cost, arguments = self._run("merge", name, settings, ["--output", str(output), "--overwrite", "true"])
+        cost, ran = self._run("merge", name, settings, ["--output", str(output), "--overwrite", "true"])
         found = {}
         for cell, value in zip(batch, values, strict=True):
             folder = output if option == "none" else output / point_name(option, value)
@@ -147,7 +146,7 @@ class Stages:
             self.store.drop_weights(cell)
             self.store.weights(cell).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(self.store.weights(cell))
-        return cost, arguments, found
+        return cost, ran, found
 
     def _test(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         """One load of the base for several models with the same suites."""
@@ -157,7 +156,7 @@ class Stages:
         model = dict(first.settings["model"]) | {"adapters": adapters, "include_base": "base" in names.values()}
         output = self.store.running(name)
         flags = [*self.hardware, "--output", str(output), "--overwrite", "true"]
-        cost, arguments = self._run("test", name, dict(first.settings) | {"model": model}, flags)
+        cost, ran = self._run("test", name, dict(first.settings) | {"model": model}, flags)
         metrics = read_json(output / "metrics.json", "the metrics of an evaluation")
         models = {one["name"]: one for one in metrics["models"]}
         suites = [suite["name"] for suite in first.settings["data"]["suites"]]
@@ -167,16 +166,16 @@ class Stages:
             folder = answer_file(output, model_name, suites[0]).parent
             kept = {"adapter": one["adapter"] and one["adapter"]["sha256"], "suites": one["suites"]}
             found[key] = kept | {"base": metrics["base"]} | by_suite(folder, suites)
-        return cost, arguments, found
+        return cost, ran, found
 
     def _inspect(self, name: str, batch: Sequence[Cell]) -> tuple[Cost, list[str], dict[str, Any]]:
         (cell,) = batch
         output = self.store.running(name)
         settings = {"adapters": self._paths(cell, "adapters")}
-        cost, arguments = self._run("inspect", name, settings, ["--output", str(output), "--overwrite", "true"])
+        cost, ran = self._run("inspect", name, settings, ["--output", str(output), "--overwrite", "true"])
         found = read_json(output / "inspect.json", "the comparison of adapters")
         # Every angle of every module and pair: 16 MB for 20 experts. A study shows means, which stand beside them.
-        return cost, arguments, {cell.key: {name: value for name, value in found.items() if name != "angles"}}
+        return cost, ran, {cell.key: {name: value for name, value in found.items() if name != "angles"}}
 
     def _paths(self, cell: Cell, role: str) -> list[str]:
         return [str(self.store.weights(parent)) for parent in cell.needs.get(role, ())]

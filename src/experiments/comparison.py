@@ -132,6 +132,7 @@ class Comparison(Study):
         seeds = list(dict.fromkeys(model.seed for model in plan.models))
         equal = gaps(seed_by_seed(known, len(seeds), "test", draws=draws, **split), lines, self.ours)
         pooled = gaps([test], lines, self.ours) if len(seeds) > 1 else []
+        said = sentences(equal, self.ours)
         tables = [
             self._chosen_table(test, chosen),
             claims_table(made, f"{ours or self.ours} against the others (test rows)"),
@@ -143,8 +144,8 @@ class Comparison(Study):
             cost_table(of_methods(points), store),
         ]
         return {
-            "summary": sentences(equal, self.ours) or summary(made, ours),
-            "folded": {AT_CHOSEN: summary(made, ours)} if sentences(equal, self.ours) else {},
+            "summary": said or summary(made, ours),
+            "folded": {AT_CHOSEN: summary(made, ours)} if said else {},
             "notes": [
                 *notes,
                 *self._aside,

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from src.adapters.given import files_of
+from src.adapters.given_adapter import files_of
 from src.data.row_source import RowSource, as_sources, find_file, mapped_source
 from src.data.tables import FILE_READERS
 from src.errors import InputError

@@ -26,7 +26,7 @@ def number(estimate: Estimate) -> dict[str, Any]:
 
 def p_column(key: str, label: str) -> dict[str, Any]:
     """A column of p-values."""
-    return column(key, label) | {"is": "p-value"}
+    return column(key, label) | {"kind": "p-value"}
 
 
 def column(key: str, label: str, better: bool | None = None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Grid:
             InputError: it is there, and ``over`` has settings of a training.
         """
         if spec.adapter is None:
-            return self.fit(spec, self.rows(spec.rows(label)[0], seed), seed, label, over or {}, own=label)
+            return self.fit(spec, self.rows(spec.training_rows(label)[0], seed), seed, label, over or {}, own=label)
         if over:
             raise InputError(f"{label}: adapter {spec.adapter} is there, and {', '.join(over)} is of a training")
         return Cell("given", f"{label}, given", {"adapter": spec.adapter})
@@ -94,7 +94,7 @@ class Grid:
         fixed: dict[str, Any] = {
             "seed_everything": seed,
             "model": {"base": plain_base(self.recipe.base)},
-            "data": {"train": train, "val": self.rows(spec.rows(label)[1], seed), "seed": seed},
+            "data": {"train": train, "val": self.rows(spec.training_rows(label)[1], seed), "seed": seed},
         }
         if self._redraws_experts:
             fixed["model"]["seed"] = int(digest([own, seed])[:7], 16)
@@ -121,7 +121,7 @@ class Grid:
         if spec is None or spec.rows is None:
             return self.expert(expert, seed, SAFETY, over)
         label = f"{spec.name}, safety"
-        train = [*self.rows(expert.rows(label)[0], seed), *self.drawn_anew(plain_sources(spec.rows), seed)]
+        train = [*self.rows(expert.training_rows(label)[0], seed), *self.drawn_anew(plain_sources(spec.rows), seed)]
         return self.fit(expert, train, seed, label, over or {}, own=SAFETY)
 
     def fisher(

@@ -30,7 +30,7 @@ class ExpertSpec:
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
 
-    def rows(self, what: str) -> tuple[Sources, Sources]:
+    def training_rows(self, what: str) -> tuple[Sources, Sources]:
         """Training and validation rows.
 
         Args:

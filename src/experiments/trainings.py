@@ -26,7 +26,7 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
     if expert is None:
         raise InputError(f"method {spec.name}: train needs recipe.utility")
     over, label = spec.settings, spec.title(value)
-    train = grid.rows(expert.rows(f"{label}: recipe.utility")[0], seed)
+    train = grid.rows(expert.training_rows(f"{label}: recipe.utility")[0], seed)
     if spec.rows is not None:
         train += grid.drawn_anew(plain_sources(spec.rows), seed)
     if spec.strength.option not in (SAFETY_ROWS, "none"):
@@ -35,7 +35,7 @@ def _trained(grid: "Grid", spec: MethodSpec, value: float, seed: int) -> Cell:
         return _beside_safety(grid, spec, train, seed, label, over)
     if spec.train == "mixed":
         limit = int(value) if spec.strength.option == SAFETY_ROWS else None
-        refusals, _ = grid.recipe.safety.rows(f"{label}: recipe.safety")
+        refusals, _ = grid.recipe.safety.training_rows(f"{label}: recipe.safety")
         train += _drawn(grid.rows(refusals, seed), limit, seed)
     return grid.fit(expert, train, seed, label, over)
 
@@ -69,8 +69,9 @@ def tuned_core(grid: "Grid", spec: MethodSpec, utility: Cell, safety: Cell, seed
     train: Any = [{key: value for key, value in row.items() if key != "weight"} for row in drawn]
     # The checkpoint is chosen on rows of both kinds, as the rows are that it trains on.
     label = f"{spec.name}, core"
-    named = {"safety": grid.recipe.safety, "utility": expert}
-    chosen_by: Any = [row for name, one in named.items() for row in sources(one.rows(f"{label}: recipe.{name}")[1])]
+    experts = {"safety": grid.recipe.safety, "utility": expert}
+    vals = [one.training_rows(f"{label}: recipe.{name}")[1] for name, one in experts.items()]
+    chosen_by: Any = [row for val in vals for row in sources(val)]
     both = replace(grid.recipe.safety, train=train, val=chosen_by)
     return grid.fit(both, train, seed, label, spec.settings, {"core": (safety,), "beside": (utility,)})
 
@@ -79,7 +80,7 @@ def fewer_rows(recipe: Recipe, spec: MethodSpec) -> list[str]:
     """Notes on strengths of mixed training that sources without enough rows do not reach."""
     if spec.train != "mixed" or spec.strength.option != SAFETY_ROWS:
         return []
-    refusals, _ = recipe.safety.rows(f"{spec.name}: recipe.safety")
+    refusals, _ = recipe.safety.training_rows(f"{spec.name}: recipe.safety")
     counts = {value: count_rows(_drawn(refusals, int(value), 0)) for value in spec.strength.values}
     short = [f"@ {spec.shown(v):g} has {n}" for v, n in counts.items() if n is not None and n < v]
     where = "each source gives an equal share, as far as it has so many"

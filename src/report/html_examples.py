@@ -22,14 +22,11 @@ def example_section(examples: Sequence[Mapping[str, Any]]) -> str:
     for place, example in enumerate(examples):
         counts[example["suite"]] += 1
         blocks.append(_block(example, counts[example["suite"]], first[example["kind"]] == place))
-    left_out = " Prompts are left out where this page may not pass them on." if _left_out(examples) else ""
+    away = any(example["prompt"] is None for example in examples)
+    left_out = " Prompts are left out where this page may not pass them on." if away else ""
     note = f"Answers end where the evaluation ended them (its suites' max_new_tokens).{left_out}"
     head = f'<section id="examples"><h2>Example answers</h2><p class="note">{note}</p>'
     return f"{head}{''.join(blocks)}</section>"
-
-
-def _left_out(examples: Sequence[Mapping[str, Any]]) -> bool:
-    return any(example["prompt"] is None for example in examples)
 
 
 def _block(example: Mapping[str, Any], number: int, shown: bool) -> str:
@@ -37,10 +34,11 @@ def _block(example: Mapping[str, Any], number: int, shown: bool) -> str:
         f"<div><h4>{escape(answer['model'])}</h4><p>{escape(answer['answer']) or '<em>(empty)</em>'}</p></div>"
         for answer in example["answers"]
     )
-    kind = "" if example["suite"] == example["kind"] else f" ({escape(example['kind'])})"
-    heading = f"{escape(example['suite'])}{kind}, prompt {number}"
+    asked = "" if example["suite"] == example["kind"] else f" ({escape(example['kind'])})"
+    heading = f"{escape(example['suite'])}{asked}, prompt {number}"
     prompt = example["prompt"]
-    said = f'<p class="prompt">{escape(prompt)}</p>' if prompt is not None else f'<p class="note">{example["id"]}</p>'
+    kind, text = ("note", example["id"]) if prompt is None else ("prompt", prompt)
+    said = f'<p class="{kind}">{escape(text)}</p>'
     inner = f'{said}<div class="answers">{answers}</div>'
     if example["kind"] in HARMFUL:
         return f'<details class="harmful"><summary>{heading}: harmful, and its answers</summary>{inner}</details>'

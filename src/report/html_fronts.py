@@ -12,9 +12,9 @@ from src.report.html_axes import Axis, Frame
 
 COLOURS = 7
 MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")
-REFERENCES = ("plus", "box", "bar")
-GREY = "c7"
-OURS = '<g class="ours '
+REFERENCE_MARKS = ("plus", "box", "bar")
+GREY, OURS = "c7", "ours"
+"""The class of references' colour, and the role of a method that stands out."""
 
 
 def front_figure(front: Mapping[str, Any], anchor: str) -> str:
@@ -23,13 +23,12 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     if not points:
         return ""
     frame = Frame(_range([p["x"] for p in points]), _range([p["y"] for p in points]))
-    styles = _styles(front["series"])
-    drawn = [_line(line, *style, frame, front) for line, style in zip(front["series"], styles, strict=True)]
+    styled = list(zip(front["series"], _styles(front["series"]), strict=True))
     # What stands out is drawn last, over the others.
-    lines = "".join(sorted(drawn, key=lambda line: line.startswith(OURS)))
+    in_order = sorted(styled, key=lambda one: one[0].get("role") == OURS)
+    lines = "".join(_line(line, *style, frame, front) for line, style in in_order)
     legend = "".join(
-        f"<li>{key(colour, mark(shape, 0, 0))}{escape(line['name'])}</li>"
-        for line, (colour, shape) in zip(front["series"], styles, strict=True)
+        f"<li>{key(colour, mark(shape, 0, 0))}{escape(line['name'])}</li>" for line, (colour, shape) in styled
     )
     note = f'<figcaption class="note">{escape(front["note"])}</figcaption>' if front.get("note") else ""
     label = f"{front['title']}: {front['y']['label']} over {front['x']['label']}"
@@ -45,7 +44,7 @@ def _styles(series: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Class of the colour and mark of every series."""
     references = [line["name"] for line in series if line.get("role") == "reference"]
     methods = [line["name"] for line in series if line["name"] not in references]
-    found = {name: (GREY, REFERENCES[i % len(REFERENCES)]) for i, name in enumerate(references)}
+    found = {name: (GREY, REFERENCE_MARKS[i % len(REFERENCE_MARKS)]) for i, name in enumerate(references)}
     found |= {name: (f"c{i % COLOURS}", MARKS[i % len(MARKS)]) for i, name in enumerate(methods)}
     return [found[line["name"]] for line in series]
 
@@ -77,8 +76,8 @@ def _line(line: Mapping[str, Any], colour: str, shape: str, frame: Frame, front:
         said = f"{one['model']}: {_said(front['x'], one['x'])}; {_said(front['y'], one['y'])}"
         touch = f'<circle class="touch" cx="{x}" cy="{y}" r="12"/>'  # a finger is no mouse
         parts.append(point(said, whiskers + touch + mark(shape, x, y)))
-    head = OURS if line.get("role") == "ours" else '<g class="'
-    return f'{head}{colour}">{"".join(parts)}</g>'
+    out = f"{OURS} " if line.get("role") == OURS else ""
+    return f'<g class="{out}{colour}">{"".join(parts)}</g>'
 
 
 def _said(axis: Mapping[str, Any], number: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ def pencil_section(entry: Mapping[str, Any], anchor: str) -> str:
     """
     pencil, name = entry["pencil"], f"{entry['model']}, seed {entry['seed']}"
     shown = [name for key, name in PARTS.items() if pencil is not None and pencil[key]]
-    title = f"{' and '.join(shown).capitalize() or 'Spectrum and map'} of {name}"
+    title = f"{', '.join(shown).capitalize() or 'Spectrum, map'} of {name}"
     head = f'<section id="{anchor}"><h2>{escape(title)}</h2>'
     if pencil is None:
         said = f"The result of this merge (cell {entry['cell']}) holds no spectrum and no map, so none is shown."

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-P = "p-value"
-"""What a column says that its numbers are."""
+P_VALUE = "p-value"
+"""Kind of a column whose numbers are p-values."""
 MINUS = "−"
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 
@@ -37,7 +37,7 @@ def _row(table: Mapping[str, Any], number: int) -> str:
     cells = []
     for column in table["columns"]:
         value = row.get(column["key"], "")
-        text, key = p_value(value) if column.get("is") == P and isinstance(value, float) else shown(value)
+        text, key = p_value(value) if column.get("kind") == P_VALUE and isinstance(value, float) else shown(value)
         bold = table["best"].get(column["key"]) == number
         inner = f"<strong>{text}</strong>" if bold else text
         kind = ' class="number"' if key else ""
