@@ -376,7 +376,8 @@ def test_the_page_works_in_a_browser(tmp_path, width, scheme):
         shown.locator(".point").nth(2).hover()
         assert "A @ 0.75" in shown.locator("#tip").inner_text()
         shown.locator("#pencil0 .point").first.focus()
-        for key, said in [("Home", "rank 1: λ = 1000"), ("ArrowRight", "rank 2"), ("End", "rank 5"), ("Tab", "cut at 0.00")]:
+        pressed = [("Home", "rank 1: λ = 1000"), ("ArrowRight", "rank 2"), ("End", "rank 5"), ("Tab", "cut at 0.00")]
+        for key, said in pressed:
             shown.keyboard.press(key)
             assert said in shown.locator("#tip").inner_text()
         shown.locator("#pencil0 .tile").nth(3).hover()
