@@ -32,6 +32,7 @@ TABLE := $(DEMO)/report/table.md
 
 MERGEKIT := .oracles/mergekit
 LM_EVAL := .oracles/lm-eval
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 SITE := -c 'import site; print(site.getsitepackages()[0])'
 
 .PHONY: setup demo test lint bench oracles clean help
@@ -111,8 +112,13 @@ lint: $(READY)
 	$(PY) -m ruff format --check src tests
 	$(PY) -m mypy
 
-test: lint
+test: lint $(if $(CHROMIUM),$(VENV)/.browser)
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# Drives an installed browser for the tests of the studies' page; brings none.
+$(VENV)/.browser: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
 
 bench: $(READY)
 	$(PY) -m pytest tests/benchmarks -s --override-ini addopts= --timeout 3600
