@@ -1,14 +1,15 @@
 """Fronts as inline SVG: points with 95 % intervals along each method's path, values on hover and on focus.
 
 Colours repeat after seven methods and marks after six: no two of 42 look alike, in print and to the colour-blind.
-References are grey, with marks of their own.
+References are grey, with marks of their own, and arrows on the edge where they are far off (:mod:`front_scale`).
 """
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from src.report.html_axes import Axis, Frame
+from src.report.front_scale import Axis, off_axis_note, span, vertical_axis, with_margin
+from src.report.html_axes import Frame
 
 COLOURS = 7
 MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")
@@ -22,7 +23,7 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     points = [point for line in front["series"] for point in line["points"]]
     if not points:
         return ""
-    frame = Frame(_range([p["x"] for p in points]), _range([p["y"] for p in points]))
+    frame = Frame(with_margin(span([p["x"] for p in points])), vertical_axis(front))
     styled = list(zip(front["series"], _styles(front["series"]), strict=True))
     # What stands out is drawn last, over the others.
     in_order = sorted(styled, key=lambda one: one[0].get("role") == OURS)
@@ -30,7 +31,8 @@ def front_figure(front: Mapping[str, Any], anchor: str) -> str:
     legend = "".join(
         f"<li>{key(colour, mark(shape, 0, 0))}{escape(line['name'])}</li>" for line, (colour, shape) in styled
     )
-    note = f'<figcaption class="note">{escape(front["note"])}</figcaption>' if front.get("note") else ""
+    said = " ".join(filter(None, (front.get("note"), off_axis_note(front, frame.up))))
+    note = f'<figcaption class="note">{escape(said)}</figcaption>' if said else ""
     label = f"{front['title']}: {front['y']['label']} over {front['x']['label']}"
     return (
         f'<section id="{anchor}"><h2>{escape(front["title"])}</h2><figure>'
@@ -49,35 +51,39 @@ def _styles(series: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [found[line["name"]] for line in series]
 
 
-def _range(values: Sequence[Mapping[str, float]]) -> Axis:
-    """Ends of an axis: the intervals with a margin."""
-    low, high = min(v["low"] for v in values), max(v["high"] for v in values)
-    low, high = min(low, *(v["value"] for v in values)), max(high, *(v["value"] for v in values))
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
 def _named(axis: Mapping[str, Any]) -> str:
     better = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(axis["better"], "")
     return f"{axis['label']}{better}"
 
 
 def _line(line: Mapping[str, Any], colour: str, shape: str, frame: Frame, front: Mapping[str, Any]) -> str:
-    places = [(frame.x(p["x"]["value"]), frame.y(p["y"]["value"])) for p in line["points"]]
+    places = [(frame.x(p["x"]["value"]), frame.y(_inside(p["y"]["value"], frame.up))) for p in line["points"]]
     path = " ".join(f"{x},{y}" for x, y in places)
     parts = [f'<polyline points="{path}"/>'] if len(places) > 1 else []
     for one, (x, y) in zip(line["points"], places, strict=True):
         left, right = frame.x(one["x"]["low"]), frame.x(one["x"]["high"])
-        low, high = frame.y(one["y"]["low"]), frame.y(one["y"]["high"])
+        low, high = (frame.y(_inside(one["y"][end], frame.up)) for end in ("low", "high"))
+        shown = _inside(one["y"]["value"], frame.up) - one["y"]["value"]
         whiskers = (
             f'<line class="whisker" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
             f'<line class="whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>'
         )
         said = f"{one['model']}: {_said(front['x'], one['x'])}; {_said(front['y'], one['y'])}"
         touch = f'<circle class="touch" cx="{x}" cy="{y}" r="12"/>'  # a finger is no mouse
-        parts.append(point(said, whiskers + touch + mark(shape, x, y)))
+        arrow = _arrow(shown)
+        drawn = touch + mark(arrow, x, y) if arrow else whiskers + touch + mark(shape, x, y)
+        parts.append(point(said, drawn))
     out = f"{OURS} " if line.get("role") == OURS else ""
     return f'<g class="{out}{colour}">{"".join(parts)}</g>'
+
+
+def _inside(value: float, axis: Axis) -> float:
+    return min(max(value, axis[0]), axis[1])
+
+
+def _arrow(moved: float) -> str | None:
+    """The mark of a point that has been moved onto the edge."""
+    return None if moved == 0 else "up" if moved < 0 else "down"
 
 
 def _said(axis: Mapping[str, Any], number: Mapping[str, Any]) -> str:
@@ -114,5 +120,7 @@ def mark(shape: str, x: float, y: float, r: float = 5) -> str:
         "square": ((-r, -r), (r, -r), (r, r), (-r, r)),
         "diamond": ((0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)),
         "triangle": ((0, -r), (r, r), (-r, r)),
+        "up": ((0, 0), (r, 2 * r), (-r, 2 * r)),
+        "down": ((0, 0), (r, -2 * r), (-r, -2 * r)),
     }[shape]
     return f'<polygon class="mark" points="{" ".join(f"{x + dx},{y + dy}" for dx, dy in corners)}"/>'

@@ -5,8 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from src.files import write_atomically
+from src.report.front_scale import REFERENCE, Axis, off_axis_note, vertical_axis
 
 MARKERS = "osD^Xv"
+REFERENCE_STYLES = ({"marker": "P"}, {"marker": "s", "markerfacecolor": "none"}, {"marker": "*", "markersize": 9})
+GREY = "0.35"
+HUES = (0, 1, 2, 3, 4, 5, 6, 8, 9, 7)
+"""Order in which methods take the hues of tab20: grey, which references have, last."""
+ARROWS = {"below": 7, "above": 6}
+"""Matplotlib's numbers of carets whose tip is the point."""
 
 
 def draw_fronts(fronts: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -20,9 +27,12 @@ def draw_fronts(fronts: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6.2 * len(shown), 5.2))
     axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, front in zip(axes[0], shown, strict=True):
-        for number, line in enumerate(front["series"]):
-            _draw_line(axis, line, number)
-        axis.set(title=front["title"], xlabel=front["x"]["label"], ylabel=front["y"]["label"])
+        ends = vertical_axis(front)
+        for line, style in zip(front["series"], series_styles(front["series"]), strict=True):
+            _draw_line(axis, line, style, ends)
+        note = off_axis_note(front, ends)
+        axis.set(title=front["title"], ylabel=front["y"]["label"], ylim=ends)
+        axis.set_xlabel(f"{front['x']['label']}\n{note}" if note else front["x"]["label"])
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
@@ -30,19 +40,32 @@ def draw_fronts(fronts: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
-def _draw_line(axis: Any, line: Mapping[str, Any], number: int) -> None:
-    """A method's path with its intervals."""
-    points = line["points"]
+def series_styles(series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mark, colour and width of each series: references are grey, the study's own method is drawn over the others."""
+    found, references, methods = [], 0, 0
+    for line in series:
+        if line.get("role") == REFERENCE:
+            found.append({"color": GREY, **REFERENCE_STYLES[references % len(REFERENCE_STYLES)]})
+            references += 1
+        else:
+            own = {"linewidth": 2.4, "markersize": 7, "zorder": 4} if line.get("role") == "ours" else {}
+            found.append(series_style(methods) | own)
+            methods += 1
+    return found
+
+
+def _draw_line(axis: Any, line: Mapping[str, Any], style: dict[str, Any], ends: Axis) -> None:
+    """A method's path with its intervals; an arrow on the edge for a point beyond it."""
+    points = [point for point in line["points"] if ends[0] <= point["y"]["value"] <= ends[1]]
+    for point in line["points"]:
+        if point not in points:
+            below = point["y"]["value"] < ends[0]
+            edge, arrow = (ends[0], ARROWS["below"]) if below else (ends[1], ARROWS["above"])
+            axis.plot([point["x"]["value"]], [edge], marker=arrow, color=style["color"], markersize=8, linestyle="")
     values = {key: [point[key]["value"] for point in points] for key in ("x", "y")}
     errors = {f"{key}err": error_bars(point[key] for point in points) for key in ("x", "y")}
-    style = {
-        "label": legend_name(line["name"]),
-        "linewidth": 1.2,
-        "elinewidth": 0.6,
-        "markersize": 5,
-        **series_style(number),
-    }
-    axis.errorbar(values["x"], values["y"], **errors, **style)
+    plain = {"label": legend_name(line["name"]), "linewidth": 1.2, "elinewidth": 0.6, "markersize": 5}
+    axis.errorbar(values["x"], values["y"], **errors, **plain | style)
 
 
 def error_bars(numbers: Iterable[Mapping[str, float]]) -> list[list[float]]:
@@ -61,6 +84,6 @@ def series_style(number: int) -> dict[str, Any]:
     """Mark and colour of a series: ten strong colours, then ten pale ones; none of 20 has the colour of another."""
     from matplotlib import colormaps
 
-    pale, hue = divmod(number % 20, 10)
+    pale, place = divmod(number % 20, 10)
     # tab20 has each hue twice, strong and pale.
-    return {"marker": MARKERS[number % len(MARKERS)], "color": colormaps["tab20"](2 * hue + pale)}
+    return {"marker": MARKERS[number % len(MARKERS)], "color": colormaps["tab20"](2 * HUES[place] + pale)}
