@@ -154,6 +154,22 @@ def test_a_claim_is_made_only_where_the_interval_excludes_zero():
         assert (claim.winner is None) == includes
 
 
+def test_a_table_of_one_model_against_others_names_it_once():
+    given = {"A": [record(0.9, seed=1)], "B": [record(0.3, seed=2)], "C": [record(0.8, seed=3)]}
+    scores = gathered(given)
+    alone = claims_table(claims(scores, "A", ["B", "C"], ["refusal"]), "Claims")
+    heads = {one["key"]: one["label"] for one in alone["columns"]}
+    assert "first" not in heads
+    assert heads["second"] == "against"
+    assert alone["note"].startswith("Differences are A less the other. ")
+    assert [row["difference"]["value"] > 0 for row in alone["rows"]] == [True, True]
+    made = [*claims(scores, "A", ["B"], ["refusal"]), *claims(scores, "C", ["B"], ["refusal"])]
+    several = claims_table(made, "Claims")
+    heads = {one["key"]: one["label"] for one in several["columns"]}
+    assert (heads["first"], heads["second"], heads["difference"]) == ("A", "B", "A − B")
+    assert "less the other" not in several["note"]
+
+
 def test_a_model_never_differs_from_itself():
     scores = gathered({"A": [record(0.5)], "B": [record(0.5)]})
     (claim,) = claims(scores, "A", ["B"], ["refusal"])

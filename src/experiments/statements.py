@@ -83,7 +83,10 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def claims_table(found: Sequence[Claim], title: str, how: str = BOOTSTRAP) -> Document:
-    """Claims as a table, with the note on multiple comparisons behind the one on how they were computed."""
+    """Claims as a table, with the note on multiple comparisons behind the one on how they were computed.
+
+    Where one model is compared with all others, the note names it, and no column repeats it.
+    """
     made = [claim for claim in found if claim.winner is not None]
     rows: list[dict[str, Any]] = [
         {
@@ -97,7 +100,12 @@ def claims_table(found: Sequence[Claim], title: str, how: str = BOOTSTRAP) -> Do
         }
         for claim in found
     ]
-    heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B"}
+    firsts = {claim.first for claim in found}
+    if len(firsts) == 1:
+        heads = {"measure": "measure", "second": "against", "difference": "difference"}
+        how = f"Differences are {firsts.pop()} less the other. {how}"
+    else:
+        heads = {"measure": "measure", "first": "A", "second": "B", "difference": "A − B"}
     columns = [*(column(key, label) for key, label in heads.items()), p_column("p", "p"), p_column("holm", "p (Holm)")]
     columns.append(column("claim", "claim"))
     note = how + holm_note([claim.adjusted for claim in made], len(found), "claims")
