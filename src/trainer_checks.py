@@ -69,12 +69,46 @@ def check_callbacks(trainer: Trainer) -> None:
         )
 
 
-def warn_of_early_end(trainer: Trainer, planned: float) -> None:
-    """Say where a training ended before so many steps."""
+def follow_seed(config: Namespace) -> None:
+    """Initial weights and order of batches take the command's seed where they have none of their own."""
+    for part in (config.model, config.data):
+        if part.seed is None:
+            part.seed = int(config.seed_everything or 0)
+
+
+def warn_of_narrow_adapter(trainer: Trainer) -> None:
+    """Say that Lightning's ``bf16-true`` and the like make the adapter's own weights and optimiser state narrow."""
+    if trainer.precision in ("bf16-true", "16-true"):
+        log.warning(
+            "trainer.precision %s trains the adapter itself in %s, which loses small steps; for a base in it and an "
+            "adapter in float32 take --model.base.dtype with --trainer.precision 32-true",
+            trainer.precision,
+            "bfloat16" if trainer.precision == "bf16-true" else "float16",
+        )
+
+
+def warn_of_early_end(trainer: Trainer) -> None:
+    """Say where a training ended before the steps that were asked for."""
+    planned = trainer.estimated_stepping_batches
+    asked = trainer.max_steps if trainer.max_steps > 0 else planned
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.warning("fast_dev_run: trained on one batch, so this adapter is for trying the command only")
-    elif trainer.global_step < planned < inf:
-        log.warning("the training ended after %d of %d steps", trainer.global_step, planned)
+    elif trainer.global_step < asked < inf:
+        over = trainer.global_step >= planned
+        why = f" (trainer.max_epochs is {trainer.max_epochs}; -1 for no limit)" if over else ""
+        log.warning("the training ended after %d of %d steps%s", trainer.global_step, asked, why)
+
+
+def warn_of_unmeasured_steps(trainer: Trainer, kept: int) -> None:
+    """Say where a training went on behind its last validation: what came then could not be chosen."""
+    validated = getattr(trainer.lightning_module, "validated", {})
+    if validated and kept < trainer.global_step > max(validated):
+        log.warning(
+            "the last %d of %d steps were not validated, so they are not in the adapter; see "
+            "trainer.check_val_every_n_epoch and trainer.val_check_interval",
+            trainer.global_step - max(validated),
+            trainer.global_step,
+        )
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from src.run_folder import (
     other_run,
     unfinished_checkpoints,
 )
-from src.trainer_checks import RunRecord, check_callbacks, check_training_length, making_trainer
+from src.trainer_checks import RunRecord, check_callbacks, check_training_length, follow_seed, making_trainer
 from src.trainer_parser import TrainerParser
 from src.whole_values import ConfigFile
 
@@ -118,6 +118,7 @@ class TrainerCommand(LightningCLI):
         self.config.output = str(self.output)
         if self.command == "fit":
             check_training_length(self.config.trainer)
+            follow_seed(self.config)
         if self.config.get("dry_run"):
             return
         if self.command == "validate" and self.config.ckpt_path is None:

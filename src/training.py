@@ -23,7 +23,7 @@ from src.models.expert import ExpertModule
 from src.models.fisher import FisherModule
 from src.provenance import versions
 from src.signals import terminated_like_interrupted
-from src.trainer_checks import fitting, warn_of_early_end
+from src.trainer_checks import fitting, warn_of_early_end, warn_of_narrow_adapter, warn_of_unmeasured_steps
 from src.trainer_command import TrainerCommand
 
 log = logging.getLogger(__name__)
@@ -37,11 +37,12 @@ def fit(arguments: list[str]) -> None:
         if checkpoint is not None:
             log.info("going on from %s", checkpoint)
         command.begin()
+        warn_of_narrow_adapter(trainer)
         with fitting():
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        warn_of_early_end(trainer, trainer.estimated_stepping_batches)
+        warn_of_early_end(trainer)
         save_expert(trainer, module, data, command)  # type: ignore[arg-type]
         command.end()
 
@@ -55,6 +56,7 @@ def save_expert(trainer: Trainer, module: ExpertModule, data: ExpertData, comman
     weights, measured, step = _kept(trainer, module)
     if not trainer.is_global_zero:
         return
+    warn_of_unmeasured_steps(trainer, step)
     if not (isfinite(measured or 0.0) and all(tensor.isfinite().all() for tensor in weights.values())):
         raise InputError(
             "training diverged: the adapter or its validation loss is not finite, and no adapter was written; "

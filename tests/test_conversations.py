@@ -170,3 +170,22 @@ def test_files_of_rows_may_be_packed(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"rows\.jsonl\.gz: not a whole gzip file"):
             load_rows(str(path), need_response=True)
+
+
+def test_an_answer_of_several_lines_keeps_the_indentation_of_its_first(tmp_path):
+    code = "\n \n    c = a + b\n    return c  \n"
+    messages = [{"role": "user", "content": "    Go on:\n  x"}, {"role": "assistant", "content": code}]
+    found = read(tmp_path, {"prompt": "def add(a, b):\n", "response": code}, {"messages": messages})
+    assert [row.response for row in found] == ["    c = a + b\n    return c"] * 2
+    assert [row.prompt for row in found] == ["def add(a, b):", "Go on:\n  x"]
+    plain = ["   Blue.\n", " Blue.\nIt is.", "\n\nBlue.", "\tx\n\ty"]
+    found = read(tmp_path, *({"prompt": f"p{i}", "response": text} for i, text in enumerate(plain)))
+    assert [row.response for row in found] == ["Blue.", "Blue.\nIt is.", "Blue.", "\tx\n\ty"]
+
+
+def test_windows_ends_of_lines_inside_a_field_are_ends_of_lines(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b'prompt,response\r\n"one\r\ntwo","a\r\n  b"\r\n')
+    turns = [{"role": "user", "content": "one\r\ntwo"}, {"role": "assistant", "content": "a\r\n  b"}]
+    found = [*load_rows(str(table), need_response=True), *read(tmp_path, {"messages": turns})]
+    assert [(row.prompt, row.response) for row in found] == [("one\ntwo", "a\n  b")] * 2

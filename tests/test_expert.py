@@ -8,7 +8,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 from peft import LoraConfig, TaskType, get_peft_model
 
 from src.models.base import BaseSpec
-from src.models.expert import ExpertModule, LoraSpec
+from src.models.expert import ExpertModule
+from src.models.lora import LoraSpec, add_lora
 from tests.tiny import make_model
 
 
@@ -26,7 +27,7 @@ def test_an_adapter_starts_from_the_cpus_draw_on_every_device_and_seeds_no_gpu(m
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     module = ExpertModule(BaseSpec("tiny"), LoraSpec(), seed=3)
     with torch.device("meta"):  # as Lightning has a GPU there
-        found = first_weights(module._with_lora(model))
+        found = first_weights(add_lora(model, module.lora, module.seed))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not seeded
@@ -61,7 +62,7 @@ def test_the_validation_loss_of_two_processes_is_the_mean_over_all_tokens():
 
 def test_the_adapter_is_the_one_that_is_asked_for():
     lora = LoraSpec(3, 5.0, ["q_proj", "down_proj"], dropout=0.1, rslora=True)
-    config = ExpertModule(BaseSpec("tiny"), lora)._with_lora(make_model()).peft_config["default"]
+    config = add_lora(make_model(), lora, 0).peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (3, 5.0, 0.1, True)
     assert set(config.target_modules) == {"q_proj", "down_proj"}
 

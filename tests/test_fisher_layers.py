@@ -20,9 +20,8 @@ from src.data.sources import load_rows
 from src.errors import InputError
 from src.fisher.files import load_fisher
 from src.fisher.scores import ScoreRecorder
-from src.models.base import BaseSpec
-from src.models.expert import ExpertModule, LoraSpec
 from src.models.logits import answer_places
+from src.models.lora import LoraSpec, add_lora
 from tests.commands import fisher_flags
 from tests.fisher_pass import make_batch, recorded_scores
 from tests.tiny import make_model, make_tokenizer
@@ -200,13 +199,12 @@ def tiny_mixtral():
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]])
 def test_training_of_experts_that_are_bare_parameters_is_refused_before_it_begins(targets):
-    module = ExpertModule(BaseSpec("tiny"), LoraSpec(rank=2, targets=targets))
     with pytest.raises(InputError, match=r"^lora\.targets .* bare parameters, .*expected attention layers"):
-        module._with_lora(tiny_mixtral())
+        add_lora(tiny_mixtral(), LoraSpec(rank=2, targets=targets), 0)
 
 
 def test_attention_layers_beside_experts_are_trained():
-    adapted = ExpertModule(BaseSpec("tiny"), LoraSpec(rank=2, targets=["q_proj"]))._with_lora(tiny_mixtral())
+    adapted = add_lora(tiny_mixtral(), LoraSpec(rank=2, targets=["q_proj"]), 0)
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
 
 

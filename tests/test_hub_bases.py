@@ -22,7 +22,8 @@ from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.fishers import _beside_base
 from src.merge.stage import merge
 from src.models.base import BaseSpec, check_trained_on, load_tokenizer
-from src.models.expert import ExpertModule, LoraSpec
+from src.models.expert import ExpertModule
+from src.models.lora import LoraSpec
 from tests.tiny import make_model
 
 NAME, MODULE = "org/base", "model.layers.0.self_attn.q_proj"

@@ -421,12 +421,11 @@ def test_where_the_processor_multiplies_bfloat16_no_clock_decides_whether_to_rou
 
 
 def test_an_adapter_of_all_linear_layers_keeps_to_the_decoder():
-    from src.models.base import BaseSpec
-    from src.models.expert import ExpertModule, LoraSpec
+    from src.models.lora import LoraSpec, add_lora
 
     model = make_model()
     model.vision_tower = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 16))
-    adapted = ExpertModule(BaseSpec("tiny"), LoraSpec())._with_lora(model)
+    adapted = add_lora(model, LoraSpec(), 0)
     names = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert len(names) == 14
     assert not any("vision_tower" in name for name in names)
@@ -441,14 +440,13 @@ class Clipped(torch.nn.Module):
 
 
 def test_a_named_layer_of_a_tower_that_is_no_linear_layer_is_no_target():
-    from src.models.base import BaseSpec
-    from src.models.expert import ExpertModule, LoraSpec, beside_the_decoder
+    from src.models.lora import LoraSpec, add_lora, beside_the_decoder
 
     model = make_model()
     model.dropout = torch.nn.Dropout()
     assert beside_the_decoder(model) == []
     model.vision_tower = torch.nn.ModuleDict({"q_proj": Clipped()})
-    adapted = ExpertModule(BaseSpec("tiny"), LoraSpec(targets=["q_proj"]))._with_lora(model)
+    adapted = add_lora(model, LoraSpec(targets=["q_proj"]), 0)
     names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
     assert len(names) == 2
     assert not any("vision_tower" in name for name in names)
@@ -457,7 +455,8 @@ def test_a_named_layer_of_a_tower_that_is_no_linear_layer_is_no_target():
 @pytest.mark.parametrize("error", [-1.0, 0.0, math.nan])
 def test_modules_refuse_an_error_of_products_that_none_has(error):
     from src.models.evaluation import EvaluationModule
-    from src.models.expert import ExpertModule, LoraSpec
+    from src.models.expert import ExpertModule
+    from src.models.lora import LoraSpec
 
     for make in (partial(ExpertModule, BaseSpec(), LoraSpec()), partial(EvaluationModule, BaseSpec())):
         with pytest.raises(InputError, match=f"model.max_matmul_error is {error}; expected a number above 0"):

@@ -27,7 +27,8 @@ class Batch:
         ids: (N, T) int64 token ids.
         lengths: (N,) int64 number of real tokens of each row.
         answer_starts: (N,) int64 position of the first answer token.
-        weight: 1.0, or 0.0 for a repeated batch that only keeps sharded processes in step.
+        weight: Factor of its loss in training (:class:`LengthBatches`), else 1.0; 0.0 for a repeated batch that only
+            keeps sharded processes in step.
     """
 
     index: torch.Tensor
@@ -99,6 +100,9 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
     Where they do not come out even, a process repeats one: with weight 1 when shuffling (training), with weight 0
     otherwise (validation, Fisher passes).
 
+    An optimiser step of several batches takes the mean of their losses, each a mean over answer tokens. With
+    ``answers``, batches weigh by their tokens, so that the step is that of one batch of all their rows.
+
     Args:
         lengths: Number of tokens of each row.
         batch_size: Rows per batch.
@@ -111,6 +115,8 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
             on the demo's rows, 4 cost nothing measurable (``tests/benchmarks/test_fit_speed.py``).
         epoch: Tells the epoch that begins; asked when the first batch is drawn, because Lightning makes the first
             iterator of a resumed run before it knows the epoch.
+        answers: Number of answer tokens of each row; ``None`` leaves the weights at 1.
+        accumulate: Tells how many batches of each process an optimiser step has; asked with ``epoch``.
     """
 
     def __init__(
@@ -123,9 +129,12 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
         seed: int | None = None,
         window: int = WINDOW,
         epoch: Callable[[], int] = int,
+        answers: list[int] | None = None,
+        accumulate: Callable[[], int] = lambda: 1,
     ) -> None:
         self.lengths, self.batch_size, self.rank, self.world_size = lengths, batch_size, rank, world_size
         self.seed, self.window, self.epoch = seed, window, epoch
+        self.answers, self.accumulate = answers, accumulate
 
     def _batches(self) -> list[list[int]]:
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
@@ -145,11 +154,25 @@ class LengthBatches(Sampler[tuple[list[int], float]]):
 
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
         batches = self._batches()
-        mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
-        if len(mine) < len(self):
-            extra = batches[(self.rank - len(batches)) % len(batches)]
-            mine.append((extra, 0.0 if self.seed is None else 1.0))
-        yield from mine
+        dealt = [(batch, 1.0) for batch in batches]
+        for place in range(len(batches), len(self) * self.world_size):
+            again = batches[(place % self.world_size - len(batches)) % len(batches)]
+            dealt.append((again, 0.0 if self.seed is None else 1.0))
+        if self.answers is not None:
+            dealt = list(self._weighed(dealt, self.answers))
+        yield from dealt[self.rank :: self.world_size]
+
+    def _weighed(self, dealt: list[tuple[list[int], float]], answers: list[int]) -> Iterator[tuple[list[int], float]]:
+        """Batches with weights by which the mean over an optimiser step's batches is that over all its tokens.
+
+        Lightning divides by the number of batches of a whole step, also where an epoch ends within one.
+        """
+        together = self.accumulate() * self.world_size
+        for start in range(0, len(dealt), together):
+            step = [batch for batch, _ in dealt[start : start + together]]
+            tokens = [sum(answers[row] for row in batch) for batch in step]
+            for batch, own in zip(step, tokens, strict=True):
+                yield batch, own * together / max(sum(tokens), 1)
 
     def __len__(self) -> int:
         return ceil(ceil(len(self.lengths) / self.batch_size) / self.world_size)

@@ -4,6 +4,7 @@
 ShareGPT's exports have them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
+INDENTED = re.compile(r"\t|  ")
+"""How code is indented; a single space in front of an answer is its data set's habit."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,19 @@ class Conversation:
     before: tuple[Message, ...]
     prompt: str
     response: str
+
+
+def plain_text(text: str) -> str:
+    """A text without white space around it, and without Windows' ends of lines."""
+    return text.replace("\r\n", "\n").strip()
+
+
+def answer_text(text: str) -> str:
+    """An answer without white space around it, but for what indents the first of several lines: it may be code."""
+    found = plain_text(text)
+    first = BLANK_LINES.sub("", text.replace("\r\n", "\n"))
+    indented = "\n" in found and INDENTED.match(first)
+    return first.rstrip() if indented else found
 
 
 def is_conversation(value: Any) -> bool:
@@ -79,4 +96,4 @@ def _message(value: Mapping[str, Any], place: str) -> Message:
         text = "".join(str(part.get("text", "")) for part in text)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: the content of a message of {role} is {text!r}; expected text")
-    return ROLES[role], text.strip()
+    return ROLES[role], answer_text(text) if ROLES[role] == "assistant" else plain_text(text)

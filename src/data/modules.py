@@ -154,7 +154,7 @@ class ExpertData(TokenizedData):
         batch_size: Rows per step and process.
         template: How prompts are wrapped (``auto``, ``chat`` or ``raw``).
         max_length: Tokens per row; longer rows are cut.
-        seed: Seed of the order of batches.
+        seed: Seed of the order of batches; unset is ``seed_everything``.
         window: Number of batches over whose rows the sorting by length goes; 1 draws every batch at random.
         shared_batch: Whether ``batch_size`` is that of all processes together, each of which takes its part: as many
             rows per step, and as many steps, as one process has.
@@ -167,7 +167,7 @@ class ExpertData(TokenizedData):
         batch_size: int = 8,
         template: Template = "auto",
         max_length: int = 512,
-        seed: int = 0,
+        seed: int | None = None,
         window: int = WINDOW,
         shared_batch: bool = False,
     ) -> None:
@@ -215,11 +215,16 @@ class ExpertData(TokenizedData):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of like length, the same number for every process."""
-        whole = self.loader(self.encoded["train"], seed=self.seed, window=self.window, epoch=self._epoch)
+        rows = self.encoded["train"]
+        tokens = {"answers": [len(row.ids) - row.answer_start for row in rows], "accumulate": self._accumulated}
+        whole = self.loader(rows, seed=self.seed or 0, window=self.window, epoch=self._epoch, **tokens)
         return ResumableLoader(whole.dataset, sampler=RemainingBatches(whole.sampler, self._done), batch_size=None)
 
     def _done(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+
+    def _accumulated(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.data.conversations import Message, answer_of, is_conversation, read_conversation
+from src.data.conversations import Message, answer_of, answer_text, is_conversation, plain_text, read_conversation
 from src.data.row_source import RowSource, Sources, as_sources, find_file
 from src.data.rows import Row, read_jsonl
 from src.data.tables import load_table
@@ -141,9 +141,9 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
             before = (("system", system), *(one for one in before if one[0] != "system"))
         del values["system"]
         if answer is not None:
-            values["response"] = answer.strip()
+            values["response"] = answer_text(answer)
         elif remove is not None:
-            values["response"] = remove.sub("", values["response"]).strip()
+            values["response"] = answer_text(remove.sub("", values["response"]))
         if need_response and not values["response"]:
             raise InputError(
                 f"{place}: the row has no answer; expected text in {source.columns.get('response', 'response')!r}"
@@ -222,7 +222,7 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
         value = NAMED.sub(lambda match: _part(record, match, place), spec)
     else:
         value = _column(record, spec, place)
-    return _text(value).strip()
+    return (answer_text if name == "response" else plain_text)(_text(value))
 
 
 def _part(record: dict[str, Any], match: re.Match[str], place: str) -> str:

@@ -100,8 +100,8 @@ class Stages:
         return cost, ran, {cell.key: {key: manifest[key] for key in kept}}
 
     def _fit_settings(self, cell: Cell) -> dict[str, Any]:
-        """Its settings, with the paths of what it needs."""
-        model: dict[str, Any] = {}
+        """Its settings, with the paths of what it needs; initial weights are of seed 0 where it names none."""
+        model: dict[str, Any] = {"seed": cell.settings["model"].get("seed", 0)}
         if cell.needs.get("core"):
             model["core"] = self._paths(cell, "core")[0]
         if cell.needs.get("beside"):

@@ -4,10 +4,8 @@ loss = −(1/M) Σ log p_θ(y_t | x, y_<t)   over the M answer tokens of a batch
 """
 
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from src.adapters.base_weights import on_hub
 from src.adapters.pairs import weighted_sum
 from src.adapters.peft_files import Adapter, is_trained, read_adapter, write_trained
 from src.data.batches import Batch
-from src.errors import InputError, one_line
+from src.errors import InputError
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model
 from src.models.checkpointing import checkpoint_layers
 from src.models.checkpoints import ADAPTER, bring_home, check_adapter, check_processes, keeps_schedule, rewind_to_step
@@ -27,40 +25,12 @@ from src.models.core_tuning import Core
 from src.models.fused_lora import fuse
 from src.models.kept_buffers import KeptBuffers
 from src.models.logits import answer_logits, answer_loss, answer_targets, can_pack
+from src.models.lora import LoraSpec, add_lora
 from src.models.regularizers import Regularizer
 from src.models.sharding import shard
 from src.models.speed import TrainingMode, check_matmul_error, choose_matmul
 
 log = logging.getLogger(__name__)
-NAMES = re.compile(r"\w+(,\w+)*")
-
-
-@dataclass
-class LoraSpec:
-    """The low-rank adapter to train (2106.09685).
-
-    Args:
-        rank: Inner dimension r of the update.
-        alpha: The update is scaled by alpha / rank (alpha / √rank with ``rslora``).
-        targets: Names of the layers to adapt, a regular expression of whole names, or ``all-linear``.
-        dropout: Probability that an input of the update is dropped in training.
-        rslora: Rank-stabilised scaling (2312.03732).
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str | list[str] = field(default_factory=lambda: "all-linear")
-    dropout: float = 0.0
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.alpha < inf or not 0 <= self.dropout < 1:
-            raise InputError(
-                f"lora: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank of at least 1, "
-                "alpha above 0 and dropout in [0, 1)"
-            )
-        if isinstance(self.targets, str) and self.targets != "all-linear" and NAMES.fullmatch(self.targets):
-            self.targets = self.targets.split(",")  # PEFT would take a text for a pattern of whole names
 
 
 class ExpertModule(KeptBuffers):
@@ -79,9 +49,8 @@ class ExpertModule(KeptBuffers):
         core: Adapter whose core is trained in place of a new adapter: C in U C Vᵀ, its bases and its start being
             those of this adapter; ``lora`` then says nothing.
         beside: Weight of each adapter that is there during training and stays as it is. It is no part of the result.
-        seed: Seed of the adapter's initial weights.
-        gradient_checkpointing: Compute each layer's activations again in the backward pass: less memory, more time.
-            Nothing is packed then.
+        seed: Seed of the adapter's initial weights; unset is ``seed_everything``.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time, nothing packed.
         matmul: How float32 matrices are multiplied on this processor; ``auto`` takes ``bfloat16`` where the processor
             has instructions for it, and measures on other CPUs; on a GPU it takes TF32 where the error below admits
             1e-3. ``bfloat16`` multiplies by bfloat16 copies of the frozen weights, and within attention; residuals,
@@ -102,7 +71,7 @@ class ExpertModule(KeptBuffers):
         regularizer: Regularizer | None = None,
         core: str | None = None,
         beside: dict[str, float] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         gradient_checkpointing: bool = False,
         matmul: TrainingMode = "auto",
         max_matmul_error: float = 5e-3,
@@ -112,7 +81,7 @@ class ExpertModule(KeptBuffers):
             raise InputError(f"model.warmup is {warmup}; expected a share in [0, 1)")
         check_matmul_error(max_matmul_error)
         self.base, self.lora, self.optimizer_of = base, lora, optimizer
-        self.schedule, self.warmup, self.seed = schedule, warmup, seed
+        self.schedule, self.warmup, self.seed = schedule, warmup, seed or 0
         # Layers that are computed again in the backward pass meet the packed attention no more.
         self.pack = pack and not gradient_checkpointing
         self.regularizer, self.gradient_checkpointing = regularizer, gradient_checkpointing
@@ -148,7 +117,7 @@ class ExpertModule(KeptBuffers):
         mode = choose_matmul(self.matmul, model, max_error=self.max_matmul_error, copies=copies, device=device)
         self.base_fingerprint = fingerprint(model)
         check_trained_on(self.others, self.base, self.base_fingerprint)
-        self.model = self._with_lora(model) if self.core is None else self.core.add_to(model)
+        self.model = add_lora(model, self.lora, self.seed) if self.core is None else self.core.add_to(model)
         # PEFT records where the weights lie on this machine; name and revision are what finds them on another.
         config = self.model.peft_config["default"]
         config.base_model_name_or_path = self.base.name
@@ -179,33 +148,6 @@ class ExpertModule(KeptBuffers):
     def _trained(self) -> str:
         return f"LoRA rank {self.lora.rank}" if self.core is None else f"the core of {self.core.adapter.name}"
 
-    def _with_lora(self, model: Any) -> Any:
-        from peft import LoraConfig, TaskType, get_peft_model
-
-        config = LoraConfig(
-            r=self.lora.rank,
-            lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
-            target_modules=self.lora.targets,
-            exclude_modules=beside_the_decoder(model) or None,
-            lora_dropout=self.lora.dropout,
-            use_rslora=self.lora.rslora,
-            task_type=TaskType.CAUSAL_LM,
-        )
-        # On the CPU, whose generator alone is seeded: every device starts alike, and a GPU's dropout keeps its seed.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
-            try:
-                found = get_peft_model(model, config)
-            except (ValueError, re.error) as error:
-                raise InputError(f"lora.targets {self.lora.targets}: {one_line(error)}") from None
-        # PEFT turns the layers of experts that transformers keeps in one parameter into these.
-        if found.peft_config["default"].target_parameters:
-            raise InputError(
-                f"lora.targets {self.lora.targets}: this base's experts are bare parameters, whose updates no command "
-                "reads; expected attention layers, such as [q_proj, k_proj, v_proj, o_proj]"
-            )
-        return found
-
     def _loss(self, batch: Batch) -> torch.Tensor:
         logits = answer_logits(self.model, batch, pack=self._packs(batch), narrow=self._narrow)
         return answer_loss(logits, answer_targets(batch))
@@ -219,9 +161,10 @@ class ExpertModule(KeptBuffers):
         return bool(self._can_pack)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Mean loss of the batch's answer tokens, in nats, and what the regulariser adds."""
+        """Mean loss of the batch's answer tokens, in nats, by its weight in the step, and what the regulariser adds."""
         loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.index))
+        loss = loss * batch.weight
         if self.regularizer is not None:
             penalty = self.regularizer.penalty()
             self.log("penalty", penalty, batch_size=len(batch.index))
@@ -287,14 +230,3 @@ class ExpertModule(KeptBuffers):
         """Keep the adapter's weights only: the base is not ours to store."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_trained(k)}
         checkpoint |= {ADAPTER: self._facts, "world_size": self.trainer.world_size, "validated": dict(self.validated)}
-
-
-def beside_the_decoder(model: Any) -> list[str]:
-    """Names of modules that no text passes: the towers for images and sound of models that have some.
-
-    An adapter there would have no gradient, which DDP takes for an error, and PEFT refuses targets that are no linear
-    layers but hold one, as those towers have. Empty without a linear layer there.
-    """
-    known = {*model.get_decoder().modules(), model.get_output_embeddings()}
-    beside = {name: one for name, one in model.named_modules() if known.isdisjoint(one.modules())}
-    return list(beside) if any(isinstance(one, torch.nn.Linear) for one in beside.values()) else []
