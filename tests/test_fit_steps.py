@@ -1,4 +1,4 @@
-"""What a step of a training is: the mean over its answer tokens, whatever it is put together from; its seeds; its end."""
+"""What a step of a training is: the mean over its answer tokens, however it is put together; its seeds; its end."""
 
 import json
 
