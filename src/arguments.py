@@ -18,7 +18,6 @@ DEFAULT_CONFIG = {
     "test": "test.yaml",
     "predict": "test.yaml",
     "judge": "judge.yaml",
-    "experiment": "comparison.yaml",
     "report": "report.yaml",
 }
 FOLDERS = {"--config": "configs", "--trainer": "trainers"}
@@ -105,7 +104,7 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
     their tables do not replace the demo's.
 
     Raises:
-        InputError: report is given several folders.
+        InputError: report is given several folders, or experiment no study.
     """
     flags = {argument.partition("=")[0] for argument in arguments}
     folders = list(takewhile(lambda one: not one.startswith("-"), arguments)) if command == "report" else []
@@ -119,6 +118,10 @@ def with_default_config(command: str, arguments: list[str]) -> list[str]:
     }
     named = "--config" in flags or own.get(command, False)
     asks_help = any(argument in ("--help", "-h") or argument.endswith(".help") for argument in arguments)
+    if command == "experiment" and not (named or asks_help or "--study" in flags or "--print_config" in flags):
+        raise InputError(
+            "experiment: no study; expected --config, such as comparison_demo.yaml (--dry_run lists its cells)"
+        )
     if named or asks_help or "--print_config" in arguments or command not in DEFAULT_CONFIG:
         return arguments
     return ["--config", DEFAULT_CONFIG[command], *arguments]

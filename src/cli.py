@@ -91,8 +91,8 @@ commands:
 
 Options of a command: python -m src COMMAND --help
 Bare file names are looked up as given, then under configs/ (--config) or trainers/ (--trainer). Without --config a
-command takes its default, such as configs/test.yaml; merge and report do where no adapters or results are named. Wrong
-input ends with one line and exit code 2.
+command takes its default, such as configs/test.yaml; merge and report do where no adapters or results are named, and
+experiment has none. Wrong input ends with one line and exit code 2.
 """
 
 

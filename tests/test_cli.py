@@ -165,6 +165,13 @@ def test_the_demos_report_is_not_replaced_by_that_of_other_results():
         with_default_config("report", ["a", "b", "--overwrite"])
 
 
+def test_a_study_is_computed_only_where_one_is_named(capsys):
+    """It takes hours, so none is a default."""
+    assert "experiment: no study; expected --config" in fails(["experiment", "--dry_run", "true"], capsys)
+    for given in (["--config", "a.yaml"], ["--study", "Comparison"], ["--help"]):
+        assert with_default_config("experiment", given) == given
+
+
 def test_a_training_tells_its_size_to_the_last_parameter(base, rows, tmp_path, capsys):
     assert main(fit_arguments(base, rows, tmp_path / "out", "--model.optimizer.lr", "-1")) == 2
     assert re.search(r"training \d[\d,]+ of \d+,[\d,]+ parameters", capsys.readouterr().err)
