@@ -8,13 +8,13 @@ half their span is put on the edge, and its value is written beside the plot.
 from collections.abc import Mapping
 from typing import Any
 
+from src.report.html_axes import Axis
+
 REFERENCE = "reference"
 FAR = 0.5
 """Distance from which a reference is far, in spans of the methods' intervals."""
 MARGIN = 0.06
 """Empty part at each end of an axis, in its span."""
-
-Axis = tuple[float, float]
 
 
 def span(numbers: list[Mapping[str, float]]) -> Axis:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from src.report.front_scale import Axis, off_axis_note, span, vertical_axis, with_margin
-from src.report.html_axes import Frame
+from src.report.front_scale import off_axis_note, span, vertical_axis, with_margin
+from src.report.html_axes import Axis, Frame
 
 COLOURS = 7
 MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")

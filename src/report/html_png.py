@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from src.files import write_atomically
-from src.report.front_scale import REFERENCE, Axis, off_axis_note, vertical_axis
+from src.report.front_scale import REFERENCE, off_axis_note, vertical_axis
+from src.report.html_axes import Axis
 
 MARKERS = "osD^Xv"
 REFERENCE_STYLES = ({"marker": "P"}, {"marker": "s", "markerfacecolor": "none"}, {"marker": "*", "markersize": 9})
