@@ -1,5 +1,7 @@
 """Safety methods against their definitions on dense matrices."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -388,3 +390,16 @@ def test_align_guard_says_where_its_core_space_misses_the_utility_update(updates
     utility, safety = updates
     AlignGuardPosthoc(k=2).patch(utility, safety, weight_space_fishers(safety))
     assert "of the utility update's norm lies outside the core space" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["SafeLora", "ClosestSafeUpdate"])
+def test_a_safety_adapter_that_is_not_read_is_told_and_not_recorded(method, adapters, tmp_path, capsys):
+    start_logging()
+    given = ["merge", "--method", method, "--method.aligned", str(adapters["safety"])]
+    given += ["--utility", str(adapters["utility"]), "--output"]
+    assert main([*given, str(tmp_path / "without")]) == 0
+    assert "--safety is not used" not in capsys.readouterr().err
+    assert main([*given, str(tmp_path / "with"), "--safety", str(adapters["safety"])]) == 0
+    assert f"{method} with these options reads no safety adapter: --safety is not used" in capsys.readouterr().err
+    one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("without", "with"))
+    assert one["safety"] == two["safety"]

@@ -249,7 +249,10 @@ def test_an_expert_of_weight_0_adds_nothing_to_tsv_merge():
     alone = result(TsvM(), [one])
     both = result(TsvM(), [one, Expert(other.key, 0.0, other.deltas)])
     torch.testing.assert_close(both, alone)
+    none = TsvM().combine([Expert(one.key, 0.0, one.deltas)]).deltas
     assert not result(TsvM(), [Expert(one.key, 0.0, one.deltas)]).any()
+    # PEFT reads no module of rank 0.
+    assert [pair.rank for pair in none.values()] == [1] * len(none)
 
 
 def test_fisher_averages_agree_where_factors_are_diagonal():

@@ -113,6 +113,9 @@ def merge(
     values, combination = strengths(alpha), combine or TaskArithmetic()
     points = variants(method, combination, sweep)
     _check_stages(method, safety, alpha)
+    if safety is not None and method is not None and not method.needs_safety:
+        log.warning("%s with these options reads no safety adapter: --safety is not used", type(method).__name__)
+        safety = None
     check_output(Path(output), overwrite=overwrite)
     check_own(Path(output), OWN)
     check_apart(Path(output), _paths(utility, safety, fisher, base, evaluation, *vars(method or combination).values()))

@@ -31,8 +31,8 @@ class TsvM(Subspace):
     def module(self, name: str, parts: Sequence[Part], shape: tuple[int, int]) -> tuple[LowRankPair, dict[str, Any]]:
         """Decorrelate and recombine."""
         parts = [part for part in parts if len(part.sigma) and part.weight]
-        if not parts:
-            return LowRankPair.zero(shape), {}
+        if not parts:  # an adapter has no module of rank 0
+            return LowRankPair(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1)), {}
         room = min(shape)
         each = self.keep or (room if sum(len(p.sigma) for p in parts) <= room else max(1, room // len(parts)))
         u = polar(torch.cat([part.u[:, :each] for part in parts], dim=1))
