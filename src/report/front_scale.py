@@ -6,7 +6,7 @@ half their span is put on the edge, and its value is written beside the plot.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from src.report.html_axes import Axis
 
@@ -41,13 +41,23 @@ def vertical_axis(front: Mapping[str, Any]) -> Axis:
     return with_margin(span([*methods, *near]))
 
 
+def beyond(value: float, axis: Axis) -> Literal["above", "below"] | None:
+    """On which side of an axis a value lies; nothing where it lies on it."""
+    return "below" if value < axis[0] else "above" if value > axis[1] else None
+
+
+def on_axis(value: float, axis: Axis) -> float:
+    """The place on an axis that is nearest to a value."""
+    return min(max(value, axis[0]), axis[1])
+
+
 def off_axis(front: Mapping[str, Any], axis: Axis) -> list[str]:
     """Names and values of the points beyond an axis, in the order of the series."""
     return [
         f"{point['model']} {point['y']['value']:.3f}"
         for line in front["series"]
         for point in line["points"]
-        if not axis[0] <= point["y"]["value"] <= axis[1]
+        if beyond(point["y"]["value"], axis)
     ]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from src.report.front_scale import off_axis_note, span, vertical_axis, with_margin
-from src.report.html_axes import Axis, Frame
+from src.report.front_scale import beyond, off_axis_note, on_axis, span, vertical_axis, with_margin
+from src.report.html_axes import Frame
 
 COLOURS = 7
 MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")
@@ -57,33 +57,23 @@ def _named(axis: Mapping[str, Any]) -> str:
 
 
 def _line(line: Mapping[str, Any], colour: str, shape: str, frame: Frame, front: Mapping[str, Any]) -> str:
-    places = [(frame.x(p["x"]["value"]), frame.y(_inside(p["y"]["value"], frame.up))) for p in line["points"]]
+    places = [(frame.x(p["x"]["value"]), frame.y(on_axis(p["y"]["value"], frame.up))) for p in line["points"]]
     path = " ".join(f"{x},{y}" for x, y in places)
     parts = [f'<polyline points="{path}"/>'] if len(places) > 1 else []
     for one, (x, y) in zip(line["points"], places, strict=True):
         left, right = frame.x(one["x"]["low"]), frame.x(one["x"]["high"])
-        low, high = (frame.y(_inside(one["y"][end], frame.up)) for end in ("low", "high"))
-        shown = _inside(one["y"]["value"], frame.up) - one["y"]["value"]
+        low, high = (frame.y(on_axis(one["y"][end], frame.up)) for end in ("low", "high"))
         whiskers = (
             f'<line class="whisker" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
             f'<line class="whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>'
         )
         said = f"{one['model']}: {_said(front['x'], one['x'])}; {_said(front['y'], one['y'])}"
         touch = f'<circle class="touch" cx="{x}" cy="{y}" r="12"/>'  # a finger is no mouse
-        arrow = _arrow(shown)
-        drawn = touch + mark(arrow, x, y) if arrow else whiskers + touch + mark(shape, x, y)
+        side = beyond(one["y"]["value"], frame.up)
+        drawn = touch + mark(side, x, y) if side else whiskers + touch + mark(shape, x, y)
         parts.append(point(said, drawn))
     out = f"{OURS} " if line.get("role") == OURS else ""
     return f'<g class="{out}{colour}">{"".join(parts)}</g>'
-
-
-def _inside(value: float, axis: Axis) -> float:
-    return min(max(value, axis[0]), axis[1])
-
-
-def _arrow(moved: float) -> str | None:
-    """The mark of a point that has been moved onto the edge."""
-    return None if moved == 0 else "up" if moved < 0 else "down"
 
 
 def _said(axis: Mapping[str, Any], number: Mapping[str, Any]) -> str:
@@ -120,7 +110,7 @@ def mark(shape: str, x: float, y: float, r: float = 5) -> str:
         "square": ((-r, -r), (r, -r), (r, r), (-r, r)),
         "diamond": ((0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)),
         "triangle": ((0, -r), (r, r), (-r, r)),
-        "up": ((0, 0), (r, 2 * r), (-r, 2 * r)),
-        "down": ((0, 0), (r, -2 * r), (-r, -2 * r)),
+        "above": ((0, 0), (r, 2 * r), (-r, 2 * r)),
+        "below": ((0, 0), (r, -2 * r), (-r, -2 * r)),
     }[shape]
     return f'<polygon class="mark" points="{" ".join(f"{x + dx},{y + dy}" for dx, dy in corners)}"/>'

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from src.files import write_atomically
-from src.report.front_scale import REFERENCE, off_axis_note, vertical_axis
+from src.report.front_scale import REFERENCE, beyond, off_axis_note, on_axis, vertical_axis
 from src.report.html_axes import Axis
 
 MARKERS = "osD^Xv"
@@ -57,12 +57,14 @@ def series_styles(series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _draw_line(axis: Any, line: Mapping[str, Any], style: dict[str, Any], ends: Axis) -> None:
     """A method's path with its intervals; an arrow on the edge for a point beyond it."""
-    points = [point for point in line["points"] if ends[0] <= point["y"]["value"] <= ends[1]]
+    points = [point for point in line["points"] if beyond(point["y"]["value"], ends) is None]
     for point in line["points"]:
-        if point not in points:
-            below = point["y"]["value"] < ends[0]
-            edge, arrow = (ends[0], ARROWS["below"]) if below else (ends[1], ARROWS["above"])
-            axis.plot([point["x"]["value"]], [edge], marker=arrow, color=style["color"], markersize=8, linestyle="")
+        height = point["y"]["value"]
+        if side := beyond(height, ends):
+            edge = [on_axis(height, ends)]
+            axis.plot(
+                [point["x"]["value"]], edge, marker=ARROWS[side], color=style["color"], markersize=8, linestyle=""
+            )
     values = {key: [point[key]["value"] for point in points] for key in ("x", "y")}
     errors = {f"{key}err": error_bars(point[key] for point in points) for key in ("x", "y")}
     plain = {"label": legend_name(line["name"]), "linewidth": 1.2, "elinewidth": 0.6, "markersize": 5}
