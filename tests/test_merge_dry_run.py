@@ -15,7 +15,10 @@ from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter, write_adapter
 from src.errors import InputError
 from src.merge.combinations.compress_then_merge import CompressThenMerge
+from src.merge.combinations.fisher_average import FisherAverage
 from src.merge.combinations.iso_c import IsoC
+from src.merge.combinations.magnitude_prune import MagnitudePrune
+from src.merge.combinations.regmean import RegMean
 from src.merge.combinations.task_arithmetic import TaskArithmetic
 from src.merge.combinations.ties import Ties
 from src.merge.resta import Resta
@@ -284,6 +287,20 @@ def test_options_of_sst_that_nothing_reads_are_named(adapters, tmp_path, said, s
 )
 def test_options_that_a_mask_or_a_merge_without_one_does_not_read_are_named(method, unread):
     assert method.unread == unread
+
+
+@pytest.mark.parametrize(
+    ("combine", "unread"),
+    [
+        (MagnitudePrune(density=0.5, patch_only=True), {"patch_only"}),
+        (RegMean(space="core", weight_safety=2.0), {"weight_safety"}),
+        (FisherAverage(weight_safety=0.5), {"weight_safety"}),
+        (FisherAverage(), set()),
+    ],
+)
+def test_what_tells_of_the_safety_adapter_is_unread_by_a_combination_of_utility_adapters(combine, unread):
+    assert set(combine.unread_by_combine) == unread
+    assert combine.unread == {}
 
 
 def test_a_swept_option_that_nothing_reads_is_named_once(adapters, tmp_path, said):

@@ -189,6 +189,16 @@ def test_global_trimming_ranks_over_all_modules():
     assert matrix(each["y"]).tolist() == [[0.0, 0.0], [3.0, 4.0]]
 
 
+def test_global_trimming_takes_a_threshold_for_each_expert_even_of_one_file():
+    """An adapter may be utility and safety expert of one merge, in two sizes and under one key."""
+    modules = dict(zip("xy", tensors(2), strict=True))
+    experts = [Expert("a", 1.0, {name: DenseDelta(size * w) for name, w in modules.items()}) for size in (1.0, 0.1)]
+    apart = [Expert(str(place), 1.0, expert.deltas) for place, expert in enumerate(experts)]
+    one, other = (Ties(0.3, trim="global").combine(given).deltas for given in (experts, apart))
+    for name in modules:
+        assert torch.equal(matrix(one[name]), matrix(other[name]))
+
+
 def test_the_kth_magnitude_is_that_of_a_sort_in_any_blocks():
     values = torch.randn(999, generator=torch.Generator().manual_seed(1)) * torch.logspace(-30, 20, 999)
     ordered = values.abs().sort(descending=True).values

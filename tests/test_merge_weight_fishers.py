@@ -97,9 +97,14 @@ def test_the_diagonal_average_follows_each_experts_own_information(adapters, sta
     assert floored == "normalised" or 0 < max(floors) < 1
 
 
-def test_the_kronecker_average_is_that_of_the_files_factors(adapters, statistics, tmp_path):
+def test_the_kronecker_average_is_that_of_the_files_factors(adapters, statistics, tmp_path, capsys):
     flags = ["--combine", "FisherAverage", "--combine.floor", "0.001", "--rank", "16"]
+    flags += ["--combine.normalise", "false", "--combine.weight_safety", "2.0"]
     assert combine(adapters, statistics["kronecker"], tmp_path / "m", *flags) == 0
+    said = capsys.readouterr().err
+    assert "FisherAverage normalise has no effect here: it is read with diagonal Fisher files" in said
+    assert "combine.weight_safety has no effect here: it is read with --method" in said
+    assert "floored" not in said
     fishers = files(statistics["kronecker"])
     smallest = min(fishers[0].shapes, key=lambda name: sum(fishers[0].shapes[name]))
     for name, pair in read_adapter(tmp_path / "m").pairs.items():

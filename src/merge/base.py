@@ -120,9 +120,12 @@ class MergeMethod(ABC):
     @property
     def unread(self) -> Mapping[str, str]:
         """Options that were changed and have no effect beside the others: name to with what they would have one."""
+        return self.changed(self.without_effect())
+
+    def changed(self, options: Mapping[str, str]) -> Mapping[str, str]:
+        """Those of these options that are not at their defaults."""
         defaults = inspect.signature(type(self)).parameters
-        found = self.without_effect().items()
-        return {option: where for option, where in found if getattr(self, option) != defaults[option].default}
+        return {name: what for name, what in options.items() if getattr(self, name) != defaults[name].default}
 
     def without_effect(self) -> Mapping[str, str]:
         """Options that nothing reads beside the others, changed or not: name to with what they are read."""

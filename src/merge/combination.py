@@ -74,6 +74,8 @@ class Combination(MergeMethod):
     """
 
     weight_safety = 1.0
+    AS_METHOD: ClassVar[tuple[str, ...]] = ()
+    """Options that tell of the safety adapter: ``--combine`` reads none of them."""
     USE: ClassVar[str] = (
         "--combine: the utility experts become one update. --method: the safety adapter is one more expert, of\n"
         "weight 1 where no option says otherwise, and alpha multiplies what it changes in the combination."
@@ -86,6 +88,11 @@ class Combination(MergeMethod):
         Args:
             experts: At least one.
         """
+
+    @property
+    def unread_by_combine(self) -> Mapping[str, str]:
+        """As :attr:`unread`, of the same options where utility adapters are combined."""
+        return {**self.unread, **self.changed(dict.fromkeys(self.AS_METHOD, "--method"))}
 
     def sum_weights(self, weights: Sequence[float]) -> list[float] | None:
         """Weights of the plain sum of updates that experts of these weights become; nothing where it is no such sum.

@@ -46,27 +46,24 @@ class ElementWise(Combination):
     def sparsifier(self, delta: Delta, key: str, module: str) -> Sparsifier:
         """Look at one whole update, once; returns what sparsifies its blocks."""
 
-    def prepared(self, experts: Sequence[Expert]) -> Mapping[tuple[str, str], Sparsifier]:
-        """Sparsifiers by (expert, module) that need a look at whole experts; none by default."""
-        return {}
+    def prepared(self, experts: Sequence[Expert]) -> Sequence[Mapping[str, Sparsifier]]:
+        """Of each expert the modules' sparsifiers that need a look at the whole expert; none by default."""
+        return [{} for _ in experts]
 
     def combine(self, experts: Sequence[Expert]) -> Combined:
         """Combine lazily, module by module."""
         prepared = self.prepared(experts)
         return Combined({name: self._module(name, experts, prepared) for name in module_names(experts)})
 
-    def _module(
-        self, name: str, experts: Sequence[Expert], prepared: Mapping[tuple[str, str], Sparsifier]
-    ) -> LazyDelta:
-        present = [expert for expert in experts if name in expert.deltas]
+    def _module(self, name: str, experts: Sequence[Expert], prepared: Sequence[Mapping[str, Sparsifier]]) -> LazyDelta:
+        given = [(expert, own) for expert, own in zip(experts, prepared, strict=True) if name in expert.deltas]
+        present = [expert for expert, _ in given]
         every = [expert.weight for expert in experts]
         sparsifiers: list[Sparsifier] = []
 
         def evaluate(rows: slice) -> torch.Tensor:
             if not sparsifiers:
-                sparsifiers.extend(
-                    prepared.get((e.key, name)) or self.sparsifier(e.deltas[name], e.key, name) for e in present
-                )
+                sparsifiers.extend(own.get(name) or self.sparsifier(e.deltas[name], e.key, name) for e, own in given)
             sparse = [
                 sparsify(expert.deltas[name].block(rows), rows)
                 for sparsify, expert in zip(sparsifiers, present, strict=True)

@@ -216,11 +216,14 @@ def _warn_of_unused_fishers(
 
 
 def _warn_of_unread_options(points: Sequence[Variant]) -> None:
-    """Say which options of the method are given and not read."""
-    methods = [point.method for point in points if point.method is not None]
-    unread = {option: where for method in methods for option, where in method.unread.items()}
+    """Say which options of the method and of the combination are given and not read."""
+    unread: dict[str, str] = {}
+    for point in points:
+        methods = [] if point.method is None else [("method", point.method.unread)]
+        for stage, found in [*methods, ("combine", point.combine.unread_by_combine)]:
+            unread |= {f"{stage}.{option}": where for option, where in found.items()}
     for option, where in unread.items():
-        log.warning("method.%s has no effect here: it is read with %s", option, where)
+        log.warning("%s has no effect here: it is read with %s", option, where)
 
 
 def _title(point: Variant) -> str:

@@ -14,6 +14,7 @@ the same with R and W), preconditioned by its diagonal. For two experts the diag
 Legend of shapes: O output features, I input features.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -23,11 +24,14 @@ import torch
 from src.adapters.deltas import Delta, Deltas, LazyDelta
 from src.adapters.pairs import LowRankPair
 from src.errors import InputError
+from src.fisher.base import Fisher
 from src.fisher.diagonal import DiagonalFisher
 from src.fisher.kronecker import KroneckerFisher
 from src.merge.combination import Combination, Combined, Expert, common_shape
 from src.merge.ranges import above_zero
 from src.merge.weight_fishers import Latest, changed_modules, diagonal_norm, fishers_of, module_fisher, per_weight
+
+log = logging.getLogger(__name__)
 
 FLOOR, RIDGE = 1e-6, 1e-3
 MOST_STEPS = 1000
@@ -56,6 +60,7 @@ class FisherAverage(Combination):
     """
 
     needs_fisher = True
+    AS_METHOD = ("weight_safety",)
     coordinates = "weight"
     representations = ("diagonal", "kronecker")
 
@@ -77,6 +82,7 @@ class FisherAverage(Combination):
         weights = [expert.weight for expert in experts]
         if min(weights) <= 0:
             raise InputError(f"utility_weights are {weights}; FisherAverage expects numbers above 0")
+        self._tell_unread(fishers)
         norms = [diagonal_norm(f) if self.normalise and isinstance(f, DiagonalFisher) else 1.0 for f in fishers]
         latest = Latest()
         deltas: Deltas = {}
@@ -93,6 +99,12 @@ class FisherAverage(Combination):
             else:
                 raise InputError("FisherAverage: experts' Fisher files of different representations; measure all alike")
         return Combined(deltas)
+
+    def _tell_unread(self, fishers: Sequence[Fisher]) -> None:
+        """Say which options of the diagonal form Kronecker factors leave unread."""
+        if all(isinstance(fisher, KroneckerFisher) for fisher in fishers):
+            for option in self.changed(dict.fromkeys(("normalise", "floored"), "")):
+                log.warning("FisherAverage %s has no effect here: it is read with diagonal Fisher files", option)
 
     def _diagonal(
         self,

@@ -21,6 +21,8 @@ class MagnitudePrune(ElementWise):
             patch's largest elements.
     """
 
+    AS_METHOD = ("patch_only",)
+
     def __init__(self, density: float = 0.2, patch_only: bool = False) -> None:
         self.density, self.patch_only = share(density, "MagnitudePrune density"), patch_only
 

@@ -44,6 +44,7 @@ class RegMean(Combination):
     """
 
     needs_fisher = True
+    AS_METHOD = ("weight_safety",)
     coordinates = "weight"
     representations = ("kronecker",)
 

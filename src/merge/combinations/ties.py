@@ -47,16 +47,11 @@ class Ties(ElementWise):
         """Trim one module's update."""
         return keep_largest(delta, self.density)
 
-    def prepared(self, experts: Sequence[Expert]) -> Mapping[tuple[str, str], Sparsifier]:
+    def prepared(self, experts: Sequence[Expert]) -> Sequence[Mapping[str, Sparsifier]]:
         """One threshold per expert where trimming is global."""
         if self.trim == "tensor" or self.density >= 1.0:
-            return {}
-        return {
-            (expert.key, name): trimmed
-            for expert in experts
-            for trimmed in [self._global(expert)]
-            for name in expert.deltas
-        }
+            return super().prepared(experts)
+        return [dict.fromkeys(expert.deltas, self._global(expert)) for expert in experts]
 
     def _global(self, expert: Expert) -> Sparsifier:
         deltas = list(expert.deltas.values())
