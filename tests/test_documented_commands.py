@@ -9,7 +9,7 @@ import pytest
 from src.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/studies.md")
+DOCUMENTS = ("README.md", "docs/your_model.md", "docs/merging.md", "docs/evaluation.md", "docs/studies.md")
 OWN_FILE = re.compile(r"`(choose\.yaml)`:\n\n((?:    .*\n)+)")
 """A file that the reader writes, and what the README puts into it."""
 USERS = "mystudy.yaml"

@@ -91,7 +91,7 @@ class CalibrationData(TokenizedData):
         if "utility" in passes.values() and "utility" not in self._random and len(self.sources["utility"]) == 1:
             log.warning(
                 "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
-                "task rows, the merged model refuses more harmless prompts (README, Calibration)"
+                "task rows, the merged model refuses more harmless prompts (docs/your_model.md, Calibration)"
             )
         warn_of_demo_rows({option: self.named[option] for option in self.measured})
         for option, over in self.measured.items():

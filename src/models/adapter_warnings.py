@@ -29,7 +29,7 @@ def warn_of_templates(adapters: Sequence[Adapter], templates: Collection[Templat
             continue
         log.warning(
             "%s: the chat template beside it is not read, and %s; where it was trained with its own, put that into a "
-            "local copy of the base (README, Prompts)",
+            "local copy of the base (docs/your_model.md, Prompts)",
             adapter.name,
             "prompts go in by the base's, which is another" if used else "the base has none: prompts go in as they are",
         )
