@@ -163,11 +163,20 @@ def test_a_table_of_one_model_against_others_names_it_once():
     assert heads["second"] == "against"
     assert alone["note"].startswith("Differences are A less the other. ")
     assert [row["difference"]["value"] > 0 for row in alone["rows"]] == [True, True]
+    assert {row["claim"] for row in alone["rows"]} == {"beats it"}
+    assert claims(scores, "B", ["C"], ["refusal"])[0].verdict == "is beaten by it"
     made = [*claims(scores, "A", ["B"], ["refusal"]), *claims(scores, "C", ["B"], ["refusal"])]
     several = claims_table(made, "Claims")
     heads = {one["key"]: one["label"] for one in several["columns"]}
     assert (heads["first"], heads["second"], heads["difference"]) == ("A", "B", "A − B")
     assert "less the other" not in several["note"]
+    assert {row["claim"] for row in several["rows"]} == {"A beats B", "C beats B"}
+
+
+def test_a_name_with_a_comma_stands_in_quotation_marks_among_others():
+    given = {"A": [record(0.9, seed=1)], "B, learnt": [record(0.3, seed=2)], "C": [record(0.3, seed=3)]}
+    said = summary(claims(gathered(given), "A", ["B, learnt", "C"], ["refusal"]), "A")
+    assert said[0] == "On refusal of harmful prompts, A beats “B, learnt”, C."
 
 
 def test_a_model_never_differs_from_itself():

@@ -29,7 +29,7 @@ from src.experiments.rows import row_ids
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
 from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, in_split, not_finite, seed_by_seed
 from src.experiments.settings import MethodSpec
-from src.experiments.statements import NOT_AFTER_HOLM, Claim, claims, claims_table, tally
+from src.experiments.statements import NOT_AFTER_HOLM, Claim, called, claims, claims_table, tally
 from src.experiments.store import Record, Store
 from src.experiments.study import (
     Plan,
@@ -275,7 +275,7 @@ def summary(made: Sequence[Claim], ours: str | None) -> list[str]:
         if beaten or beaten_by or equal:
             parts = [("beats", beaten), ("is beaten by", beaten_by), ("shows no difference to", equal)]
             said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts if names)
-            sentences.append(f"On {MEASURES[measure][0]}, {ours} {said}.")
+            sentences.append(f"On {MEASURES[measure][0]}, {called(ours)} {said}.")
     if any("°" in one for one in sentences):
         sentences.append(NOT_AFTER_HOLM.format(where="of the chosen points", count=len(made)))
     return sentences

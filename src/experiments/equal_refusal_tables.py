@@ -7,7 +7,7 @@ from typing import Any
 from src.experiments.document import Document, column, number, p_column, table
 from src.experiments.equal_refusal import COSTS, HIGHEST, LOWEST, MOST_APART, STEP, Gap
 from src.experiments.scores import MEASURES, Measure
-from src.experiments.statements import NOT_AFTER_HOLM, holm_note, marked
+from src.experiments.statements import NOT_AFTER_HOLM, called, holm_note, marked
 from src.metrics.bootstrap import Estimate
 
 WIDE = 0.25
@@ -62,12 +62,10 @@ def equal_refusal_tables(
 def equal_refusal_table(found: Sequence[Gap], ours: str, where: str, *, several: bool = False) -> Document:
     """Differences at equal refusal, a row for each other method; ``several`` says whether there are several seeds."""
     measures = _measures(found)
-    columns = [column("other", f"{ours} against"), column("range", "refusal from – to")]
+    columns = [column("other", "against"), *_difference_columns(measures)]
+    columns += [p_column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)") for measure in measures]
     columns += [column("seeds", "seeds that meet")] if several else []
     columns += [column("own_step", "own widest step"), column("step", "the other's")]
-    for measure in measures:
-        columns.append(column(measure, f"{MEASURES[measure][0]}, difference"))
-        columns.append(p_column(f"{measure}_holm", f"{MEASURES[measure][0]}, p (Holm)"))
     rows = []
     for gap in found:
         row: dict[str, Any] = {"other": gap.other, "range": _range(gap), "seeds": gap.met}
@@ -83,7 +81,7 @@ def equal_refusal_table(found: Sequence[Gap], ours: str, where: str, *, several:
 def seed_table(found: Sequence[Gap], ours: str, seeds: Sequence[int], where: str) -> Document:
     """Every seed's own differences."""
     measures = _measures(found)
-    columns = [column("other", f"{ours} against"), column("seed", "seed"), *_difference_columns(measures)]
+    columns = [column("other", "against"), column("seed", "seed"), *_difference_columns(measures)]
     rows = []
     for gap in found:
         for seed, levels, own in zip(seeds, gap.levels, gap.each, strict=True):
@@ -95,7 +93,7 @@ def seed_table(found: Sequence[Gap], ours: str, seeds: Sequence[int], where: str
 def pooled_table(pooled: Sequence[Gap], ours: str, where: str) -> Document:
     """Differences of paths of means over seeds; no claim is made of them."""
     measures = _measures(pooled)
-    columns = [column("other", f"{ours} against"), *_difference_columns(measures)]
+    columns = [column("other", "against"), *_difference_columns(measures)]
     rows: list[dict[str, Any]] = [
         {"other": gap.other, "range": _range(gap)} | {m: number(one) for m, one in gap.differences.items()}
         for gap in pooled
@@ -130,21 +128,21 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
         equal = [_between(gap, measure) for gap, result in results if result == 0]
         parts += [f"not shown to differ from {', '.join(equal)}"] if equal else []
         if parts:
-            said.append(f"At equal refusal, the {MEASURES[measure][0]} of {ours} is {'; '.join(parts)}.")
+            said.append(f"At equal refusal, the {MEASURES[measure][0]} of {called(ours)} is {'; '.join(parts)}.")
     if any("°" in one for one in said):
         said.append(NOT_AFTER_HOLM.format(where="at equal refusal", count=sum(len(gap.p_values) for gap in found)))
     if any("†" in one for one in said):
         said.append(ACROSS)
-    apart = [gap.other for gap in found if not gap.met]
+    apart = [called(gap.other) for gap in found if not gap.met]
     if said and apart:
-        said.append(f"At no common level of refusal, so not compared with {ours}: {', '.join(apart)}.")
+        said.append(f"At no common level of refusal, so not compared with {called(ours)}: {', '.join(apart)}.")
     return said
 
 
 def _between(gap: Gap, measure: Measure) -> str:
     """A method that is not shown to differ, with the interval: how large a difference may have gone unseen."""
     one = gap.differences[measure]
-    return f"{gap.other} ({_interval(one)})"
+    return f"{called(gap.other)} ({_interval(one)})"
 
 
 def _interval(one: Estimate) -> str:

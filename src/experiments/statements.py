@@ -56,6 +56,16 @@ class Claim:
         loser = self.second if self.winner == self.first else self.first
         return f"{self.winner} beats {loser}"
 
+    @property
+    def verdict(self) -> str:
+        """The claim where its first method is known from what stands around it."""
+        return NO_DIFFERENCE if self.winner is None else "beats it" if self.winner == self.first else "is beaten by it"
+
+
+def called(name: str) -> str:
+    """A name as it stands in a sentence: in quotation marks where it has a comma of its own."""
+    return f"“{name}”" if "," in name else name
+
 
 def claims(
     scores: Mapping[Measure, Scores], first: str, others: Sequence[str], measures: Sequence[Measure]
@@ -102,6 +112,8 @@ def claims_table(found: Sequence[Claim], title: str, how: str = BOOTSTRAP) -> Do
     ]
     firsts = {claim.first for claim in found}
     if len(firsts) == 1:
+        for row, claim in zip(rows, found, strict=True):
+            row["claim"] = claim.verdict
         heads = {"measure": "measure", "second": "against", "difference": "difference"}
         how = f"Differences are {firsts.pop()} less the other. {how}"
     else:
@@ -124,8 +136,8 @@ def holm_note(claimed: Sequence[float], count: int, what: str) -> str:
 
 
 def marked(name: str, adjusted: float) -> str:
-    """A name, with ° where what is said of it does not hold after adjustment."""
-    return name if adjusted < LEVEL else f"{name}{MARK}"
+    """A name in a sentence, with ° where what is said of it does not hold after adjustment."""
+    return called(name) if adjusted < LEVEL else f"{called(name)}{MARK}"
 
 
 def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str], list[str]]:
@@ -136,5 +148,5 @@ def tally(found: Sequence[Claim], measure: Measure) -> tuple[list[str], list[str
     for claim in found:
         if claim.measure == measure:
             place = equal if claim.winner is None else beaten if claim.winner == claim.first else beaten_by
-            place.append(claim.second if claim.winner is None else marked(claim.second, claim.adjusted))
+            place.append(called(claim.second) if claim.winner is None else marked(claim.second, claim.adjusted))
     return beaten, beaten_by, equal

@@ -28,11 +28,12 @@ h3{font-size:1rem;margin:.4rem 0}.panel{max-width:30rem}.dashed polyline,polylin
 .key{vertical-align:-3px;margin-right:.3rem}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
 td:first-child,th:first-child{position:sticky;left:0;background:var(--bg)}th:first-child{background:var(--raise)}
-@media (max-width:40rem){.front:not(.panel) text{font-size:18px}td:first-child,th:first-child{white-space:normal;
-min-width:7rem;max-width:9rem;border-right:1px solid var(--line)}}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{padding:.35rem .6rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td.long{white-space:normal}th{vertical-align:bottom}td.long{min-width:11rem}
 td.number{text-align:right;font-variant-numeric:tabular-nums}tbody tr:last-child td{border-bottom:0}
+@media (max-width:40rem){.front:not(.panel) text{font-size:18px}td:first-child,th:first-child{white-space:normal;
+min-width:7rem;max-width:9rem;border-right:1px solid var(--line)}td.long:not(:first-child){min-width:8rem}}
 th{background:var(--raise)}th button{all:unset;cursor:pointer;font-weight:600}
 th button:focus-visible,summary:focus-visible,.scroll:focus-visible,pre:focus-visible{outline:2px solid var(--link)}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}

@@ -7,6 +7,8 @@ from typing import Any
 P_VALUE = "p-value"
 """Kind of a column whose numbers are p-values."""
 MINUS = "−"
+LONG = 24
+"""Characters beyond which a name takes several lines."""
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 
 
@@ -40,7 +42,7 @@ def _row(table: Mapping[str, Any], number: int) -> str:
         text, key = p_value(value) if column.get("kind") == P_VALUE and isinstance(value, float) else shown(value)
         bold = table["best"].get(column["key"]) == number
         inner = f"<strong>{text}</strong>" if bold else text
-        kind = ' class="number"' if key else ""
+        kind = ' class="number"' if key else ' class="long"' if len(text) > LONG else ""
         cells.append(f'<td{kind} data-sort="{key}">{inner}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
