@@ -55,7 +55,7 @@ def report(arguments: list[str]) -> None:
 
 def judge(arguments: list[str]) -> None:
     """Run ``python -m src judge``."""
-    from src.judges import causal, classifier, endpoint  # noqa: F401 - the subclasses of Judge are the registry
+    from src.judges import registry  # noqa: F401 - the subclasses of Judge are the registry
     from src.judges.stage import judge as judge_answers
 
     run_function(judge_answers, "judge", COMMANDS["judge"], arguments)

@@ -22,7 +22,7 @@ from src.data.modules import TokenizedData
 from src.data.rows import learnt_sha256
 from src.errors import InputError
 from src.files import begin_output, check_output, end_output, has_results, held_output, is_begun
-from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
+from src.judges import registry  # noqa: F401 - the subclasses of Judge are the registry
 from src.models import checkpoints
 from src.models.base import load_tokenizer
 from src.models.checkpoint_rows import RowsRecord, other_rows

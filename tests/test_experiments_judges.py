@@ -8,7 +8,7 @@ from src.data.suite import Suite
 from src.experiments.cell import Cell
 from src.experiments.content import RUNNING, _suite_content
 from src.experiments.plain_settings import plain
-from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
+from src.judges import registry  # noqa: F401 - the subclasses of Judge are the registry
 from src.metrics.judging import Judge
 from tests.registries import concrete
 from tests.tiny import write_rows

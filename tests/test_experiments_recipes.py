@@ -17,7 +17,7 @@ from src.experiments.interference import Interference, TaskExperts
 from src.experiments.kept import nothing_alone
 from src.experiments.recipe import EvaluationSpec, ExpertSpec, FisherSpec, Recipe
 from src.experiments.safety_tax import SafetyTax
-from src.experiments.settings import FULL_RANK, FirstStep, MethodSpec, Strengths
+from src.experiments.settings import FirstStep, MethodSpec, Strengths
 from src.experiments.stage import experiment
 from src.experiments.store import Store
 from src.experiments.study import notes_on
@@ -250,7 +250,7 @@ def test_what_is_read_is_taken(options):
 def test_methods_that_say_so_are_known_to_give_full_rank_updates():
     said = {kind for kind in concrete(MergeMethod) if "full rank" in kind.__doc__.lower()}
     assert {Dare, Ties} <= said
-    assert said == {kind for kind in concrete(MergeMethod) if issubclass(kind, FULL_RANK)}
+    assert said == {kind for kind in concrete(MergeMethod) if kind.full_rank}
 
 
 def test_settings_of_a_method_reach_the_passes_of_a_first_step_that_has_any(recipe):

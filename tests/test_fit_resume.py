@@ -59,7 +59,7 @@ class Watch(Callback):
     def setup(self, trainer, pl_module, stage):
         for callback in trainer.callbacks:
             if isinstance(callback, RecentCheckpoint):
-                callback.every, callback.TOGETHER = self.every, 1
+                callback.EVERY, callback.TOGETHER = self.every, 1
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.stop:

@@ -178,8 +178,9 @@ class Engine:
                 for cell in batch:
                     self._compute([cell])
                 return
-            message = str(error) if isinstance(error, CellError | InputError) else f"{type(error).__name__}: {error}"
-            log.warning("failed: %s: %s", batch[0].label, message)
+            told = isinstance(error, CellError | InputError)
+            message = str(error) if told else f"{type(error).__name__}: {error}"
+            log.warning("failed: %s: %s", batch[0].label, message, exc_info=not told)
             self.outcome.failed[batch[0].key] = message
             self.store.fail(batch[0], message)
             return

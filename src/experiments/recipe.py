@@ -7,7 +7,7 @@ from src.data.row_source import Sources
 from src.data.suite import Suite
 from src.errors import InputError
 from src.experiments.content import place, sources
-from src.judges import causal, classifier, endpoint, refusal  # noqa: F401 - the subclasses of Judge are the registry
+from src.judges import registry  # noqa: F401 - the subclasses of Judge are the registry
 from src.models.base import BaseSpec
 
 

@@ -8,20 +8,13 @@ from src.errors import InputError
 from src.merge import registry  # noqa: F401 - the subclasses of MergeMethod are the registry
 from src.merge.base import MergeMethod
 from src.merge.combination import Combination
-from src.merge.combinations.fisher_average import FisherAverage
-from src.merge.elementwise import ElementWise
 from src.merge.forms import Form
-from src.merge.led import Led
-from src.merge.masked import RatioMask
 from src.merge.settings import with_option
-from src.merge.sst_diagonal import SstDiagonal
 from src.merge.sweep import shortest, strengths
 
 BASE_FISHER = "base_fisher"
 """A method's option for Fisher files measured at the base, and the role of the cell that a study makes of them."""
 SAFETY_ROWS = "safety_rows"
-FULL_RANK = (ElementWise, RatioMask, SstDiagonal, FisherAverage, Led)
-"""Methods and combinations whose updates are full rank whatever their options."""
 
 
 @dataclass
@@ -183,6 +176,6 @@ class MethodSpec:
             form = Form(self.rank, self.energy)
         except InputError as error:
             raise InputError(f"method {self.name}: {error}") from None
-        full = [type(one).__name__ for one in (self.method, self.combine) if isinstance(one, FULL_RANK)]
+        full = [type(one).__name__ for one in (self.method, self.combine) if one and one.full_rank]
         if full and form.exact:
             raise InputError(f"method {self.name}: {full[0]} gives full-rank updates; expected rank or energy")

@@ -11,6 +11,7 @@ import torch
 from src.adapters.deltas import Delta, Deltas, combined, squared_norm
 from src.errors import InputError
 from src.fisher.lowrank import LowRankFisher
+from src.gevp.leading import leading_directions
 from src.merge.base import FisherPair, MergeMethod, Patch
 from src.merge.ranges import share
 
@@ -77,22 +78,3 @@ class AlignGuardPosthoc(MergeMethod):
 
     def _added(self, safety: Mapping[str, Delta], removed: Mapping[str, Delta]) -> Deltas:
         return combined([safety, removed], [float(self.add_safety), -self.gamma])
-
-
-def leading_directions(fisher: LowRankFisher, k: int, key: str = "method.k") -> torch.Tensor:
-    """(D, k) orthonormal leading eigenvectors of F, from the Gram matrix of its scores.
-
-    Args:
-        fisher: F, by its scores.
-        k: Number of eigenvectors.
-        key: What the user calls k, for the message.
-
-    Raises:
-        InputError: F has fewer than k non-zero eigenvalues.
-    """
-    factor = fisher.factor()
-    values, vectors = torch.linalg.eigh(factor @ factor.T)
-    rank = int((values > values[-1] * 1e-12).sum())
-    if k > rank:
-        raise InputError(f"{key} is {k}; expected 1 to {rank}, the rank of F_s")
-    return factor.T @ (vectors[:, -k:] / values[-k:].sqrt())

@@ -97,6 +97,8 @@ class MergeMethod(ABC):
     """Representations of Fisher matrices that it can work with."""
     measured: ClassVar[Mapping[str, str]] = {}
     """What else the ``fisher`` command must have been told, ``--model.KEY VALUE``."""
+    full_rank = False
+    """Whether its updates are full rank whatever its options."""
     takes_full_rank = True
     """Whether updates may be full rank, such as a TIES merge of several experts."""
     beside_base = False

@@ -40,6 +40,7 @@ class Rule:
 class ElementWise(Combination):
     """A combination that treats every element of the updates alone, given statistics of the whole update."""
 
+    full_rank = True
     _rule = Rule()
 
     @abstractmethod

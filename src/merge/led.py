@@ -46,6 +46,7 @@ class Led(MergeMethod):
         weight_safety: λ of ΔW_s (the paper's .9).
     """
 
+    full_rank = True
     needs_fisher = True
     coordinates = "weight"
     representations = ("magnitude",)

@@ -101,6 +101,8 @@ class RatioMask(MergeMethod):
         epsilon: Added below the ratio's line, above 0: keeps it finite where there is no utility update.
     """
 
+    full_rank = True
+
     def __init__(
         self,
         mask: Mask = "hard",

@@ -34,6 +34,7 @@ class SstDiagonal(MergeMethod):
         layer_weights: Factor of the patch of modules by name, finite; others have 1, and 0 leaves a module out.
     """
 
+    full_rank = True
     needs_fisher = True
     coordinates = "weight"
     representations = ("diagonal",)

@@ -46,7 +46,6 @@ def safety_tax(
     model_utility: Sequence[float],
     expert_safety: Sequence[float],
     model_safety: Sequence[float],
-    seed: int = 0,
     goals: Sequence[int] | None = None,
 ) -> Tax:
     """Signed utility loss per safety gain against the utility expert, from per-example scores of the same rows.
@@ -55,13 +54,13 @@ def safety_tax(
     the number of each one's group, where some belong together; a draw without a gain widens it at both ends, and leaves
     the tax undefined where no end would be finite.
     """
-    loss = paired_difference(expert_utility, model_utility, seed=seed)
-    gain = paired_difference(model_safety, expert_safety, seed=seed + 1, groups=goals)
+    loss = paired_difference(expert_utility, model_utility, seed=0)
+    gain = paired_difference(model_safety, expert_safety, seed=1, groups=goals)
     if gain.low <= EQUAL:
         return Tax(loss, gain, UNDEFINED)
     lost = torch.as_tensor(expert_utility).double() - torch.as_tensor(model_utility).double()
     gained = torch.as_tensor(model_safety).double() - torch.as_tensor(expert_safety).double()
-    losses, gains = resampled_means(lost, seed=seed), resampled_means(gained, seed=seed + 1, groups=goals)
+    losses, gains = resampled_means(lost, seed=0), resampled_means(gained, seed=1, groups=goals)
     low, high = _ratio_interval(losses, gains)
     if not isfinite(high - low):
         return Tax(loss, gain, UNDEFINED)

@@ -67,7 +67,7 @@ class Estimate:
             f"coordinates   D = {self.dim}",
             f"largest batch {self.tokens} tokens",
             f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards + self.joined)} of parts until the "
-            "pass ends",
+            f"pass ends: {_size(self.peak_disk)} at most",
             f"memory        about {_size(self.peak)} a process: weights {_size(self.weights)}, activations "
             f"{_size(self.activations)}, sums {_size(self.sums)} {'in mapped files' if self.mapped else 'of the host'}",
         ]

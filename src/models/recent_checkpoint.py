@@ -22,9 +22,10 @@ class RecentCheckpoint(Callback):
 
     Args:
         path: File to write.
-        every: Seconds from one time to the next.
     """
 
+    EVERY = 600.0
+    """Seconds from one time to the next."""
     TOGETHER = 64
     """Most batches after which several processes ask the first whether it is time: an answer makes them wait for it."""
     ASKED = 60.0
@@ -32,8 +33,8 @@ class RecentCheckpoint(Callback):
     WAITS = b"\nCtrl-C: the training stops after this batch, with a checkpoint; again, it stops at once, without one\n"
     """What the first Ctrl-C says."""
 
-    def __init__(self, path: Path, every: float = 600.0) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._saved = self._asked = 0.0
         self._batches, self._left = 0, 1
         self._requeued: int | None = None
@@ -89,7 +90,7 @@ class RecentCheckpoint(Callback):
         # Several processes learn of a signal at different batches, and cannot write together then.
         stopped = self._interrupted or (trainer.received_sigterm and trainer.world_size == 1)
         now = time.monotonic()
-        due = stopped or now - self._saved >= self.every
+        due = stopped or now - self._saved >= self.EVERY
         each = (now - self._asked) / self._batches
         left = max(1, min(self.TOGETHER, int(self.ASKED / max(each, 1e-6))))
         asked = (due and not validates, left, None if validates else self._requeued)

@@ -26,7 +26,7 @@ from src.errors import InputError
 from src.files import sha256_file
 from src.fisher.files import load_fisher
 from src.fisher.lowrank import LowRankFisher
-from src.merge.align_guard import leading_directions
+from src.gevp.leading import leading_directions
 
 TINY = 1e-30
 

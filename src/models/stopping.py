@@ -21,26 +21,12 @@ class StopAtSigterm(Callback):
     for each other for ever. There, the signal interrupts a process at once, as Ctrl-C does, and the others end with it.
     """
 
-    def on_sanity_check_start(self, trainer: Trainer, *_args: Any) -> None:
-        """As :meth:`on_train_start`."""
-        self.on_train_start(trainer)
-
-    def on_validation_start(self, trainer: Trainer, *_args: Any) -> None:
-        """As :meth:`on_train_start`."""
-        self.on_train_start(trainer)
-
-    def on_test_start(self, trainer: Trainer, *_args: Any) -> None:
-        """As :meth:`on_train_start`."""
-        self.on_train_start(trainer)
-
-    def on_predict_start(self, trainer: Trainer, *_args: Any) -> None:
-        """As :meth:`on_train_start`."""
-        self.on_train_start(trainer)
-
-    def on_train_start(self, trainer: Trainer, *_args: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Take the handler's place, once Lightning has put it there."""
         if trainer.world_size > 1:
             interrupt_at_sigterm()
+
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start
 
     def on_predict_batch_end(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Stop, where the signal has come.
@@ -51,11 +37,7 @@ class StopAtSigterm(Callback):
         if trainer.received_sigterm:
             raise SIGTERMException
 
-    def on_predict_epoch_end(self, trainer: Trainer, *_args: Any) -> None:
-        """As :meth:`on_test_epoch_end`."""
-        self.on_test_epoch_end(trainer)
-
-    def on_test_epoch_end(self, trainer: Trainer, *_args: Any) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Let the signal interrupt what follows; Lightning puts the handler from before its run back in any case.
 
         Raises:
@@ -64,6 +46,8 @@ class StopAtSigterm(Callback):
         interrupt_at_sigterm()
         if trainer.received_sigterm:
             raise SIGTERMException
+
+    on_predict_epoch_end = on_test_epoch_end
 
 
 def stop_together(problems: Iterable[str]) -> None:

@@ -59,6 +59,7 @@ class FisherAverage(Combination):
         weight_safety: λ of the safety expert where it is one more expert of the method.
     """
 
+    full_rank = True
     needs_fisher = True
     AS_METHOD = ("weight_safety",)
     coordinates = "weight"
