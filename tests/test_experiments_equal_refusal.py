@@ -96,9 +96,9 @@ def test_a_planted_difference_is_said_and_nothing_else():
     assert [gap.wins("over_refusal") for gap in found if gap.differences] == [1, 0]
     assert found[2].differences["over_refusal"].value == pytest.approx(0.0, abs=1e-12)
     said, apart = sentences(found, "A")
-    assert said.startswith("At equal refusal, the over-refusal of A is better than B (−0.")
+    assert said.startswith("At equal refusal, the over-refusal of A is better than that of B (−0.")
     low, high = found[2].differences["over_refusal"].low, found[2].differences["over_refusal"].high
-    assert said.endswith(f"not shown to differ from A again (+0.000 [−{-low:.3f}, +{high:.3f}]).")
+    assert said.endswith(f"not shown to differ from that of A again (+0.000 [−{-low:.3f}, +{high:.3f}]).")
     assert apart == "At no common level of refusal, so not compared with A: C."
     (back,) = sentences(gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "B"), "B")
     assert "worse than A (+0." in back

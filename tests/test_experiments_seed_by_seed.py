@@ -70,9 +70,9 @@ def test_methods_on_one_bent_curve_do_not_differ_though_pooled_paths_do():
     assert all(share.value == pytest.approx(1.0) for share in found.shares.values())
     (pooled,) = gaps([gathered(known)], CURVES, "ours")
     assert pooled.differences["over_refusal"].high < 0
-    assert "better than other" in sentences([pooled], "ours")[0]
+    assert "better than that of other" in sentences([pooled], "ours")[0]
     (said,) = sentences([found], "ours")
-    assert said.startswith("At equal refusal, the over-refusal of ours is not shown to differ from other (+0.000 [−0.")
+    assert said.startswith("At equal refusal, the over-refusal of ours is not shown to differ from that of other (+0.0")
     main, shares, each, last = equal_refusal_tables([found], [pooled], "ours", [3, 4], "all rows")
     assert main["rows"][0]["over_refusal"]["value"] == pytest.approx(0.0, abs=1e-9)
     assert shares["rows"][0]["0.50"]["value"] == pytest.approx(1.0)

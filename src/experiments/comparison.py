@@ -25,11 +25,12 @@ from src.experiments.grid import Grid, Model
 from src.experiments.learnt_rows import is_here
 from src.experiments.pencils import overlap_table, pencils
 from src.experiments.plain_settings import plain
+from src.experiments.point_names import called
 from src.experiments.rows import row_ids
 from src.experiments.safety_tax import category_table, tax_rows, tax_table
 from src.experiments.scores import MEASURES, Measure, Scores, draws_for, gathered, in_split, not_finite, seed_by_seed
 from src.experiments.settings import MethodSpec
-from src.experiments.statements import NOT_AFTER_HOLM, Claim, called, claims, claims_table, tally
+from src.experiments.statements import NOT_AFTER_HOLM, Claim, claims, claims_table, tally
 from src.experiments.store import Record, Store
 from src.experiments.study import (
     Plan,
@@ -180,7 +181,7 @@ class Comparison(Study):
             else f"highest mean of 1 − over-refusal and utility among those that refuse at least {rule.refusal:g}"
         )
         swept = {m.name: m.strength.option for m in self.methods if m.strength.option != "none"}
-        options = "; ".join(f"{name} {option}" for name, option in swept.items())
+        options = "; ".join(f"{option} of {called(name)}" for name, option in swept.items())
         return (
             f"On {rule.share:.0%} of the rows each method's strength with the {what} was chosen; the other "
             f"{1 - rule.share:.0%} are reported." + (f" Behind @ stands a strength: {options}." if options else "")

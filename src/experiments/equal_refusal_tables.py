@@ -6,8 +6,9 @@ from typing import Any
 
 from src.experiments.document import Document, column, number, p_column, table
 from src.experiments.equal_refusal import COSTS, HIGHEST, LOWEST, MOST_APART, STEP, Gap
+from src.experiments.point_names import called
 from src.experiments.scores import MEASURES, Measure
-from src.experiments.statements import NOT_AFTER_HOLM, called, holm_note, marked
+from src.experiments.statements import NOT_AFTER_HOLM, holm_note, marked
 from src.metrics.bootstrap import Estimate
 
 WIDE = 0.25
@@ -122,11 +123,11 @@ def sentences(found: Sequence[Gap], ours: str) -> list[str]:
         results = [(gap, gap.wins(measure)) for gap in found if measure in gap.differences]
         parts = [
             f"{verb} {', '.join(_named(gap, measure) for gap in chosen)}"
-            for verb, wanted in (("better than", 1), ("worse than", -1))
+            for verb, wanted in (("better than that of", 1), ("worse than that of", -1))
             if (chosen := [gap for gap, result in results if result == wanted])
         ]
         equal = [_between(gap, measure) for gap, result in results if result == 0]
-        parts += [f"not shown to differ from {', '.join(equal)}"] if equal else []
+        parts += [f"not shown to differ from that of {', '.join(equal)}"] if equal else []
         if parts:
             said.append(f"At equal refusal, the {MEASURES[measure][0]} of {called(ours)} is {'; '.join(parts)}.")
     if any("°" in one for one in said):

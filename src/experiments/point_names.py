@@ -9,6 +9,11 @@ def at_strength(method: str, strength: float | None) -> str:
     return method if strength is None else f"{method} @ {shortest(strength)}"
 
 
+def called(name: str) -> str:
+    """A name as it stands in a sentence: in quotation marks where it has a comma of its own."""
+    return f"“{name}”" if "," in name else name
+
+
 def method_and_strength(name: str) -> tuple[str, str]:
     """What :func:`at_strength` joined; the strength is empty where there is none."""
     method, at, strength = name.rpartition(" @ ")

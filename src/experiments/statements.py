@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.experiments.document import Document, better, column, number, p_column, table
+from src.experiments.point_names import called
 from src.experiments.scores import MEASURES, Measure, Scores
 from src.metrics.bootstrap import Estimate
 
@@ -60,11 +61,6 @@ class Claim:
     def verdict(self) -> str:
         """The claim where its first method is known from what stands around it."""
         return NO_DIFFERENCE if self.winner is None else "beats it" if self.winner == self.first else "is beaten by it"
-
-
-def called(name: str) -> str:
-    """A name as it stands in a sentence: in quotation marks where it has a comma of its own."""
-    return f"“{name}”" if "," in name else name
 
 
 def claims(

@@ -10,7 +10,7 @@ from src.experiments.cell import Cell, closure
 from src.experiments.content import ROWS, sources
 from src.experiments.document import REFERENCES, Document
 from src.experiments.grid import Grid, Model
-from src.experiments.point_names import at_strength, method_and_strength
+from src.experiments.point_names import at_strength, called, method_and_strength
 from src.experiments.scores import joined
 from src.experiments.settings import MethodSpec
 from src.experiments.store import Record, Store
@@ -63,7 +63,9 @@ def notes_on(grid: Grid, methods: Sequence[MethodSpec]) -> list[str]:
     """What a page must say of experts and methods before anything is computed."""
     found = [note for method in methods for note in fewer_rows(grid.recipe, method)]
     if own := [method.name for method in methods if method.rows is not None and method.train in (None, "core")]:
-        found.append(f"{', '.join(own)}: the safety expert has learnt further rows; the model named safety has not.")
+        found.append(
+            f"{', '.join(map(called, own))}: the safety expert has learnt further rows; the model named safety has not."
+        )
     experts = {"utility": grid.recipe.utility, "safety": grid.recipe.safety}
     if given := [f"{name} ({one.adapter})" for name, one in experts.items() if one is not None and one.adapter]:
         found.append(f"Given adapters, the same for every seed: {', '.join(given)}.")
@@ -84,7 +86,9 @@ def rows_note(points: Mapping[str, Sequence[Model]]) -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for method, names in read.items():
         groups.setdefault(tuple(names), []).append(method)
-    said = "; ".join(f"{', '.join(methods)}: {', '.join(names) or 'none'}" for names, methods in groups.items())
+    said = "; ".join(
+        f"{', '.join(map(called, methods))}: {', '.join(names) or 'none'}" for names, methods in groups.items()
+    )
     return [f"Files that methods read beside those of the experts' trainings. {said}."] if len(groups) > 1 else []
 
 
@@ -190,8 +194,8 @@ def only_named(methods: list[MethodSpec], only: Sequence[str] | None) -> list[Me
     """
     unknown = set(only or ()) - {method.name for method in methods}
     if unknown:
-        names = ", ".join(method.name for method in methods)
-        raise InputError(f"study.only names {', '.join(sorted(unknown))}; expected some of: {names}")
+        names = ", ".join(called(method.name) for method in methods)
+        raise InputError(f"study.only names {', '.join(map(called, sorted(unknown)))}; expected some of: {names}")
     return [method for method in methods if not only or method.name in only]
 
 
@@ -203,5 +207,5 @@ def aside_note(every: Sequence[MethodSpec], shown: Sequence[MethodSpec]) -> list
         return []
     return [
         f"Of {len(every)} methods {len(names)} are shown, and p-values are adjusted for these alone; the "
-        f"others are {', '.join(aside)}."
+        f"others are {', '.join(map(called, aside))}."
     ]
