@@ -101,7 +101,7 @@ def test_a_planted_difference_is_said_and_nothing_else():
     assert said.endswith(f"not shown to differ from that of A again (+0.000 [−{-low:.3f}, +{high:.3f}]).")
     assert apart == "At no common level of refusal, so not compared with A: C."
     (back,) = sentences(gaps([FOUND], {"A": CURVES["A"], "B": CURVES["B"]}, "B"), "B")
-    assert "worse than A (+0." in back
+    assert "worse than that of A (+0." in back
     rows = equal_refusal_table(found, "A", WHERE)["rows"]
     assert [row["range"] == "no common range" for row in rows] == [False, True, False]
     assert meets(found)
