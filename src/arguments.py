@@ -5,10 +5,13 @@ Each function takes a command's arguments and gives them as the parser wants the
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import pairwise, takewhile
+from pathlib import Path
 
 from src.data.row_source import find_file
 from src.errors import InputError
+from src.files import PROJECT
 
 DEFAULT_CONFIG = {
     "fit": "expert.yaml",
@@ -92,7 +95,12 @@ def evaluation_options(arguments: Sequence[str]) -> list[str]:
 def _found(flag: str, name: str) -> str:
     path = find_file(name, FOLDERS[flag])
     if path is None or not path.is_file():
-        raise InputError(f"{flag} {name}: no such file here or under {FOLDERS[flag]}/")
+        known = {file.name for root in (Path(), PROJECT) for file in (root / FOLDERS[flag]).glob("*.yaml")}
+        close = get_close_matches(Path(name).name, sorted(known), n=1)
+        raise InputError(
+            f"{flag} {name}: no such file here or under {FOLDERS[flag]}/"
+            + (f"; did you mean {close[0]}?" if close else "")
+        )
     return str(path)
 
 

@@ -13,7 +13,7 @@ from jsonargparse._actions import _ActionConfigLoad, remove_actions
 
 from src.errors import InputError, one_line
 from src.explain import choices, overview, page
-from src.whole_values import ConfigFile, after_empty
+from src.whole_values import ConfigFile, after_empty, files_of
 
 NO_CLASS = re.compile(r'^Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]*)', re.DOTALL)
 UNMADE = re.compile(r"Problem with given class_path '(?P<name>[^']+)':\n(?P<why>(?:      .*\n?)+)")
@@ -22,7 +22,24 @@ REASONS = re.compile(
     r"(?:Parser key \"[^\"]+\":\s+)*(?:Option '[^']+' is not accepted[^\n]*|'[^'\n]*' is no list; [^\n]+|"
     r"Problem with given class_path [^\n]+\n?[^\n]*|the following arguments are required: [^\n]+|"
     r"Expected a dot import path string: [^\n]+|\w+ is '[^']*'; expected one of [^\n]+)|"
-    r"(?:Parser key \"[^\"]+\":\s+)+Expected [^\n]+"
+    r"(?:Parser key \"[^\"]+\":\s+)+(?:Expected [^\n]+|[^\n]+; expected [^\n]+)"
+)
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+"""What a user would call the types of options."""
+OF_TYPE = re.compile(r"Expected a (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<values>[^\]]*)\])")
+ONE_TYPE = re.compile(OF_TYPE.pattern + r"\. Got value: (?P<value>.*)", re.DOTALL)
+SEVERAL_TYPES = re.compile(
+    r"\s*Does not validate against any of the Union subtypes\n.*?  Errors:\n(?P<errors>.*)"
+    r"  Given value type: [^\n]*\n  Given value: (?P<value>.*)",
+    re.DOTALL,
 )
 INSIDE = re.compile(r"\":\s+Parser key \"")
 UNKNOWN = re.compile(r"(?:Option|Group '([^']+)' does not accept option) '([^']+)'(?: is not accepted)?")
@@ -39,8 +56,37 @@ def _reason(message: str) -> str:
     if single := NO_LIST.fullmatch(message):
         return f"{single[1]}'{single[2]}' is no list; expected '[{single[2]}]'"
     key, _, tried = message.partition(":\n")
+    if plain := _in_words(tried.strip()):
+        return f"{key}: {plain}"
     found = REASONS.search(tried)
     return INSIDE.sub(".", message if found is None else f"{key}: {found[0]}")
+
+
+def _in_words(tried: str) -> str | None:
+    """What is expected in place of a value that has none of some plain types; nothing where other types could be."""
+    if one := ONE_TYPE.fullmatch(tried):
+        types, value = [one], one["value"]
+    elif several := SEVERAL_TYPES.fullmatch(tried):
+        errors = [error.strip() for error in several["errors"].split("    - ")[1:]]
+        found, value = [OF_TYPE.fullmatch(error) for error in errors], several["value"]
+        # A class beside a number, such as a tensor, is nothing that a command line or a file can give.
+        types = [each for each in found if each is not None]
+        classes = [error for error, each in zip(errors, found, strict=True) if each is None]
+        if not all(error.startswith("Expected a dot import path string") for error in classes):
+            return None
+        if classes and not any(each["type"] in ("int", "float") for each in types):
+            return None
+    else:
+        return None
+    names = [_word(each) for each in types]
+    said = value if set(value) & set("'\"[]{}") else f"'{value}'"
+    return None if None in names else f"{said}; expected {' or '.join(filter(None, names))}"
+
+
+def _word(found: re.Match[str]) -> str | None:
+    if found["values"] is not None:
+        return f"one of {found['values'].replace(chr(39), '')}"
+    return WORDS.get(found["type"])
 
 
 def _kinds(action: Any) -> tuple[Any, ...]:
@@ -73,6 +119,15 @@ def _named(name: str, kinds: Sequence[Any], option: str) -> type:
     return found
 
 
+def _holds(settings: Any, keys: Sequence[str]) -> bool:
+    """Whether nested settings have a key."""
+    for key in keys:
+        if not isinstance(settings, dict) or key not in settings:
+            return False
+        settings = settings[key]
+    return True
+
+
 class OneLineErrors(ArgumentParser):
     """An argument parser that raises :class:`InputError` where the original prints its usage and exits."""
 
@@ -96,7 +151,8 @@ class OneLineErrors(ArgumentParser):
         beside = dict.fromkeys(key[depth] for key in keys if key[:depth] == given[:depth] and len(key) > depth)
         names = [name for name in beside if name not in ("help", "print_config", "print_shtab")]
         expected = f"one of {', '.join(names)}" if names else "none, as there are no options"
-        return f"Option '{'.'.join(given[: depth + 1])}' is not accepted; expected {expected}"
+        where = next((f"{name}: " for name, text in files_of(self) if _holds(text, given[: depth + 1])), "")
+        return f"{where}Option '{'.'.join(given[: depth + 1])}' is not accepted; expected {expected}"
 
     def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         """Check a value; what is wrong with an item of a list is told with its number and its name."""

@@ -17,6 +17,9 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 
 from src.errors import InputError
 
+PROBLEMS, PLACE = ("Problems parsing config: ", "not valid YAML: "), (' in "<unicode string>",', " in")
+"""What the parser says of a text that is no YAML, and in words."""
+
 
 def is_whole(value: Any) -> bool:
     """Whether a value stands for itself: a list, or a mapping that names a path."""
@@ -34,9 +37,20 @@ class ConfigFile(ActionConfigFile):
             raise InputError(f"--config {values}: not UTF-8 text ({error})") from None
         except OSError:
             text = ""  # the parser says what is wrong with the file
+        settings = _loaded(text)
         with suppress(ValueError):
-            _empty(cfg, _loaded(text))
-        super().__call__(parser, cfg, values, option_string)
+            _empty(cfg, settings)
+        files_of(parser).append((values, settings))
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except InputError as error:
+            raise InputError(f"{values}: {str(error).replace(*PROBLEMS).replace(*PLACE)}") from None
+
+
+def files_of(parser: Any) -> list[tuple[str, Any]]:
+    """Files that ``--config`` of a parser has named so far, each with what it holds, to name one where it is wrong."""
+    found: list[tuple[str, Any]] = parser.__dict__.setdefault("_config_files", [])
+    return found
 
 
 def after_empty(arguments: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 import ast
 import io
+import json
 import os
 import re
 import subprocess
@@ -232,13 +233,52 @@ def test_unknown_commands_and_keys_are_one_line(tmp_path, capsys):
     config.write_text("data:\n  train: a.jsonl\n  val:\n    - {path: b.jsonl, sead: 1}\n")
     line = fails(["fit", "--config", str(config)], capsys)
     assert line.startswith(
-        "error: Parser key \"data.val[0]\": Option 'sead' is not accepted; expected one of path, split"
+        f"error: {config}: Parser key \"data.val[0]\": Option 'sead' is not accepted; expected one of path, split"
     )
     line = fails(["merge", "--method", "Sst", "--method.gamma", "1"], capsys)
     assert "Parser key \"method\": Option 'gamma' is not accepted; expected one of filter, t, k," in line
     config.write_text("a: [")
-    fails(["fit", "--config", str(config)], capsys)
-    fails(["fit", "--config", "expert.yaml", "--model.lora.rank", "high"], capsys)
+    line = fails(["fit", "--config", str(config)], capsys)
+    assert line.startswith(f"error: {config}: not valid YAML: while parsing a flow node")
+    assert "in line " in line
+    assert "unicode string" not in line
+    # A key that no option has, in the second of three files.
+    config.write_text("modle: {lora: 3}\n")
+    line = fails(["fit", "--config", "expert.yaml", "--config", str(config), "--config", "safety.yaml"], capsys)
+    assert line.startswith(f"error: {config}: Option 'modle' is not accepted; expected one of seed_everything")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["fit", "--model.lora.rank", "high"], "model.lora.rank\": 'high'; expected a whole number"),
+        (["fit", "--model.optimizer.lr", "fast"], "model.optimizer.lr\": 'fast'; expected a number"),
+        (["fit", "--trainer.max_epochs", "two"], "trainer.max_epochs\": 'two'; expected a whole number or null"),
+        (["test", "--overwrite", "maybe"], "overwrite\": 'maybe'; expected true or false"),
+        (["merge", "--alpha", "x"], "alpha\": 'x'; expected a list or a number"),
+        (["merge", "--method", "Sst", "--method.t", "big"], "method.t\": 'big'; expected a number"),
+        (
+            ["merge", "--method", "Sst", "--method.filter", "sof"],
+            "method.filter\": 'sof'; expected one of soft, topk, energy, threshold",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_told_what_is_expected(capsys, given, message):
+    assert fails(given, capsys) == f'error: Parser key "{message}'
+
+
+def test_a_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
+    suite = {"name": "a", "kind": "harmfull", "rows": "x.jsonl"}
+    (tmp_path / "c.yaml").write_text(json.dumps({"data": {"suites": [suite]}}))
+    line = fails(["test", "--config", str(tmp_path / "c.yaml")], capsys)
+    told = "Parser key \"data.suites[0] (a).kind\": 'harmfull'; expected one of harmful, jailbreak, borderline"
+    assert line.startswith(f"error: {tmp_path / 'c.yaml'}: {told}")
+
+
+def test_a_name_like_that_of_a_configuration_is_told_that(tmp_path, capsys):
+    assert fails(["fit", "--config", "exprt.yaml"], capsys).endswith("under configs/; did you mean expert.yaml?")
+    assert fails(["fit", "--trainer", "dpp.yaml"], capsys).endswith("under trainers/; did you mean ddp.yaml?")
+    assert fails(["fit", "--config", "zzzzzz"], capsys).endswith("under configs/")
 
 
 @dataclass
@@ -276,7 +316,7 @@ NAMES = "; expected one of "
         ),
         (
             "flat: {parts: [{name: a}, {name: [b]}]}",
-            "\"flat.parts[1] (['b']).name\": Expected a <class 'str'>. Got value: ['b']",
+            "\"flat.parts[1] (['b']).name\": ['b']; expected a text",
         ),
         ("whole: {parts: [{name: a, sizes: b}]}", "\"whole.parts[0] (a).sizes\": 'b' is no list; expected '[b]'"),
         ("only: half", "Parser key \"only\": 'half' is no list; expected '[half]'"),
@@ -287,7 +327,9 @@ def test_a_wrong_key_or_value_is_named_with_the_path_to_it(tmp_path, given, mess
     (tmp_path / "c.yaml").write_text(given)
     with pytest.raises(InputError) as error:
         run_function(asked, "asked", "Options.", ["--config", str(tmp_path / "c.yaml")])
-    assert str(error.value).removeprefix("Parser key ") == message.removeprefix("Parser key ")
+    told = str(error.value).removeprefix(f"{tmp_path / 'c.yaml'}: ")
+    assert told != str(error.value)
+    assert told.removeprefix("Parser key ") == message.removeprefix("Parser key ")
 
 
 def test_one_word_for_a_list_is_told_the_form_of_a_list(capsys):

@@ -357,9 +357,13 @@ def test_one_answer_for_every_row_stands_in_place_of_the_column(tmp_path):
         ([{"prompt": "a", "response": float("nan")}], {}, r"a\.jsonl:1: the row has no answer"),
         ([{"prompt": float("-inf"), "response": "b"}], {}, r"a\.jsonl:1: the prompt is empty"),
         ([{"prompt": "a", "response": ""}], {}, r"a\.jsonl:1: the row has no answer"),
-        ([{"prompt": "a"}], {}, r"a\.jsonl:1: the row has no answer"),
+        ([{"prompt": "a"}], {}, r"no answer; expected text in 'response'; the row has 'prompt' \(columns: {response: "),
         ([{"prompt": " ", "response": "b"}], {}, r"a\.jsonl:1: the prompt is empty"),
-        ([{"question": "a", "response": "b"}], {}, r"a\.jsonl:1: no column 'prompt'; the row has 'question'"),
+        (
+            [{"question": "a", "response": "b"}],
+            {},
+            r"a\.jsonl:1: no column 'prompt'; the row has 'question', 'response' \(columns: {prompt: NAME} names one",
+        ),
         ([{"prompt": "a"}], {"columns": {"response": "x"}}, r"a\.jsonl:1: no column 'x'"),
         ([{"prompt": "a"}], {"columns": {"reply": "x"}}, "unknown field 'reply'"),
         ([{"prompt": "a"}], {"where": {"safe": True}}, r"a\.jsonl:1: no column 'safe'"),
@@ -723,12 +727,39 @@ def test_calibration_on_repeated_prompts_warns(rows, tmp_path, caplog):
     utility = [str(rows["task"]), str(rows["task"])]  # the same rows, of one id each
     data = CalibrationData(safety=path, utility=utility)
     data.bind_passes({"safety": "safety", "utility": "utility"}, [])
-    (line,) = [record.getMessage() for record in caplog.records]
+    line, other = [record.getMessage() for record in caplog.records]
     assert line.startswith("data.safety: 1 prompts stand in several rows")
     assert line.endswith("one row a prompt in one source; leave out of one what stands in two)")
+    assert other == "data.utility: 13 of 26 rows are copies of others, and weigh as often as they stand there"
     caplog.clear()
     data.bind_passes({"safety": "safety", "utility": "utility"}, ["safety"])
-    assert not caplog.text
+    assert [record.getMessage() for record in caplog.records] == [other]
+    caplog.clear()
+    weighed = CalibrationData(safety=path, utility=utility, utility_weights=[1.0, 2.0])
+    weighed.bind_passes({"safety": "safety", "utility": "utility"}, ["safety", "utility"])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "data.utility_weights has no effect here: passes over random tokens have no sources"
+
+
+def test_copies_are_told_where_rows_are_learnt_and_where_they_are_counted(rows, tmp_path, caplog):
+    import logging
+
+    logging.getLogger("src").propagate = True
+    lines = [{"id": str(i), "prompt": p, "response": r} for i, (p, r) in enumerate(("ax", "ax", "ay", "bx", "ax"))]
+    path = write(tmp_path / "a.jsonl", *lines)
+    ExpertData(train=path, val=str(rows["val"]))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("data.train: 2 of 5 rows are copies of others, each learnt as often as it stands there")
+    caplog.clear()
+    choices = [{"question": "q", "choices": list(c), "answer": 0} for c in ("ab", "ab", "ac")]
+    suites = [
+        Suite("a", "utility", path),
+        Suite("b", "choice", write(tmp_path / "b.jsonl", *choices)),
+        Suite("c", "utility", str(rows["val"])),
+    ]
+    EvaluationData(suites)
+    told = [record.getMessage().partition(",")[0] for record in caplog.records]
+    assert told == [f"suite {name} rows are copies of others" for name in ("a: 2 of 5", "b: 1 of 3")]
 
 
 def with_positions(positions, *, table):

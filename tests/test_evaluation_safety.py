@@ -11,7 +11,7 @@ from src.judges.refusal import Refusal
 from src.metrics.judging import Judgement
 from src.metrics.refusal import is_refusal
 from src.models.computation import Computation
-from src.models.grading import Graded, safety_line, safety_summary
+from src.models.grading import Graded, safety_line, safety_summary, utility_line
 from tests.evaluations import answers, flags, metrics, write_jsonl
 from tests.test_evaluation_sources import PROMPTS
 from tests.test_judges import make_classifier
@@ -107,6 +107,18 @@ def test_a_kind_that_stands_alone_is_not_named_in_the_line():
     )
     suites.append(graded("jailbreak", "efgh", refused=[0] * 4, attacked=[1, 1, 0, 0]))
     assert safety_line(safety_summary(suites)).startswith("refusal 0.12 (n = 8: harmful 0.25, jailbreak 0.00), attack-")
+
+
+def test_suites_of_right_and_wrong_answers_have_a_line_too():
+    suites = {
+        "harm": {"kind": "harmful", "refusal": {"value": 0.5, "n": 4}},
+        "tasks": {"kind": "utility", "exact_match": {"value": 0.625, "n": 8}, "rouge_l": {"value": 0.31}},
+        "mmlu": {"kind": "choice", "accuracy": {"value": 0.25, "n": 16}},
+        "programs": {"kind": "code", "pass@1": {"value": 0.0, "n": 3}},
+    }
+    said = "exact match on tasks 0.62 (n = 8), ROUGE-L on tasks 0.31, accuracy on mmlu 0.25 (n = 16)"
+    assert utility_line(suites) == f"{said}, pass@1 on programs 0.00 (n = 3)"
+    assert utility_line({"harm": suites["harm"]}) == safety_line({}) == ""
 
 
 def test_a_judge_of_refusal_takes_the_place_of_the_list_in_what_is_shown(base, tmp_path, monkeypatch):

@@ -476,8 +476,8 @@ def test_a_relearned_control_sees_one_data_set_alone(case, control, kind, radius
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"filter": "energy"}, "energy needs share"),
-        ({"share": 0.5}, "method.share is 0.5; energy needs share, others take none"),
+        ({"filter": "energy"}, "filter is 'energy', which needs method.share"),
+        ({"share": 0.5}, "method.share is 0.5 with filter 'soft', which takes none; energy does"),
         ({"filter": "energy", "share": 1.5}, "method.share is 1.5; expected a number above 0 and at most 1"),
         ({"control": "random"}, "expected topk, energy or threshold"),
         ({"coefficients": "relearn", "rho_s": 0.0}, "rho_s above 0"),

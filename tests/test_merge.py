@@ -93,8 +93,8 @@ def test_held_out_shares_equal_dense_filters_of_one_half_judged_by_the_other(opt
         ({"rho": -1.0}, "method.rho is -1.0"),
         ({"rho_s": -1.0}, "method.rho_s is -1.0"),
         ({"t": -1.0}, "method.t is -1.0"),
-        ({"filter": "topk"}, "topk needs k"),
-        ({"k": 3}, "soft takes none"),
+        ({"filter": "topk"}, "filter is 'topk', which needs method.k"),
+        ({"k": 3}, "method.k is 3 with filter 'soft', which takes none; topk does"),
         ({"filter": "topk", "k": 0}, "at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Fisher files of every form through the command line: measured, then merged."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from src.merge.fisher_passes import NEEDED, Pass, check_keys
 from src.merge.fishers import _calibration, read_pair
 from src.merge.sst import Sst
 from src.merge.stage import merge
-from tests.commands import measured_once
-from tests.merging import write_fishers
+from src.models.base import BaseSpec, fingerprint, load_model
+from tests.commands import fisher_flags, measured_once
+from tests.merging import rewritten, write_fishers
 from tests.oracles import dense_pencil
 
 REPRESENTATIONS = ["lowrank", "block", "kronecker", "diagonal"]
@@ -277,6 +279,65 @@ def test_a_record_that_lacks_a_key_is_refused(adapters, measured, tmp_path, caps
     assert f"{path}: its record has no '{key}'" in capsys.readouterr().err
 
 
+def test_files_of_two_bases_are_refused(adapters, measured, tmp_path, capsys):
+    part = shutil.copytree(measured("lowrank"), tmp_path / "part")
+    rewritten(part / "utility.safetensors", lambda record: record["base"].update(fingerprint="another"))
+    assert run(adapters, part, tmp_path / "m", "--method", "Sst") == 2
+    told = (
+        f"{part}/utility.safetensors: measured on the base '.*', {part}/safety.safetensors on '.*' with other weights"
+    )
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_a_merge_of_adapters_without_a_fingerprint_has_that_of_their_fisher_files(base, adapters, measured, tmp_path):
+    assert read_adapter(adapters["utility"]).fingerprint is None
+    assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst") == 0
+    found = read_adapter(tmp_path / "m").fingerprint
+    assert found == fingerprint(load_model(BaseSpec(str(base), dtype="float64")))
+
+
+def test_the_points_of_measurement_are_told(adapters, measured, tmp_path, capsys):
+    assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst") == 0
+    assert f"{measured('lowrank')}: F_s was measured at patched, F_u at utility" in capsys.readouterr().err
+    form = ["--method", "Sst", "--method.form", "interpolating"]
+    assert run(adapters, measured("union", "--model.basis", "union"), tmp_path / "n", *form) == 0
+    told = "safety.safetensors: measured at patched; with these options Sst leads to the safety adapter alone"
+    assert told in capsys.readouterr().err
+    where = ["--model.basis", "union", "--model.reference_safety", "{safety: 1.0}"]
+    assert run(adapters, measured("at-safety", *where), tmp_path / "o", *form) == 0
+    assert "alone" not in capsys.readouterr().err
+
+
+def test_utility_adapters_in_another_order_are_told_so(base, adapters, rows, tmp_path, capsys):
+    both, turned = ([str(adapters[name]) for name in names] for names in (SIDES, SIDES[::-1]))
+    flags = fisher_flags(base, adapters, rows, tmp_path / "f", "--model.utility", json.dumps(both))
+    assert main(flags) == 0
+    given = ["--utility", json.dumps(turned), "--safety", str(adapters["safety"]), "--fisher", str(tmp_path / "f")]
+    assert main(["merge", *given, "--method", "Sst", "--output", str(tmp_path / "m")]) == 2
+    assert "those of this merge are these in another order" in capsys.readouterr().err
+
+
+def test_options_that_nothing_reads_are_told(adapters, measured, tmp_path, capsys):
+    flags = ["--method", "Sst", "--method.seed", "3"]
+    assert run(adapters, measured("lowrank"), tmp_path / "m", *flags) == 0
+    assert "method.seed has no effect here: it is read with control random" in capsys.readouterr().err
+    flags = ["--method.filter", "topk", "--method.k", "3", "--method.control", "random"]
+    assert run(adapters, measured("lowrank"), tmp_path / "r", "--method", "Sst", "--method.seed", "3", *flags) == 0
+    assert "no effect" not in capsys.readouterr().err
+    fishers = measured("lowrank"), measured("other-seed", "--model.seed", "7")
+    flags = ["--method", "AlignGuardPosthoc", "--method.k", "2", "--fisher_weights", "[1.0, 2.0]"]
+    assert run(adapters, f"[{fishers[0]},{fishers[1]}]", tmp_path / "a", *flags) == 0
+    assert "AlignGuardPosthoc reads no F_u: --fisher_weights are not used" in capsys.readouterr().err
+
+
+def test_a_filter_that_keeps_nothing_says_so(adapters, measured, tmp_path, capsys):
+    flags = ["--method", "Sst", "--method.filter", "threshold", "--method.t"]
+    assert run(adapters, measured("lowrank"), tmp_path / "m", *flags, "1e9") == 0
+    assert "the filter keeps no direction, so the patch is zero" in capsys.readouterr().err
+    assert run(adapters, measured("lowrank"), tmp_path / "n", *flags, "0.1") == 0
+    assert "keeps no direction" not in capsys.readouterr().err
+
+
 def test_random_directions_of_an_empty_selection_are_refused(adapters, measured, tmp_path, capsys):
     flags = ["--method.filter", "threshold", "--method.t", "1e9", "--method.control", "random"]
     assert run(adapters, measured("lowrank"), tmp_path / "m", "--method", "Sst", *flags) == 2
@@ -312,8 +373,11 @@ def test_every_pass_of_a_directory_has_the_directorys_weight(adapters, monkeypat
 
 
 def test_prompts_of_every_pass_have_been_seen():
-    passes = [SimpleNamespace(file=SimpleNamespace(record={"seen": [prompt]}), entry={}) for prompt in "abc"]
+    bases = [{"fingerprint": known} for known in (None, "x", "x")]
+    records = [{"seen": [prompt], "base": base} for prompt, base in zip("abc", bases, strict=True)]
+    passes = [SimpleNamespace(file=SimpleNamespace(record=record), entry={}) for record in records]
     assert _calibration(passes).seen == {"a", "b", "c"}
+    assert _calibration(passes).base_fingerprint == "x"
 
 
 @pytest.mark.parametrize(

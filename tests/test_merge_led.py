@@ -140,6 +140,20 @@ def test_files_that_do_not_belong_are_refused(adapters, measured, tmp_path, caps
     assert not (tmp_path / "m").exists()
 
 
+def test_rows_that_were_cut_or_weighed_otherwise_are_other_ones(adapters, measured, tmp_path, capsys):
+    for name, flags in (("cut", ["--data.max_length", "24"]), ("weighed", ["--data.utility_weights", "[2.0, 1.0]"])):
+        other = measured(
+            f"base-{name}", "--model.reference_safety", "base", "--model.reference_utility", "base", *flags
+        )
+        assert run(adapters, measured("experts"), tmp_path / "m", "--method.base_fisher", str(other)) == 2
+        assert "with other tokens or weights of them" in capsys.readouterr().err
+        # Files of before that was recorded.
+        old = shutil.copytree(other, tmp_path / name)
+        for path in old.glob("*.safetensors"):
+            rewritten(path, lambda record: record.pop("measured_sha256"))
+        assert run(adapters, measured("experts"), tmp_path / f"m-{name}", "--method.base_fisher", str(old)) == 0
+
+
 @pytest.mark.parametrize("at", ["base", "experts"])
 @pytest.mark.parametrize("name", ["safety", "utility"])
 @pytest.mark.parametrize(

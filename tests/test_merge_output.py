@@ -231,6 +231,7 @@ def test_files_that_the_model_does_not_consist_of_are_left_alone(base, adapters,
     assert len(parts) > 2
     for name in ("model_old.safetensors", "model.fp16.safetensors"):
         save_file({key: weight * 0 for key, weight in expected.items()}, tmp_path / "other" / name)
+    flags += ["--aliases", json.dumps([str(base)])]
     assert main([*flags, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "m")]) == 0
     found = load_file(tmp_path / "m" / "model.safetensors")
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
@@ -301,8 +302,10 @@ def test_an_output_never_replaces_what_is_read(base, adapters, tmp_path, capfd, 
 def test_the_record_names_the_weights_that_were_read(base, adapters, tmp_path, capfd):
     shutil.copytree(base, tmp_path / "elsewhere")
     flags = ["merge", "--utility", str(adapters["utility"]), "--full_model", "--output", str(tmp_path / "m")]
-    assert main([*flags, "--base", str(tmp_path / "elsewhere")]) == 0
-    assert f"the weights are those of {tmp_path / 'elsewhere'}" in capfd.readouterr().err
+    assert main([*flags, "--base", str(tmp_path / "elsewhere")]) == 2
+    told = f"trained on the base '{base}'; --base is '{tmp_path / 'elsewhere'}'; if these are one model, change"
+    assert told in capfd.readouterr().err
+    assert main([*flags, "--base", str(tmp_path / "elsewhere"), "--aliases", json.dumps([str(base)])]) == 0
     record = json.loads((tmp_path / "m" / "manifest.json").read_text())["base_weights"]
     assert record["path"] == str(tmp_path / "elsewhere")
     assert record["fingerprint"] == fingerprint(load_model(BaseSpec(str(base), dtype="float32")))
@@ -405,7 +408,8 @@ def test_tensors_of_every_number_format_are_copied_into_a_full_model(adapters, b
     formats = (torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e5m2fnuz, torch.bool)
     more = {f"extra.{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(formats)}
     save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"})
-    merge(utility=both(adapters), full_model=True, base=str(folder), output=str(tmp_path / "m"))
+    given = {"utility": both(adapters), "full_model": True, "aliases": [str(base)]}
+    merge(**given, base=str(folder), output=str(tmp_path / "m"))
     written = load_file(tmp_path / "m" / "model.safetensors")
     for key, values in more.items():
         assert written[key].dtype == values.dtype
@@ -583,7 +587,7 @@ def test_a_gguf_base_is_read_from_its_dequantised_weights(adapters, base, tmp_pa
 
     monkeypatch.setattr("src.models.base._dequantised", dequantised)
     given = {"utility": both(adapters), "full_model": True}
-    merge(**given, base=str(tmp_path / "tiny.gguf"), output=str(tmp_path / "m"))
+    merge(**given, base=str(tmp_path / "tiny.gguf"), aliases=[str(base)], output=str(tmp_path / "m"))
     merge(**given, output=str(tmp_path / "n"))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "n"))
     assert set(asked) == {"tiny.gguf"}

@@ -376,11 +376,12 @@ def test_an_infinite_penalty_projects_and_can_be_written(adapters, tmp_path):
     assert "``.inf``" in ClosestSafeUpdate.__doc__
 
 
-def test_a_hard_mask_leaves_a_module_without_a_safety_update_as_it_is(updates):
+@pytest.mark.parametrize("method", [SstV, SstM])
+def test_a_hard_mask_leaves_a_module_without_a_safety_update_as_it_is(updates, method):
     utility, safety = updates
     name = next(iter(utility))
     rest = {n: pair for n, pair in safety.items() if n != name}
-    found = SstM(form="interpolating", top=0.2).patch(utility, rest, None).pairs
+    found = method(form="interpolating", top=0.2).patch(utility, rest, None).pairs
     assert not found[name].dense().any()
     other = next(iter(rest))
     assert found[other].dense().any()

@@ -11,6 +11,7 @@ from src.adapters.pairs import LowRankPair
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
+from src.fisher.diagonal import DiagonalFisher
 from src.fisher.files import load_fisher
 from src.merge.combination import Expert, KeyedDeltas
 from src.merge.combinations.fisher_average import FisherAverage, kronecker_average
@@ -95,6 +96,37 @@ def test_the_diagonal_average_follows_each_experts_own_information(adapters, sta
         total = sum(w * own[name].dense() for w, own in zip(weights, updates(adapters), strict=True))
         torch.testing.assert_close(pair.dense(), total / sum(weights), rtol=1e-3, atol=1e-5)
     assert floored == "normalised" or 0 < max(floors) < 1
+
+
+def test_what_else_a_file_holds_changes_no_average():
+    """The modules of a file are those of its own pass's adapters, which no expert need change."""
+    shapes = {name: (3, 4) for name in ("a", "b", "c")}
+    updates = {name: LowRankPair(torch.randn(2, 4), torch.randn(3, 2)) for name in ("a", "b")}
+
+    def merged(held):
+        fishers = [weight_fisher(shapes, "diagonal", seed) for seed in (1, 2)]
+        fishers = [
+            DiagonalFisher({n: shapes[n] for n in held}, f.counts, {n: f.sums[n] for n in held}) for f in fishers
+        ]
+        experts = [
+            Expert(str(i), 1.0, {n: p.scaled(1.0 + i) for n, p in updates.items()}, f) for i, f in enumerate(fishers)
+        ]
+        return FisherAverage().combine(experts).deltas
+
+    one, two = merged("ab"), merged("abc")
+    assert all(torch.equal(one[name].block(slice(0, 3)), two[name].block(slice(0, 3))) for name in "ab")
+
+
+def test_regmean_refuses_factors_of_tokens(base, adapters, rows, statistics, tmp_path, capsys):
+    flags = [*FORMS["kronecker"], "--model.granularity", "token", "--model.basis", "union"]
+    folders = []
+    for name in ("utility", "safety"):
+        folders.append(tmp_path / name)
+        assert (
+            main(fisher_flags(base, adapters, rows, folders[-1], *flags, "--model.utility", str(adapters[name]))) == 0
+        )
+    assert combine(adapters, folders, tmp_path / "m", "--combine", "RegMean") == 2
+    assert "measured with granularity token; RegMean needs --model.granularity sequence" in capsys.readouterr().err
 
 
 def test_the_kronecker_average_is_that_of_the_files_factors(adapters, statistics, tmp_path, capsys):

@@ -133,6 +133,22 @@ def test_an_expert_that_is_not_there_is_one_line(evaluated, capsys):
     assert not (evaluated / "r").exists()
 
 
+def test_the_baseline_of_the_evaluation_is_the_expert_where_none_is_called_utility(evaluated, capsys):
+    record = json.loads((evaluated / "metrics.json").read_text())
+    (evaluated / "answers" / "utility").rename(evaluated / "answers" / "maths")
+    record["models"][1]["name"] = "maths"
+    (evaluated / "metrics.json").write_text(json.dumps(record))
+    folder = made(evaluated)
+    assert not (folder / "tradeoff.json").exists()
+    assert "named 'utility' was evaluated (name one with --expert: one of maths)" in capsys.readouterr().err
+    for baseline, expert in (("base", None), ("maths", "maths")):
+        record["settings"] = {"model": {"baseline": baseline}}
+        (evaluated / "metrics.json").write_text(json.dumps(record))
+        folder = made(evaluated, "--overwrite")
+        assert (folder / "tradeoff.json").exists() is (expert is not None)
+    assert json.loads((folder / "tradeoff.json").read_text())["expert"] == "maths"
+
+
 def test_answers_that_predict_has_written_anew_are_one_line(evaluated, capsys):
     rows = read_rows(evaluated / "answers" / "sst/1" / "harm.jsonl")
     write_jsonl(evaluated / "answers" / "sst/1" / "harm.jsonl", [{"answer": "no"} for _ in rows])

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def _spelled(name: str) -> str:
     plain = name.rstrip("/")
     cached = SNAPSHOT.fullmatch(plain)
     return plain if cached is None else cached["id"].replace("--", "/", 1)
+
+
+@cache
+def _tell_by_folder(adapter: str, known: str, base: str) -> None:
+    """Say once where nothing but the name of a directory tells that two bases are one model."""
+    one, two = _spelled(known), _spelled(base)
+    if one and two and same_base_name(one, two) and (Path(one).exists() != Path(two).exists()):
+        log.info("%s: its base %r is taken to be %r, by the directory's name", adapter, known, base)
 
 
 def has_name(name: str, names: Sequence[str]) -> bool:
@@ -120,6 +129,8 @@ def check_base(
     Raises:
         InputError: it was trained on another one.
     """
+    if not (fingerprint and adapter.fingerprint):
+        _tell_by_folder(adapter.name, adapter.base, base)
     if fingerprint and adapter.fingerprint:
         if fingerprint != adapter.fingerprint:
             raise InputError(
@@ -158,10 +169,11 @@ def check_no_embeddings(spanning: Sequence[Adapter]) -> None:
 
 
 def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str, aliases: Sequence[str] = ()) -> str:
-    """Warn where the weights of a base are not those on which adapters were trained, as far as that is known.
+    """Check that the weights of a base are those on which adapters were trained, as far as that is known.
 
     This project's adapters know a fingerprint, others only the base's name. Some architectures' files name weights
-    otherwise than the loaded model does, so that equal weights can look different: hence no error.
+    otherwise than the loaded model does, so that equal weights can look different: hence a warning, where fingerprints
+    tell, and an error where names do.
 
     Args:
         adapters: The adapters.
@@ -171,6 +183,9 @@ def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str, ali
 
     Returns:
         Their fingerprint.
+
+    Raises:
+        InputError: no adapter has a fingerprint, and one is of a base of another name.
     """
     found = base.fingerprint()
     known = {adapter.fingerprint: adapter.name for adapter in adapters if adapter.fingerprint}
@@ -178,8 +193,7 @@ def check_weights(adapters: Sequence[Adapter], base: BaseWeights, name: str, ali
     if known and found not in known and base.fingerprint(torch.float16) not in known:
         log.warning("%s: other weights than those that %s was trained on", base.folder, next(iter(known.values())))
     for adapter in adapters if not known else []:
-        if not has_name(adapter.base, [name, *aliases]):
-            log.warning("%s: trained on the base %r; the weights are those of %s", adapter.name, adapter.base, name)
+        check_base(adapter, name, None, what="--base", aliases=aliases, option="--aliases")
     return found
 
 

@@ -102,7 +102,10 @@ def check_config(path: Path, config: dict[str, Any], *, full_rank: bool) -> None
             "with path_initial_model_for_weight_conversion, which makes it one of the unchanged base"
         )
     if config.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias is {config['bias']!r}; trained biases are not a low-rank update")
+        raise InputError(
+            f"{path}: bias is {config['bias']!r}; trained biases of the base are not a low-rank update; expected none "
+            "(biases that PEFT trains beside B, lora_bias: true, can be merged)"
+        )
 
 
 def _check_types(path: Path, config: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from src.data.chat import Encoded, Template
 from src.data.demo_rows import warn_of_demo_rows
 from src.data.modules import TokenizedData
 from src.data.row_source import Sources, as_sources
-from src.data.rows import Row
+from src.data.rows import Row, copies
 from src.data.sources import load_rows
 from src.errors import InputError
 from src.fisher.labels import random_token_rows
@@ -93,6 +93,10 @@ class CalibrationData(TokenizedData):
                 "data.utility has one source only: without general instructions and borderline-safe prompts beside the "
                 "task rows, the merged model refuses more harmless prompts (docs/your_model.md, Calibration)"
             )
+        if self.source_weights["utility"] is not None and not any(
+            rows == "utility" and name not in self._random for name, rows in passes.items()
+        ):
+            log.warning("data.utility_weights has no effect here: passes over random tokens have no sources")
         warn_of_demo_rows({option: self.named[option] for option in self.measured})
         for option, over in self.measured.items():
             if repeated := _repeated(over):
@@ -102,6 +106,13 @@ class CalibrationData(TokenizedData):
                     "one what stands in two)",
                     option,
                     repeated,
+                )
+            elif again := copies(over):
+                log.warning(
+                    "%s: %d of %d rows are copies of others, and weigh as often as they stand there",
+                    option,
+                    again,
+                    len(over),
                 )
 
     @property

@@ -14,7 +14,7 @@ from src.data.batches import WINDOW, Batch, EncodedRows, LengthBatches
 from src.data.chat import Encoded, Encoder, Template
 from src.data.demo_rows import warn_of_demo_rows
 from src.data.row_source import Sources
-from src.data.rows import Row
+from src.data.rows import Row, copies
 from src.data.sources import load_rows, refuse_options
 from src.errors import InputError
 
@@ -183,6 +183,13 @@ class ExpertData(TokenizedData):
             "train": load_rows(train, need_response=True),
             "val": load_rows(val, need_response=True),
         }
+        if again := copies(self.rows["train"]):
+            log.warning(
+                "data.train: %d of %d rows are copies of others, each learnt as often as it stands there (unique: true "
+                "keeps one row a prompt in one source)",
+                again,
+                len(self.rows["train"]),
+            )
         train_prompts = {row.prompt_hash for row in self.rows["train"]}
         for row in self.rows["val"]:
             if row.prompt_hash in train_prompts:

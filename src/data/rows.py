@@ -95,6 +95,12 @@ def learnt_sha256(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def copies(rows: Iterable[Any]) -> int:
+    """Number of rows (data classes) that say what an earlier one says, whatever their identifiers and sources."""
+    said = [{k: v for k, v in asdict(row).items() if k not in ("id", "source", "category")} for row in rows]
+    return len(said) - len({json.dumps(values, sort_keys=True, default=str) for values in said})
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(place, object)`` for each line of a JSONL file; ``place`` is ``file:line`` for error messages.
 

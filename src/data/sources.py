@@ -145,8 +145,10 @@ def _rows_of(source: RowSource, need_response: bool) -> Iterator[Row]:
         elif remove is not None:
             values["response"] = answer_text(remove.sub("", values["response"]))
         if need_response and not values["response"]:
+            column = source.columns.get("response", "response")
             raise InputError(
-                f"{place}: the row has no answer; expected text in {source.columns.get('response', 'response')!r}"
+                f"{place}: the row has no answer; expected text in {column!r}"
+                + ("" if column in record or "{" in column else f"; {_named_by('response', record)}")
             )
         values["id"] = values["id"] or f"{Path(source.path).name}/{number}"
         yield Row(**values, source=source.path, answer_tokens=source.answer_tokens, before=before)
@@ -214,7 +216,7 @@ def _field(record: dict[str, Any], name: str, source: RowSource, place: str) -> 
     spec = source.columns.get(name)
     if spec is None:
         if name == "prompt" and name not in record:
-            _column(record, name, place)
+            raise InputError(f"{place}: no column 'prompt'; {_named_by(name, record)}")
         value = record.get(name)
     elif not spec:
         return ""
@@ -250,6 +252,11 @@ def _column(record: dict[str, Any], column: str, place: str) -> Any:
     if column not in record:
         raise InputError(f"{place}: no column {column!r}; the row has {', '.join(map(repr, record))}")
     return record[column]
+
+
+def _named_by(field: str, record: dict[str, Any]) -> str:
+    """What else could be meant, and how to say it."""
+    return f"the row has {', '.join(map(repr, record))} (columns: {{{field}: NAME}} names one of them)"
 
 
 def _records(source: RowSource) -> Iterator[tuple[str, dict[str, Any]]]:

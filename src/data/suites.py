@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from src.data.chat import SHORTEST, Encoder, Template
 from src.data.choice_rows import ChoiceRow
 from src.data.modules import TokenizedData, process_share
-from src.data.rows import Row
+from src.data.rows import Row, copies
 from src.data.schedule import Step, SuiteBatch, SuiteBatches, deal, even_batches, shared_beginning
 from src.data.suite import Suite
 from src.data.suite_tokens import LongRows, SuiteTokens, encode_choices, encode_code, encode_prompts
@@ -55,6 +55,15 @@ class EvaluationData(TokenizedData):
             suite.check()
         self.suites = suites
         self.rows: dict[str, Sequence[Row]] = {suite.name: suite.load() for suite in suites}
+        for name, rows in self.rows.items():
+            if again := copies(rows):
+                log.warning(
+                    "suite %s: %d of %d rows are copies of others, and count as often as they stand there (unique: "
+                    "true keeps one row a prompt in one source)",
+                    name,
+                    again,
+                    len(rows),
+                )
         self.few = {s.name: s.worked(self.rows[s.name]) for s in suites if s.kind == "choice"}
         self.tokens: dict[str, SuiteTokens] = {}
         self._steps: list[list[Step]] = []

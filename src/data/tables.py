@@ -108,6 +108,11 @@ def _check_fields(path: Path) -> None:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             rows = csv.reader(handle, delimiter=SEPARATORS[path.suffix])
             header, any_row = next((row for row in rows if "".join(row).strip()), []), False
+            if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), None)):
+                raise InputError(
+                    f"{path}: one column, {header[0]!r}; expected {SEPARATORS[path.suffix]!r} between columns, not "
+                    f"{other!r} (a file whose columns have tabs between them is named .tsv)"
+                )
             for row in rows:
                 any_row |= bool(row)
                 if len(row) > len(header):
@@ -115,7 +120,9 @@ def _check_fields(path: Path) -> None:
                         f"{path}, line {rows.line_num}: {len(row)} fields under a header of {len(header)}; expected "
                         "quotes around text that holds the separator, and a name for each column"
                     )
-    except (UnicodeDecodeError, csv.Error):
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except csv.Error:
         return  # for pandas to say
     if not any_row:
         raise InputError(f"{path}: no rows")

@@ -39,6 +39,7 @@ class AlignGuardPosthoc(MergeMethod):
 
     needs_fisher = True
     representations = ("lowrank",)
+    reads_utility_fisher = False
 
     def __init__(self, k: int = 32, gamma: float = 1.0, add_safety: bool = True) -> None:
         if k < 1:

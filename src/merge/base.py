@@ -101,6 +101,8 @@ class MergeMethod(ABC):
     """Whether its updates are full rank whatever its options."""
     takes_full_rank = True
     """Whether updates may be full rank, such as a TIES merge of several experts."""
+    reads_utility_fisher = True
+    """Whether it reads F_u; else weights of F_u have no effect."""
     beside_base = False
     """Whether it needs Fisher files measured at the base too, which its option ``base_fisher`` names."""
 
@@ -113,6 +115,11 @@ class MergeMethod(ABC):
     def needs_safety(self) -> bool:
         """Whether the method works on the safety adapter."""
         return True
+
+    @property
+    def safety_point(self) -> Mapping[str, float] | None:
+        """Weights of the adapters where F_s should be measured, where these options leave no choice."""
+        return None
 
     @property
     def relearns(self) -> bool:

@@ -14,6 +14,8 @@ EXPERTS = {"safety": {"safety": 1.0}, "utility": {"utility": 1.0}}
 """Reference point of each expert alone."""
 ROWS = "rows_sha256"
 """What the measurements at base and expert must share, in the record."""
+TOKENS = "measured_sha256"
+"""The same of tokens and weights of rows, which older records lack."""
 
 
 def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> list[Pass]:
@@ -36,8 +38,14 @@ def read_at_base(folder: str, experts: Sequence[Pass], method: MergeMethod) -> l
             check_keys(one, ("reference", ROWS))
         check_reference(expert, EXPERTS[name])
         check_reference(base, {})
-        if base.file.record[ROWS] != expert.file.record[ROWS]:
+        here, there = base.file.record, expert.file.record
+        if here[ROWS] != there[ROWS]:
             raise InputError(f"{base.path}: measured with other rows than {expert.path}; measure both alike")
+        if TOKENS in here and TOKENS in there and here[TOKENS] != there[TOKENS]:
+            raise InputError(
+                f"{base.path}: measured with the rows of {expert.path}, and with other tokens or weights of them "
+                "(data.max_length, chat_template, utility_weights, …); measure both alike"
+            )
         found.append(base)
     return found
 

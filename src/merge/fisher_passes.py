@@ -96,6 +96,19 @@ class Pass:
         base = self.file.record["base"]
         check_base(adapter, base["name"], base["fingerprint"], what=f"the base of {self.path}")
 
+    def check_base_of(self, first: "Pass") -> None:
+        """Check that it was measured on the base of another one.
+
+        Raises:
+            InputError: their fingerprints differ.
+        """
+        one, two = (each.file.record["base"] for each in (self, first))
+        if one["fingerprint"] and two["fingerprint"] and one["fingerprint"] != two["fingerprint"]:
+            raise InputError(
+                f"{self.path}: measured on the base {one['name']!r}, {first.path} on {two['name']!r} with other "
+                "weights; measure both on one base, in one number format"
+            )
+
     def check_adapters(self, experts: Sequence[Adapter], safety: Adapter) -> None:
         """Check that it was measured for these adapters.
 
@@ -112,10 +125,12 @@ class Pass:
         measured = record["utility"]
         if len(measured) != len(experts) or not all(map(_same, measured, experts)):
             names = ", ".join(entry["path"] for entry in record["utility"])
-            raise InputError(
-                f"{self.path}: measured at the utility adapters {names}; those of this merge have other weights or "
-                "another scaling"
+            # What says the same in another order has weights in another order, too.
+            turned = len(measured) == len(experts) and all(
+                any(_same(each, one) for one in experts) for each in measured
             )
+            how = "are these in another order" if turned else "have other weights or another scaling"
+            raise InputError(f"{self.path}: measured at the utility adapters {names}; those of this merge {how}")
 
     def check_expert(self, expert: Adapter) -> None:
         """Check that it was measured at one expert alone.

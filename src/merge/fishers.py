@@ -9,6 +9,7 @@ experts, each at the common reference. A combination that weighs experts by thei
 per expert, each with the ``utility`` pass of that expert alone.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from src.merge.patched_fishers import mean_fisher, patched
 from src.models.base import weights_folder
 from src.models.patch_at import reference_point
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -40,12 +43,14 @@ class Calibration:
         statistics: The Fisher matrix of each expert, for a combination that needs them; else empty.
         seen: Hashes of the prompts that they were measured on.
         files: What the manifest says of each file: path, weight, pass, form, labels, reference point, examples.
+        base_fingerprint: That of the base that they were measured on, where it has one.
     """
 
     pair: FisherPair | None = None
     statistics: tuple[Fisher, ...] = ()
     seen: frozenset[str] = frozenset()
     files: tuple[dict[str, Any], ...] = ()
+    base_fingerprint: str | None = None
 
     @cached_property
     def overlap(self) -> dict[str, Any] | None:
@@ -101,6 +106,7 @@ def read_pair(
     for one in passes:
         one.check_adapters(experts, safety)
         one.check_coordinates(first)
+        one.check_base_of(first)
     if isinstance(method, Combination):
         # The experts are combined, so each is measured at itself.
         for one in (first, *utilities):
@@ -108,6 +114,7 @@ def read_pair(
             check_reference(one, EXPERTS[one.file.record["pass"]])
     for group in (utilities, benign):
         _check_alike(group)
+    _tell_points(first, utilities, method)
     basis, f_u = CoreBasis(first.file.u, first.file.v), mean_fisher(utilities)
     pair = FisherPair(first.file.fisher, f_u, basis)
     if method.relearns:
@@ -120,6 +127,21 @@ def read_pair(
     if at_base:
         pair = _beside_base(pair, at_base, [*experts, safety], base)
     return _calibration(passes, pair=pair)
+
+
+def _tell_points(safety: Pass, utilities: Sequence[Pass], method: MergeMethod) -> None:
+    """Say where Fisher matrices were measured; warn where a method's options ask for another point."""
+    at = [one.file.record.get("reference") for one in (safety, utilities[0])]
+    log.info("%s: F_s was measured at %s, F_u at %s", safety.path.parent, *at)
+    wanted = method.safety_point
+    if wanted is not None and at[0] is not None and reference_point(at[0]) != wanted:
+        log.warning(
+            "%s: measured at %s; with these options %s leads to the safety adapter alone, where F_s belongs: "
+            "--model.reference_safety '{safety: 1.0}'",
+            safety.path,
+            at[0],
+            type(method).__name__,
+        )
 
 
 def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: MergeMethod) -> Calibration:
@@ -142,6 +164,7 @@ def read_statistics(folders: Sequence[str], experts: Sequence[Adapter], method: 
     passes = [read_pass(folder, "utility", method) for folder in folders]
     for one, expert in zip(passes, experts, strict=True):
         one.check_expert(expert)
+        one.check_base_of(passes[0])
         if one.file.fisher.representation != passes[0].file.fisher.representation:
             raise InputError(f"{one.path}: another representation than {passes[0].path}; measure all experts alike")
     _check_alike(passes, ("labels", "granularity"))
@@ -210,7 +233,9 @@ def _measure(one: Pass) -> dict[str, Any]:
 
 def _calibration(passes: Sequence[Pass], **parts: Any) -> Calibration:
     seen = frozenset(prompt for one in passes for prompt in one.file.record["seen"])
-    return Calibration(**parts, seen=seen, files=tuple(one.entry for one in passes))
+    prints = (one.file.record["base"]["fingerprint"] for one in passes)
+    files, known = tuple(one.entry for one in passes), next(filter(None, prints), None)
+    return Calibration(**parts, seen=seen, files=files, base_fingerprint=known)
 
 
 def _beside_base(

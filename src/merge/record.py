@@ -33,7 +33,8 @@ def manifest(
         "safety": {"path": safety.name, "sha256": safety.sha256} if safety else None,
         "fisher": list(inputs.calibration.files),
         "overlap": inputs.calibration.overlap,
-        "base": {"name": first.base, "fingerprint": first.fingerprint},
+        # An adapter of PEFT's knows no fingerprint; what was measured at it does.
+        "base": {"name": first.base, "fingerprint": first.fingerprint or inputs.calibration.base_fingerprint},
         "findings": findings,
         "versions": versions(),
         "alpha": alpha,

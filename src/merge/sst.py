@@ -124,13 +124,18 @@ class Sst(MergeMethod):
         return what + shape + ("" if self.control == "none" else f" ({self.control})")
 
     @property
+    def safety_point(self) -> dict[str, float] | None:
+        """The safety adapter alone where the patch leads there."""
+        return {"safety": 1.0} if self.form == "interpolating" else None
+
+    @property
     def relearns(self) -> bool:
         """Whether mean scores and the benign pass are needed."""
         return self.coefficients == "relearn"
 
     def without_effect(self) -> dict[str, str]:
         """What :func:`unread_options` names."""
-        return unread_options(self.filter, self.coefficients, self.ridge)
+        return unread_options(self.filter, self.coefficients, self.ridge, self.control)
 
     def patch(self, utility: Mapping[str, Delta], safety: Mapping[str, Delta], fisher: FisherPair | None) -> Patch:
         """Solve the pencil and filter the patch, or learn its coefficients anew.
@@ -216,11 +221,13 @@ class Sst(MergeMethod):
         expansion, folds = solved.expansion, solved.folds
         where = self._position(solved)
         phi = self._phi(expansion.system, where)
-        if self.control == "random" and isinstance(phi, Cut) and phi.k == 0:
-            raise InputError(
-                f"method.t is {self.t}: the filter keeps no direction, so method.control 'random' has none to draw; "
-                "expected a smaller t"
-            )
+        if isinstance(phi, Cut) and phi.k == 0:
+            if self.control == "random":
+                raise InputError(
+                    f"method.t is {self.t}: the filter keeps no direction, so method.control 'random' has none to "
+                    "draw; expected a smaller t"
+                )
+            log.warning("method.t is %s: the filter keeps no direction, so the patch is zero; see a smaller t", self.t)
         findings = solved.findings | {"directions_kept": phi.k if isinstance(phi, Cut) else None, "held_out": None}
         if folds is not None:
             systems = [(fold.expansion, self._phi(fold.expansion.system, where), fold.fitted) for fold in folds]

@@ -11,7 +11,9 @@ Coefficients = Literal["filter", "relearn"]
 Ridge = Literal["identity", "kronecker"]
 
 
-def unread_options(filter: FilterName, coefficients: Coefficients, ridge: Ridge) -> dict[str, str]:
+def unread_options(
+    filter: FilterName, coefficients: Coefficients, ridge: Ridge, control: Control = "none"
+) -> dict[str, str]:
     """Options that nothing reads under these settings, and with what they are read."""
     relearn = coefficients == "relearn"
     read = {
@@ -20,6 +22,7 @@ def unread_options(filter: FilterName, coefficients: Coefficients, ridge: Ridge)
         "trust": (relearn, "coefficients relearn"),
         "radius": (relearn, "coefficients relearn"),
         "damping": (ridge == "kronecker", "ridge kronecker"),
+        "seed": (control == "random", "control random"),
         "eigenpairs": (filter != "soft", "filter topk, energy or threshold"),
         "holdout_seed": (not relearn, "coefficients filter"),
     }
@@ -45,12 +48,11 @@ def check_filter(filter: FilterName, k: int | None, share: float | None) -> None
     Raises:
         InputError: it has not.
     """
-    if (k is None) == (filter == "topk"):
-        raise InputError(f"method.filter is {filter!r} and method.k is {k}; topk needs k, {filter} takes none")
-    if (share is None) == (filter == "energy"):
-        raise InputError(
-            f"method.filter is {filter!r} and method.share is {share}; energy needs share, others take none"
-        )
+    for option, value, needs in (("k", k, "topk"), ("share", share, "energy")):
+        if value is None and filter == needs:
+            raise InputError(f"method.filter is {filter!r}, which needs method.{option}")
+        if value is not None and filter != needs:
+            raise InputError(f"method.{option} is {value} with filter {filter!r}, which takes none; {needs} does")
     if k is not None and k < 1:
         raise InputError(f"method.k is {k}; expected at least 1")
     if share is not None and not 0 < share <= 1:

@@ -13,11 +13,12 @@ class SstV(RatioMask):
 
     The published data-free variant of SST-Merge (no arXiv id), except that each module keeps its own share, and ε only
     keeps the division sound: the published code adds 1e-6 to both squares, and takes the top share over all modules.
-    Full rank.
+    Where ΔW_s is zero, as in modules that only the utility adapter has, r is 0 in either form: ``interpolating`` would
+    find r = 1 in all of it, with nothing to tell one weight from another. Full rank.
     """
 
     def parts(
         self, patch: torch.Tensor, safety: torch.Tensor, utility: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``P²`` and ``ΔW_u²``."""
-        return patch.square(), utility.square()
+        """``P²`` and ``ΔW_u²``; nothing where the safety adapter changes nothing."""
+        return patch.square() * (safety != 0), utility.square()

@@ -206,6 +206,8 @@ def _warn_of_unused_fishers(
     fisher: Sequence[str], weights: list[float] | None, method: MergeMethod | None, combination: Combination
 ) -> None:
     """Say that Fisher files are given and not read; what is given must exist all the same."""
+    if weights and method is not None and method.needs_fisher and not method.reads_utility_fisher:
+        log.warning("%s reads no F_u: --fisher_weights are not used", type(method).__name__)
     if combination.needs_fisher or (method is not None and method.needs_fisher) or not (fisher or weights):
         return
     for folder in fisher:

@@ -29,8 +29,9 @@ def module_fisher(fisher: Fisher, name: str, shape: tuple[int, int], owner: str)
     """
     if not isinstance(fisher, ModuleFisher) or fisher.shapes.get(name) != shape:
         raise InputError(
-            f"{owner}: its Fisher file has no weight of {name} with the shape {shape}; measure with adapters that "
-            "update this module, or with --model.basis union"
+            f"{owner}: its Fisher file has no weight of {name} with the shape {shape}; measure with --model.basis "
+            "union, and where experts alone are combined with --model.safety naming what `python -m src merge "
+            "--combine Concatenate` makes of all of them"
         )
     return fisher
 
@@ -51,9 +52,15 @@ def per_weight(fisher: PerCoordinate, name: str) -> LazyDelta:
     return LazyDelta((rows, columns), lambda some: sums[:, some].double().sum(0) / count)
 
 
-def diagonal_norm(fisher: DiagonalFisher) -> float:
-    """Euclidean norm of the whole diagonal."""
-    return sum(fisher.module_diagonal(name).square().sum().item() for name in fisher.shapes) ** 0.5
+def diagonal_norm(fisher: DiagonalFisher, names: Sequence[str]) -> float:
+    """Euclidean norm of the diagonal of some modules, as far as they are in the file.
+
+    Args:
+        fisher: The matrix.
+        names: The modules that a merge changes: what else a file holds depends on the adapters of its own pass.
+    """
+    held = [name for name in names if name in fisher.shapes]
+    return sum(fisher.module_diagonal(name).square().sum().item() for name in held) ** 0.5
 
 
 def fishers_of(experts: Sequence[Expert], what: str) -> list[Fisher]:

@@ -65,11 +65,20 @@ def pass_record(module: "FisherModule", name: str) -> dict[str, Any]:
         "reference_identity": {name: adapter.identity for name, adapter in named.items()},
         "rows": [row.id for row in rows],
         "rows_sha256": rows_sha256(rows),
+        # Rows and template alone do not say it: a length cuts answers, and sources have weights.
+        "measured_sha256": _measured_sha256(module, name),
         "seen": sorted(hashes | at_point),
         # Whether the point was made with rows of this pass, which then hold nothing out from it.
         "fitted_before": merged or not hashes.isdisjoint(at_point - of_experts),
         "versions": versions(),
     }
+
+
+def _measured_sha256(module: "FisherModule", name: str) -> str:
+    """SHA-256 of the tokens of a pass, where its answers begin, and what each row weighs."""
+    tokens = [(encoded.ids, encoded.answer_start) for encoded in module.data.encoded[name]]
+    weights = {unit: each.tolist() for unit, each in pass_weights(module, name).items()}
+    return hashlib.sha256(json.dumps([tokens, weights]).encode()).hexdigest()
 
 
 def write_pass(module: "FisherModule", name: str, fisher: Fisher, means: MeanScores | None, path: Path) -> None:

@@ -252,12 +252,25 @@ def _pooled(suites: Sequence[Graded], flag: str) -> Record:
 
 
 def safety_line(safety: Mapping[str, Record]) -> str:
-    """Refusal, attack success, over-refusal and collapse on one line."""
+    """Refusal, attack success, over-refusal and collapse on one line; nothing where no suite shows them."""
     shares = (
         f"{key.replace('_', '-')} {one['value']:.2f} (n = {one['n']}{_by_kind(one)})" for key, one in safety.items()
     )
     unjudged = ", attack success not judged" if "refusal" in safety and "attack_success" not in safety else ""
-    return ", ".join(shares) + unjudged or "no suite of prompts to refuse or to answer"
+    return ", ".join(shares) + unjudged
+
+
+def utility_line(suites: Mapping[str, Record]) -> str:
+    """What suites say whose answers are right or wrong, on one line."""
+    names = {"exact_match": "exact match", "accuracy": "accuracy", "rouge_l": "ROUGE-L"}
+    found = [
+        f"{names.get(key, key)} on {name} {one['value']:.2f}" + (f" (n = {one['n']})" if "n" in one else "")
+        for name, suite in suites.items()
+        if suite["kind"] in CHECKED
+        for key, one in suite.items()
+        if key in names or key.startswith("pass@")
+    ]
+    return ", ".join(found)
 
 
 def _by_kind(one: Record) -> str:

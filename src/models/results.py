@@ -30,6 +30,7 @@ from src.models.grading import (
     safety_line,
     safety_summary,
     suite_summary,
+    utility_line,
 )
 from src.models.partial import FOLDER, Record
 from src.provenance import versions
@@ -190,7 +191,8 @@ class Results:
         if self.rank == 0:
             for model, one in enumerate(found):
                 one["against"] = self._against(model, baseline, all_pairs=all_pairs)
-                log.info("%s: %s%s", one["name"], safety_line(one["safety"]), self._cut(one["suites"]))
+                said = ", ".join(filter(None, (safety_line(one["safety"]), utility_line(one["suites"]))))
+                log.info("%s: %s%s", one["name"], said or "no answers to count", self._cut(one["suites"]))
             rows = {name: rows_sha256(each) for name, each in self.data.rows.items()}
             record = {"base": base, "models": found, "rows_sha256": rows, "versions": versions(), "settings": settings}
             write_json(self.output / "metrics.json", record)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from src.errors import InputError
-from src.files import check_apart, check_output, new_directory, write_json, write_text
+from src.files import check_apart, check_output, new_directory, read_json, write_json, write_text
 from src.own_files import check_own
 from src.report.html import SOURCE
 from src.report.plot import plot_fronts
@@ -43,7 +43,8 @@ def report(
         results: Directory that the test command wrote (it holds ``metrics.json`` and ``answers``).
         output: Directory to write: ``table.md``, ``table.csv``, ``table.json``, ``fronts.png``, and ``tradeoff.json``
             where a utility expert was evaluated.
-        expert: The utility expert that others are compared with; unset is the one whose name ends in ``utility``.
+        expert: The utility expert that others are compared with; unset is the one whose name ends in ``utility``, else
+            the baseline that the evaluation was given (``--model.baseline``), where that is an expert.
         attacks_at_most: Highest attack success rate of Utility@ASR.
         overwrite: Replace an output that exists.
     """
@@ -99,9 +100,12 @@ def _check_results(results: str) -> None:
 
 def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_at_most: float) -> Tradeoff | None:
     """Costs against the utility expert; nothing, and one line that says why, where they cannot be had."""
-    expert = find_expert(found, name)
+    settings = read_json(folder / METRICS, "the metrics of an evaluation").get("settings") or {}
+    expert = find_expert(found, name, (settings.get("model") or {}).get("baseline"))
     if expert is None:
-        log.info("no safety tax: no single expert named 'utility' was evaluated (name one with --expert)")
+        experts = [one.name for one in found if one.method == "expert"]
+        which = f": one of {', '.join(experts)}" if experts else ""
+        log.info("no safety tax: no single expert named 'utility' was evaluated (name one with --expert%s)", which)
         return None
     if len(found) == 1:
         log.info("no safety tax: %s is the only model", expert.name)

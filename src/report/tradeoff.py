@@ -68,15 +68,25 @@ class Tradeoff:
     fronts: list[Front]
 
 
-def find_expert(results: Sequence[ModelResult], name: str | None) -> ModelResult | None:
+def find_expert(results: Sequence[ModelResult], name: str | None, baseline: str | None = None) -> ModelResult | None:
     """The utility expert: the model of that name, or unset the expert whose name ends in ``utility``.
+
+    Args:
+        results: The models.
+        name: What the user calls it, if anything.
+        baseline: What the evaluation took differences to, if it was told; an expert of that name is the utility expert
+            where none is called so.
 
     Raises:
         InputError: no model, or several, have the name.
     """
     if name is None:
-        found = [one for one in results if one.method == "expert" and Path(one.name).name == "utility"]
-        return found[0] if len(found) == 1 else None
+        experts = [one for one in results if one.method == "expert"]
+        for names in ({"utility"}, {baseline}):
+            found = [one for one in experts if not names.isdisjoint((one.name, Path(one.name).name))]
+            if len(found) == 1:
+                return found[0]
+        return None
     found = [one for one in results if name in (one.name, Path(one.name).name)]
     if len(found) != 1:
         known = ", ".join(one.name for one in results)

@@ -4,8 +4,9 @@
     Kronecker   Σ λ_i L_i ΔW R_i = Σ λ_i L_i ΔW_i R_i,   F_i = L_i ⊗ R_i
 
 with λ_i ← λ_i / ‖F_i‖₂ where normalised. The base's weights cancel, so updates are averaged directly. ‖F_i‖₂ is the
-norm of the whole diagonal of expert i. As in the authors' code the first expert's F_1 is at least the floor (1e-6), in
-its own units and after its norm was taken: a weight that no data has seen keeps the first expert's value.
+norm of the diagonal of expert i over all modules that any expert changes. As in the authors' code the first expert's
+F_1 is at least the floor (1e-6), in its own units and after its norm was taken: a weight that no data has seen keeps
+the first expert's value.
 
 The Kronecker system is solved by conjugate gradients, in coordinates Y of ``ΔW = V Y Wᵀ`` in which the factors of the
 first expert and the sums of all are diagonal (generalised eigenvectors: ``Vᵀ L_1 V = diag``, ``Vᵀ (Σ λ_i L_i) V = I``,
@@ -84,10 +85,11 @@ class FisherAverage(Combination):
         if min(weights) <= 0:
             raise InputError(f"utility_weights are {weights}; FisherAverage expects numbers above 0")
         self._tell_unread(fishers)
-        norms = [diagonal_norm(f) if self.normalise and isinstance(f, DiagonalFisher) else 1.0 for f in fishers]
+        names = changed_modules(experts)
+        norms = [diagonal_norm(f, names) if self.normalise and isinstance(f, DiagonalFisher) else 1.0 for f in fishers]
         latest = Latest()
         deltas: Deltas = {}
-        for name in changed_modules(experts):
+        for name in names:
             shape = common_shape(name, experts)
             updates = [expert.deltas.get(name, LowRankPair.zero(shape)) for expert in experts]
             own = [module_fisher(f, name, shape, e.called) for f, e in zip(fishers, experts, strict=True)]

@@ -9,8 +9,8 @@ Stated for weights, it holds for updates alike, as the base's weights cancel. Wi
 Legend of shapes: O output features, I input features, R rank.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 
@@ -47,6 +47,7 @@ class RegMean(Combination):
     AS_METHOD = ("weight_safety",)
     coordinates = "weight"
     representations = ("kronecker",)
+    measured: ClassVar[Mapping[str, str]] = {"granularity": "sequence"}
 
     def __init__(
         self,
