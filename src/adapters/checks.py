@@ -143,7 +143,8 @@ def check_base(
             f"base_model_name_or_path in its adapter_config.json{given}"
         )
     elif revision and adapter.revision not in (None, revision) and on_hub(base) and same_base_name(adapter.base, base):
-        option = f"give --model.base.revision {adapter.revision}, or " if what == "base.name" else ""
+        flag = (option or "").removesuffix("aliases")
+        option = f"give {flag}revision {adapter.revision}, or " if what == "base.name" else ""
         raise InputError(
             f"{adapter.name}: trained on the revision {adapter.revision!r} of the base {adapter.base!r}; {what} is "
             f"that at {revision!r}; {option}if these are the same weights, change revision in its adapter_config.json"

@@ -61,7 +61,8 @@ def check_first(todo: Sequence[Cell], grid: Grid, seed: int) -> None:
 def _check_adapters(todo: Sequence[Cell], recipe: Recipe) -> None:
     """Stop at adapters of another base, as far as their files tell; those of the hub are not fetched."""
     names = dict.fromkeys(cell.settings["adapter"] for cell in todo if cell.stage == "given")
-    check_trained_on([read_base(name) for name in names if Path(name).is_dir()], recipe.base)
+    given = [read_base(name) for name in names if Path(name).is_dir()]
+    check_trained_on(given, recipe.base, option="--recipe.base.aliases")
 
 
 def _check_rows(told: Sequence[Cell], todo: Sequence[Cell], recipe: Recipe) -> None:

@@ -206,13 +206,19 @@ def model_without_weights(spec: BaseSpec) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config, attn_implementation=spec.attention)
 
 
-def check_trained_on(adapters: Sequence[Adapter], spec: BaseSpec, fingerprint: str | None = None) -> None:
+def check_trained_on(
+    adapters: Sequence[Adapter],
+    spec: BaseSpec,
+    fingerprint: str | None = None,
+    option: str = "--model.base.aliases",
+) -> None:
     """Check that adapters were trained on the base: once it is loaded, and before as far as names tell.
 
     Args:
         adapters: The adapters.
         spec: The base.
         fingerprint: That of the loaded model; unset before. An adapter that has one too is not judged by names then.
+        option: What takes other names of the base, for the message.
 
     Raises:
         InputError: one was trained on another base.
@@ -229,7 +235,7 @@ def check_trained_on(adapters: Sequence[Adapter], spec: BaseSpec, fingerprint: s
             fingerprint,
             what="base.name",
             aliases=spec.aliases,
-            option="--model.base.aliases",
+            option=option,
             revision=spec.revision or MAIN,
         )
 
