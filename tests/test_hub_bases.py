@@ -106,7 +106,9 @@ def test_another_name_given_by_hand_and_a_directory_have_no_revision(hub, tmp_pa
     folder = remote(hub.root, "other/copy", **{"model.safetensors": 5.0})
     for base in ("other/copy", str(folder)):
         utility, out = adapter(tmp_path / "a", revision="v2"), tmp_path / "m"
-        merge(utility=utility, output=str(out), full_model=True, base=base, overwrite=True)
+        with pytest.raises(InputError, match=f"trained on the base '{NAME}'; --base is '{base}'; .*give --aliases"):
+            merge(utility=utility, output=str(out), full_model=True, base=base, overwrite=True)
+        merge(utility=utility, output=str(out), full_model=True, base=base, aliases=[NAME], overwrite=True)
         assert load_file(out / "model.safetensors")[f"{MODULE}.weight"].eq(6.0).all()
         assert "revision" not in json.loads((out / "manifest.json").read_text())["base_weights"]
 
