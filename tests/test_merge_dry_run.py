@@ -258,11 +258,11 @@ def test_a_dry_run_says_how_much_memory_is_needed(tmp_path, said, shape, form):
         ({"coefficients": "relearn", "rho": 0.2, "damping": 0.5, "radius": 0.3, "t": 3.0}, {"rho", "damping"}),
         ({"coefficients": "relearn", "ridge": "kronecker", "damping": 0.5, "radius": 0.3}, set()),
         ({}, set()),
-        ({"seed": 1, "eigenpairs": 5, "holdout_seed": 2}, {"eigenpairs"}),
+        ({"seed": 1, "eigenpairs": 5, "holdout_seed": 2}, {"seed", "eigenpairs"}),
         ({"filter": "topk", "k": 2, "control": "random", "seed": 1, "eigenpairs": 5, "holdout_seed": 2}, set()),
         (
             {"coefficients": "relearn", "seed": 1, "eigenpairs": 5, "holdout_seed": 2},
-            {"eigenpairs", "holdout_seed"},
+            {"seed", "eigenpairs", "holdout_seed"},
         ),
     ],
 )
