@@ -170,7 +170,7 @@ def test_zero_and_rank_deficient_updates_drop_directions(model):
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "LoRA biases"),
         ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
-        ({"bias": "all"}, "trained biases"),
+        ({"bias": "all"}, "bias is 'all'; trained biases .*; expected none .*lora_bias: true"),
         ({"trainable_token_indices": [1]}, "trained tokens"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is set; BD-LoRA"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected a list"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from src.adapters.base_weights import open_base
-from src.adapters.checks import check_compatible, same_base_name
+from src.adapters.checks import check_base, check_compatible, same_base_name
 from src.adapters.peft_files import read_adapter
 from src.cli import main
 from src.errors import InputError
@@ -75,6 +76,18 @@ def test_directories_that_exist_are_told_by_their_place(tmp_path, monkeypatch):
     assert not same_base_name("Tiny", "tiny")
     assert same_base_name("tiny/", str(tmp_path / "tiny"))
     assert same_base_name(str(tmp_path / "cache/models--org--tiny/snapshots/abc"), "org/tiny")
+
+
+def test_a_base_that_only_its_directorys_name_tells_is_said_once(adapters, tmp_path, caplog):
+    (tmp_path / "Tiny").mkdir()
+    adapter = replace(read_adapter(adapters["safety"]), base="/elsewhere/Tiny", manifest={})
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            check_base(adapter, str(tmp_path / "Tiny"), "0" * 64, what="base.name")
+    line = f"its base '/elsewhere/Tiny' is taken to be '{tmp_path / 'Tiny'}', by the directory's name"
+    assert [message.endswith(line) for message in caplog.messages] == [True]
+    with pytest.raises(InputError, match=r"base\.name is '.*tiny'"):
+        check_base(adapter, str(tmp_path / "tiny"), None, what="base.name")
 
 
 def test_another_name_of_the_base_is_refused_before_it_is_loaded(base, renamed, rows, tmp_path, monkeypatch, capsys):

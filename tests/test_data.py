@@ -451,6 +451,9 @@ def test_text_of_a_csv_file_is_text(tmp_path):
         ("a.tsv", "prompt\tresponse\nHow?\ta\tb\n", r"a\.tsv, line 2: 3 fields"),
         ("d/a.csv", "prompt,response\nHow?,I'm sorry, but no.\n", r"a\.csv, line 2: 3 fields under a header of 2"),
         ("d/a.tsv", "prompt\tresponse\nHow?\tNo.\n", r"a\.tsv: tables with tabs in a directory are not read"),
+        ("a.csv", "prompt;response\nHow?;No.\n", r"a\.csv: one column, 'prompt;response'; expected ',' .* not ';'"),
+        ("a.csv", "prompt\tresponse\nHow?\tNo.\n", r"a\.csv: one column, .* is named \.tsv"),
+        ("a.csv", "prompt,response\nO\udcf9?,Non.\n", r"a\.csv: not UTF-8 text .*; save it as UTF-8"),
         ("a.csv", "prompt,response\n", r"a\.csv: no rows"),
         ("a.csv", "", r"a\.csv: no rows"),
         (
@@ -462,7 +465,7 @@ def test_text_of_a_csv_file_is_text(tmp_path):
 )
 def test_files_that_are_no_table_of_rows_are_one_line(tmp_path, name, text, message):
     (tmp_path / "d").mkdir()
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         load_rows(str(tmp_path / name.split("/")[0]), need_response=True)
 
