@@ -312,7 +312,7 @@ def test_the_estimate_of_a_70b_model_is_its_arithmetic(tmp_path, rows, tokenizer
 
     from src.data.calibration import CalibrationData
     from src.models.base import BaseSpec
-    from src.models.estimate import estimate
+    from src.models.estimate import Hardware, Kept, estimate
 
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     config = LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256)
@@ -325,19 +325,20 @@ def test_the_estimate_of_a_70b_model_is_its_arithmetic(tmp_path, rows, tokenizer
     data.setup("predict")
     spec = BaseSpec(name=str(tmp_path / "llama-70b"), dtype="bfloat16")
     options = {"draws": 1, "halves": True, "shard_rows": 4, "weight_coordinates": False}
-    found = estimate(spec, shapes, data, representation="lowrank", **options)
+    found = estimate(spec, shapes, data, Kept("lowrank", **options), Hardware())
     assert found.dim == 560 * 256
     assert found.shards == (7 + 9 + 5) * 4 * found.dim
     assert found.sums == 4 * 4 * found.dim
     assert found.weights == pytest.approx(2 * 70.55e9, rel=1e-3)
     per_layer = 2 * (8192 + 8192) + 2 * (1024 + 8192) + 3 * (8192 + 28672)
     assert found.disk - found.shards == 2 * 8 * 16 * 80 * per_layer
-    blocks = estimate(spec, shapes, data, representation="block", **options)
+    blocks = estimate(spec, shapes, data, Kept("block", **options), Hardware())
     assert blocks.sums == 2 * 8 * 560 * 256**2
-    weights = estimate(spec, shapes, data, representation="magnitude", **options | {"weight_coordinates": True})
+    weights = estimate(spec, shapes, data, Kept("magnitude", **options | {"weight_coordinates": True}), Hardware())
     assert weights.sums == 2 * 8 * weights.dim == weights.disk // 2
     assert weights.dim == 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
-    assert estimate(spec, shapes, data, representation="lowrank", **options, shards=8).weights == found.weights // 8
+    sharded = estimate(spec, shapes, data, Kept("lowrank", **options), Hardware(processes=8, shards=8))
+    assert sharded.weights == found.weights // 8
 
 
 def tokens_of(tokenizer, path):
@@ -450,7 +451,7 @@ def test_a_part_that_is_damaged_before_the_end_is_measured_again(base, adapters,
 def test_the_estimate_counts_answer_tokens_and_every_part(base, rows, tokenizer):
     from src.data.calibration import CalibrationData
     from src.models.base import BaseSpec
-    from src.models.estimate import estimate
+    from src.models.estimate import Hardware, Kept, estimate
 
     data = CalibrationData(safety=str(rows["harmful"]), batch_size=2)
     data.bind(tokenizer)
@@ -459,9 +460,9 @@ def test_the_estimate_counts_answer_tokens_and_every_part(base, rows, tokenizer)
     shapes = {"model.layers.0.self_attn.q_proj": (2, 3)}
     options = {"draws": 1, "halves": True, "shard_rows": 4, "weight_coordinates": False}
 
-    def of(representation, **more):
+    def of(representation, processes=1, **more):
         spec = BaseSpec(name=str(base), dtype="float32")
-        return estimate(spec, shapes, data, representation=representation, **options | more)
+        return estimate(spec, shapes, data, Kept(representation, **options | more), Hardware(processes))
 
     tokens = of("lowrank", granularity="token")
     assert tokens.shards == 4 * 6 * tokens_of(tokenizer, rows["harmful"])
@@ -522,6 +523,19 @@ def test_another_scaling_of_a_reference_adapter_is_another_pass(base, adapters, 
     assert before["trace"] != after["trace"]
 
 
+def estimates(monkeypatch):
+    """What the command estimates from now on."""
+    found = []
+    original = FisherModule.estimate
+
+    def kept(self, *given):
+        found.append(original(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(FisherModule, "estimate", kept)
+    return found
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -534,14 +548,7 @@ def test_another_scaling_of_a_reference_adapter_is_another_pass(base, adapters, 
     ],
 )
 def test_the_estimate_of_the_disk_is_what_the_files_hold(base, adapters, rows, tmp_path, monkeypatch, flags):
-    found = []
-    original = FisherModule.estimate
-
-    def kept(self, *given):
-        found.append(original(self, *given))
-        return found[-1]
-
-    monkeypatch.setattr(FisherModule, "estimate", kept)
+    found = estimates(monkeypatch)
     assert main(fisher_flags(base, adapters, rows, tmp_path / "out", *flags)) == 0
     tensors = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
     held = sum(t.numel() * t.itemsize for own in tensors for name, t in own.items() if name != "counts")
@@ -551,11 +558,9 @@ def test_the_estimate_of_the_disk_is_what_the_files_hold(base, adapters, rows, t
         assert labels == {"safety": "model", "utility": "data"}
 
 
-def test_recomputed_activations_take_less_memory(base, adapters, rows, tmp_path, monkeypatch, capsys):
-    lines = []
+def test_recomputed_activations_take_less_memory(base, adapters, rows, tmp_path, monkeypatch):
+    found = estimates(monkeypatch)
     for given in ("false", "true"):
         flags = ["--dry_run", "true", "--model.gradient_checkpointing", given]
         assert main(fisher_flags(base, adapters, rows, tmp_path / "out", *flags)) == 0
-        lines.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")))
-    kept, recomputed = (float(line.split("activations ")[1].split()[0]) for line in lines)
-    assert recomputed < kept
+    assert found[1].activations < found[0].activations

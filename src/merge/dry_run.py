@@ -14,6 +14,7 @@ from src.adapters.pairs import LowRankPair
 from src.adapters.truncate import OVERSAMPLING
 from src.merge.forms import Form
 from src.merge.inputs import Inputs
+from src.sizes import human_size
 
 FLOAT32, FLOAT64 = 4, 8
 HEADER = 250
@@ -91,10 +92,10 @@ def describe(inputs: Inputs, outputs: Iterable[Outline], form: Form, workers: in
     files = sum(Path(entry["path"]).stat().st_size for entry in inputs.calibration.files)
     held, work = (max(getattr(output, part) for output in found) for part in ("held", "work"))
     lines.append(f"{len(found)} output(s) of form {form.label}: {_sizes(found, form)}")
-    fisher = f", {human(files)} of Fisher files" if files else ""
-    merged = f"{_about(form)} {human(held)} for what is merged"
-    each = f"about {human(work)} per worker ({1 if form.full_model else workers})"
-    lines.append(f"memory beside the program: {human(adapters)} for the adapters{fisher}, {merged}, {each}")
+    fisher = f", {human_size(files)} of Fisher files" if files else ""
+    merged = f"{_about(form)} {human_size(held)} for what is merged"
+    each = f"about {human_size(work)} per worker ({1 if form.full_model else workers})"
+    lines.append(f"memory beside the program: {human_size(adapters)} for the adapters{fisher}, {merged}, {each}")
     lines.append("nothing was written")
     return "\n".join(lines)
 
@@ -102,9 +103,9 @@ def describe(inputs: Inputs, outputs: Iterable[Outline], form: Form, workers: in
 def _sizes(outputs: Sequence[Outline], form: Form) -> str:
     least, most = outputs[0].size, outputs[-1].size
     if least == most:
-        return f"{_about(form)} {human(most)} each"
-    whole = human(sum(output.size for output in outputs))
-    return f"{_about(form)} {human(least)} to {human(most)} each, {whole} in all"
+        return f"{_about(form)} {human_size(most)} each"
+    whole = human_size(sum(output.size for output in outputs))
+    return f"{_about(form)} {human_size(least)} to {human_size(most)} each, {whole} in all"
 
 
 def _about(form: Form) -> str:
@@ -138,12 +139,3 @@ def _work(delta: Delta, form: Form, itemsize: int) -> int:
     if form.rank is not None and form.rank + OVERSAMPLING < shorter // 2:
         return blocks + 2 * itemsize * whole + OF_KRYLOV * (form.rank + OVERSAMPLING) * (o + i)
     return blocks + (OF_GRAM - FLOAT32 + itemsize) * whole + OF_SQUARE * shorter**2
-
-
-def human(size: float) -> str:
-    """Bytes in a few digits."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"

@@ -14,6 +14,7 @@ from src.errors import InputError
 from src.fisher.base import Representation, Shapes
 from src.fisher.scores import Granularity
 from src.models.base import BaseSpec, model_without_weights
+from src.sizes import human_size
 
 PRECISION_BYTES = {"64-true": 8, "16-true": 2, "bf16-true": 2}
 """Bytes per number where the Trainer's precision converts the model."""
@@ -66,19 +67,56 @@ class Estimate:
             f"rows          {passes}",
             f"coordinates   D = {self.dim}",
             f"largest batch {self.tokens} tokens",
-            f"disk          {_size(self.disk)} of Fisher files, {_size(self.shards + self.joined)} of parts until the "
-            f"pass ends: {_size(self.peak_disk)} at most",
-            f"memory        about {_size(self.peak)} a process: weights {_size(self.weights)}, activations "
-            f"{_size(self.activations)}, sums {_size(self.sums)} {'in mapped files' if self.mapped else 'of the host'}",
+            f"disk          {human_size(self.disk)} of Fisher files, {human_size(self.shards + self.joined)} of parts "
+            f"until the pass ends: {human_size(self.peak_disk)} at most",
+            f"memory        about {human_size(self.peak)} a process: weights {human_size(self.weights)}, activations "
+            f"{human_size(self.activations)}, sums {human_size(self.sums)} "
+            f"{'in mapped files' if self.mapped else 'of the host'}",
         ]
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+@dataclass(frozen=True)
+class Kept:
+    """What passes keep.
+
+    Attributes:
+        representation: Form of the Fisher matrices.
+        draws: Draws of labels per row.
+        halves: Whether sums are kept for two halves of the rows.
+        shard_rows: Rows between two parts on the disk.
+        weight_coordinates: Coordinates are the entries of the layers' weights, not of the cores.
+        granularity: What an example is; ``lowrank`` keeps one score of each.
+        undrawn: Passes whose labels are not drawn: one score per example.
+        means: Passes that take mean scores too.
+        started: Whether the files of these keep the patch at their point.
+    """
+
+    representation: Representation
+    draws: int
+    halves: bool
+    shard_rows: int
+    weight_coordinates: bool
+    granularity: Granularity = "sequence"
+    undrawn: Collection[str] = ()
+    means: Collection[str] = ()
+    started: bool = False
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What passes run on.
+
+    Attributes:
+        processes: Number of processes.
+        shards: Number of processes that the weights are sharded over.
+        precision: The Trainer's.
+        checkpointing: Whether activations are computed again in the backward pass.
+    """
+
+    processes: int = 1
+    shards: int = 1
+    precision: str = "32-true"
+    checkpointing: bool = False
 
 
 def matrix_bytes(
@@ -131,20 +169,8 @@ def estimate(
     base: BaseSpec,
     shapes: Shapes,
     data: CalibrationData,
-    *,
-    representation: Representation,
-    draws: int,
-    halves: bool,
-    shard_rows: int,
-    weight_coordinates: bool,
-    shards: int = 1,
-    granularity: Granularity = "sequence",
-    processes: int = 1,
-    undrawn: Collection[str] = (),
-    means: Collection[str] = (),
-    started: bool = False,
-    precision: str = "32-true",
-    checkpointing: bool = False,
+    kept: Kept,
+    hardware: Hardware,
 ) -> Estimate:
     """Sizes of the passes over some data.
 
@@ -152,19 +178,8 @@ def estimate(
         base: The base model; only its configuration is read.
         shapes: (p, q) of each core, by module.
         data: Calibration rows, tokenised.
-        representation: Form of the Fisher matrices.
-        draws: Draws of labels per row.
-        halves: Whether sums are kept for two halves of the rows.
-        shard_rows: Rows between two parts on the disk.
-        weight_coordinates: Coordinates are the entries of the layers' weights, not of the cores.
-        shards: Number of processes that the weights are sharded over.
-        granularity: What an example is; ``lowrank`` keeps one score of each.
-        processes: Number of processes.
-        undrawn: Passes whose labels are not drawn: one score per example.
-        means: Passes that take mean scores too.
-        started: Whether the files of these keep the patch at their point.
-        precision: The Trainer's.
-        checkpointing: Whether activations are computed again in the backward pass.
+        kept: What the passes keep.
+        hardware: What they run on.
 
     Raises:
         InputError: an adapted layer is not in the model.
@@ -174,40 +189,42 @@ def estimate(
     if missing := [name for name in shapes if name not in layers]:
         raise InputError(f"base.name {base.name}: has no linear layer {missing[0]}, which the adapters update")
     whole = {name: layers[name] for name in shapes}
-    sides = whole if weight_coordinates else shapes
+    sides = whole if kept.weight_coordinates else shapes
     rows = {name: len(encoded) for name, encoded in data.encoded.items()}
     own_width = (model.dtype if base.dtype == "auto" else getattr(torch, base.dtype)).itemsize
-    width = PRECISION_BYTES.get(precision, own_width)
+    width = PRECISION_BYTES.get(hardware.precision, own_width)
     per_weight = QUANTISED_BYTES[base.quantization] or width
     batches = [sorted(encoded, key=lambda row: -len(row.ids))[: data.batch_size] for encoded in data.encoded.values()]
     tokens, answers = (
         max(len(batch) * len(batch[0].ids) for batch in batches),
         max(sum(len(row.ids) - row.answer_start for row in batch) for batch in batches),
     )
-    counts = {name: _examples(encoded, granularity) for name, encoded in data.encoded.items()}
-    form: dict[str, Any] = {"halves": halves, "score_bytes": max(4, width)}
-    drawn = {name: 1 if name in undrawn else draws for name in counts}
-    size = [matrix_bytes(representation, sides, sum(each), draws=drawn[n], **form) for n, each in counts.items()]
-    parts, mean = list(size), mean_bytes(sides, halves=halves)
-    if representation != "lowrank":
-        left = [part_count(n, data.batch_size, shard_rows, processes) for n in rows.values()]
-        parts = [one * (n + (processes if weight_coordinates else 0)) for one, n in zip(size, left, strict=True)]
-    bases = (
-        0 if weight_coordinates else 8 * sum(whole[name][0] * p + whole[name][1] * q for name, (p, q) in shapes.items())
-    )
-    open_scores = max(drawn[n] * sum(sorted(each, reverse=True)[:shard_rows]) for n, each in counts.items())
+    counts = {name: _examples(encoded, kept.granularity) for name, encoded in data.encoded.items()}
+    form: dict[str, Any] = {"halves": kept.halves, "score_bytes": max(4, width)}
+    drawn = {name: 1 if name in kept.undrawn else kept.draws for name in counts}
+    size = [matrix_bytes(kept.representation, sides, sum(each), draws=drawn[n], **form) for n, each in counts.items()]
+    parts, mean = list(size), mean_bytes(sides, halves=kept.halves)
+    if kept.representation != "lowrank":
+        left = [part_count(n, data.batch_size, kept.shard_rows, hardware.processes) for n in rows.values()]
+        more = hardware.processes if kept.weight_coordinates else 0
+        parts = [one * (n + more) for one, n in zip(size, left, strict=True)]
+    spans = {} if kept.weight_coordinates else shapes
+    bases = 8 * sum(whole[name][0] * p + whole[name][1] * q for name, (p, q) in spans.items())
+    open_scores = max(drawn[n] * sum(sorted(each, reverse=True)[: kept.shard_rows]) for n, each in counts.items())
     dim = sum(p * q for p, q in sides.values())
     return Estimate(
         rows=rows,
         tokens=tokens,
         dim=dim,
-        disk=sum(size) + bases * len(rows) + (mean + (8 * dim if started else 0)) * len(means),
+        disk=sum(size) + bases * len(rows) + (mean + (8 * dim if kept.started else 0)) * len(kept.means),
         shards=sum(parts),
-        joined=_joined_bytes(size, bases) if representation == "lowrank" else 0,
-        weights=int(sum(p.numel() for p in model.parameters()) * per_weight / shards),
-        activations=_activation_bytes(model, tokens, data.batch_size, answers, width, recomputed=checkpointing),
-        sums=matrix_bytes(representation, sides, open_scores, draws=1, **form) + (mean if means else 0),
-        mapped=weight_coordinates,
+        joined=_joined_bytes(size, bases) if kept.representation == "lowrank" else 0,
+        weights=int(sum(p.numel() for p in model.parameters()) * per_weight / hardware.shards),
+        activations=_activation_bytes(
+            model, tokens, data.batch_size, answers, width, recomputed=hardware.checkpointing
+        ),
+        sums=matrix_bytes(kept.representation, sides, open_scores, draws=1, **form) + (mean if kept.means else 0),
+        mapped=kept.weight_coordinates,
     )
 
 

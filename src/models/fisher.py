@@ -28,7 +28,7 @@ from src.fisher.scores import Granularity, ScoreRecorder, together
 from src.models.adapter_warnings import warn_of_learnt, warn_of_templates
 from src.models.base import BaseSpec, check_trained_on, fingerprint, load_model, weights_digest
 from src.models.checkpointing import checkpoint_layers
-from src.models.estimate import Estimate, estimate
+from src.models.estimate import Estimate, Hardware, Kept, estimate
 from src.models.fisher_jobs import backward_jobs, in_step
 from src.models.fisher_open import open_pass
 from src.models.fisher_output import publish, ready_file, remove_joined, remove_stale
@@ -159,19 +159,23 @@ class FisherModule(KeptBuffers):
             self.base,
             self.core.shapes,
             data,
-            representation=self.representation,
-            draws=self.draws,
-            halves=self.halves,
-            shard_rows=self.shard_rows,
-            weight_coordinates=self.coordinates == "weight",
-            shards=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
-            granularity=self.granularity,
-            processes=trainer.world_size,
-            undrawn=[name for name in self.passes if self.labels[name] != "model"],
-            means=[name for name in self.passes if name != "utility"] if self.relearn else (),
-            started=self.start is not None,
-            precision=str(trainer.precision),
-            checkpointing=self.gradient_checkpointing,
+            Kept(
+                representation=self.representation,
+                draws=self.draws,
+                halves=self.halves,
+                shard_rows=self.shard_rows,
+                weight_coordinates=self.coordinates == "weight",
+                granularity=self.granularity,
+                undrawn=[name for name in self.passes if self.labels[name] != "model"],
+                means=[name for name in self.passes if name != "utility"] if self.relearn else (),
+                started=self.start is not None,
+            ),
+            Hardware(
+                processes=trainer.world_size,
+                shards=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
+                precision=str(trainer.precision),
+                checkpointing=self.gradient_checkpointing,
+            ),
         )
 
     def setup(self, stage: str) -> None:
