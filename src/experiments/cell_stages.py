@@ -25,6 +25,7 @@ from src.experiments.settings import BASE_FISHER
 from src.experiments.store import Record, Store
 from src.files import read_json, write_text
 from src.merge.sweep import point_name
+from src.metrics.file import METRICS, read_metrics
 from src.models.answer_files import answer_file
 from src.provenance import versions
 
@@ -157,7 +158,7 @@ class Stages:
         output = self.store.running(name)
         flags = [*self.hardware, "--output", str(output), "--overwrite", "true"]
         cost, ran = self._run("test", name, dict(first.settings) | {"model": model}, flags)
-        metrics = read_json(output / "metrics.json", "the metrics of an evaluation")
+        metrics = read_metrics(output / METRICS)
         models = {one["name"]: one for one in metrics["models"]}
         suites = [suite["name"] for suite in first.settings["data"]["suites"]]
         found = {}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
-from src.files import read_json
 from src.merge.forms import Form
+from src.metrics.file import read_metrics
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Evaluation:
         """
         if form.full_model:
             raise InputError("evaluation is of adapters; a full model has no hash to be found by")
-        record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
-        if not isinstance(record, dict) or not record.get("models"):
-            raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
+        record = read_metrics(path)
         if not isinstance(record["models"], list) or not all(map(_is_model, record["models"])):
             raise InputError(
                 f"{path}: a model without adapter, suites or measures under 'models'; expected those of an evaluation"

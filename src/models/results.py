@@ -17,6 +17,7 @@ from src.errors import InputError
 from src.files import write_json
 from src.judges.verdicts import Verdicts, judged
 from src.metrics.code import program
+from src.metrics.file import METRICS
 from src.metrics.judging import Judgement
 from src.models.answer_files import answer_file, remove_other_answers, write_answers
 from src.models.grading import (
@@ -195,7 +196,7 @@ class Results:
                 log.info("%s: %s%s", one["name"], said or "no answers to count", self._cut(one["suites"]))
             rows = {name: rows_sha256(each) for name, each in self.data.rows.items()}
             record = {"base": base, "models": found, "rows_sha256": rows, "versions": versions(), "settings": settings}
-            write_json(self.output / "metrics.json", record)
+            write_json(self.output / METRICS, record)
 
     def _cut(self, suites: Mapping[str, Record]) -> str:
         """In suites whose answers count whole, how many were cut at their most tokens; a refusal shows before."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError, one_line
-from src.files import read_json
 from src.merge.sweep import swept_once
 from src.metrics.bootstrap import Estimate
+from src.metrics.file import METRICS, read_metrics
 
 COLUMNS = {
     "harmful": (("refusal", "refusal"), ("attack_success", "attack success")),
@@ -28,7 +28,6 @@ SWEPT = re.compile(r"(?:, [\w.]+ = -?[\d.]+(?:e[+-]?\d+)?)+$")
 """What the name of a merge ends in where options were swept."""
 POINT = re.compile(r"[\w.]+--?[\d.]+(?:e[+-]?\d+)?")
 """Name of a folder of one point: ``alpha-0.5``."""
-METRICS = "metrics.json"
 EXPERT_ORDER = ("utility", "safety")
 
 
@@ -89,9 +88,7 @@ def load_results(folder: Path) -> list[ModelResult]:
         InputError: the file is missing or is not one that the test command wrote.
     """
     path = folder / METRICS
-    record = read_json(path, "the metrics of an evaluation (made by `python -m src test`)")
-    if not isinstance(record, dict) or not record.get("models"):
-        raise InputError(f"{path}: no key 'models'; expected the metrics of an evaluation")
+    record = read_metrics(path)
     try:
         found = _told_apart(record["models"], [_result(model) for model in record["models"]])
     except (LookupError, TypeError, AttributeError, ValueError) as error:

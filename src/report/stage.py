@@ -13,11 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from src.errors import InputError
-from src.files import check_apart, check_output, new_directory, read_json, write_json, write_text
+from src.files import check_apart, check_output, new_directory, write_json, write_text
+from src.metrics.file import METRICS, read_metrics
 from src.own_files import check_own
 from src.report.html import SOURCE
 from src.report.plot import plot_fronts
-from src.report.results import METRICS, ModelResult, load_results
+from src.report.results import ModelResult, load_results
 from src.report.tradeoff import Tradeoff, find_expert, tradeoff
 from src.report.tradeoff_tables import COST_COLUMNS, cost_columns, cost_rows, front_rows, measured
 
@@ -100,7 +101,7 @@ def _check_results(results: str) -> None:
 
 def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_at_most: float) -> Tradeoff | None:
     """Costs against the utility expert; nothing, and one line that says why, where they cannot be had."""
-    settings = read_json(folder / METRICS, "the metrics of an evaluation").get("settings") or {}
+    settings = read_metrics(folder / METRICS).get("settings") or {}
     expert = find_expert(found, name, (settings.get("model") or {}).get("baseline"))
     if expert is None:
         experts = [one.name for one in found if one.method == "expert"]

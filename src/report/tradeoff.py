@@ -15,8 +15,8 @@ from typing import Any
 from src.data.rows import goal_of, read_jsonl
 from src.data.suite import CHECKED, HARMFUL
 from src.errors import InputError
-from src.files import read_json
 from src.metrics.bootstrap import Estimate
+from src.metrics.file import METRICS, read_metrics
 from src.metrics.flags import FLAGS as COUNTED
 from src.metrics.fronts import summed_up
 from src.metrics.groups import numbered
@@ -98,7 +98,7 @@ def tradeoff(
     folder: Path, results: Sequence[ModelResult], expert: ModelResult, *, attacks_at_most: float
 ) -> Tradeoff | str:
     """Costs and fronts, or the reason why there are none."""
-    suites = read_json(folder / "metrics.json", "the metrics of an evaluation")["models"][0]["suites"]
+    suites = read_metrics(folder / METRICS)["models"][0]["suites"]
     both = {one.name: _scores(folder, one.name, suites) for one in results}
     scores = {name: found for name, (found, _) in both.items()}
     reference, goals = both[expert.name]
