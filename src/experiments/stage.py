@@ -2,12 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from src.errors import InputError
 from src.experiments import ablations, comparison, interference, safety_tax  # noqa: F401 - the registry of Study
@@ -27,6 +24,7 @@ from src.experiments.store import Store, source_hash
 from src.experiments.study import Plan, Study
 from src.experiments.timing import listing
 from src.files import read_json, write_json
+from src.merge.parallel import one_thread_each
 from src.provenance import versions
 from src.report.html import CSV, PAGE, PNG, SOURCE, write_report
 
@@ -97,7 +95,8 @@ def experiment(
         engine = Engine(plan.cells, store, Stages(store, trainer), batch_size=batch_size, stale_after=stale_after)
         outcome = engine.run()
     asked = {"name": name, "study": _settings(study), "recipe": plain(recipe), "seeds": seeds}
-    with one_thread():
+    # Bootstraps multiply small matrices: several threads would wait for each other, tenfold beside an engine.
+    with one_thread_each():
         document: Document = {"title": title or name} | described(study, plan, store, outcome, asked)
     if not prompts:
         document["examples"] = [example | {"prompt": None} for example in document["examples"]]
@@ -139,17 +138,6 @@ def check_page(folder: Path, name: str, study: Study) -> None:
             f"{folder / SOURCE}: of the study {before[0]} ({before[1]}); expected {name} ({type(study).__name__}), or "
             "another --output"
         )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Bootstraps multiply small matrices: several threads would wait for each other, tenfold beside an engine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def described(study: Study, plan: Plan, store: Store, outcome: Outcome, asked: Document) -> Document:
