@@ -172,7 +172,7 @@ def test_a_judge_that_a_suite_describes_wrongly_is_one_line(base, tmp_path, caps
     ):
         found = stops(flags(base, tmp_path, [suite | {"judge": judge}], tmp_path / "out"), capsys)
         assert line in found
-        assert len(found) < 200
+        assert len(found.replace(str(tmp_path), "")) < 200
 
 
 def test_a_judge_for_which_there_is_no_such_device_is_one_line(base, tmp_path, capsys):

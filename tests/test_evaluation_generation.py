@@ -1,5 +1,7 @@
 """Decoding in batches: padding is never seen, and logits that are no numbers are an error and not an answer."""
 
+import re
+
 import pytest
 import torch
 
@@ -212,5 +214,7 @@ def test_answers_that_were_cut_are_counted(base, rows, tmp_path, monkeypatch, ca
         return
     (found,) = metrics(tmp_path / "out")
     assert [found["suites"][name]["unfinished"] for name in ("task", "bad", "code")] == [5, 4, 2]
+    (line,) = [line for line in shown.splitlines() if "not judged" in line]
+    assert re.search(r"not judged, exact match on task \d\.\d\d \(n = 9\)", line)
     # Of harmful prompts only the first words count.
-    assert "not judged; answers cut at max_new_tokens: task 5 of 9, code 2 of 3\n" in shown
+    assert line.endswith("; answers cut at max_new_tokens: task 5 of 9, code 2 of 3")
