@@ -149,12 +149,12 @@ def test_the_host_waits_for_no_single_module_of_a_fisher_pass(rows, tmp_path):
     own = {name: random_adapter(tmp_path / name, tmp_path / "base", 2, 1, deep) for name in ("utility", "safety")}
     found = {}
     for size in (1, 30):
-        more = ["--data.batch_size", str(size), "--model.relearn", "true"]
+        more = ["--data.batch_size", str(size), "--model.relearn", "true", "--data.utility", str(rows["val"])]
         with simulated_gpu() as waits:
             command = fisher_flags(tmp_path / "base", own, rows, tmp_path / str(size), *more, hardware="gpu.yaml")
             assert main(command) == 0
         found[size] = waits.total()
-    batches, modules = 7 + 22 + 22 - 3, 6 * 7  # of harmful rows, and of benign ones at two points
+    batches, modules = 7 + 5 + 5 - 3, 6 * 7  # of harmful rows, and of benign ones at two points
     assert 0 < (found[1] - found[30]) / batches < modules / 2
 
 

@@ -5,6 +5,7 @@ Mappings for well-known data sets ship under ``configs/data``; they are named in
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -146,17 +147,23 @@ def mapped_source(mapping: Any, place: str) -> RowSource:
     Raises:
         InputError: it has no path, an unknown key or a value of another kind; ``place`` says where it stands.
     """
-    known = {f.name for f in fields(RowSource)}
+    known = _kinds()
     if not isinstance(mapping, Mapping):
         raise InputError(f"{place}: expected a mapping with the key 'path'")
-    if unknown := sorted(set(mapping) - known, key=str):
+    if unknown := sorted(set(mapping) - set(known), key=str):
         raise InputError(f"{place}: unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
     if "path" not in mapping:
         raise InputError(f"{place}: expected a mapping with the key 'path'")
-    for key, kind in get_type_hints(RowSource).items():
+    for key, kind in known.items():
         if key in mapping and not _fits(mapping[key], kind):
             raise InputError(f"{place}: {key} is {mapping[key]!r}; expected {_said(kind)}")
     return RowSource(**mapping)
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """Type of each option of a source."""
+    return get_type_hints(RowSource)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -82,17 +82,19 @@ def check_learnt_rows(todo: Sequence[Cell]) -> None:
     Raises:
         InputError: see above; the message names the cell, the suite and what learnt its prompts.
     """
+    apart: set[tuple[str, str]] = set()  # suites, and what has learnt none of their prompts
     for cell in todo:
         if cell.stage == "fit" and (both := prompts(cell, "train") & prompts(cell, "val")):
             raise InputError(f"{cell.label}: {len(both)} prompts of data.val are also training prompts")
         if cell.stage == "test" and not cell.settings.get("model", {}).get("allow_seen"):
             for suite in cell.settings["data"]["suites"]:
-                _check_suite(cell, suite)
+                _check_suite(cell, suite, apart)
 
 
-def _check_suite(cell: Cell, suite: Mapping[str, Any]) -> None:
+def _check_suite(cell: Cell, suite: Mapping[str, Any], apart: set[tuple[str, str]]) -> None:
+    asked = json.dumps(suite, sort_keys=True)
     for other in closure([cell]):
-        if other.stage not in (*LEARN, "fisher"):
+        if other.stage not in (*LEARN, "fisher") or (asked, other.key) in apart:
             continue
         known = prompts(other)
         both = [row for row in suite_rows(suite) if known & {row.prompt_hash, row.goal_hash}]
@@ -102,6 +104,7 @@ def _check_suite(cell: Cell, suite: Mapping[str, Any]) -> None:
                 f"{cell.label}: {len(both)} prompts of suite {suite['name']}, the first {both[0].id}, are what "
                 f"{other.label} is {what} on; expected other rows (or recipe.evaluation.settings.model.allow_seen true)"
             )
+        apart.add((asked, other.key))
 
 
 def passes_on_learnt_rows(cells: Sequence[Cell]) -> list[str]:
