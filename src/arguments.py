@@ -95,11 +95,11 @@ def evaluation_options(arguments: Sequence[str]) -> list[str]:
 def _found(flag: str, name: str) -> str:
     path = find_file(name, FOLDERS[flag])
     if path is None or not path.is_file():
-        known = {file.name for root in (Path(), PROJECT) for file in (root / FOLDERS[flag]).glob("*.yaml")}
-        close = get_close_matches(Path(name).name, sorted(known), n=1)
+        known = {file.stem for root in (Path(), PROJECT) for file in (root / FOLDERS[flag]).glob("*.yaml")}
+        close = get_close_matches(Path(name).stem, sorted(known), n=1)
         raise InputError(
             f"{flag} {name}: no such file here or under {FOLDERS[flag]}/"
-            + (f"; did you mean {close[0]}?" if close else "")
+            + (f"; did you mean {close[0]}.yaml?" if close else "")
         )
     return str(path)
 

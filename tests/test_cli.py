@@ -278,7 +278,8 @@ def test_a_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
 def test_a_name_like_that_of_a_configuration_is_told_that(tmp_path, capsys):
     assert fails(["fit", "--config", "exprt.yaml"], capsys).endswith("under configs/; did you mean expert.yaml?")
     assert fails(["fit", "--trainer", "dpp.yaml"], capsys).endswith("under trainers/; did you mean ddp.yaml?")
-    assert fails(["fit", "--config", "zzzzzz"], capsys).endswith("under configs/")
+    for name in ("zzzzzz", "nowhere.yaml"):  # .yaml alone is no likeness
+        assert fails(["fit", "--config", name], capsys).endswith("under configs/")
 
 
 @dataclass
@@ -399,7 +400,8 @@ def test_hardware_that_is_not_here_is_one_line(base, rows, tmp_path, capsys):
         (["--trainer.strategy", "nope"], "trainer: "),
         (["--model.lora.targets", "*_proj"], "lora.targets *_proj"),
         (["--model.lora.alpha", ".nan"], "alpha nan"),
-        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1; expected 0 (off) or more"),
+        # Not -1, which is read as -1.0 where Python's typing has met Optional[Union[float, int]] before.
+        (["--trainer.gradient_clip_val", "-1.5"], "trainer.gradient_clip_val is -1.5; expected 0 (off) or more"),
     ],
 )
 def test_fit_settings_out_of_range_are_one_line(base, rows, tmp_path, capsys, flags, message):

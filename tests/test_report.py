@@ -229,6 +229,7 @@ def test_results_that_are_no_evaluation_are_one_line(evaluated, capsys):
     study.mkdir()
     (study / "study.json").write_text("{}")
     assert f"report of {evaluated} needs --output: a directory to write" in stopped(evaluated)
+    assert "nowhere/metrics.json: no such file; expected the metrics of an evaluation" in stopped("nowhere")
     assert f"a study's folder, not an evaluation's; expected `python -m src report {study}` alone" in stopped(
         "--results", study
     )

@@ -81,7 +81,7 @@ def report(
 
 
 def _check_results(results: str) -> None:
-    """Stop at what is no evaluation but looks like something else: several folders, a study, a folder of studies."""
+    """Stop at what is no evaluation, at what looks like something else in words: several folders, studies."""
     folder = Path(results)
     if results.startswith("[") and not folder.exists():
         raise InputError(f"results is {results}; expected one folder")
@@ -97,6 +97,7 @@ def _check_results(results: str) -> None:
             f"{folder / METRICS}: no such file; studies lie below {folder} ({names}): expected the folder of one of "
             f"them alone, as in `python -m src report {folder / below[0]}`"
         )
+    read_metrics(folder / METRICS)
 
 
 def _tradeoff(folder: Path, found: list[ModelResult], name: str | None, attacks_at_most: float) -> Tradeoff | None:
