@@ -1,3 +1,4 @@
+import logging
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two test processes at once: a thread for each, also in what they start
@@ -7,6 +8,14 @@ import pytest
 
 from tests.fisher_pass import uneven_rows
 from tests.tiny import make_base, make_model, make_tokenizer, random_pairs, write_rows
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging():
+    """No test sees what a command of an earlier one did to the project's logger; pytest looks at it before each."""
+    ours = logging.getLogger("src")
+    ours.handlers, ours.propagate = [], True
+    ours.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
