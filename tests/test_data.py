@@ -709,9 +709,6 @@ def test_validation_rows_must_not_be_training_rows(rows):
 
 
 def test_calibration_on_one_benign_source_warns(rows, caplog):
-    import logging
-
-    logging.getLogger("src").propagate = True
     passes = {"safety": "safety", "utility": "utility"}
     CalibrationData(safety=str(rows["harmful"]), utility=str(rows["task"])).bind_passes(passes, [])
     assert "one source only" in caplog.text
@@ -722,9 +719,6 @@ def test_calibration_on_one_benign_source_warns(rows, caplog):
 
 
 def test_calibration_on_repeated_prompts_warns(rows, tmp_path, caplog):
-    import logging
-
-    logging.getLogger("src").propagate = True
     lines = [{"id": str(i), "prompt": p, "response": "No."} for i, p in enumerate(("a", "A ", "b", "a"))]
     path = write(tmp_path / "a.jsonl", *lines)
     utility = [str(rows["task"]), str(rows["task"])]  # the same rows, of one id each
@@ -745,9 +739,6 @@ def test_calibration_on_repeated_prompts_warns(rows, tmp_path, caplog):
 
 
 def test_copies_are_told_where_rows_are_learnt_and_where_they_are_counted(rows, tmp_path, caplog):
-    import logging
-
-    logging.getLogger("src").propagate = True
     lines = [{"id": str(i), "prompt": p, "response": r} for i, (p, r) in enumerate(("ax", "ax", "ay", "bx", "ax"))]
     path = write(tmp_path / "a.jsonl", *lines)
     ExpertData(train=path, val=str(rows["val"]))
@@ -795,9 +786,6 @@ def test_rows_longer_than_the_models_positions_are_one_line(rows, tokenizer):
 
 
 def test_positions_that_are_not_learned_are_no_limit(caplog):
-    import logging
-
-    logging.getLogger("src").propagate = True
     data = CalibrationData(max_length=64)
     data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=with_positions(48, table=False)))
     for longest in (48, 50, 60):

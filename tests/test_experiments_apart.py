@@ -1,7 +1,6 @@
 """What must stay apart in a study: rows that are learnt and asked, both parts of the choice, pages of two studies."""
 
 import json
-import logging
 
 import pytest
 
@@ -253,7 +252,6 @@ def test_a_reason_that_several_cells_have_is_said_once():
 
 
 def test_a_dry_run_warns_of_passes_on_learnt_rows(recipe, tmp_path, caplog, capsys):
-    logging.getLogger("src").propagate = True
     one = recipe(refused=str(tmp_path / "harm.jsonl"))
     folders = {"results": str(tmp_path / "cells"), "work": str(tmp_path / "work")}
     experiment(name="one", study=SafetyTax([SST]), recipe=one, seeds=[0], dry_run=True, **folders)

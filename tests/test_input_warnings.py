@@ -31,7 +31,6 @@ OTHER = "{% for message in messages %}[INST] {{ message.content }} [/INST]{% end
 @pytest.fixture
 def said(caplog):
     """Warnings since the last call."""
-    logging.getLogger("src").propagate = True
 
     def take():
         found = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

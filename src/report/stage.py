@@ -81,7 +81,7 @@ def report(
 
 
 def _check_results(results: str) -> None:
-    """Stop at what is no evaluation, at what looks like something else in words: several folders, studies."""
+    """Stop where no evaluation lies; say what lies there instead: several folders, a study, a folder of studies."""
     folder = Path(results)
     if results.startswith("[") and not folder.exists():
         raise InputError(f"results is {results}; expected one folder")
